@@ -1,0 +1,102 @@
+"""CNV, the VGG-like net of FINN, once: the float and the quantized model are this graph with other layers.
+
+Umuroglu et al., "FINN", 2017 (arXiv:1612.07119), section 5: six 3x3 convolutions without padding, two max pools,
+two hidden linear layers; BatchNorm after every layer but the last. No layer has a bias.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .registry import check_bits, register_model
+
+_CONVS = (64, 64, "pool", 128, 128, "pool", 256, 256)
+_HIDDEN = (512, 512)
+_NORM_EPS = 1e-4
+
+
+class Layers(Protocol):
+    """The layers that a CNV is made of; all without bias."""
+
+    def input(self) -> nn.Module: ...
+    def conv(self, in_channels: int, out_channels: int, *, first: bool) -> nn.Module: ...
+    def linear(self, in_features: int, out_features: int, *, last: bool) -> nn.Module: ...
+    def relu(self) -> nn.Module: ...
+
+
+def init_weight(weight: Tensor) -> None:
+    """He initialisation: without biases, it keeps an untrained CNV's signal alive down to the logits."""
+    nn.init.kaiming_normal_(weight, nonlinearity="relu")
+
+
+class FloatLayers:
+    """Plain torch layers."""
+
+    def input(self) -> nn.Module:
+        return nn.Identity()
+
+    def conv(self, in_channels: int, out_channels: int, *, first: bool) -> nn.Module:
+        layer = nn.Conv2d(in_channels, out_channels, 3, bias=False)
+        init_weight(layer.weight)
+        return layer
+
+    def linear(self, in_features: int, out_features: int, *, last: bool) -> nn.Module:
+        layer = nn.Linear(in_features, out_features, bias=False)
+        init_weight(layer.weight)
+        return layer
+
+    def relu(self) -> nn.Module:
+        return nn.ReLU(inplace=True)
+
+
+class CNV(nn.Module):
+    """Images [N, in_chans, 32, 32] to logits [N, num_classes].
+
+    `features` ends with a [N, 256, 1, 1] map; `classifier` takes it flattened.
+    """
+
+    def __init__(self, num_classes: int, in_chans: int, layers: Layers) -> None:
+        super().__init__()
+        self.input = layers.input()
+        self.features = nn.Sequential()
+        channels = in_chans
+        for index, step in enumerate(_CONVS):
+            if isinstance(step, str):
+                self.features.append(nn.MaxPool2d(2))
+                continue
+            self.features.append(layers.conv(channels, step, first=index == 0))
+            self.features.append(nn.BatchNorm2d(step, eps=_NORM_EPS))
+            self.features.append(layers.relu())
+            channels = step
+        self.classifier = nn.Sequential()
+        for width in _HIDDEN:
+            self.classifier.append(layers.linear(channels, width, last=False))
+            self.classifier.append(nn.BatchNorm1d(width, eps=_NORM_EPS))
+            self.classifier.append(layers.relu())
+            channels = width
+        self.classifier.append(layers.linear(channels, num_classes, last=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.features(self.input(x)), 1))
+
+
+@register_model("cnv", summary="CNV (Umuroglu et al. 2017), float", input_size=32)
+def _cnv(num_classes: int, in_chans: int) -> CNV:
+    return CNV(num_classes, in_chans, FloatLayers())
+
+
+@register_model(
+    "quant_cnv",
+    summary="CNV with weights of w_bits and activations of a_bits (1 to 8)",
+    quantized=True,
+    input_size=32,
+    float_twin="cnv",
+)
+def _quant_cnv(num_classes: int, in_chans: int, w_bits: int, a_bits: int, first_w_bits: int = 8) -> CNV:
+    from .quant import QuantLayers  # Brevitas takes a second to import
+
+    check_bits("first_w_bits", first_w_bits, "quant_cnv")
+    return CNV(num_classes, in_chans, QuantLayers(w_bits, a_bits, first_w_bits))

@@ -1,0 +1,166 @@
+"""Fake quantization as one autograd function, in place of the chain of elementwise operations that Brevitas runs.
+
+The forward pass is bit-identical to Brevitas' `RescalingIntQuant` in float32 (divide, round half to even, clamp,
+multiply); the backward pass is its straight-through gradient for input and scale, written out. With v = x / scale,
+r = round(v) and q = clamp(r, low, high):
+
+    d out / d x     = 1 where low <= r <= high, else 0
+    d out / d scale = q - v where low <= r <= high, else q
+
+which is the gradient of LSQ (Esser et al. 2020, arXiv:1902.08153, equation 3). A binary quantizer has the levels
+-1 and +1 instead, and its gradient passes where |v| <= 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class IntRange:
+    """The integers that a quantizer can give: low to high in steps of 1, or just -1 and +1 if binary."""
+
+    low: int
+    high: int
+    binary: bool = False
+
+    @classmethod
+    def of(cls, bits: int, *, signed: bool) -> IntRange:
+        """Unsigned: 0 to 2^bits - 1. Signed: symmetric, -(2^(bits-1) - 1) to its negative; 1 bit is binary.
+
+        The symmetric range costs one level and buys that negating a channel of weights stays in range.
+        """
+        if not signed:
+            return cls(0, 2**bits - 1)
+        if bits == 1:
+            return cls(-1, 1, binary=True)
+        return cls(1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
+
+    def round(self, v: Tensor) -> Tensor:
+        """The integer (as float) that each v = x / scale becomes."""
+        if self.binary:
+            return torch.where(v >= 0, 1.0, -1.0)
+        return torch.round(v).clamp(self.low, self.high)
+
+    def passes(self, v: Tensor) -> Tensor:
+        """Where the straight-through estimator lets the gradient of v pass (bool)."""
+        if self.binary:
+            return v.abs() <= 1
+        r = torch.round(v)
+        return (r >= self.low) & (r <= self.high)
+
+
+def _forward(x: Tensor, scale: Tensor, ints: IntRange) -> Tensor:
+    return (ints.round(x.float() / scale) * scale).to(x.dtype)
+
+
+def _backward(x: Tensor, scale: Tensor, grad: Tensor, ints: IntRange) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of scale."""
+    v = x.float() / scale
+    passes = ints.passes(v)
+    per_value = grad.float() * (ints.round(v) - torch.where(passes, v, 0.0))
+    return torch.where(passes, grad, 0.0), per_value.sum_to_size(scale.shape)
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether training on `device` runs the two functions above compiled, as one loop each."""
+    return device.type == "cpu" and any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+
+
+@functools.cache
+def _kernels(compiled: bool) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    if compiled:
+        return torch.compile(_forward, dynamic=True), torch.compile(_backward, dynamic=True)
+    return _forward, _backward
+
+
+def _as_rows(x: Tensor, rows: int, like: Tensor) -> Tensor:
+    """View x as [rows, values] in the order in which the dense `like` lies in memory; copies if x lies otherwise."""
+    if x.stride() != like.stride():
+        x = torch.empty_like(like, dtype=x.dtype).copy_(x)
+    return x.as_strided((rows, x.numel() // rows), (x.numel() // rows, 1))
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, ints: IntRange) -> Tensor:
+        x, scale = x.detach(), scale.detach()
+        rows, (forward, _) = scale.numel(), _kernels(compiles(x.device))
+        out = forward(_as_rows(x, rows, x), scale.view(rows, 1), ints)
+        return out.as_strided(x.shape, x.stride())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale, ctx.ints = inputs
+        ctx.save_for_backward(x, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, scale = (t.detach() for t in ctx.saved_tensors)
+        rows, (_, backward) = scale.numel(), _kernels(compiles(x.device))
+        grad_x, grad_scale = backward(_as_rows(x, rows, x), scale.view(rows, 1), _as_rows(grads[0], rows, x), ctx.ints)
+        return grad_x.as_strided(x.shape, x.stride()), grad_scale.view(scale.shape), None
+
+
+class _Composed(torch.autograd.Function):
+    """The same in plain operations, for torch.compile and torch.export, which fuse what they trace."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, ints: IntRange) -> Tensor:
+        return _forward(x, scale, ints)
+
+    setup_context = _FakeQuantize.setup_context
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, scale = ctx.saved_tensors
+        return *_backward(x, scale, grads[0], ctx.ints), None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, ints: IntRange) -> Tensor:
+    """Round x to multiples of scale inside the range of `ints`; same shape, dtype and layout as x.
+
+    Args:
+        x: any shape, floating point; the arithmetic is float32 whatever its dtype.
+        scale: float32, positive: a scalar, or one value per index of x's first dimension, `[channels, 1, ...]`.
+        ints: the integers that the result may take, times scale.
+    """
+    if torch.compiler.is_compiling():
+        return _Composed.apply(x, scale, ints)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled():
+        if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+            x = x.contiguous()
+        return _FakeQuantize.apply(x, scale, ints)  # type: ignore[no-any-return]
+    return _forward(x, scale, ints)
+
+
+def least_squares_scale(x: Tensor, ints: IntRange, steps: int = 20) -> Tensor:
+    """The scale whose fake quantization is (locally) nearest to x in squared error, for each row of x.
+
+    Starts from the scale that clips nothing and alternates between rounding and the least-squares scale of the
+    rounded values (Lloyd's iteration with uniform levels). Maxima and sums only: deterministic on CUDA too.
+
+    Args:
+        x: [channels, values].
+        ints: range of the quantizer.
+        steps: iterations.
+
+    Returns:
+        [channels], positive.
+    """
+    tiny = torch.finfo(torch.float32).tiny ** 0.5
+    x = x.detach().float()
+    scale = x.abs().amax(1, keepdim=True).clamp_min(tiny) / ints.high
+    for _ in range(steps):
+        q = ints.round(x / scale)
+        energy = q.square().sum(1, keepdim=True)
+        scale = torch.where(energy > 0, (x * q).sum(1, keepdim=True) / energy, scale).clamp_min(tiny)
+    return scale.squeeze(1)

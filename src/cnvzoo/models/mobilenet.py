@@ -1,0 +1,48 @@
+"""MobileNetV1 for small images.
+
+Howard et al., "MobileNets", 2017 (arXiv:1704.04861), table 1, with a stride-1 stem so that 32x32 images reach
+the average pool as 2x2 maps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .registry import register_model
+
+# (output channels, stride) of each depthwise-separable block
+_BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
+
+
+def _conv_norm_relu(in_channels: int, out_channels: int, kernel: int, stride: int, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+class MobileNetV1(nn.Module):
+    """Images [N, in_chans, H, W] to logits [N, num_classes] through 13 depthwise-separable blocks."""
+
+    def __init__(self, num_classes: int, in_chans: int) -> None:
+        super().__init__()
+        channels = 32
+        layers: list[nn.Module] = [_conv_norm_relu(in_chans, channels, 3, 1)]
+        for out_channels, stride in _BLOCKS:
+            layers.append(_conv_norm_relu(channels, channels, 3, stride, groups=channels))
+            layers.append(_conv_norm_relu(channels, out_channels, 1, 1))
+            channels = out_channels
+        self.features = nn.Sequential(*layers)
+        self.fc = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.adaptive_avg_pool2d(self.features(x), 1)
+        return self.fc(torch.flatten(x, 1))
+
+
+register_model("mobilenet_v1", summary="MobileNetV1 (Howard et al. 2017) with a stride-1 stem")(MobileNetV1)

@@ -1,0 +1,223 @@
+"""The quantized layers: Brevitas' own, with the quantizers of this library injected and plain tensors between them.
+
+Every quantizer holds its scale as a parameter from the start. So a fresh model has all of its state before it
+ever ran, no statistics are gathered during the first steps, and nothing recompiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from brevitas.inject import ExtendedInjector
+from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear, QuantReLU
+from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
+from torch import Tensor, nn
+
+from .cnv import init_weight
+from .fake_quant import IntRange, fake_quantize, least_squares_scale
+
+INPUT_SCALE = 1 / 255
+_SCALE_FLOOR = 1e-8
+_NORMAL_SAMPLES = 512
+
+
+class IntQuantizer(nn.Module):
+    """What Brevitas calls a `tensor_quant`: x to (fake-quantized x, scale, zero point 0, bit width).
+
+    Args:
+        bits: bit width, 1 to 8.
+        signed: symmetric around 0, or from 0 up.
+        scale_shape: `()` for one scale, `(channels, 1, ...)` for one per output channel.
+        learned: whether the scale is a parameter; else it is a constant that is not part of the state.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool,
+        scale_shape: tuple[int, ...] = (),
+        scale: float = 1.0,
+        learned: bool = True,
+    ) -> None:
+        super().__init__()
+        self.bits = bits
+        self.ints = IntRange.of(bits, signed=signed)
+        self.learned = learned
+        value = torch.full(scale_shape, scale)
+        if learned:
+            self.scale = nn.Parameter(value)
+        else:
+            self.register_buffer("scale", value, persistent=False)
+        self.register_buffer("zero_point", torch.zeros(()), persistent=False)
+        self.register_buffer("bit_width", torch.tensor(float(bits)), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        scale = self.positive_scale(x)
+        return fake_quantize(x, scale, self.ints), scale, self.zero_point, self.bit_width  # type: ignore[return-value]
+
+    def positive_scale(self, x: Tensor) -> Tensor:
+        """The scale, kept positive; its gradient is that of LSQ, section 2.2: divided by sqrt(values * levels).
+
+        `values` are those that share one scale: a channel of weights, or the activations of one image. Without
+        the division a scale's steps are larger than a weight's by orders of magnitude.
+        """
+        if not self.learned:
+            return self.scale
+        values = x.numel() // (x.shape[0] if self.scale.dim() == 0 else self.scale.numel())
+        gain = 1 / math.sqrt(values * self.ints.high)
+        scale = self.scale * gain + (self.scale - self.scale * gain).detach()
+        return scale.clamp_min(_SCALE_FLOOR)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Set the scale to the one of least squared error for x (one row of values for each scale)."""
+        rows = x.reshape(max(self.scale.numel(), 1), -1)
+        self.scale.copy_(least_squares_scale(rows, self.ints).reshape(self.scale.shape))
+
+
+def _injector(quantizer: IntQuantizer, proxy: type, *, signed: bool) -> type:
+    """Brevitas' way to be told of a quantizer: a class whose attributes are the parts."""
+    return type(
+        "Quant",
+        (ExtendedInjector,),
+        {
+            "proxy_class": proxy,
+            "tensor_quant": quantizer,
+            "signed": signed,
+            "narrow_range": signed,
+            "quant_type": "int",
+        },
+    )
+
+
+class _ClampedReLU(nn.ReLU):
+    """ReLU in front of an unsigned quantizer, which clamps at zero itself: nothing to compute but in export."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if torch.onnx.is_in_onnx_export() else input
+
+
+class QuantLayers:
+    """Layers of `cnvzoo.models.cnv.CNV` with weights of `w_bits` and activations of `a_bits`.
+
+    Hidden weights have one scale per output channel, which the BatchNorm behind them absorbs in a deployed
+    graph; the last layer has one scale in all, so that its integer outputs rank the classes.
+    """
+
+    def __init__(self, w_bits: int, a_bits: int, first_w_bits: int) -> None:
+        self.w_bits, self.a_bits, self.first_w_bits = w_bits, a_bits, first_w_bits
+
+    def input(self) -> nn.Module:
+        """The 8-bit image: values k/255 pass unchanged (to rounding), and the exported graph knows their scale."""
+        quantizer = IntQuantizer(8, signed=False, scale=INPUT_SCALE, learned=False)
+        layer = QuantIdentity(act_quant=_injector(quantizer, ActQuantProxyFromInjector, signed=False))
+        return _plain_tensors(layer, layer.act_quant)
+
+    def conv(self, in_channels: int, out_channels: int, *, first: bool) -> nn.Module:
+        bits = self.first_w_bits if first else self.w_bits
+        quantizer = IntQuantizer(bits, signed=True, scale_shape=(out_channels, 1, 1, 1))
+        return _fit_weights(
+            QuantConv2d(in_channels, out_channels, 3, bias=False, weight_quant=_weights(quantizer)), quantizer
+        )
+
+    def linear(self, in_features: int, out_features: int, *, last: bool) -> nn.Module:
+        quantizer = IntQuantizer(self.w_bits, signed=True, scale_shape=() if last else (out_features, 1))
+        return _fit_weights(
+            QuantLinear(in_features, out_features, bias=False, weight_quant=_weights(quantizer)), quantizer
+        )
+
+    def relu(self) -> nn.Module:
+        quantizer = IntQuantizer(self.a_bits, signed=False)
+        layer = QuantReLU(act_quant=_injector(quantizer, ActQuantProxyFromInjector, signed=False))
+        proxy: Any = layer.act_quant
+        proxy.fused_activation_quant_proxy.activation_impl = _ClampedReLU()
+        quantizer.fit(_relu_of_normal(torch.ones(1), torch.zeros(1)))
+        return _plain_tensors(layer, proxy)
+
+
+def _weights(quantizer: IntQuantizer) -> type:
+    return _injector(quantizer, WeightQuantProxyFromInjector, signed=True)
+
+
+def _fit_weights(layer: QuantConv2d | QuantLinear, quantizer: IntQuantizer) -> nn.Module:
+    init_weight(layer.weight)
+    quantizer.fit(layer.weight)
+    return _plain_tensors(layer, layer.weight_quant)
+
+
+def _plain_tensors(layer: nn.Module, proxy: Any) -> nn.Module:
+    """Have the quantizer behind `proxy` give plain tensors: QuantTensors break torch.compile and export."""
+    proxy.skip_create_quant_tensor = True
+    return layer
+
+
+def _relu_of_normal(gamma: Tensor, beta: Tensor) -> Tensor:
+    """What a ReLU makes of a BatchNorm's output: quantiles of relu(N(beta, gamma^2)), [channels, samples]."""
+    grid = (torch.arange(_NORMAL_SAMPLES, device=gamma.device) + 0.5) / _NORMAL_SAMPLES
+    z = math.sqrt(2) * torch.erfinv(2 * grid - 1)
+    return torch.relu(beta[:, None] + gamma.abs()[:, None] * z)
+
+
+@torch.no_grad()
+def start_from_float(
+    model: nn.Module, state: Mapping[str, Tensor], mean: Sequence[float], std: Sequence[float]
+) -> None:
+    """Give a quantized model the weights of its float twin, in place, and scales that fit them.
+
+    The float model sees normalised images, the quantized one the images themselves in [0, 1]: the first
+    convolution and its BatchNorm take the difference up, exactly, since no layer pads. Activation scales follow
+    from the BatchNorm in front of each, so that no images are needed.
+
+    Args:
+        model: a fresh quantized CNV.
+        state: the float CNV's state_dict, same classes and channels.
+        mean, std: of the float model's preprocessing, one per channel, in [0, 1] units.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, or of another shape; all are named.
+    """
+    own = model.state_dict()
+    scales = {name for name in own if name.endswith(".scale")}
+    wrong = [f"missing {n}" for n in own if n not in scales and n not in state]
+    wrong += [f"unexpected {n}" for n in state if n not in own]
+    wrong += [
+        f"{n}: {list(t.shape)}, not {list(own[n].shape)}"
+        for n, t in state.items()
+        if n in own and t.shape != own[n].shape
+    ]
+    if wrong:
+        raise ValueError("these float weights are not of the model's float twin: " + "; ".join(wrong))
+    model.load_state_dict({**own, **state}, strict=True)
+
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, (QuantConv2d, QuantLinear, nn.BatchNorm1d, nn.BatchNorm2d, QuantReLU))
+    ]
+    first, norm = layers[0], layers[1]
+    assert isinstance(first, QuantConv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    spread = torch.tensor(std, device=first.weight.device).view(1, -1, 1, 1)
+    center = torch.tensor(mean, device=first.weight.device).view(1, -1, 1, 1)
+    first.weight.div_(spread)
+    norm.running_mean.add_((first.weight * center).sum((1, 2, 3)))
+
+    for before, layer in zip([None, *layers], layers, strict=False):
+        if isinstance(layer, QuantReLU):
+            assert isinstance(before, (nn.BatchNorm1d, nn.BatchNorm2d))
+            quantizer_of(layer).fit(_relu_of_normal(before.weight, before.bias))
+        elif isinstance(layer, (QuantConv2d, QuantLinear)):
+            quantizer_of(layer).fit(layer.weight)
+
+
+def quantizer_of(layer: nn.Module) -> IntQuantizer:
+    """The weight quantizer of a quantized convolution or linear layer, the activation quantizer of another layer."""
+    brevitas: Any = layer
+    if isinstance(layer, (QuantConv2d, QuantLinear)):
+        return brevitas.weight_quant.tensor_quant
+    return brevitas.act_quant.fused_activation_quant_proxy.tensor_quant

@@ -1,0 +1,149 @@
+"""The list of architectures: each file of this folder registers its builders here under the names users type.
+
+A builder is called with arguments that were checked once, here, so that no model file repeats the checks
+and every wrong request gets the same kind of answer.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from cnvzoo.errors import ModelError, nearest
+
+BITS = range(1, 9)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What is known about an architecture before it is built.
+
+    Attributes:
+        name: the name that `create_model` takes.
+        build: called as `build(num_classes=, in_chans=, **kwargs)`, for quantized models with `w_bits=` and
+            `a_bits=` too.
+        summary: one line for listings, with the source of the topology.
+        quantized: whether the model takes `w_bits` and `a_bits` and eats the unnormalised 8-bit image.
+        input_size: the only height and width that fits, or None where any size of at least `min_size` does.
+        min_size: the smallest height and width.
+        float_twin: for a quantized model, the float model of the same graph.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    summary: str
+    quantized: bool = False
+    input_size: int | None = None
+    min_size: int = 8
+    float_twin: str | None = None
+    options: tuple[str, ...] = field(default=())
+
+
+_REGISTRY: dict[str, ModelSpec] = {}
+_COMMON = ("num_classes", "in_chans", "w_bits", "a_bits")
+
+
+def register_model(
+    name: str, *, summary: str, **spec: Any
+) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+    """Register the decorated builder as `name`; further keywords are fields of `ModelSpec`."""
+
+    def register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        if name in _REGISTRY:
+            raise ValueError(f"model {name!r} is registered twice")
+        options = tuple(p for p in inspect.signature(build).parameters if p not in _COMMON)
+        _REGISTRY[name] = ModelSpec(name=name, build=build, summary=summary, options=options, **spec)
+        return build
+
+    return register
+
+
+def model_names(pattern: str = "*") -> list[str]:
+    """Names of the registered models that match a shell pattern, in the order of registration."""
+    return [name for name in _REGISTRY if fnmatch.fnmatchcase(name, pattern)]
+
+
+def model_spec(name: str) -> ModelSpec:
+    """The `ModelSpec` of `name`. Raises ModelError, with the nearest names, if there is none."""
+    try:
+        return _REGISTRY[name]
+    except KeyError:
+        raise ModelError(f"unknown model {name!r}: {nearest(name, _REGISTRY)}") from None
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int = 10,
+    in_chans: int = 3,
+    w_bits: int | None = None,
+    a_bits: int | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a freshly initialised model; see `cnvzoo.create_model` for the arguments and errors."""
+    spec = model_spec(name)
+    if num_classes < 1:
+        raise ModelError(f"num_classes={num_classes}: a classifier needs at least 1 class")
+    if in_chans < 1:
+        raise ModelError(f"in_chans={in_chans}: an image has at least 1 channel")
+    unknown = [key for key in kwargs if key not in spec.options]
+    if unknown:
+        takes = nearest(unknown[0], spec.options) if spec.options else "it takes no options of its own"
+        raise ModelError(f"{name} has no option {unknown[0]!r}: {takes}")
+    if spec.quantized:
+        kwargs |= {"w_bits": check_bits("w_bits", w_bits, name), "a_bits": check_bits("a_bits", a_bits, name)}
+    elif w_bits is not None or a_bits is not None:
+        twins = [s.name for s in _REGISTRY.values() if s.float_twin == name]
+        remedy = f"use {twins[0]!r}, its quantized twin" if twins else "leave w_bits and a_bits out"
+        raise ModelError(f"{name} is a float model and has no bit widths: {remedy}")
+    model = spec.build(num_classes=num_classes, in_chans=in_chans, **kwargs)
+    model.spec = spec  # type: ignore[assignment]  (how a model is to be fed can be asked of it)
+    guard_input(model, spec, in_chans)
+    return model
+
+
+def check_bits(argument: str, bits: int | None, model: str) -> int:
+    """Return `bits` if it is a whole number from 1 to 8, else raise ModelError naming `argument`."""
+    if bits is None:
+        raise ModelError(f"{model} needs {argument}: a whole number from {BITS[0]} to {BITS[-1]}")
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
+        close = min(max(round(bits), BITS[0]), BITS[-1]) if isinstance(bits, (int, float)) else BITS[-1]
+        raise ModelError(
+            f"{argument}={bits!r} is not a whole number from {BITS[0]} to {BITS[-1]}: "
+            f"the nearest that {model} can have is {argument}={close}"
+        )
+    return bits
+
+
+def guard_input(model: nn.Module, spec: ModelSpec, in_chans: int) -> None:
+    """Make `model` refuse batches of another shape with words, before a layer does so with numbers."""
+
+    def check(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        shape = tuple(args[0].shape)
+        if len(shape) != 4:
+            raise ModelError(
+                f"{spec.name} takes a batch of images [N, {in_chans}, H, W], not a tensor of shape {list(shape)}"
+            )
+        _, channels, height, width = shape
+        if channels != in_chans:
+            raise ModelError(
+                f"{spec.name} was built for {in_chans} channel(s) and was given {channels}: "
+                f"create it with in_chans={channels}, or convert the images"
+            )
+        size = spec.input_size
+        if size is not None and (height, width) != (size, size):
+            raise ModelError(
+                f"{spec.name} takes {size}x{size} images and was given {height}x{width}: "
+                f"cnvzoo.transforms pads or resizes images to {size}x{size}"
+            )
+        if min(height, width) < spec.min_size:
+            raise ModelError(
+                f"{spec.name} takes images of at least {spec.min_size}x{spec.min_size} and was given {height}x{width}"
+            )
+
+    model.register_forward_pre_hook(check)
