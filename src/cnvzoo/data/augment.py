@@ -1,0 +1,89 @@
+"""Which augmentations a recipe may choose, and those that act on a finished batch: cutout, mixup, CutMix.
+
+All are batched tensor operations whose random numbers come in as arguments, so a batch is a function of its plan and
+nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+
+class Augmentation(BaseModel):
+    """The augmentation of a recipe; everything is off by default.
+
+    Applied in this order: crop, flip, TrivialAugmentWide, cutout, then mixup or CutMix.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    crop_padding: Annotated[int, Field(ge=0, description="Random crop after reflect-padding by so many pixels.")] = 0
+    flip: Annotated[bool, Field(description="Mirror left-right with probability 1/2.")] = False
+    trivial_augment: Annotated[bool, Field(description="TrivialAugmentWide (Mueller & Hutter 2021).")] = False
+    cutout: Annotated[int, Field(ge=0, description="Side in pixels of a square filled with the mean colour.")] = 0
+    mixup: Annotated[float, Field(ge=0, allow_inf_nan=False, description="alpha of mixup's Beta; 0 is off.")] = 0.0
+    cutmix: Annotated[float, Field(ge=0, allow_inf_nan=False, description="alpha of CutMix's Beta; 0 is off.")] = 0.0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether targets become class probabilities."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def cutout_(images: Tensor, rows: Tensor, cols: Tensor, side: int, fill: Tensor) -> Tensor:
+    """Fill a square of each image, in place (DeVries & Taylor 2017, arXiv:1708.04552).
+
+    The square covers `side` pixels from centre - side // 2 on, cut off at the borders.
+
+    Args:
+        images: contiguous [B, S, S, C].
+        rows, cols: int64 [B], the centres, in 0..S-1.
+        fill: [C], of the images' dtype.
+    """
+    b, s, _, c = images.shape
+    span = torch.arange(side, device=images.device) - side // 2
+    # Positions beyond a border are clamped onto it, which the square covers anyway.
+    r = (rows[:, None] + span).clamp_(0, s - 1)
+    q = (cols[:, None] + span).clamp_(0, s - 1)
+    r += torch.arange(b, device=images.device)[:, None] * s
+    index = (r[:, :, None] * s + q[:, None, :]).view(-1)
+    images.view(-1, c).index_copy_(0, index, fill.expand(len(index), c))
+    return images
+
+
+def mixup(x: Tensor, partner: Tensor, lam: float) -> Tensor:
+    """lam * x + (1 - lam) * x[partner] (Zhang et al. 2018, arXiv:1710.09412).
+
+    Args:
+        x: float [B, C, S, S].
+        partner: int64 [B], a permutation of the batch.
+        lam: share of each image itself, 0 to 1.
+    """
+    return x[partner].lerp_(x, lam)
+
+
+def cutmix_box(size: int, lam: float, row: int, col: int) -> tuple[int, int, int, int]:
+    """The box (top, bottom, left, right; ends exclusive) of CutMix around a centre, cut off at the borders.
+
+    Before it is cut off, its area is 1 - lam of the image (Yun et al. 2019, arXiv:1905.04899, appendix A).
+    """
+    half = int(size * math.sqrt(1 - lam)) // 2
+    return max(row - half, 0), min(row + half, size), max(col - half, 0), min(col + half, size)
+
+
+def cutmix_(x: Tensor, partner: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, float]:
+    """Paste a box of x[partner] into x [B, C, S, S], in place; also returns the share that x keeps, by exact area."""
+    top, bottom, left, right = box
+    x[:, :, top:bottom, left:right] = x[:, :, top:bottom, left:right][partner]
+    return x, 1 - (bottom - top) * (right - left) / (x.shape[2] * x.shape[3])
+
+
+def mixed_targets(labels: Tensor, partner: Tensor, lam: float, num_classes: int) -> Tensor:
+    """Class probabilities float32 [B, K]: lam on the label, 1 - lam on the partner's."""
+    classes = torch.arange(num_classes, device=labels.device)
+    return (labels[:, None] == classes) * lam + (labels[partner][:, None] == classes) * (1 - lam)

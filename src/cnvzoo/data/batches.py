@@ -1,0 +1,213 @@
+"""Training batches from images that live on the device: crop, flip and sampling are one gather.
+
+A batch is a function of (seed, epoch, step) alone. All random numbers of an epoch are drawn up front on the CPU and
+batch k is a slice of that plan: a run resumes exactly at any step, every device sees the same augmentation, and no
+global random state is touched or waited for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cnvzoo.data import trivial_augment
+from cnvzoo.data.augment import Augmentation, cutmix_, cutmix_box, cutout_, mixed_targets, mixup
+from cnvzoo.data.preprocessing import Preprocessing
+
+
+@dataclass(frozen=True)
+class _Mix:
+    """How one batch is mixed; `box` is None for mixup."""
+
+    lam: float
+    box: tuple[int, int, int, int] | None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """An epoch's random numbers: tensors [steps, B] on the device, and what the host must know per step."""
+
+    image: Tensor
+    row: Tensor
+    col: Tensor
+    flip: Tensor
+    trivial: tuple[Tensor, list[list[int]]] | None
+    cutout_row: Tensor
+    cutout_col: Tensor
+    partner: Tensor
+    mix: list[_Mix]
+
+
+class TrainBatches:
+    """Shuffled, augmented batches of a training set.
+
+    Args:
+        images: uint8 [N, H, W, C]; moved to `device` once and kept there.
+        labels: integers [N], 0 to num_classes - 1.
+        num_classes: K.
+        preprocessing: from image to network input; its zero padding comes before the crop.
+        augmentation: what is done to an image on the way.
+        batch_size: B; the partial last batch of an epoch is dropped.
+        seed: any integer.
+        device: where the batches are made.
+
+    Raises:
+        TypeError: images that are not uint8, labels that are not integers.
+        ValueError: shapes, labels, batch size or augmentation that do not fit together.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        num_classes: int,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str,
+    ) -> None:
+        padded = preprocessing.pad(images)
+        _check(padded, labels, num_classes, augmentation, batch_size)
+        self.num_classes = num_classes
+        self.preprocessing = preprocessing
+        self.augmentation = augmentation
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = torch.device(device)
+        self._size = preprocessing.size
+        self._pixels = padded.contiguous().to(self.device).view(-1, preprocessing.in_chans)
+        self._labels = labels.to(self.device, torch.int64)
+        # Reflect padding is a look-up from padded to real coordinates: no padded copy of the set is kept.
+        p, s = augmentation.crop_padding, self._size
+        self._reflect = (s - 1 - (s - 1 - torch.arange(-p, s + p).abs()).abs()).to(self.device)
+        self._span = torch.arange(s, device=self.device)
+        self._mean_colour = _mean_colour(images).to(self.device) if augmentation.cutout else None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self._labels) // self.batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from step `start` on, equal to those of an epoch begun at 0.
+
+        Yields:
+            x: float32 [B, C, S, S] in channels_last.
+            target: int64 [B], or float32 [B, K] with rows that sum to 1 where mixup or CutMix is on.
+
+        Raises:
+            ValueError: a negative epoch, or `start` outside 0..steps_per_epoch.
+        """
+        if epoch < 0 or not 0 <= start <= self.steps_per_epoch:
+            raise ValueError(
+                f"Expected an epoch of at least 0 and a start of 0 to {self.steps_per_epoch}, "
+                f"got epoch {epoch}, start {start}."
+            )
+        return self._iterate(epoch, start)
+
+    def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        plan = self._draw(epoch)
+        for step in range(start, self.steps_per_epoch):
+            yield self._batch(plan, step)
+
+    def _draw(self, epoch: int) -> _Plan:
+        augmentation, s = self.augmentation, self._size
+        shape = (self.steps_per_epoch, self.batch_size)
+        g = torch.Generator().manual_seed(_epoch_seed(self.seed, epoch))
+        count = shape[0] * shape[1]
+        image = torch.randperm(len(self._labels), generator=g)[:count].view(shape)
+        row, col = torch.randint(2 * augmentation.crop_padding + 1, (2, *shape), generator=g)
+        flip = torch.rand(shape, generator=g) < (0.5 if augmentation.flip else 0.0)
+        cutout_row, cutout_col = torch.randint(s, (2, *shape), generator=g)
+        partner = torch.rand(shape, generator=g).argsort(dim=1)
+        mix = self._draw_mix(g)
+        trivial = None
+        if augmentation.trivial_augment:
+            ops, magnitudes = trivial_augment.draw(shape, g)
+            parameters = trivial_augment.parameters(ops, magnitudes, s).to(self.device)
+            trivial = parameters, trivial_augment.counts(ops)
+        tensors = (t.to(self.device) for t in (image, row, col, flip, cutout_row, cutout_col, partner))
+        image, row, col, flip, cutout_row, cutout_col, partner = tensors
+        return _Plan(image, row, col, flip, trivial, cutout_row, cutout_col, partner, mix)
+
+    def _draw_mix(self, g: torch.Generator) -> list[_Mix]:
+        mixup_alpha, cutmix_alpha, steps = self.augmentation.mixup, self.augmentation.cutmix, self.steps_per_epoch
+        if not self.augmentation.mixes:
+            return []
+        # torch's Beta takes no generator, so NumPy's is seeded from ours.
+        beta = np.random.default_rng(int(torch.randint(2**62, (), generator=g))).beta
+        share = 0.5 if mixup_alpha and cutmix_alpha else float(cutmix_alpha > 0)
+        use_cutmix = (torch.rand(steps, generator=g) < share).tolist()
+        centres = torch.randint(self._size, (steps, 2), generator=g).tolist()
+        mix = []
+        for cut, (row, col) in zip(use_cutmix, centres, strict=True):
+            alpha = cutmix_alpha if cut else mixup_alpha
+            lam = float(beta(alpha, alpha))
+            mix.append(_Mix(lam, cutmix_box(self._size, lam, row, col) if cut else None))
+        return mix
+
+    def _batch(self, plan: _Plan, step: int) -> tuple[Tensor, Tensor]:
+        augmentation, s = self.augmentation, self._size
+        image = plan.image[step]
+        column = torch.where(plan.flip[step][:, None], self._span.flip(0), self._span)
+        rows = self._reflect[plan.row[step][:, None] + self._span]
+        cols = self._reflect[plan.col[step][:, None] + column]
+        index = ((image[:, None] * s + rows) * s)[:, :, None] + cols[:, None, :]
+        images = self._pixels.index_select(0, index.view(-1)).view(len(image), s, s, -1)
+        if plan.trivial is not None:
+            parameters, counts = plan.trivial
+            trivial_augment.apply_(images, parameters[step], counts[step])
+        if self._mean_colour is not None:
+            cutout_(images, plan.cutout_row[step], plan.cutout_col[step], augmentation.cutout, self._mean_colour)
+        x, labels = self.preprocessing(images), self._labels[image]
+        if not plan.mix:
+            return x, labels
+        partner, mix = plan.partner[step], plan.mix[step]
+        if mix.box is None:
+            x, lam = mixup(x, partner, mix.lam), mix.lam
+        else:
+            x, lam = cutmix_(x, partner, mix.box)
+        return x, mixed_targets(labels, partner, lam, self.num_classes)
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    # Hashed, so that neighbouring seeds and epochs share nothing; torch's CPU generator keeps 32 bits of it.
+    return int.from_bytes(hashlib.sha256(f"cnvzoo epoch {seed}/{epoch}".encode()).digest()[:4], "little")
+
+
+def _mean_colour(images: Tensor) -> Tensor:
+    """The mean over all pixels, rounded to 8 bits: cutout fills before scaling, so inputs stay multiples of 1/255."""
+    n, _, w, c = images.shape
+    # 4096 rows at a time: their float32 sums are below 2**24, hence exact.
+    rows = images.reshape(-1, w * c).split(4096)
+    total = torch.stack([r.float().sum(0) for r in rows]).sum(0, dtype=torch.float64)
+    return (total.view(w, c).sum(0) / (n * w * w)).round().to(torch.uint8)
+
+
+def _check(images: Tensor, labels: Tensor, num_classes: int, augmentation: Augmentation, batch_size: int) -> None:
+    size = images.shape[1]
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"Labels must be integers, got {labels.dtype}.")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"Expected one label per image: {len(images)} images, labels of shape {list(labels.shape)}.")
+    if not 1 <= batch_size <= len(labels):
+        raise ValueError(
+            f"batch_size must be 1 to {len(labels)}, the number of training images, got {batch_size}: "
+            "the partial last batch is dropped, so no batch would be left."
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"Labels must be 0 to {num_classes - 1} for {num_classes} classes, got {low} to {high}.")
+    if augmentation.crop_padding >= size:
+        raise ValueError(
+            f"crop_padding must be below the image side {size} (a reflection cannot be wider than the image), "
+            f"got {augmentation.crop_padding}."
+        )
+    if augmentation.cutout > size:
+        raise ValueError(f"cutout must be at most the image side {size}, got {augmentation.cutout}.")

@@ -1,0 +1,177 @@
+"""The four benchmark datasets: what they are, and loading them as plain uint8 tensors.
+
+Images stay [N, H, W, C] uint8 in their published order, as small as they can be; everything that turns them into
+network inputs is in `preprocessing` and `batches`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cnvzoo.data.cache import CHECKSUMS, DatasetError, default_root, load_arrays
+from cnvzoo.errors import nearest
+
+# Alphabetical, which is the order of the labels.
+_CIFAR100_CLASSES = (
+    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle "
+    "caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant "
+    "flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man "
+    "maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree "
+    "plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper "
+    "snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train "
+    "trout tulip turtle wardrobe whale willow_tree wolf woman worm"
+)
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a dataset is. `mean` and `std` are those of the training pixels, per channel, in units of [0, 1]."""
+
+    name: str
+    classes: tuple[str, ...]
+    in_chans: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train_size: int
+    test_size: int
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+_DATASETS = {
+    info.name: info
+    for info in (
+        DatasetInfo("mnist", tuple("0123456789"), 1, 28, (0.1307,), (0.3081,), 60_000, 10_000),
+        DatasetInfo(
+            "fashion_mnist",
+            ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+            1,
+            28,
+            (0.2860,),
+            (0.3530,),
+            60_000,
+            10_000,
+        ),
+        DatasetInfo(
+            "cifar10",
+            ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+            3,
+            32,
+            (0.4914, 0.4822, 0.4465),
+            (0.2470, 0.2435, 0.2616),
+            50_000,
+            10_000,
+        ),
+        DatasetInfo(
+            "cifar100",
+            tuple(_CIFAR100_CLASSES.split()),
+            3,
+            32,
+            (0.5071, 0.4865, 0.4409),
+            (0.2673, 0.2564, 0.2762),
+            50_000,
+            10_000,
+        ),
+    )
+}
+assert _DATASETS.keys() == CHECKSUMS.keys()
+
+
+def list_datasets() -> list[str]:
+    """The names that `load_dataset` takes."""
+    return list(_DATASETS)
+
+
+def dataset_info(name: str) -> DatasetInfo:
+    """The facts about a dataset; needs neither its files nor the network.
+
+    Raises:
+        DatasetError: no such dataset.
+    """
+    if name not in _DATASETS:
+        raise DatasetError(f"unknown dataset {name!r}: {nearest(name, _DATASETS)}")
+    return _DATASETS[name]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A training and a test set in memory: images uint8 [N, H, W, C], labels uint8 [N].
+
+    The tensors are shared, not copied: do not write to them.
+    """
+
+    info: DatasetInfo
+    train_images: Tensor = field(repr=False)
+    train_labels: Tensor = field(repr=False)
+    test_images: Tensor = field(repr=False)
+    test_labels: Tensor = field(repr=False)
+
+    def __post_init__(self) -> None:
+        side = (self.info.image_size, self.info.image_size, self.info.in_chans)
+        for split, images, labels, size in (
+            ("train", self.train_images, self.train_labels, self.info.train_size),
+            ("test", self.test_images, self.test_labels, self.info.test_size),
+        ):
+            for key, array, shape in (("images", images, (size, *side)), ("labels", labels, (size,))):
+                if array.dtype != torch.uint8 or tuple(array.shape) != shape:
+                    raise DatasetError(
+                        f"{split}_{key} of {self.info.name} must be uint8 {list(shape)}, "
+                        f"not {str(array.dtype).removeprefix('torch.')} {list(array.shape)}."
+                    )
+
+    def holdout(self, n: int) -> Dataset:
+        """Split `n` training images off as the test set, for choosing recipes without reading the real one.
+
+        The split is always the same: each class gives its share of `n` (largest remainders first), evenly spaced over
+        the class in the published order. No random numbers, so no seed and no library version can move it.
+
+        Raises:
+            ValueError: unless 0 < n < len(train_images).
+        """
+        if not 0 < n < len(self.train_labels):
+            raise ValueError(
+                f"holdout must keep some of the {len(self.train_labels)} training images of {self.info.name} on "
+                f"either side: expected 1 to {len(self.train_labels) - 1}, got {n}."
+            )
+        held = torch.zeros(len(self.train_labels), dtype=torch.bool)
+        for members, share in zip(*_shares(self.train_labels, n), strict=True):
+            held[members[(torch.arange(share) * 2 + 1) * len(members) // (2 * share)]] = True
+        return Dataset(
+            replace(self.info, train_size=len(held) - n, test_size=n),
+            self.train_images[~held],
+            self.train_labels[~held],
+            self.train_images[held],
+            self.train_labels[held],
+        )
+
+
+def _shares(labels: Tensor, n: int) -> tuple[list[Tensor], list[int]]:
+    """The positions of each class present, and how many of them fall to a stratified sample of `n`."""
+    classes = [torch.nonzero(labels == label).squeeze(1) for label in torch.unique(labels)]
+    shares = [len(members) * n // len(labels) for members in classes]
+    by_remainder = sorted(range(len(classes)), key=lambda c: (-(len(classes[c]) * n % len(labels)), c))
+    for c in by_remainder[: n - sum(shares)]:
+        shares[c] += 1
+    kept = [c for c, share in enumerate(shares) if share]
+    return [classes[c] for c in kept], [shares[c] for c in kept]
+
+
+def load_dataset(name: str, *, root: str | Path | None = None) -> Dataset:
+    """Load a dataset from the cache, filling it from torchvision's downloader on first use.
+
+    Args:
+        name: one of `list_datasets()`.
+        root: the cache directory; default `$CNVZOO_DATA`, else `~/.cache/cnvzoo/datasets`.
+
+    Raises:
+        DatasetError: unknown name, or no data with the published checksums is there or can be fetched.
+    """
+    info = dataset_info(name)
+    return Dataset(info, **load_arrays(name, Path(root).expanduser() if root is not None else default_root()))

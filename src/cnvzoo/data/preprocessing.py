@@ -1,0 +1,193 @@
+"""From an 8-bit image to a network's input: pad, scale, normalise. Said once, here.
+
+`Preprocessing` is the batched form that training and evaluation use; `transforms` is the same thing as a torchvision
+pipeline for a user's own images. The two give equal bits, so an accuracy measured here holds there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cnvzoo.data.datasets import DatasetInfo, dataset_info
+
+if TYPE_CHECKING:
+    from torchvision.transforms.v2 import Compose
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Zero-pad to `size`, scale to [0, 1], subtract `mean`, divide by `std`.
+
+    Attributes:
+        size: side in pixels of the network's square input.
+        mean: per channel, in units of [0, 1]; its length is the number of channels.
+        std: per channel, in units of [0, 1].
+        image_size: side in pixels of the images before padding (None: `size`). A user's image of another size is
+            brought to it by `transforms`.
+
+    Padding is symmetric, with raw zeros, and comes before normalisation: a padded pixel is a black pixel.
+    Scaling multiplies by float32(1/255), like torchvision's `ToDtype(scale=True)`.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(float(m) for m in self.mean))
+        object.__setattr__(self, "std", tuple(float(s) for s in self.std))
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
+            raise ValueError(
+                f"mean and std must have one value per channel, 1 or 3 of them: got {self.mean} and {self.std}."
+            )
+        if not all(map(math.isfinite, self.mean)) or not all(0 < s < math.inf for s in self.std):
+            raise ValueError(f"mean must be finite and std positive: got {self.mean} and {self.std}.")
+        if self.size < 1:
+            raise ValueError(f"size must be a positive number of pixels, got {self.size}.")
+        self._padding(self.native_size)
+
+    @classmethod
+    def for_dataset(cls, info: DatasetInfo, *, size: int | None = None, normalize: bool = True) -> Preprocessing:
+        """The preprocessing for a dataset's images at a network's input `size` (None: the images' own).
+
+        `normalize=False` leaves the scaled 8-bit image, which is what quantized models take.
+        """
+        mean = info.mean if normalize else (0.0,) * info.in_chans
+        std = info.std if normalize else (1.0,) * info.in_chans
+        return cls(info.image_size if size is None else size, mean, std, info.image_size)
+
+    @property
+    def in_chans(self) -> int:
+        return len(self.mean)
+
+    @property
+    def native_size(self) -> int:
+        """Side in pixels of the images before padding."""
+        return self.size if self.image_size is None else self.image_size
+
+    @property
+    def normalizes(self) -> bool:
+        """False where mean 0 and std 1 leave the scaled image as it is."""
+        return any(self.mean) or any(s != 1 for s in self.std)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A form for JSON; `from_dict` takes it back."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """The inverse of `to_dict`. Raises ValueError for unknown or missing keys."""
+        known = {"size", "mean", "std", "image_size"}
+        if not {"size", "mean", "std"} <= values.keys() <= known:
+            raise ValueError(f"A preprocessing has the keys size, mean, std and image_size, got {sorted(values)}.")
+        return cls(values["size"], tuple(values["mean"]), tuple(values["std"]), values.get("image_size"))
+
+    def _padding(self, side: int) -> int:
+        margin = self.size - side
+        if side < 1 or margin < 0 or margin % 2:
+            raise ValueError(
+                f"Images of side {side} cannot be padded symmetrically to {self.size}: expected {self.size}, "
+                f"or smaller by an even number of pixels. Resize them first (cnvzoo.transforms does)."
+            )
+        return margin // 2
+
+    def pad(self, images: Tensor) -> Tensor:
+        """Zero-pad uint8 images [N, H, W, C], H == W, to [N, size, size, C]; not copied if they have that size.
+
+        Raises:
+            TypeError: images that are not uint8.
+            ValueError: another shape or channel count, or a side that does not pad symmetrically to `size`.
+        """
+        if images.dtype != torch.uint8:
+            raise TypeError(f"Images must be uint8 (0 to 255), got {images.dtype}.")
+        if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != self.in_chans:
+            raise ValueError(
+                f"Images must be [N, H, W, C] with H == W and C == {self.in_chans}, got shape {list(images.shape)}."
+            )
+        p = self._padding(images.shape[1])
+        return nn.functional.pad(images, (0, 0, p, p, p, p)) if p else images
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [N, H, W, C] -> float32 [N, C, size, size] in channels_last. Raises as `pad` does."""
+        x = self.pad(images).to(torch.float32, memory_format=torch.contiguous_format).mul_(1.0 / 255.0)
+        if self.normalizes:
+            # Whole rows at a time: a broadcast over 1 or 3 channels does not vectorise.
+            mean, std = _row_constants(self, x.device)
+            x.view(len(x), self.size, self.size * self.in_chans).sub_(mean).div_(std)
+        return x.permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=64)
+def _row_constants(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=device).repeat(preprocessing.size)
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    return mean, std
+
+
+class _EightBit(nn.Module):
+    """A PIL image or uint8 tensor [C, H, W] to a uint8 tensor of `in_chans` channels."""
+
+    def __init__(self, in_chans: int) -> None:
+        super().__init__()
+        self.in_chans = in_chans
+
+    def extra_repr(self) -> str:
+        return f"in_chans={self.in_chans}"
+
+    def forward(self, image: Any) -> Tensor:
+        from PIL import Image
+        from torchvision.transforms.v2 import functional as F
+
+        if isinstance(image, Image.Image):
+            if image.mode in ("F", "I") or image.mode.startswith("I;"):
+                raise ValueError(f"Expected an 8-bit image, got one of PIL mode {image.mode!r}: scale it to 8 bits.")
+            image = F.pil_to_tensor(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+        if not isinstance(image, Tensor):
+            raise TypeError(f"Expected a PIL image or a uint8 tensor [C, H, W], got {type(image).__name__}.")
+        if image.dtype != torch.uint8:
+            raise TypeError(f"An image tensor must be uint8 (0 to 255), got {image.dtype}.")
+        if image.ndim != 3 or image.shape[0] not in (1, 3):
+            raise ValueError(f"An image tensor must be [C, H, W] with C 1 or 3, got shape {list(image.shape)}.")
+        return F.rgb_to_grayscale(image) if self.in_chans == 1 else F.grayscale_to_rgb(image)
+
+
+def transforms(source: str | DatasetInfo | Preprocessing) -> Compose:
+    """The torchvision v2 pipeline for a user's own images: PIL image or uint8 [C, H, W] -> float32 [C, size, size].
+
+    Greyscale and RGB are converted to the channels expected; an image of another size has its shorter side resized
+    (bilinear, antialiased) to the dataset's own and its middle cut out. On images of the dataset's own size and
+    channels the result equals `Preprocessing` bit for bit.
+
+    Args:
+        source: a dataset's name or info (normalised, at its own size), or the preprocessing of a checkpoint.
+
+    Raises:
+        DatasetError: unknown dataset name.
+    """
+    from torchvision.transforms import v2
+
+    if isinstance(source, str):
+        source = dataset_info(source)
+    preprocessing = Preprocessing.for_dataset(source) if isinstance(source, DatasetInfo) else source
+    side = preprocessing.native_size
+    steps: list[nn.Module] = [
+        _EightBit(preprocessing.in_chans),
+        v2.Resize(side, antialias=True),
+        v2.CenterCrop(side),
+    ]
+    if preprocessing.size > side:
+        steps.append(v2.Pad((preprocessing.size - side) // 2))
+    steps += [
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(list(preprocessing.mean), list(preprocessing.std)),
+    ]
+    return v2.Compose(steps)
