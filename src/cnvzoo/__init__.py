@@ -1,0 +1,28 @@
+"""cnvzoo: small image classifiers, float and quantized, with proven weights and the recipes that give them."""
+
+from importlib.metadata import version
+
+from cnvzoo.data import load_dataset
+from cnvzoo.errors import CnvzooError
+from cnvzoo.hub import load_checkpoint
+from cnvzoo.models import register_model
+from cnvzoo.train import Recipe, load_recipe
+from cnvzoo.zoo import create_model, evaluate, list_models, model_info, quantize, train, transforms
+
+__version__ = version("cnvzoo")
+
+__all__ = [
+    "CnvzooError",
+    "Recipe",
+    "create_model",
+    "evaluate",
+    "list_models",
+    "load_checkpoint",
+    "load_dataset",
+    "load_recipe",
+    "model_info",
+    "quantize",
+    "register_model",
+    "train",
+    "transforms",
+]

@@ -1,0 +1,26 @@
+"""From a recipe to weights and a record. Needs neither hub nor network: a float start is handed in."""
+
+from .device import resolve_device
+from .recipe import Optimizer, Recipe, RecipeError, Schedule, load_recipe, recipe_from_dict
+from .record import RecordError, RunRecord
+from .run import RunError, RunInterrupted, preprocessing_of, run_recipe
+from .trainer import Trainer, TrainingDiverged, count_correct
+
+__all__ = [
+    "Optimizer",
+    "Recipe",
+    "RecipeError",
+    "RecordError",
+    "RunError",
+    "RunInterrupted",
+    "RunRecord",
+    "Schedule",
+    "Trainer",
+    "TrainingDiverged",
+    "count_correct",
+    "load_recipe",
+    "preprocessing_of",
+    "recipe_from_dict",
+    "resolve_device",
+    "run_recipe",
+]

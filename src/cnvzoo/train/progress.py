@@ -1,0 +1,65 @@
+"""How a run tells how far it is: a bar with the time left on a terminal, one line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from .trainer import Trainer
+
+
+class TrainingProgress:
+    """Context manager; call it after every step with the trainer.
+
+    Args:
+        name: what is trained.
+        trainer: at the step that training starts from.
+        quiet: say nothing.
+    """
+
+    def __init__(self, name: str, trainer: Trainer, quiet: bool = False) -> None:
+        self._name = name
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._epochs = trainer.total_steps // trainer.steps_per_epoch
+        self._started, self._first_step = time.monotonic(), trainer.step
+        columns = "[bold]{task.description}", "{task.fields[status]}"
+        self._bar = Progress(
+            TextColumn(columns[0]),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn(columns[1]),
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(name, total=trainer.total_steps, completed=trainer.step, status="")
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, trainer: Trainer) -> None:
+        at_epoch_end = trainer.step % trainer.steps_per_epoch == 0
+        status = f"loss {trainer.history[-1]['loss']:.3f}" if trainer.history else ""
+        self._bar.update(self._task, completed=trainer.step, status=status)
+        if at_epoch_end and not self._console.is_terminal:
+            last = trainer.history[-1]
+            rate = (time.monotonic() - self._started) / (trainer.step - self._first_step)
+            left = rate * (trainer.total_steps - trainer.step)
+            self._console.print(
+                f"{self._name}: epoch {int(last['epoch'])}/{self._epochs}, loss {last['loss']:.4f}, "
+                f"{last['seconds']:.1f} s, {left / 60:.1f} min left"
+            )

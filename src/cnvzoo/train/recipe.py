@@ -1,0 +1,230 @@
+"""A recipe: everything that decides the weights of a table entry, as typed and validated YAML.
+
+A recipe may extend another (`extends: _cifar.yaml`, a path relative to its own file): mappings are merged,
+anything else is replaced. Whatever is wrong is reported with the file and line that say it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cnvzoo.data import Augmentation, dataset_info
+from cnvzoo.errors import CnvzooError, nearest
+from cnvzoo.models import model_spec
+
+Where = dict[tuple[str, ...], str]  # key path -> "file:line"
+
+
+class RecipeError(CnvzooError, ValueError):
+    """A recipe that cannot be used: says which file, key and line, what was expected and what to do."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Optimizer(_Section):
+    """How weights move.
+
+    Attributes:
+        name: `sgd` (Nesterov), `adamw`, or `muon` (Jordan et al. 2024) for the hidden convolution and linear
+            weights with SGD for everything else.
+        lr: peak learning rate.
+        momentum: of SGD and Muon.
+        weight_decay: on convolution and linear weights only; BatchNorm, biases and quantizer scales have none.
+        sgd_lr: with `muon`, the peak learning rate of the parameters that SGD moves.
+    """
+
+    name: Literal["sgd", "adamw", "muon"] = "sgd"
+    lr: float = Field(gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    sgd_lr: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _sgd_lr_belongs_to_muon(self) -> Optimizer:
+        if (self.name == "muon") != (self.sgd_lr is not None):
+            raise ValueError("sgd_lr goes with name: muon, which needs it, and with no other optimizer")
+        return self
+
+
+class Schedule(_Section):
+    """Learning rate over the run: linear warm-up, then decay to `final` times the peak, every step."""
+
+    name: Literal["linear", "cosine"] = "cosine"
+    warmup_epochs: float = Field(default=1.0, ge=0)
+    final: float = Field(default=0.0, ge=0, le=1)
+
+
+class Recipe(_Section):
+    """One training run, seed included.
+
+    Attributes:
+        name: the table entry, `<dataset>_<model>[_w<W>a<A>]`.
+        model, w_bits, a_bits: as for `cnvzoo.create_model`.
+        dataset: one of `cnvzoo.list_datasets()`.
+        epochs, batch_size: passes over the training set and images per step.
+        label_smoothing: 0 to below 1.
+        ema: decay per step of the averaged weights, which are then the ones evaluated and kept; None for none.
+        precision: of the training step. Evaluation is in float32 always.
+        float_start: the entry of the float twin whose weights, of the same seed, this run starts from.
+        seed: of initialisation, shuffling and augmentation.
+    """
+
+    name: str
+    model: str
+    dataset: str
+    w_bits: int | None = None
+    a_bits: int | None = None
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=2)
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    augmentation: Augmentation = Field(default_factory=Augmentation)
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    float_start: str | None = None
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        spec = model_spec(self.model)
+        dataset_info(self.dataset)
+        if spec.quantized != (self.w_bits is not None and self.a_bits is not None):
+            needs = "needs w_bits and a_bits" if spec.quantized else "is a float model: leave out w_bits and a_bits"
+            raise ValueError(f"model {self.model} {needs}")
+        for key, bits in (("w_bits", self.w_bits), ("a_bits", self.a_bits)):
+            if bits is not None and not 1 <= bits <= 8:
+                raise ValueError(f"{key} is {bits}: bit widths go from 1 to 8")
+        if self.float_start and not spec.quantized:
+            raise ValueError("float_start is for quantized models: leave it out")
+        if self.schedule.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs is {self.schedule.warmup_epochs}: must be below epochs, {self.epochs}"
+            )
+        return self
+
+    @property
+    def tag(self) -> str:
+        """The model with its bit widths, as in checkpoint names: `quant_cnv_w4a4`."""
+        return self.model if self.w_bits is None else f"{self.model}_w{self.w_bits}a{self.a_bits}"
+
+    def fingerprint(self) -> str:
+        """sha256 of everything in the recipe that decides the weights, the seed excluded."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"seed", "name"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and validate a recipe file. Its `name` is the file's stem.
+
+    Raises:
+        RecipeError: not readable, not YAML, an unknown key, a wrong type or an impossible value.
+    """
+    path = Path(path)
+    values, where = _read(path, ())
+    if "name" in values:
+        raise RecipeError(f"{where['name',]}: name: a recipe is named after its file: remove this line")
+    return recipe_from_dict({**values, "name": path.stem}, str(path), where)
+
+
+def recipe_from_dict(values: dict[str, Any], source: str, where: Where | None = None) -> Recipe:
+    """Validate `values` as a Recipe; errors name `source`, or the line that `where` gives for a key."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(dict(e), source, where or {}) for e in error.errors()]
+        raise RecipeError("\n".join(lines)) from None
+    except CnvzooError as error:
+        raise RecipeError(f"{source}: {error}") from None
+
+
+def _explain(error: dict[str, Any], source: str, where: Where) -> str:
+    path = tuple(str(part) for part in error["loc"])
+    place = next((where[path[:n]] for n in range(len(path), 0, -1) if path[:n] in where), source)
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        section: type[BaseModel] = Recipe
+        for part in path[:-1]:
+            section = _section_type(section, part)
+        return f"{place}: {key}: unknown key: {nearest(path[-1], section.model_fields)}"
+    if error["type"] == "missing":
+        return f"{place}: {key}: missing: add it"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] in ("value_error", "assertion_error"):
+        return f"{place}: {key + ': ' if key else ''}{message}"
+    return f"{place}: {key}: {error['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _section_type(section: type[BaseModel], key: str) -> type[BaseModel]:
+    annotation = section.model_fields[key].annotation
+    assert isinstance(annotation, type)
+    assert issubclass(annotation, BaseModel)
+    return annotation
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 5e-4 as a number, as YAML 1.2 does and people expect."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], Where]:
+    """The values of a recipe file merged over those it extends, and where each was said."""
+    if path.resolve() in children:
+        raise RecipeError(f"{path}: extends itself, through {' -> '.join(p.name for p in children)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            where: Where = {}
+            _locate(node, (), str(path), where)
+            values = loader.construct_document(node) if node else {}
+        finally:
+            loader.dispose()
+    except FileNotFoundError:
+        extended_by = f" (extended by {children[-1]})" if children else ""
+        raise RecipeError(f"{path}: no such recipe{extended_by}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}:1: a recipe is a mapping of keys to values, not {type(values).__name__}")
+    base = values.pop("extends", None)
+    if base is None:
+        return values, where
+    if not isinstance(base, str):
+        raise RecipeError(f"{where['extends',]}: extends: expected a file name, not {base!r}")
+    base_values, base_where = _read(path.parent / base, (*children, path.resolve()))
+    return _merge(base_values, values), {**base_where, **where}
+
+
+def _locate(node: yaml.Node | None, path: tuple[str, ...], file: str, where: Where) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        here = (*path, str(key.value))
+        place = f"{file}:{key.start_mark.line + 1}"
+        if here in where:
+            raise RecipeError(f"{place}: {'.'.join(here)}: given before, at {where[here]}: keep one")
+        where[here] = place
+        _locate(value, here, file, where)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,286 @@
+"""One run: from a recipe to a record and weights, through any number of interruptions.
+
+A run lives in a folder: `state.safetensors` while it is under way, `record.json` and `weights.safetensors` when
+it is done. State is saved every minute, and at a signal or deadline, by replacing the file in one step; so
+whatever kills the process, the run goes on from a whole state and ends with the bits it would have had.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cnvzoo.data import Dataset, Preprocessing, TrainBatches, dataset_info, load_dataset
+from cnvzoo.errors import CnvzooError
+from cnvzoo.files import replacing, sha256_of
+from cnvzoo.models import build_model, model_spec
+
+from .commit import current_commit
+from .device import describe_device, deterministic, keep_freed_memory, resolve_device
+from .progress import TrainingProgress
+from .recipe import Recipe
+from .record import RecordError, RunRecord
+from .trainer import Trainer, count_correct
+
+SAVE_EVERY_SECONDS = 60.0
+STATE, RECORD, WEIGHTS = "state.safetensors", "record.json", "weights.safetensors"
+
+
+class RunError(CnvzooError):
+    """A run that cannot start or go on: says which folder, why, and what to do."""
+
+
+class RunInterrupted(CnvzooError):
+    """A run that stopped before its end, with its state saved.
+
+    Attributes:
+        reason: `time limit`, `SIGINT` or `SIGTERM`.
+        step, total_steps: how far it came.
+        run_dir: where its state is.
+    """
+
+    def __init__(self, reason: str, trainer: Trainer, run_dir: Path) -> None:
+        self.reason, self.run_dir = reason, run_dir
+        self.step, self.total_steps = trainer.step, trainer.total_steps
+        super().__init__(
+            f"{trainer.recipe.name}, seed {trainer.recipe.seed}: stopped ({reason}) after step {self.step} of "
+            f"{self.total_steps}; the same command goes on from there"
+        )
+
+
+def preprocessing_of(model: str, dataset: str) -> Preprocessing:
+    """How images of `dataset` reach `model`: quantized models take the 8-bit image, others a normalised one."""
+    spec = model_spec(model)
+    return Preprocessing.for_dataset(dataset_info(dataset), size=spec.input_size, normalize=not spec.quantized)
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    run_dir: str | Path,
+    seed: int | None = None,
+    device: str | torch.device = "auto",
+    epochs: int | None = None,
+    holdout: int = 0,
+    deadline: float | None = None,
+    dataset: Dataset | None = None,
+    data_root: str | Path | None = None,
+    float_start: str | Path | None = None,
+    quiet: bool = False,
+    save_every: float = SAVE_EVERY_SECONDS,
+) -> RunRecord:
+    """Train a recipe to its end and score it, going on from what `run_dir` holds of the same run.
+
+    Args:
+        recipe: what to train.
+        run_dir: folder of this run alone.
+        seed: instead of the recipe's.
+        device: `auto`, or anything torch.device takes.
+        epochs: instead of the recipe's; fewer make the run a trial.
+        holdout: score on this many training images, which are not trained on, and leave the test set alone.
+        deadline: `time.monotonic()` at which to stop.
+        dataset: instead of loading the recipe's from `data_root`.
+        float_start: safetensors file of the float twin's weights; needed if the recipe has a float_start.
+        quiet: no progress.
+        save_every: seconds between saved states.
+
+    Returns:
+        The record, also written to `run_dir` beside the weights.
+
+    Raises:
+        RunInterrupted: at the deadline, on SIGINT or SIGTERM; the state is saved.
+        RunError: the float start is missing or does not fit, or the saved state cannot be read.
+        TrainingDiverged: the loss is not finite.
+    """
+    run_dir = Path(run_dir)
+    recipe = recipe if seed is None else recipe.model_copy(update={"seed": seed})
+    epochs = recipe.epochs if epochs is None else epochs
+    if epochs <= recipe.schedule.warmup_epochs:
+        raise RunError(
+            f"{recipe.name}: {epochs} epochs are not more than the warm-up's {recipe.schedule.warmup_epochs}"
+        )
+    target = resolve_device(device)
+    start = _float_start_facts(recipe, float_start)
+    identity = {
+        "recipe": recipe.fingerprint(), "seed": recipe.seed, "epochs": epochs, "holdout": holdout, "float_start": start,
+    }  # fmt: skip
+    if finished := _finished(run_dir, identity):
+        return finished
+    data = dataset or load_dataset(recipe.dataset, root=data_root)
+    data = data.holdout(holdout) if holdout else data
+    preprocessing = preprocessing_of(recipe.model, recipe.dataset)
+    keep_freed_memory()
+
+    with deterministic(target):
+        model = _fresh_model(recipe, data, float_start).to(target)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        batches = TrainBatches(
+            data.train_images, data.train_labels, num_classes=data.info.num_classes, preprocessing=preprocessing,
+            augmentation=recipe.augmentation, batch_size=recipe.batch_size, seed=recipe.seed, device=target,
+        )  # fmt: skip
+        trainer = Trainer(model, batches, recipe, epochs)
+        _resume(trainer, run_dir / STATE, identity)
+        _train(trainer, run_dir, identity, deadline, quiet, save_every)
+        trainer.finish()
+        correct = count_correct(model, data.test_images, data.test_labels, preprocessing)
+
+    weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    with replacing(run_dir / WEIGHTS) as temporary:
+        save_file(weights, temporary)
+    total = len(data.test_labels)
+    record = RunRecord(
+        entry=recipe.name, seed=recipe.seed, trial=epochs < recipe.epochs or holdout > 0, holdout=holdout,
+        accuracy=round(100 * correct / total, 4), correct=correct, total=total,
+        weights="ema" if recipe.ema else "final",
+        recipe=recipe.model_dump(mode="json") | {"epochs": epochs}, recipe_sha256=recipe.fingerprint(),
+        weights_sha256=sha256_of(run_dir / WEIGHTS),
+        seconds=round(sum(e["seconds"] for e in trainer.history), 1),
+        device=describe_device(target), versions=_versions(recipe, target), commit=current_commit(),
+        float_start=start, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), history=trainer.history,
+    )  # fmt: skip
+    record.write(run_dir / RECORD)
+    (run_dir / STATE).unlink(missing_ok=True)
+    return record
+
+
+def _fresh_model(recipe: Recipe, data: Dataset, float_start: str | Path | None) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = build_model(
+            recipe.model, num_classes=data.info.num_classes, in_chans=data.info.in_chans,
+            w_bits=recipe.w_bits, a_bits=recipe.a_bits,
+        )  # fmt: skip
+    if recipe.float_start and float_start:
+        from cnvzoo.models.quant import start_from_float
+
+        twin = model_spec(recipe.model).float_twin
+        assert twin is not None
+        normalisation = preprocessing_of(twin, recipe.dataset)
+        try:
+            start_from_float(model, load_file(float_start), normalisation.mean, normalisation.std)
+        except (ValueError, SafetensorError) as error:
+            raise RunError(f"{recipe.name}: {float_start}: {error}") from None
+    return model
+
+
+def _float_start_facts(recipe: Recipe, float_start: str | Path | None) -> dict[str, Any] | None:
+    if not recipe.float_start:
+        return None
+    if float_start is None or not Path(float_start).is_file():
+        raise RunError(
+            f"{recipe.name} starts from the weights of {recipe.float_start}, seed {recipe.seed}, and "
+            f"{float_start or 'no file'} was given: train that entry first and give its weights.safetensors"
+        )
+    return {"entry": recipe.float_start, "seed": recipe.seed, "weights_sha256": sha256_of(float_start)}
+
+
+def _finished(run_dir: Path, identity: dict[str, Any]) -> RunRecord | None:
+    """The record of this very run, if the folder holds it with its weights."""
+    try:
+        record = RunRecord.read(run_dir / RECORD)
+        same = identity == {
+            "recipe": record.recipe_sha256, "seed": record.seed, "epochs": record.recipe["epochs"],
+            "holdout": record.holdout, "float_start": record.float_start,
+        }  # fmt: skip
+        return record if same and sha256_of(run_dir / WEIGHTS) == record.weights_sha256 else None
+    except (RecordError, OSError, KeyError):
+        return None
+
+
+def _train(
+    trainer: Trainer,
+    run_dir: Path,
+    identity: dict[str, Any],
+    deadline: float | None,
+    quiet: bool,
+    save_every: float,
+) -> None:
+    saved = time.monotonic()
+
+    def after_step(trainer: Trainer) -> None:
+        nonlocal saved
+        progress(trainer)
+        if time.monotonic() - saved >= save_every:
+            _save_state(trainer, run_dir / STATE, identity)
+            saved = time.monotonic()
+
+    name = f"{trainer.recipe.name} seed {trainer.recipe.seed}"
+    with _signals() as caught, TrainingProgress(name, trainer, quiet) as progress:
+
+        def should_stop() -> bool:
+            return bool(caught) or (deadline is not None and time.monotonic() >= deadline)
+
+        trainer.train(should_stop, after_step)
+    _save_state(trainer, run_dir / STATE, identity)
+    if trainer.step < trainer.total_steps or caught:
+        raise RunInterrupted(caught[0] if caught else "time limit", trainer, run_dir)
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Collect SIGINT and SIGTERM by name instead of dying of them; a second one acts as ever."""
+    caught: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before: dict[int, Any] = {}
+
+    def handler(number: int, _frame: object) -> None:
+        caught.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, handler)
+    try:
+        yield caught
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _save_state(trainer: Trainer, path: Path, identity: dict[str, Any]) -> None:
+    tensors, values = trainer.state()
+    # safetensors holds each tensor contiguous; loading copies into the layout in use
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(plain, temporary, metadata={"values": json.dumps(values), "identity": json.dumps(identity)})
+
+
+def _resume(trainer: Trainer, path: Path, identity: dict[str, Any]) -> None:
+    """Load the state at `path` if it is of this run; a state of another run is set aside, not lost."""
+    if not path.exists():
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        found, values = json.loads(metadata["identity"]), json.loads(metadata["values"])
+        if found == identity:
+            trainer.load_state(load_file(path), values)
+            return
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise RunError(f"{path}: not a state that this run can go on from ({error}): delete it to start over") from None
+    path.rename(path.with_name(f"state-{found['recipe'][:8]}-seed{found['seed']}-{found['epochs']}epochs.safetensors"))
+
+
+def _versions(recipe: Recipe, device: torch.device) -> dict[str, str]:
+    import platform
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cnvzoo": version("cnvzoo")}
+    if model_spec(recipe.model).quantized:
+        versions["brevitas"] = version("brevitas")
+    if device.type == "cuda":
+        versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    return versions

@@ -1,0 +1,173 @@
+"""The training loop, and the state that a run is at any step.
+
+Nothing in an epoch waits for the device: losses add up on it and are read once, at the epoch's end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cnvzoo.data import Preprocessing, TrainBatches
+from cnvzoo.errors import CnvzooError
+
+from .optimizers import build_optimizers
+from .recipe import Recipe
+from .schedule import lr_factor
+
+EVAL_BATCH = 1000
+
+
+class TrainingDiverged(CnvzooError):
+    """The loss is not a number any more."""
+
+
+class WeightAverage:
+    """Exponential moving average of weights and BatchNorm statistics, in one foreach call a step."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self._live = [t for t in model.state_dict(keep_vars=True).values() if t.is_floating_point()]
+        self.average = [t.detach().clone() for t in self._live]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        # the average of the first steps must not remember the initial weights
+        decay = min(self._decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, [t.detach() for t in self._live], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        torch._foreach_copy_([t.detach() for t in self._live], self.average)
+
+
+class Trainer:
+    """Trains `model` in place by `recipe`, step by step, from any step on.
+
+    The steps taken depend on the recipe, its seed and the step's number alone, so training that stopped at a
+    step and goes on from its `state()` gives the bits that it would have given without the stop.
+
+    Attributes:
+        step: steps taken so far, of `total_steps`.
+        history: one dict per finished epoch: epoch, loss, lr, seconds.
+    """
+
+    def __init__(self, model: nn.Module, batches: TrainBatches, recipe: Recipe, epochs: int) -> None:
+        self.model = model
+        self.batches = batches
+        self.recipe = recipe
+        self.steps_per_epoch = batches.steps_per_epoch
+        self.total_steps = epochs * self.steps_per_epoch
+        self.optimizers = build_optimizers(model, recipe.optimizer)
+        self.average = WeightAverage(model, recipe.ema) if recipe.ema else None
+        self.device = next(model.parameters()).device
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self._loss_sum = torch.zeros((), device=self.device)
+        self._epoch_seconds = 0.0
+
+    def train(self, should_stop: Callable[[], bool], after_step: Callable[[Trainer], None]) -> None:
+        """Take the remaining steps, or those until `should_stop()`; call `after_step(self)` after each."""
+        self.model.train()
+        while self.step < self.total_steps:
+            epoch, first = divmod(self.step, self.steps_per_epoch)
+            began = time.monotonic()
+            for images, targets in self.batches.epoch(epoch, start=first):
+                if should_stop():
+                    return
+                self._take_step(images, targets)
+                now = time.monotonic()
+                self._epoch_seconds += now - began
+                began = now
+                if self.step % self.steps_per_epoch == 0:
+                    self._end_epoch(epoch)
+                after_step(self)
+
+    def finish(self) -> None:
+        """Leave the weights that count in the model: the averaged ones if the recipe averages."""
+        if self.average:
+            self.average.copy_to_model()
+
+    def _take_step(self, images: Tensor, targets: Tensor) -> None:
+        factor = lr_factor(self.recipe.schedule, self.step, self.total_steps, self.steps_per_epoch)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        self._loss_sum += loss.detach()
+        if self.average:
+            self.average.update(self.step)
+
+    def _end_epoch(self, epoch: int) -> None:
+        loss = float(self._loss_sum) / self.steps_per_epoch
+        if loss != loss or loss == float("inf"):
+            raise TrainingDiverged(
+                f"{self.recipe.name}, seed {self.recipe.seed}: the training loss is {loss} in epoch {epoch + 1}: "
+                f"lower optimizer.lr ({self.recipe.optimizer.lr}) or lengthen schedule.warmup_epochs"
+            )
+        lr = self.optimizers[0].param_groups[0]["lr"]
+        self.history.append(
+            {"epoch": epoch + 1, "loss": round(loss, 6), "lr": lr, "seconds": round(self._epoch_seconds, 2)}
+        )
+        self._loss_sum.zero_()
+        self._epoch_seconds = 0.0
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the next steps depend on: tensors by name, and the rest as JSON values."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for index, optimizer in enumerate(self.optimizers):
+            for number, values in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{index}.{number}.{k}": v for k, v in values.items() if v is not None}
+        if self.average:
+            tensors |= {f"average.{i}": t for i, t in enumerate(self.average.average)}
+        tensors["loss_sum"] = self._loss_sum
+        return tensors, {"step": self.step, "history": self.history, "epoch_seconds": self._epoch_seconds}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Go on from a `state()` of a trainer of the same model and recipe."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.model.load_state_dict(under("model."), strict=True)
+        for index, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in under(f"optimizer.{index}.").items():
+                number, key = name.split(".", 1)
+                # in the layout of the weights, or every further step would convert
+                layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+                state.setdefault(int(number), {})[key] = tensor.contiguous(memory_format=layout)
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        if self.average:
+            for i, tensor in enumerate(self.average.average):
+                tensor.copy_(tensors[f"average.{i}"])
+        self._loss_sum.copy_(tensors["loss_sum"])
+        self.step, self.history = values["step"], values["history"]
+        self._epoch_seconds = values["epoch_seconds"]
+
+
+@torch.inference_mode()
+def count_correct(model: nn.Module, images: Tensor, labels: Tensor, preprocessing: Preprocessing) -> int:
+    """How many of uint8 `images` [N, H, W, C] the model classifies as `labels` [N], in float32, single crop."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    for start in range(0, len(images), EVAL_BATCH):
+        batch = preprocessing(images[start : start + EVAL_BATCH].to(device))
+        target = labels[start : start + EVAL_BATCH].to(device)
+        correct += (model(batch).argmax(1) == target).sum()
+    model.train(was_training)
+    return int(correct)

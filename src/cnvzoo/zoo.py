@@ -1,0 +1,288 @@
+"""The library's front: models by name, what they cost, and training and evaluating them."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnvzoo.data import Dataset, DatasetInfo, Preprocessing, dataset_info, load_dataset
+from cnvzoo.data import transforms as data_transforms
+from cnvzoo.errors import ModelError
+from cnvzoo.hub import CheckpointConfig, load_checkpoint, preprocessing_from, write_checkpoint
+from cnvzoo.models import ModelSpec, build_model, model_names, model_spec
+from cnvzoo.train import (
+    Recipe,
+    RunRecord,
+    count_correct,
+    load_recipe,
+    preprocessing_of,
+    resolve_device,
+    run_recipe,
+)
+from cnvzoo.train.device import deterministic
+from cnvzoo.train.run import WEIGHTS as RUN_WEIGHTS
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 10,
+    in_chans: int = 3,
+    w_bits: int | None = None,
+    a_bits: int | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a freshly initialised model, in training mode, on the CPU.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: outputs, at least 1.
+        in_chans: image channels, at least 1.
+        w_bits, a_bits: bit widths of weights and activations, 1 to 8; quantized models need both, float models
+            take neither.
+        **kwargs: options of one model: `first_w_bits` (default 8) of `quant_cnv`.
+
+    Returns:
+        A module from images [N, in_chans, H, W] to logits [N, num_classes]. Float models expect images as
+        `cnvzoo.transforms(dataset)` gives them, quantized ones the 8-bit image scaled to [0, 1].
+
+    Raises:
+        ModelError: an unknown name or option, bits out of range, missing, or given to a float model.
+    """
+    return build_model(
+        name, num_classes=num_classes, in_chans=in_chans, w_bits=w_bits, a_bits=a_bits, **kwargs
+    )  # fmt: skip
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of models, those matching a shell pattern such as `resnet*`."""
+    return model_names(pattern)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model costs.
+
+    Attributes:
+        name: of the model.
+        summary: one line, with the source of the topology.
+        input_shape: (channels, height, width) that `macs` is counted at.
+        parameters: trainable numbers; quantized models have some scales more than their float twins.
+        macs: multiply-accumulates of convolutions and linear layers for one image.
+        weight_bytes: of convolution and linear weights, each at its bit width (32 for float), biases excluded.
+    """
+
+    name: str
+    summary: str
+    input_shape: tuple[int, int, int]
+    parameters: int
+    macs: int
+    weight_bytes: int
+
+
+def model_info(name: str, *, input_size: int | None = None, in_chans: int = 3, **arguments: Any) -> ModelInfo:
+    """Count parameters, multiply-accumulates and weight bytes of a model.
+
+    Args:
+        name, in_chans, **arguments: as for `create_model`.
+        input_size: height and width to count at; the only one that fits by default, else 32.
+    """
+    spec = model_spec(name)
+    model = build_model(name, in_chans=in_chans, **arguments).eval()
+    size = input_size or spec.input_size or 32
+    macs = weight_bits = 0
+
+    def count(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
+        nonlocal macs, weight_bits
+        assert isinstance(layer.weight, Tensor)
+        positions = output[0, 0].numel()  # of the output map; 1 for linear layers
+        macs += layer.weight.numel() * positions
+        weight_bits += layer.weight.numel() * _weight_bits(layer)
+
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        model(torch.zeros(1, in_chans, size, size))
+    parameters = sum(p.numel() for p in model.parameters())
+    return ModelInfo(name, spec.summary, (in_chans, size, size), parameters, macs, -(-weight_bits // 8))
+
+
+def _weight_bits(layer: nn.Module) -> int:
+    if not hasattr(layer, "weight_quant"):
+        return 32
+    from cnvzoo.models.quant import quantizer_of
+
+    return quantizer_of(layer).bits
+
+
+def quantize(
+    float_model: nn.Module | str | Path,
+    *,
+    w_bits: int,
+    a_bits: int,
+    first_w_bits: int = 8,
+    dataset: str | Preprocessing | None = None,
+) -> nn.Module:
+    """Start a quantized model from its float twin: the same weights, and scales that fit them.
+
+    Args:
+        float_model: a trained float CNV, or the folder of a checkpoint of one.
+        w_bits, a_bits, first_w_bits: as for `create_model("quant_cnv", ...)`.
+        dataset: what the float model was trained on, or its preprocessing; a checkpoint says so itself.
+
+    Returns:
+        A `quant_cnv`, in training mode, that takes the 8-bit image scaled to [0, 1]: train it further.
+
+    Raises:
+        ModelError: not a float CNV, or `dataset` is missing.
+        CheckpointError: the folder is not a checkpoint.
+    """
+    from cnvzoo.models.cnv import CNV
+    from cnvzoo.models.quant import start_from_float
+
+    preprocessing = dataset
+    if isinstance(float_model, (str, Path)):
+        float_model, config = load_checkpoint(float_model)
+        preprocessing = preprocessing or preprocessing_from(config)
+    if preprocessing is None:
+        raise ModelError("quantize needs dataset=: its mean and std become part of the first layer")
+    if isinstance(preprocessing, str):
+        preprocessing = preprocessing_of("cnv", preprocessing)
+    if not isinstance(float_model, CNV) or not isinstance(float_model.input, nn.Identity):
+        raise ModelError(f"only a float CNV has a quantized twin: {type(float_model).__name__} was given")
+    weights = [m.weight for m in float_model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    model = build_model(
+        "quant_cnv", num_classes=weights[-1].shape[0], in_chans=weights[0].shape[1],
+        w_bits=w_bits, a_bits=a_bits, first_w_bits=first_w_bits,
+    ).to(weights[0].device)  # fmt: skip
+    start_from_float(model, float_model.state_dict(), preprocessing.mean, preprocessing.std)
+    return model
+
+
+def transforms(source: str | DatasetInfo | Preprocessing | CheckpointConfig) -> Any:
+    """The torchvision v2 preprocessing for a user's own images, of a dataset or a checkpoint's config.
+
+    See `cnvzoo.data.transforms`.
+    """
+    return data_transforms(preprocessing_from(source) if isinstance(source, CheckpointConfig) else source)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns: the trained model in eval mode, and the record of the run."""
+
+    model: nn.Module
+    record: RunRecord
+
+
+def train(
+    recipe: Recipe | str | Path,
+    *,
+    run_dir: str | Path | None = None,
+    float_start: str | Path | None = None,
+    **options: Any,
+) -> TrainResult:
+    """Train a recipe and score it.
+
+    Args:
+        recipe: a Recipe, or the path of its YAML file.
+        run_dir: where state, weights and record go, and from where an interrupted run goes on. Without it
+            nothing is kept and nothing can be resumed.
+        float_start: safetensors weights of the float twin, for recipes that start from one.
+        **options: seed, device, epochs, holdout, dataset, data_root, deadline, quiet: as for
+            `cnvzoo.train.run_recipe`, whose errors it raises.
+    """
+    from safetensors.torch import load_file
+
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(run_dir or temporary)
+        record = run_recipe(recipe, run_dir=folder, float_start=float_start, **options)
+        state = load_file(folder / RUN_WEIGHTS)
+    info = dataset_info(recipe.dataset)
+    model = build_model(
+        recipe.model, num_classes=info.num_classes, in_chans=info.in_chans, w_bits=recipe.w_bits, a_bits=recipe.a_bits
+    )
+    model.load_state_dict(state, strict=True)
+    return TrainResult(model.eval(), record)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Top-1 of a model: `correct` of `total` images."""
+
+    correct: int
+    total: int
+
+    @property
+    def accuracy(self) -> float:
+        """In percent."""
+        return 100 * self.correct / self.total
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: str | Dataset,
+    *,
+    preprocessing: Preprocessing | None = None,
+    device: str | torch.device = "auto",
+    data_root: str | Path | None = None,
+) -> Evaluation:
+    """Score a model on a test set: float32, one crop, no augmentation.
+
+    Args:
+        model: images to logits; it is moved to `device` and left there, in the mode it was in.
+        dataset: name, or a loaded dataset, of which the test set is used.
+        preprocessing: of the images; by default the dataset's, for a model of this library, as in training.
+        device: `auto`, or anything torch.device takes.
+        data_root: where datasets are cached.
+
+    Raises:
+        ModelError: the model is not of this library and no preprocessing was given.
+    """
+    data = load_dataset(dataset, root=data_root) if isinstance(dataset, str) else dataset
+    if preprocessing is None:
+        spec = getattr(model, "spec", None)
+        if not isinstance(spec, ModelSpec):
+            raise ModelError(f"{type(model).__name__} is not a model of cnvzoo: give its preprocessing=")
+        preprocessing = Preprocessing.for_dataset(data.info, size=spec.input_size, normalize=not spec.quantized)
+    target = resolve_device(device)
+    with deterministic(target):
+        model.to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        correct = count_correct(model, data.test_images, data.test_labels, preprocessing)
+    return Evaluation(correct, len(data.test_labels))
+
+
+def checkpoint_config(record: RunRecord) -> CheckpointConfig:
+    """What the config.json of a finished run's checkpoint says."""
+    recipe = Recipe.model_validate(record.recipe)
+    info = dataset_info(recipe.dataset)
+    bits = {} if recipe.w_bits is None else {"w_bits": recipe.w_bits, "a_bits": recipe.a_bits}
+    return CheckpointConfig(
+        name=f"{recipe.tag}.{recipe.dataset}",
+        model={"name": recipe.model, "num_classes": info.num_classes, "in_chans": info.in_chans, **bits},
+        dataset=recipe.dataset,
+        classes=list(info.classes),
+        preprocessing=preprocessing_of(recipe.model, recipe.dataset).to_dict(),
+        correct=record.correct,
+        total=record.total,
+        weights_sha256=record.weights_sha256,
+        recipe=record.recipe,
+        versions=record.versions,
+        device=record.device,
+        commit=record.commit,
+    )
+
+
+def keep_checkpoint(record: RunRecord, run_dir: str | Path, hub: str | Path) -> Path:
+    """Write the checkpoint of a finished run to its folder under `hub`, and return that folder."""
+    config = checkpoint_config(record)
+    folder = Path(hub) / config.name
+    write_checkpoint(folder, config, Path(run_dir) / RUN_WEIGHTS)
+    return folder
