@@ -1,0 +1,115 @@
+"""The entries of the tables, read from the recipes: a table holds what `configs/` holds, in a fixed order.
+
+A file is named after what it trains, `<dataset>_<model>[_w<W>a<A>].yaml`, and a file whose name says something else
+is refused: the name is what records, checkpoints and tables go by. A leading underscore marks a base that is only
+extended.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cnvzoo.errors import nearest
+from cnvzoo.train import Recipe, load_recipe
+
+from .errors import HarnessError
+
+# The tables, each with the models that open it; the others follow by name, quantized ones last, most bits first.
+_LEADING = {
+    "mnist": ("resnet18", "resnet20", "mobilenet_v1", "cnv"),
+    "fashion_mnist": ("resnet18", "resnet20", "mobilenet_v1", "cnv"),
+    "cifar10": ("mobilenet_v1", "cnv"),
+    "cifar100": ("mobilenet_v1", "cnv"),
+}
+TABLES = tuple(_LEADING)
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a table: a recipe and the file that it came from."""
+
+    recipe: Recipe
+    path: Path
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+    @property
+    def table(self) -> str:
+        return self.recipe.dataset
+
+    def trial_epochs(self, epochs: int | None) -> int | None:
+        """`epochs` where that is fewer than the recipe's, else None: the run is the recipe's own."""
+        return epochs if epochs is not None and epochs < self.recipe.epochs else None
+
+
+def load_entries(configs: Path) -> dict[str, Entry]:
+    """Every entry of every table by name, in the order of the tables.
+
+    Raises HarnessError for a misnamed file, a dataset without a table or a float start that cannot be had, and
+    cnvzoo.train.RecipeError for a recipe that is not valid.
+    """
+    entries = [_load_entry(path) for path in sorted(configs.glob("*.yaml")) if not path.name.startswith("_")]
+    by_name = {entry.name: entry for entry in sorted(entries, key=_order)}
+    for entry in entries:
+        _check_float_start(entry, by_name)
+    return by_name
+
+
+def select_entries(entries: Mapping[str, Entry], table: str, names: Sequence[str] | None = None) -> list[Entry]:
+    """The entries of `table` ("all": of every table), or those of them in `names`, in the order of the tables."""
+    in_table = [entry for entry in entries.values() if table in ("all", entry.table)]
+    if not in_table:
+        raise HarnessError(f"table {table} has no recipe: its files are named {table}_<model>[_w<W>a<A>].yaml")
+    if names is None:
+        return in_table
+    for name in names:
+        if name not in entries:
+            raise HarnessError(f"unknown entry {name!r}: {nearest(name, entries)}")
+        if entries[name] not in in_table:
+            theirs = entries[name].table
+            raise HarnessError(f"entry {name} is in table {theirs}, not in {table}; ask for --table {theirs} or all")
+    return [entry for entry in in_table if entry.name in names]
+
+
+def _load_entry(path: Path) -> Entry:
+    recipe = load_recipe(path)
+    contents = f"{recipe.dataset}_{recipe.tag}"
+    if path.stem != contents:
+        raise HarnessError(
+            f"{path}: named {path.stem!r}, but its dataset, model and bits make {contents!r}; make the two agree, or "
+            "start the file's name with an underscore if it is only a base for others"
+        )
+    if recipe.dataset not in TABLES:
+        raise HarnessError(f"{path}: no table has dataset {recipe.dataset!r}: {nearest(recipe.dataset, TABLES)}")
+    return Entry(recipe=recipe, path=path, fingerprint=recipe.fingerprint())
+
+
+def _check_float_start(entry: Entry, entries: Mapping[str, Entry]) -> None:
+    chain = [entry.name]
+    while (start := entries[chain[-1]].recipe.float_start) is not None:
+        if start not in entries:
+            path = entries[chain[-1]].path
+            raise HarnessError(f"{path}: float_start: no recipe is named {start!r}: {nearest(start, entries)}")
+        if start in chain:
+            raise HarnessError(f"{entry.path}: float_start goes in a circle: {' -> '.join([*chain, start])}")
+        chain.append(start)
+
+
+def _order(entry: Entry) -> tuple[int, bool, int, list[str | int], int, int]:
+    recipe = entry.recipe
+    leading = _LEADING[recipe.dataset]
+    return (
+        TABLES.index(recipe.dataset),
+        recipe.w_bits is not None,
+        leading.index(recipe.model) if recipe.model in leading else len(leading),
+        [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", recipe.model)],
+        -(recipe.w_bits or 0),
+        -(recipe.a_bits or 0),
+    )

@@ -1,0 +1,49 @@
+"""Where a quantized entry finds the float weights that it starts from: of the same seed, and those of a record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cnvzoo.files import sha256_of
+from cnvzoo.train import RunRecord
+from cnvzoo.train.run import RECORD, WEIGHTS
+
+from .entries import Entry
+from .layout import Layout
+from .records import standing
+
+
+def resolve_float_start(entry: Entry, seed: int, layout: Layout, *, trial_epochs: int | None = None) -> Path | None:
+    """The safetensors file of the finished run of float `entry` with `seed`, or None if it has to be trained.
+
+    Looked for among the runs first, then among the published checkpoints, which hold one seed. `trial_epochs` lets
+    a trial of that length serve if neither has it. Weights count only if their sha256 is the one in their record.
+    """
+    found = _from_run(entry, seed, layout) or _from_hub(entry, seed, layout)
+    if found is None and trial_epochs is not None:
+        found = _from_run(entry, seed, layout, trial_epochs)
+    return found
+
+
+def _from_run(entry: Entry, seed: int, layout: Layout, trial_epochs: int | None = None) -> Path | None:
+    folder = layout.run_dir(entry.name, seed, trial_epochs)
+    record = standing(entry, seed, folder / RECORD, trial=trial_epochs is not None).record
+    return _proven(folder / WEIGHTS, record)
+
+
+def _from_hub(entry: Entry, seed: int, layout: Layout) -> Path | None:
+    record = standing(entry, seed, layout.record(entry.name, seed)).record
+    folder = layout.hub / f"{entry.recipe.tag}.{entry.recipe.dataset}"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # nothing published here that could say whose it is
+    if record is None or not isinstance(config, dict) or config.get("weights_sha256") != record.weights_sha256:
+        return None
+    return _proven(folder / "model.safetensors", record)
+
+
+def _proven(weights: Path, record: RunRecord | None) -> Path | None:
+    known = record is not None and weights.is_file() and sha256_of(weights) == record.weights_sha256
+    return weights if known else None

@@ -1,0 +1,50 @@
+"""Where the harness keeps things: every path is made here, so that a test or a second machine can move them all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The folders of one checkout.
+
+    home: the `benchmarks` folder (recipes, references, records, the page)
+    runs: state and weights of runs, large and never committed
+    hub:  published checkpoints
+    """
+
+    home: Path
+    runs: Path
+    hub: Path
+
+    @classmethod
+    def of(cls, home: Path, runs: Path | None = None) -> Layout:
+        return cls(home=home, runs=runs or home.parent / "runs", hub=home.parent / "hub")
+
+    @property
+    def configs(self) -> Path:
+        return self.home / "configs"
+
+    @property
+    def results(self) -> Path:
+        return self.home / "results"
+
+    @property
+    def references(self) -> Path:
+        return self.home / "references.yaml"
+
+    @property
+    def page(self) -> Path:
+        return self.home / "RESULTS.md"
+
+    def record(self, entry: str, seed: int) -> Path:
+        """The committed record of a run."""
+        return self.results / entry / f"seed{seed}.json"
+
+    def run_dir(self, entry: str, seed: int, trial_epochs: int | None = None) -> Path:
+        """State and weights of a run; trials live apart, where nothing looks for the weights of a table."""
+        if trial_epochs is None:
+            return self.runs / entry / f"seed{seed}"
+        return self.runs / "trials" / entry / f"seed{seed}-{trial_epochs}epochs"

@@ -1,0 +1,108 @@
+"""What is missing, in the order in which to train it: the half of `make` that decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cnvzoo.train.run import RECORD, STATE
+
+from .entries import Entry
+from .files import shown
+from .float_start import resolve_float_start
+from .layout import Layout
+from .records import Status, standing
+
+_REASONS = {
+    Status.MISSING: "not run yet",
+    Status.STALE: "its record is of another recipe",
+    Status.INVALID: "its record is not valid",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to be trained, or to be gone on with.
+
+    trial_epochs: its length where that is less than the recipe's, else None
+    record_path:  where its record goes when it is finished; None: the record stays with the run
+    reason:       why it is in the queue, for people
+    """
+
+    entry: Entry
+    seed: int
+    run_dir: Path
+    trial_epochs: int | None
+    record_path: Path | None
+    reason: str
+
+    @property
+    def started(self) -> bool:
+        return (self.run_dir / STATE).exists()
+
+    def __str__(self) -> str:
+        trial = "" if self.trial_epochs is None else f", a trial of {self.trial_epochs} epochs"
+        return f"{self.entry.name} seed {self.seed}{trial}"
+
+
+def make_plan(
+    selected: Sequence[Entry],
+    seeds: Iterable[int],
+    *,
+    entries: Mapping[str, Entry],
+    layout: Layout,
+    epochs: int | None = None,
+    retrain: bool = False,
+) -> list[Job]:
+    """The runs of `selected` that are not there yet, all of the first seed before any of the next.
+
+    So every row has a number early. A run that starts from float weights comes after the run that makes them, which
+    is put in its place in the queue if its weights are nowhere to be found, asked for or not. `epochs` caps the
+    epochs of every run; `retrain` puts every selected run in the queue.
+    """
+    wanted = {entry.name for entry in selected}
+    jobs: dict[Path, Job] = {}  # by the folder of the run, in the order of the queue
+
+    def reason_to_run(entry: Entry, seed: int, trial_epochs: int | None) -> str | None:
+        path = _record_path(layout, entry, seed, trial_epochs)
+        now = standing(entry, seed, path, trial=trial_epochs is not None)
+        if now.status is not Status.DONE:
+            return _REASONS[now.status]
+        return "to be trained again" if retrain and entry.name in wanted else None
+
+    def add(entry: Entry, seed: int, trial_epochs: int | None, reason: str) -> None:
+        run_dir = layout.run_dir(entry.name, seed, trial_epochs)
+        if run_dir in jobs:
+            return
+        if entry.recipe.float_start is not None:
+            start = entries[entry.recipe.float_start]
+            start_epochs = start.trial_epochs(trial_epochs)  # a run of the table never starts from a trial
+            why = reason_to_run(start, seed, start_epochs) if start.name in wanted else None
+            if why is None and resolve_float_start(start, seed, layout, trial_epochs=start_epochs) is None:
+                why = f"{entry.name} starts from its weights, which are not under {shown(layout.runs)}"
+            if why is not None:
+                add(start, seed, start_epochs, why)
+        # A record that stands is replaced only on request: a run for the sake of its weights leaves it alone.
+        recorded = standing(entry, seed, layout.record(entry.name, seed)).status is Status.DONE
+        keep = trial_epochs is not None or (recorded and not (retrain and entry.name in wanted))
+        jobs[run_dir] = Job(
+            entry=entry,
+            seed=seed,
+            run_dir=run_dir,
+            trial_epochs=trial_epochs,
+            record_path=None if keep else layout.record(entry.name, seed),
+            reason=reason,
+        )
+
+    for seed in seeds:
+        for entry in selected:
+            if reason := reason_to_run(entry, seed, trial_epochs := entry.trial_epochs(epochs)):
+                add(entry, seed, trial_epochs, reason)
+    return list(jobs.values())
+
+
+def _record_path(layout: Layout, entry: Entry, seed: int, trial_epochs: int | None) -> Path:
+    if trial_epochs is None:
+        return layout.record(entry.name, seed)
+    return layout.run_dir(entry.name, seed, trial_epochs) / RECORD

@@ -1,0 +1,144 @@
+"""The tables as text: the Markdown page, the same on a terminal, and the listing.
+
+The page is a pure function of the records: no date, no path, no order of a file system, so that two machines with the
+same records write the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from cnvzoo.train import RunRecord
+
+from .entries import SEEDS, TABLES, Entry
+from .records import Survey
+from .tables import Row
+
+_HEADER = ("entry", "mean", "std", f"runs (seeds {', '.join(map(str, SEEDS))})", "reference", "difference")
+_TRIAL_HEADER = ("entry", "seed", "epochs", "accuracy")
+_NONE = "-"
+
+
+def page(rows: Sequence[Row], survey: Survey) -> str:
+    """The whole of RESULTS.md: every table, then the hardware and versions behind it."""
+    sources = dict.fromkeys(row.reference.source for row in rows if row.reference is not None)
+    parts = [
+        "<!-- Generated: edits are lost. See the end of the page. -->\n# Results\n",
+        "Accuracy on the test set in percent, read once, at the end of a run: the mean over the runs, their sample "
+        "standard deviation, and every run. The entry's name leads to its recipe. The difference is our mean minus the "
+        "reference's, in points.\n",
+    ]
+    parts += [f"Reference: {source}.\n" for source in sources]
+    for table in TABLES:
+        members = [row for row in rows if row.entry.table == table]
+        lines = [_cells(row, name=f"[{row.entry.name}](configs/{row.entry.path.name})") for row in members]
+        parts.append(f"## {table}\n\n{_markdown(_HEADER, lines) if lines else 'No recipe yet.'}\n")
+    records = [record for row in rows for seed in SEEDS if (record := survey[row.entry.name, seed].record)]
+    parts.append(f"## Hardware and versions\n\n{_provenance(records)}\n")
+    parts.append(
+        "This page is generated from the records under [results](results) by "
+        "`python benchmarks/reproduce.py --table all`, which also trains what is missing.\n"
+    )
+    return "\n".join(parts)
+
+
+def print_table(console: Console, title: str, rows: Iterable[Row]) -> None:
+    _print(console, title, _HEADER, [_cells(row, name=row.entry.name) for row in rows])
+
+
+def print_trials(console: Console, trials: Iterable[tuple[Entry, RunRecord]]) -> None:
+    """Trials, apart from the tables that they do not enter; nothing if there are none."""
+    lines = [
+        (
+            entry.name,
+            str(record.seed),
+            f"{record.recipe['epochs']} of {entry.recipe.epochs}",
+            _number(record.accuracy),
+        )
+        for entry, record in trials
+    ]
+    if lines:
+        _print(console, "trials: fewer epochs than the recipe's, in no table", _TRIAL_HEADER, lines)
+
+
+def print_listing(console: Console, entries: Sequence[Entry], survey: Survey) -> None:
+    """The names, one a line; on a terminal with the standing of every run."""
+    if not console.is_terminal:
+        for entry in entries:
+            console.print(entry.name, soft_wrap=True, highlight=False, markup=False)
+        return
+    lines = []
+    for entry in entries:
+        standings = [survey[entry.name, seed] for seed in SEEDS]
+        lines.append((entry.name, *(f"{s.record.accuracy:.2f}" if s.record else s.status.value for s in standings)))
+    _print(console, f"{len(entries)} entries", ("entry", *(f"seed {seed}" for seed in SEEDS)), lines)
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: `2 h 5 min`, `5 min 10 s`, `10 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _cells(row: Row, *, name: str) -> tuple[str, ...]:
+    count, mean = len(row.finished), row.mean
+    if mean is None:
+        ours = "not run"
+    else:
+        ours = f"{mean:.2f}" + ("" if count == len(SEEDS) else f" ({count} of {len(SEEDS)} seeds)")
+    return (
+        name,
+        ours,
+        _number(row.std),
+        ", ".join(map(_number, row.runs)) if count else _NONE,
+        _number(row.reference.mean if row.reference else None),
+        _number(row.difference, sign="+"),
+    )
+
+
+def _number(value: float | None, *, sign: str = "-") -> str:
+    if value is None:
+        return _NONE
+    value = round(value, 2)
+    return f"{value:{sign}.2f}" if value else "0.00"  # no +0.00, no -0.00
+
+
+def _provenance(records: Sequence[RunRecord]) -> str:
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for record in records:
+        device = record.device
+        threads = device.get("threads")
+        threads = threads and f"{threads} thread{'s' if threads > 1 else ''}"
+        details = ", ".join(filter(None, (device["kind"], threads, device.get("capability"))))
+        versions = ", ".join(f"{package} {version}" for package, version in sorted(record.versions.items()))
+        seconds[f"{device['name']} ({details})", versions].append(record.seconds)
+    if not seconds:
+        return "No run yet."
+    lines = [(*key, str(len(times)), duration(sum(times))) for key, times in sorted(seconds.items())]
+    return _markdown(("hardware", "versions", "runs", "training time"), lines, left=2)
+
+
+def _markdown(header: Sequence[str], lines: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """A Markdown table whose first `left` columns are aligned left, the others right."""
+    ruler = ["---" if column < left else "--:" for column in range(len(header))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *lines))
+
+
+def _print(console: Console, title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    if not console.is_terminal:
+        text = f"\n{title}\n\n{_markdown(header, lines)}"
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+        return
+    table = Table(title=title, title_justify="left", show_edge=False)
+    for column, name in enumerate(header):
+        table.add_column(name, justify="right" if column else "left", no_wrap=not column)
+    for cells in lines:
+        table.add_row(*cells)
+    console.print("", table)

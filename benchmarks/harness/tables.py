@@ -1,0 +1,52 @@
+"""The tables as numbers: a pure function of the entries, the records and the references."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from .entries import SEEDS, Entry
+from .records import Survey
+from .references import Reference
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry: its test accuracies in percent by seed, None for a run that is not there."""
+
+    entry: Entry
+    runs: tuple[float | None, ...]
+    reference: Reference | None
+
+    @property
+    def finished(self) -> list[float]:
+        return [accuracy for accuracy in self.runs if accuracy is not None]
+
+    @property
+    def mean(self) -> float | None:
+        return fmean(self.finished) if self.finished else None
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation (n - 1 in the denominator); None below two runs."""
+        return stdev(self.finished) if len(self.finished) > 1 else None
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the reference's, both to two decimals as they are printed: a reader can redo it."""
+        if self.mean is None or self.reference is None:
+            return None
+        return round(self.mean, 2) - round(self.reference.mean, 2)
+
+
+def rows(entries: Iterable[Entry], survey: Survey, references: Mapping[str, Reference]) -> list[Row]:
+    """A row for every entry, in the order given."""
+    return [
+        Row(
+            entry=entry,
+            runs=tuple(r.accuracy if (r := survey[entry.name, seed].record) else None for seed in SEEDS),
+            reference=references.get(entry.name),
+        )
+        for entry in entries
+    ]
