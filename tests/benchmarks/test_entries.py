@@ -1,0 +1,81 @@
+"""Which entries a table holds, and in which order."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+from harness.entries import load_entries, select_entries
+from harness.errors import HarnessError
+from workbench import BENCHMARKS
+
+GREY = ["resnet18", "resnet20", "mobilenet_v1", "cnv"]
+COLOUR = ["mobilenet_v1", "cnv", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
+QUANTIZED = ["quant_cnv_w8a8", "quant_cnv_w4a4", "quant_cnv_w2a2"]
+TABLES = {
+    "mnist": GREY + QUANTIZED,
+    "fashion_mnist": GREY,
+    "cifar10": COLOUR + QUANTIZED,
+    "cifar100": COLOUR + QUANTIZED,
+}
+NAMES = [f"{dataset}_{model}" for dataset, models in TABLES.items() for model in models]
+
+
+def test_order_is_that_of_the_tables_whatever_the_order_of_the_files(bench):
+    for name in random.Random(0).sample(NAMES, len(NAMES)):
+        bench.recipe(name)
+    assert list(load_entries(bench.home / "configs")) == NAMES
+
+
+def test_a_leading_underscore_marks_a_base(bench):
+    (bench.home / "configs" / "_base.yaml").write_text("epochs: 7\nbatch_size: 50\noptimizer: {lr: 0.1}\n")
+    (bench.home / "configs" / "mnist_cnv.yaml").write_text("extends: _base.yaml\nmodel: cnv\ndataset: mnist\n")
+    entries = load_entries(bench.home / "configs")
+    assert list(entries) == ["mnist_cnv"]
+    assert entries["mnist_cnv"].recipe.epochs == 7
+
+
+@pytest.mark.parametrize("wrong", ["mnist_cnv", "cifar10_resnet20", "cifar10_quant_cnv_w4a2", "cifar10_quant_cnv"])
+def test_a_file_named_after_something_else_is_refused(bench, wrong):
+    bench.recipe("cifar10_quant_cnv_w4a4", file=wrong)
+    with pytest.raises(HarnessError, match=rf"{wrong}.*cifar10_quant_cnv_w4a4"):
+        load_entries(bench.home / "configs")
+
+
+def test_a_float_start_has_to_be_an_entry(bench):
+    bench.recipe("cifar10_cnv")
+    bench.recipe("cifar10_quant_cnv_w4a4", float_start="cifar10_cvn")
+    with pytest.raises(HarnessError, match=r"cifar10_quant_cnv_w4a4\.yaml.*cifar10_cvn.*did you mean 'cifar10_cnv'"):
+        load_entries(bench.home / "configs")
+
+
+def test_float_starts_do_not_go_in_circles(bench):
+    bench.recipe("cifar10_quant_cnv_w4a4", float_start="cifar10_quant_cnv_w8a8")
+    bench.recipe("cifar10_quant_cnv_w8a8", float_start="cifar10_quant_cnv_w4a4")
+    with pytest.raises(HarnessError, match="circle"):
+        load_entries(bench.home / "configs")
+
+
+def test_selected_entries_keep_the_order_of_the_table(bench):
+    for name in NAMES:
+        bench.recipe(name)
+    entries = load_entries(bench.home / "configs")
+    chosen = select_entries(entries, "all", ["cifar10_cnv", "mnist_cnv", "cifar10_cnv"])
+    assert [entry.name for entry in chosen] == ["mnist_cnv", "cifar10_cnv"]
+
+
+def test_the_tables_of_this_project():
+    entries = load_entries(BENCHMARKS / "configs")
+    assert list(entries) == NAMES
+    for entry in entries.values():
+        assert "mnist" not in entry.table or entry.recipe.epochs <= 50, f"{entry.name}: the reference's setting is 50"
+
+
+@pytest.mark.parametrize(("table", "count"), [("cifar10", 10), ("all", 31)])
+def test_listing_names_one_entry_a_line(table, count):
+    command = [sys.executable, str(BENCHMARKS / "reproduce.py"), "--table", table, "--list"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert listing == [name for name in NAMES if table in ("all", name.split("_")[0])]
+    assert len(listing) == count

@@ -1,0 +1,156 @@
+"""What the tables say, and that they say it from the records alone."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from harness.entries import SEEDS
+
+REFERENCE = "{mean: 91.09, runs: [91.19, 91.16, 90.91], source: somebody}"
+
+
+def row(page: str, name: str) -> list[str]:
+    """The cells of an entry's row on the page or on the screen, after its name."""
+    lines = [line for line in page.splitlines() if line.startswith((f"| {name} |", f"| [{name}]"))]
+    assert len(lines) == 1, f"{name} is in {len(lines)} rows"
+    return [cell.strip() for cell in lines[0].strip("|").split("|")][1:]
+
+
+@pytest.fixture
+def cnv(bench):
+    bench.recipe("cifar10_cnv")
+    bench.write_references(f"cifar10_cnv: {REFERENCE}")
+    return bench
+
+
+def show(bench) -> str:
+    bench.run("--table", "all", "--time-limit", "0")
+    return bench.page
+
+
+def test_mean_deviation_runs_and_difference(cnv):
+    for seed, accuracy in enumerate((91.5, 91.3, 91.7)):
+        cnv.put("cifar10_cnv", seed, accuracy=accuracy)
+    # by hand: mean 91.5, squared deviations 0, 0.04, 0.04, over n - 1 = 2, root 0.2
+    assert row(show(cnv), "cifar10_cnv") == ["91.50", "0.20", "91.50, 91.30, 91.70", "91.09", "+0.41"]
+
+
+def test_two_of_three_seeds(cnv):
+    cnv.put("cifar10_cnv", 0, accuracy=91.0)
+    cnv.put("cifar10_cnv", 2, accuracy=90.0)
+    assert row(show(cnv), "cifar10_cnv") == ["90.50 (2 of 3 seeds)", "0.71", "91.00, -, 90.00", "91.09", "-0.59"]
+
+
+def test_one_run_has_no_deviation(cnv):
+    cnv.put("cifar10_cnv", 1, accuracy=91.0)
+    assert row(show(cnv), "cifar10_cnv") == ["91.00 (1 of 3 seeds)", "-", "-, 91.00, -", "91.09", "-0.09"]
+
+
+def test_not_run(cnv):
+    assert row(show(cnv), "cifar10_cnv") == ["not run", "-", "-", "91.09", "-"]
+
+
+def test_no_reference(bench):
+    bench.recipe("mnist_cnv")
+    bench.put("mnist_cnv", accuracy=99.5)
+    assert row(show(bench), "mnist_cnv")[-2:] == ["-", "-"]
+
+
+def test_the_difference_is_that_of_the_figures_beside_it(cnv):
+    for seed, accuracy in enumerate((91.09, 91.09, 91.08)):  # a mean of 91.0867, printed as 91.09
+        cnv.put("cifar10_cnv", seed, accuracy=accuracy)
+    assert row(show(cnv), "cifar10_cnv")[-1] == "0.00"
+
+
+def test_a_row_leads_to_its_recipe(cnv):
+    assert "[cifar10_cnv](configs/cifar10_cnv.yaml)" in show(cnv)
+
+
+def test_the_page_has_every_table_whichever_was_asked_for(bench, capsys):
+    bench.recipe("mnist_cnv")
+    bench.recipe("cifar10_cnv")
+    bench.put("cifar10_cnv", accuracy=91.2)
+    bench.run("--table", "mnist", "--time-limit", "0")
+    assert [line for line in bench.page.splitlines() if line.startswith("## ")] == [
+        "## mnist", "## fashion_mnist", "## cifar10", "## cifar100", "## Hardware and versions",
+    ]  # fmt: skip
+    assert "91.20" in bench.page
+    assert "91.20" not in capsys.readouterr().out
+
+
+def test_the_screen_shows_the_same_rows(cnv, capsys):
+    cnv.put("cifar10_cnv", 0, accuracy=91.0)
+    page = show(cnv)
+    assert row(capsys.readouterr().out, "cifar10_cnv") == row(page, "cifar10_cnv")
+
+
+def test_records_of_two_machines_merge_by_copying(bench, tmp_path):
+    for name in ("mnist_cnv", "mnist_resnet20"):
+        bench.recipe(name)
+        for seed in SEEDS:
+            bench.put(name, seed, accuracy=98 + seed / 4)
+    whole = show(bench)
+    everything = sorted((bench.home / "results").rglob("*.json"))
+    shutil.move(bench.home / "results", tmp_path / "elsewhere")
+    assert show(bench) != whole
+    for path in reversed(everything):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "elsewhere" / path.relative_to(bench.home / "results"), path)
+    assert show(bench).encode() == whole.encode()
+
+
+def test_hardware_and_versions_of_the_runs_that_count(bench):
+    bench.recipe("mnist_cnv")
+    gpu = {"kind": "cuda", "name": "A GPU"}
+    bench.put("mnist_cnv", 0, seconds=3600, device=gpu, versions={"torch": "2.14.1", "cuda": "12.8"})
+    bench.put("mnist_cnv", 1, seconds=600)
+    bench.put("mnist_cnv", 2, seconds=60)
+    end = show(bench).split("## Hardware and versions")[1]
+    assert "| A CPU (cpu, 2 threads) | python 3.11.9, torch 2.14.1 | 2 | 11 min 0 s |" in end
+    assert "| A GPU (cuda) | cuda 12.8, torch 2.14.1 | 1 | 1 h 0 min |" in end
+    assert "python benchmarks/reproduce.py --table all" in end
+
+
+def test_a_run_that_does_not_count_lends_the_page_nothing(bench):
+    bench.recipe("mnist_cnv", epochs=10)
+    bench.put("mnist_cnv", device={"kind": "cuda", "name": "A GPU"})
+    bench.recipe("mnist_cnv", epochs=11)
+    page = show(bench)
+    assert "A GPU" not in page
+    assert "No run yet" in page
+
+
+def test_the_page_is_up_to_date_after_every_run(bench):
+    for name in ("mnist_resnet20", "mnist_cnv"):
+        bench.recipe(name)
+    pages = []
+
+    def accuracy(name: str, seed: int) -> float:
+        pages.append(bench.page if (bench.home / "RESULTS.md").exists() else "")
+        return 98.76
+
+    bench.training.accuracy = accuracy
+    bench.run("--table", "mnist", "--seeds", "0")
+    assert "98.76" not in pages[0]
+    assert row(pages[1], "mnist_resnet20")[0].startswith("98.76")
+
+
+def test_listing_off_a_terminal_is_names_alone_and_writes_nothing(bench, capsys):
+    for name in ("mnist_cnv", "mnist_resnet20", "cifar10_cnv"):
+        bench.recipe(name)
+    assert bench.run("--table", "mnist", "--list") == 0
+    assert capsys.readouterr().out == "mnist_resnet20\nmnist_cnv\n"
+    assert not (bench.home / "RESULTS.md").exists()
+
+
+def test_listing_on_a_terminal_has_the_standing_of_every_run(bench, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    bench.recipe("mnist_cnv")
+    bench.put("mnist_cnv", 0, accuracy=99.5)
+    bench.training.stop_at["mnist_cnv", 1] = "SIGINT"
+    bench.run("--table", "mnist", "--seeds", "1")
+    capsys.readouterr()
+    bench.run("--table", "mnist", "--list")
+    line = next(line for line in capsys.readouterr().out.splitlines() if "mnist_cnv" in line)
+    assert [word.strip() for word in line.split("│")][1:] == ["99.50", "started", "not run"]

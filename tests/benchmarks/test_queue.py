@@ -1,0 +1,340 @@
+"""What is trained and in which order; what is kept, resumed, replaced and never touched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+import pytest
+from workbench import make_record
+
+from cnvzoo.files import sha256_of
+from cnvzoo.train import RunRecord
+
+FLOAT, QUANTIZED = "cifar10_cnv", "cifar10_quant_cnv_w4a4"
+
+
+@pytest.fixture
+def pair(bench):
+    """A float entry and a quantized one that starts from it."""
+    bench.recipe(FLOAT)
+    bench.recipe(QUANTIZED, float_start=FLOAT)
+    return bench
+
+
+def test_first_seed_of_every_entry_first(bench):
+    for name in ("cifar10_cnv", "cifar10_resnet20"):
+        bench.recipe(name)
+    assert bench.run("--table", "cifar10") == 0
+    assert bench.training.calls == [(name, seed) for seed in (0, 1, 2) for name in ("cifar10_cnv", "cifar10_resnet20")]
+
+
+def test_a_run_with_a_record_is_not_trained_again(bench):
+    bench.recipe("mnist_cnv")
+    bench.put("mnist_cnv", 1)
+    assert bench.run("--table", "mnist") == 0
+    assert bench.training.calls == [("mnist_cnv", 0), ("mnist_cnv", 2)]
+    assert bench.run("--table", "mnist") == 0
+    assert len(bench.training.calls) == 2
+
+
+def test_the_record_among_the_results_is_the_one_of_the_run(bench):
+    bench.recipe("mnist_cnv")
+    bench.run("--table", "mnist", "--seeds", "2")
+    finished = bench.runs / "mnist_cnv" / "seed2" / "record.json"
+    assert bench.result("mnist_cnv", 2).read_bytes() == finished.read_bytes()
+    assert [path.name for path in bench.result("mnist_cnv").parent.iterdir()] == ["seed2.json"]
+
+
+def test_only_the_entries_and_seeds_asked_for(bench):
+    for name in ("mnist_cnv", "mnist_resnet20", "cifar10_cnv"):
+        bench.recipe(name)
+    bench.run("--table", "all", "--entry", "cifar10_cnv", "mnist_cnv", "--seeds", "2", "1")
+    assert bench.training.calls == [(name, seed) for seed in (2, 1) for name in ("mnist_cnv", "cifar10_cnv")]
+
+
+def test_a_changed_recipe_outdates_its_record(bench, capsys):
+    bench.recipe("mnist_cnv", epochs=10)
+    old = bench.put("mnist_cnv", accuracy=12.34).recipe_sha256
+    bench.recipe("mnist_cnv", epochs=11)
+    assert bench.run("--table", "mnist", "--time-limit", "0") == 3
+    message = capsys.readouterr().err
+    assert old[:8] in message
+    assert bench.entry("mnist_cnv").fingerprint[:8] in message
+    assert "12.34" not in bench.page
+    assert bench.run("--table", "mnist", "--seeds", "0") == 0
+    assert RunRecord.read(bench.result("mnist_cnv")).accuracy == 90
+
+
+def test_a_corrupt_record_is_named_and_stays_until_a_new_run_is_finished(bench, capsys):
+    bench.recipe("mnist_cnv")
+    bench.put("mnist_cnv", accuracy=12.34)
+    path = bench.result("mnist_cnv")
+    path.write_text(path.read_text()[:200])
+    before = path.read_bytes()
+    bench.training.stop_at["mnist_cnv", 0] = "SIGINT"
+    assert bench.run("--table", "mnist", "--seeds", "0") == 130
+    message = capsys.readouterr().err
+    assert "seed0.json" in message
+    assert "delete it" in message
+    assert path.read_bytes() == before
+    assert bench.run("--table", "mnist", "--seeds", "0") == 0
+    assert RunRecord.read(path).accuracy == 90
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"entry": "cifar10_cnv"}, "the record of cifar10_cnv seed 0, not of mnist_cnv seed 0"),
+        ({"seed": 1}, "the record of mnist_cnv seed 1, not of mnist_cnv seed 0"),
+        ({"trial": True}, "trial"),
+    ],
+)
+def test_a_record_in_the_wrong_place_does_not_count(bench, capsys, changes, complaint):
+    bench.recipe("mnist_cnv")
+    bench.put("mnist_cnv", accuracy=12.34, **changes)
+    assert bench.run("--table", "mnist", "--time-limit", "0") == 3
+    assert complaint in capsys.readouterr().err
+    assert "12.34" not in bench.page
+
+
+def test_records_that_no_table_reads_are_mentioned(bench, capsys):
+    bench.recipe("mnist_cnv")
+    record = make_record(bench.entry("mnist_cnv").recipe)
+    for name, seed in (("mnist_cnv", 7), ("mnist_cvn", 0)):
+        record.write(bench.result(name, seed))
+    bench.run("--table", "mnist", "--time-limit", "0")
+    message = capsys.readouterr().err
+    assert "seed7.json" in message
+    assert "mnist_cvn" in message
+
+
+def test_a_stopped_run_goes_on(bench):
+    bench.recipe("mnist_cnv")
+    bench.training.stop_at["mnist_cnv", 0] = "SIGTERM"
+    assert bench.run("--table", "mnist") == 143
+    assert not bench.result("mnist_cnv").exists()
+    assert bench.run("--table", "mnist", "--seeds", "0") == 0
+    assert bench.training.resumed == [("mnist_cnv", 0)]
+
+
+@pytest.mark.parametrize(("reason", "status"), [("time limit", 3), ("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stop_keeps_what_is_done_and_says_what_is_left(bench, capsys, reason, status):
+    for name in ("mnist_resnet20", "mnist_cnv"):
+        bench.recipe(name)
+    bench.training.stop_at["mnist_cnv", 0] = reason
+    assert bench.run("--table", "mnist", "--seeds", "0", "1") == status
+    assert bench.training.calls == [("mnist_resnet20", 0), ("mnist_cnv", 0)]
+    assert bench.result("mnist_resnet20").exists()
+    message = capsys.readouterr().err
+    assert reason in message
+    left = [line for line in message.splitlines() if line.startswith("  ")]
+    assert [line.split(":")[0].strip() for line in left] == [
+        "mnist_cnv seed 0",
+        "mnist_resnet20 seed 1",
+        "mnist_cnv seed 1",
+    ]
+    assert "state in" in left[0]
+    assert "mnist_cnv/seed0" in left[0].replace("\\", "/")
+    assert "not started" in left[1]
+
+
+def test_the_time_limit_is_handed_to_the_run_as_a_deadline(bench):
+    bench.recipe("mnist_cnv")
+    before = time.monotonic()
+    bench.run("--table", "mnist", "--seeds", "0", "--time-limit", "1000")
+    assert before + 1000 <= bench.training.options[0]["deadline"] <= time.monotonic() + 1000
+    bench.run("--table", "mnist", "--seeds", "1")
+    assert bench.training.options[1]["deadline"] is None
+
+
+def test_no_run_starts_after_the_time_limit(bench):
+    bench.recipe("mnist_cnv")
+    assert bench.run("--table", "mnist", "--time-limit", "0") == 3
+    assert bench.training.calls == []
+    assert "mnist_cnv" in bench.page
+
+
+def test_a_failed_run_does_not_hold_up_the_others(pair, capsys):
+    pair.recipe("cifar10_resnet20")
+    pair.training.fail_at.add((FLOAT, 0))
+    assert pair.run("--table", "cifar10", "--seeds", "0", "1") == 1
+    assert pair.training.calls == [
+        (FLOAT, 0), ("cifar10_resnet20", 0), (FLOAT, 1), ("cifar10_resnet20", 1), (QUANTIZED, 1),
+    ]  # fmt: skip
+    assert f"{FLOAT} seed 0, {QUANTIZED} seed 0" in capsys.readouterr().err
+    assert not pair.result(QUANTIZED, 0).exists()
+
+
+def test_a_finished_run_whose_record_was_not_brought_home_is_not_trained_again(bench):
+    bench.recipe("mnist_cnv")
+    bench.run("--table", "mnist", "--seeds", "0")
+    shutil.rmtree(bench.home / "results")
+    assert bench.run("--table", "mnist", "--seeds", "0") == 0
+    assert bench.training.calls == [("mnist_cnv", 0)]
+    assert bench.result("mnist_cnv").exists()
+
+
+class TestRetrain:
+    def test_replaces_the_record_when_the_new_run_is_finished(self, bench):
+        bench.recipe("mnist_cnv")
+        bench.run("--table", "mnist", "--seeds", "0")
+        before = bench.result("mnist_cnv").read_bytes()
+        bench.training.accuracy = lambda name, seed: 95.0
+        bench.training.stop_at["mnist_cnv", 0] = "SIGINT"
+        assert bench.run("--table", "mnist", "--seeds", "0", "--retrain") == 130
+        assert bench.result("mnist_cnv").read_bytes() == before
+        assert bench.run("--table", "mnist", "--seeds", "0", "--retrain") == 0
+        assert bench.training.resumed == [("mnist_cnv", 0)]
+        assert RunRecord.read(bench.result("mnist_cnv")).accuracy == 95
+
+    def test_keeps_the_weights_that_it_replaces(self, bench):
+        bench.recipe("mnist_cnv")
+        bench.run("--table", "mnist", "--seeds", "0")
+        bench.training.flavour = "new "
+        bench.run("--table", "mnist", "--seeds", "0", "--retrain")
+        folder = bench.runs / "mnist_cnv"
+        assert (folder / "seed0" / "weights.safetensors").read_text().startswith("new ")
+        assert not (folder / "seed0.previous" / "weights.safetensors").read_text().startswith("new ")
+
+    def test_is_for_the_entries_asked_for(self, pair):
+        pair.run("--table", "cifar10", "--seeds", "0")
+        pair.training.calls.clear()
+        pair.run("--table", "cifar10", "--seeds", "0", "--entry", QUANTIZED, "--retrain")
+        assert pair.training.calls == [(QUANTIZED, 0)]
+
+    def test_of_both_starts_from_the_new_float_weights(self, pair):
+        pair.run("--table", "cifar10", "--seeds", "0")
+        pair.training.calls.clear()
+        pair.training.flavour = "new "
+        pair.run("--table", "cifar10", "--seeds", "0", "--retrain")
+        assert pair.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
+        assert pair.training.options[-1]["float_start"].read_text().startswith("new ")
+
+
+class TestFloatStart:
+    def test_is_trained_before_the_run_that_needs_it_with_its_seed(self, pair):
+        assert pair.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "1") == 0
+        assert pair.training.calls == [(FLOAT, 1), (QUANTIZED, 1)]
+        assert pair.training.options[1]["float_start"] == pair.runs / FLOAT / "seed1" / "weights.safetensors"
+        assert pair.result(FLOAT, 1).exists()
+
+    def test_is_trained_for_its_weights_though_its_record_is_there(self, pair, capsys):
+        kept = pair.put(FLOAT, accuracy=91.5)
+        assert pair.run("--table", "cifar10", "--seeds", "0") == 0
+        assert pair.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
+        message = capsys.readouterr().err
+        assert f"{QUANTIZED} starts from its weights, which are not under" in message
+        assert "its weights are not those of" in message
+        assert RunRecord.read(pair.result(FLOAT)) == kept
+
+    def test_is_not_needed_by_a_run_that_is_done(self, pair):
+        pair.put(FLOAT)
+        pair.put(QUANTIZED)
+        assert pair.run("--table", "cifar10", "--seeds", "0") == 0
+        assert pair.training.calls == []
+
+    def test_weights_other_than_those_of_the_record_do_not_serve(self, pair):
+        pair.run("--table", "cifar10", "--entry", FLOAT, "--seeds", "0")
+        (pair.runs / FLOAT / "seed0" / "weights.safetensors").write_text("half of i")
+        assert pair.run("--table", "cifar10", "--seeds", "0") == 0
+        assert pair.training.calls == [(FLOAT, 0), (FLOAT, 0), (QUANTIZED, 0)]
+
+    def test_weights_of_an_older_recipe_do_not_serve(self, pair):
+        pair.run("--table", "cifar10", "--entry", FLOAT, "--seeds", "0")
+        pair.recipe(FLOAT, epochs=11)
+        pair.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "0")
+        assert pair.training.calls == [(FLOAT, 0), (FLOAT, 0), (QUANTIZED, 0)]
+
+    def publish(self, bench, weights: str, config: object) -> None:
+        folder = bench.hub / "cnv.cifar10"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text(weights)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    def test_published_weights_of_the_record_serve(self, pair, tmp_path):
+        (tmp_path / "weights").write_text("published")
+        digest = sha256_of(tmp_path / "weights")
+        pair.put(FLOAT, weights_sha256=digest)
+        self.publish(pair, "published", {"weights_sha256": digest})
+        assert pair.run("--table", "cifar10", "--seeds", "0") == 0
+        assert pair.training.calls == [(QUANTIZED, 0)]
+        assert pair.training.options[0]["float_start"] == pair.hub / "cnv.cifar10" / "model.safetensors"
+
+    @pytest.mark.parametrize("config", [{"weights_sha256": "f" * 64}, {}, [], {"weights_sha256": "RECORD"}])
+    def test_other_published_weights_do_not(self, pair, config):
+        record = pair.put(FLOAT)
+        if config == {"weights_sha256": "RECORD"}:  # says so, but the file beside it is another
+            config = {"weights_sha256": record.weights_sha256}
+        self.publish(pair, "published", config)
+        assert pair.run("--table", "cifar10", "--seeds", "0") == 0
+        assert pair.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
+
+
+class TestTrial:
+    def test_enters_no_table(self, bench, capsys):
+        bench.recipe("mnist_cnv", epochs=10)
+        bench.training.accuracy = lambda name, seed: 12.34
+        assert bench.run("--table", "mnist", "--seeds", "0", "--epochs", "2") == 0
+        assert bench.training.options[0]["epochs"] == 2
+        assert (bench.runs / "trials" / "mnist_cnv" / "seed0-2epochs" / "record.json").exists()
+        assert not (bench.home / "results").exists()
+        assert "12.34" not in bench.page
+        tables, trials = capsys.readouterr().out.split("trials:")
+        assert "12.34" not in tables
+        assert "| mnist_cnv | 0 | 2 of 10 | 12.34 |" in trials
+
+    def test_is_not_repeated(self, bench):
+        bench.recipe("mnist_cnv")
+        for _ in range(2):
+            assert bench.run("--table", "mnist", "--seeds", "0", "--epochs", "2") == 0
+        assert bench.training.calls == [("mnist_cnv", 0)]
+
+    @pytest.mark.parametrize("epochs", ["10", "99"])
+    def test_is_not_what_the_recipe_asks_for_or_more(self, bench, epochs):
+        bench.recipe("mnist_cnv", epochs=10)
+        assert bench.run("--table", "mnist", "--seeds", "0", "--epochs", epochs) == 0
+        assert bench.training.options[0]["epochs"] is None
+        assert bench.result("mnist_cnv").exists()
+
+    def test_may_start_from_a_trial(self, pair):
+        assert pair.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "0", "--epochs", "2") == 0
+        assert pair.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
+        assert "trials" in pair.training.options[1]["float_start"].parts
+
+    def test_starts_from_real_weights_if_they_are_there(self, pair):
+        pair.run("--table", "cifar10", "--entry", FLOAT, "--seeds", "0")
+        pair.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "0", "--epochs", "2")
+        assert pair.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
+        assert pair.training.options[1]["float_start"] == pair.runs / FLOAT / "seed0" / "weights.safetensors"
+
+    def test_no_run_of_a_table_starts_from_a_trial(self, bench):
+        bench.recipe(FLOAT, epochs=20)
+        bench.recipe(QUANTIZED, epochs=5, float_start=FLOAT)
+        assert bench.run("--table", "cifar10", "--seeds", "0", "--epochs", "10") == 0
+        assert bench.training.options[-1]["float_start"] == bench.runs / FLOAT / "seed0" / "weights.safetensors"
+        assert bench.result(QUANTIZED).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--table", "mnist", "--entry", "mnist_cvn"], "unknown entry 'mnist_cvn': did you mean 'mnist_cnv'"),
+        (["--table", "mnist", "--entry", "cifar10_cnv"], "cifar10_cnv is in table cifar10, not in mnist"),
+        (["--table", "cifar100"], "cifar100 has no recipe"),
+    ],
+)
+def test_a_request_that_cannot_be_met_says_why(bench, capsys, arguments, complaint):
+    bench.recipe("mnist_cnv")
+    bench.recipe("cifar10_cnv")
+    assert bench.run(*arguments) == 2
+    assert complaint in capsys.readouterr().err
+    assert bench.training.calls == []
+
+
+@pytest.mark.parametrize("wrong", [["--seeds", "3"], ["--epochs", "0"], ["--time-limit", "-1"], ["--time-limit", "1h"]])
+def test_impossible_arguments_are_refused(bench, wrong):
+    with pytest.raises(SystemExit) as stop:
+        bench.run("--table", "mnist", *wrong)
+    assert stop.value.code == 2

@@ -1,0 +1,139 @@
+"""A benchmarks folder of one's own, and training that takes no time: what is tested is what is trained, and when."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from harness.entries import load_entries
+from reproduce import main
+
+from cnvzoo.files import sha256_of
+from cnvzoo.train import RunError, RunInterrupted, RunRecord
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+CPU = {"kind": "cpu", "name": "A CPU", "threads": 2}
+
+
+def make_record(recipe: Any, seed: int = 0, /, *, accuracy: float = 90.0, **changes: Any) -> RunRecord:
+    """A record as run_recipe leaves it, with `changes`."""
+    values = {
+        "entry": recipe.name,
+        "seed": seed,
+        "trial": False,
+        "holdout": 0,
+        "accuracy": accuracy,
+        "correct": round(100 * accuracy),
+        "total": 10000,
+        "weights": "final",
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_sha256": recipe.fingerprint(),
+        "weights_sha256": "0" * 64,
+        "seconds": 90.0,
+        "device": CPU,
+        "versions": {"torch": "2.14.1", "python": "3.11.9"},
+        "commit": None,
+        "float_start": None,
+        "finished": "2025-01-01T00:00:00+00:00",
+        "history": [],
+    }
+    return RunRecord.model_validate(values | changes)
+
+
+@dataclass
+class FakeTraining:
+    """In the place of run_recipe: writes what it would, says what it was asked, and stops or fails when told to."""
+
+    accuracy: Callable[[str, int], float] = lambda name, seed: 90.0 + seed
+    flavour: str = ""  # other bits in the weights, as another machine makes them
+    stop_at: dict[tuple[str, int], str] = field(default_factory=dict)
+    fail_at: set[tuple[str, int]] = field(default_factory=set)
+    calls: list[tuple[str, int]] = field(default_factory=list)
+    options: list[dict[str, Any]] = field(default_factory=list)
+    resumed: list[tuple[str, int]] = field(default_factory=list)
+
+    def __call__(
+        self, recipe: Any, *, run_dir: Path, seed: int, epochs: int | None, float_start: Path | None, **options: Any
+    ) -> RunRecord:
+        key = (recipe.name, seed)
+        self.calls.append(key)
+        self.options.append({"epochs": epochs, "float_start": float_start, "run_dir": run_dir, **options})
+        if recipe.float_start is not None and float_start is None:
+            raise RunError("no float start was handed in")
+        record_path, weights, state = (run_dir / n for n in ("record.json", "weights.safetensors", "state.safetensors"))
+        if record_path.exists() and weights.exists():
+            record = RunRecord.read(record_path)
+            if record.recipe_sha256 == recipe.fingerprint():
+                return record  # as run_recipe does with a finished run
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if state.exists():
+            self.resumed.append(key)
+        if key in self.fail_at:
+            raise RunError(f"{recipe.name} cannot be had")
+        if reason := self.stop_at.pop(key, None):
+            state.touch()
+            trainer = SimpleNamespace(step=3, total_steps=10, recipe=recipe)
+            raise RunInterrupted(reason, trainer, run_dir)  # type: ignore[arg-type]
+        weights.write_text(f"{self.flavour}{key}")
+        record = make_record(
+            recipe,
+            seed,
+            accuracy=self.accuracy(*key),
+            weights_sha256=sha256_of(weights),
+            trial=epochs is not None,
+            recipe=recipe.model_dump(mode="json") | {"epochs": epochs or recipe.epochs},
+        )
+        record.write(record_path)
+        state.unlink(missing_ok=True)
+        return record
+
+
+class Bench:
+    """A benchmarks folder with recipes, and its command line."""
+
+    def __init__(self, root: Path) -> None:
+        self.home, self.runs, self.hub = root / "benchmarks", root / "runs", root / "hub"
+        self.training = FakeTraining()
+        self.train: Callable[..., RunRecord] = self.training
+        (self.home / "configs").mkdir(parents=True)
+        self.write_references("")
+
+    def write_references(self, text: str) -> None:
+        (self.home / "references.yaml").write_text(text)
+
+    def recipe(self, name: str, *, file: str | None = None, epochs: int = 10, **extra: Any) -> Path:
+        """Write the recipe called `<dataset>_<model>[_w<W>a<A>]` to its file, or to `file`."""
+        dataset = next(d for d in ("fashion_mnist", "mnist", "cifar100", "cifar10") if name.startswith(f"{d}_"))
+        model, _, bits = name.removeprefix(f"{dataset}_").partition("_w")
+        values: dict[str, Any] = {"model": model, "dataset": dataset, "epochs": epochs, "batch_size": 100}
+        if bits:
+            w_bits, a_bits = bits.split("a")
+            values |= {"w_bits": int(w_bits), "a_bits": int(a_bits)}
+        path = self.home / "configs" / f"{file or name}.yaml"
+        path.write_text(json.dumps(values | {"optimizer": {"lr": 0.1}} | extra))  # JSON is YAML
+        return path
+
+    def entry(self, name: str) -> Any:
+        return load_entries(self.home / "configs")[name]
+
+    def result(self, name: str, seed: int = 0) -> Path:
+        return self.home / "results" / name / f"seed{seed}.json"
+
+    def put(self, name: str, seed: int = 0, /, **changes: Any) -> RunRecord:
+        """Put a record of the current recipe among the results, as copied from another machine."""
+        record = make_record(self.entry(name).recipe, seed, **changes)
+        record.write(self.result(name, seed))
+        return record
+
+    def run(self, *arguments: str) -> int:
+        argv: Sequence[str] = ("--device", "cpu", "--runs", str(self.runs), *arguments)
+        return main(argv, home=self.home, train=self.train)
+
+    @property
+    def page(self) -> str:
+        return (self.home / "RESULTS.md").read_text()
