@@ -7,7 +7,7 @@ from cnvzoo.errors import CnvzooError
 from cnvzoo.hub import load_checkpoint
 from cnvzoo.models import register_model
 from cnvzoo.train import Recipe, load_recipe
-from cnvzoo.zoo import create_model, evaluate, list_models, model_info, quantize, train, transforms
+from cnvzoo.zoo import create_model, evaluate, list_models, model_info, predict, quantize, train, transforms
 
 __version__ = version("cnvzoo")
 
@@ -21,6 +21,7 @@ __all__ = [
     "load_dataset",
     "load_recipe",
     "model_info",
+    "predict",
     "quantize",
     "register_model",
     "train",

@@ -174,6 +174,29 @@ def transforms(source: str | DatasetInfo | Preprocessing | CheckpointConfig) -> 
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """One guess at an image: the class's name, and the probability that the model gives it."""
+
+    label: str
+    probability: float
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, config: CheckpointConfig, image: Any, top: int = 5) -> list[Prediction]:
+    """Classify one image.
+
+    Args:
+        model, config: as `load_checkpoint` gives them.
+        image: PIL image, or uint8 tensor [C, H, W]; of any size.
+        top: how many classes to return, the likeliest first.
+    """
+    device = next(model.parameters()).device
+    probabilities = model(transforms(config)(image)[None].to(device)).softmax(1)[0]
+    best = probabilities.topk(min(top, len(config.classes)))
+    return [Prediction(config.classes[i], float(p)) for p, i in zip(*best, strict=True)]
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """What `train` returns: the trained model in eval mode, and the record of the run."""
 

@@ -8,10 +8,14 @@ from .checkpoint import (
     read_config,
     write_checkpoint,
 )
+from .locate import checkpoint_names, find_checkpoint, hub_folder
 
 __all__ = [
     "CheckpointConfig",
     "CheckpointError",
+    "checkpoint_names",
+    "find_checkpoint",
+    "hub_folder",
     "load_checkpoint",
     "preprocessing_from",
     "read_config",

@@ -22,6 +22,12 @@ from cnvzoo.models import model_spec
 Where = dict[tuple[str, ...], str]  # key path -> "file:line"
 
 
+_FILLED_IN = {
+    "name": "a recipe is named after its file",
+    "float_start_sha256": "it follows from float_start",
+}
+
+
 class RecipeError(CnvzooError, ValueError):
     """A recipe that cannot be used: says which file, key and line, what was expected and what to do."""
 
@@ -74,7 +80,9 @@ class Recipe(_Section):
         label_smoothing: 0 to below 1.
         ema: decay per step of the averaged weights, which are then the ones evaluated and kept; None for none.
         precision: of the training step. Evaluation is in float32 always.
-        float_start: the entry of the float twin whose weights, of the same seed, this run starts from.
+        float_start: the entry of the float twin whose weights, of the same seed, this run starts from: the name
+            of a recipe in the same folder.
+        float_start_sha256: fingerprint of that recipe, which decides these weights too; filled in by load_recipe.
         seed: of initialisation, shuffling and augmentation.
     """
 
@@ -92,6 +100,7 @@ class Recipe(_Section):
     ema: float | None = Field(default=None, gt=0, lt=1)
     precision: Literal["bf16", "fp32"] = "bf16"
     float_start: str | None = None
+    float_start_sha256: str | None = None
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -126,14 +135,21 @@ class Recipe(_Section):
 def load_recipe(path: str | Path) -> Recipe:
     """Read and validate a recipe file. Its `name` is the file's stem.
 
+    The recipe that a `float_start` names is read too.
+
     Raises:
         RecipeError: not readable, not YAML, an unknown key, a wrong type or an impossible value.
     """
     path = Path(path)
     values, where = _read(path, ())
-    if "name" in values:
-        raise RecipeError(f"{where['name',]}: name: a recipe is named after its file: remove this line")
-    return recipe_from_dict({**values, "name": path.stem}, str(path), where)
+    for key, origin in _FILLED_IN.items():
+        if key in values:
+            raise RecipeError(f"{where[(key,)]}: {key}: {origin}: remove this line")
+    recipe = recipe_from_dict({**values, "name": path.stem}, str(path), where)
+    if recipe.float_start is None:
+        return recipe
+    start = load_recipe(path.with_name(f"{recipe.float_start}.yaml"))
+    return recipe.model_copy(update={"float_start_sha256": start.fingerprint()})
 
 
 def recipe_from_dict(values: dict[str, Any], source: str, where: Where | None = None) -> Recipe:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -108,22 +109,33 @@ def run_recipe(
     run_dir = Path(run_dir)
     recipe = recipe if seed is None else recipe.model_copy(update={"seed": seed})
     epochs = recipe.epochs if epochs is None else epochs
-    if epochs <= recipe.schedule.warmup_epochs:
-        raise RunError(
-            f"{recipe.name}: {epochs} epochs are not more than the warm-up's {recipe.schedule.warmup_epochs}"
-        )
     target = resolve_device(device)
     start = _float_start_facts(recipe, float_start)
     identity = {
         "recipe": recipe.fingerprint(), "seed": recipe.seed, "epochs": epochs, "holdout": holdout, "float_start": start,
     }  # fmt: skip
-    if finished := _finished(run_dir, identity):
-        return finished
-    data = dataset or load_dataset(recipe.dataset, root=data_root)
-    data = data.holdout(holdout) if holdout else data
+    with _alone_in(run_dir):
+        if finished := _finished(run_dir, identity):
+            return finished
+        data = dataset or load_dataset(recipe.dataset, root=data_root)
+        data = data.holdout(holdout) if holdout else data
+        return _run(recipe, run_dir, target, epochs, identity, data, deadline, float_start, quiet, save_every)
+
+
+def _run(
+    recipe: Recipe,
+    run_dir: Path,
+    target: torch.device,
+    epochs: int,
+    identity: dict[str, Any],
+    data: Dataset,
+    deadline: float | None,
+    float_start: str | Path | None,
+    quiet: bool,
+    save_every: float,
+) -> RunRecord:
     preprocessing = preprocessing_of(recipe.model, recipe.dataset)
     keep_freed_memory()
-
     with deterministic(target):
         model = _fresh_model(recipe, data, float_start).to(target)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -142,18 +154,34 @@ def run_recipe(
         save_file(weights, temporary)
     total = len(data.test_labels)
     record = RunRecord(
-        entry=recipe.name, seed=recipe.seed, trial=epochs < recipe.epochs or holdout > 0, holdout=holdout,
+        entry=recipe.name, seed=recipe.seed, trial=epochs < recipe.epochs or identity["holdout"] > 0,
+        holdout=identity["holdout"],
         accuracy=round(100 * correct / total, 4), correct=correct, total=total,
         weights="ema" if recipe.ema else "final",
         recipe=recipe.model_dump(mode="json") | {"epochs": epochs}, recipe_sha256=recipe.fingerprint(),
         weights_sha256=sha256_of(run_dir / WEIGHTS),
         seconds=round(sum(e["seconds"] for e in trainer.history), 1),
         device=describe_device(target), versions=_versions(recipe, target), commit=current_commit(),
-        float_start=start, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), history=trainer.history,
+        float_start=identity["float_start"],
+        finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        history=trainer.history,
     )  # fmt: skip
     record.write(run_dir / RECORD)
     (run_dir / STATE).unlink(missing_ok=True)
     return record
+
+
+@contextmanager
+def _alone_in(run_dir: Path) -> Iterator[None]:
+    """Hold the folder against other processes; the lock goes with the process, however it ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run_dir / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RunError(
+            f"{run_dir}: another process is training this run: wait for it, or give another folder"
+        ) from None
 
 
 def _fresh_model(recipe: Recipe, data: Dataset, float_start: str | Path | None) -> nn.Module:

@@ -63,6 +63,10 @@ class Trainer:
         self.recipe = recipe
         self.steps_per_epoch = batches.steps_per_epoch
         self.total_steps = epochs * self.steps_per_epoch
+        # a trial of fewer epochs warms up for the same share of its steps
+        self.schedule = recipe.schedule.model_copy(
+            update={"warmup_epochs": recipe.schedule.warmup_epochs * min(1.0, epochs / recipe.epochs)}
+        )
         self.optimizers = build_optimizers(model, recipe.optimizer)
         self.average = WeightAverage(model, recipe.ema) if recipe.ema else None
         self.device = next(model.parameters()).device
@@ -94,7 +98,7 @@ class Trainer:
             self.average.copy_to_model()
 
     def _take_step(self, images: Tensor, targets: Tensor) -> None:
-        factor = lr_factor(self.recipe.schedule, self.step, self.total_steps, self.steps_per_epoch)
+        factor = lr_factor(self.schedule, self.step, self.total_steps, self.steps_per_epoch)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor

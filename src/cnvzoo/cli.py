@@ -1,0 +1,180 @@
+"""The command line: each command is one call of the library, and its help says what to try next."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import cnvzoo
+from cnvzoo.errors import CnvzooError
+from cnvzoo.hub import find_checkpoint, load_checkpoint, preprocessing_from
+from cnvzoo.models import model_spec
+from cnvzoo.train import RunInterrupted
+from cnvzoo.zoo import ModelInfo
+
+app = typer.Typer(
+    help="Small image classifiers, float and quantized, with the recipes and weights behind every number.",
+    epilog="Start with: cnvzoo list, then cnvzoo info quant_cnv --w-bits 4 --a-bits 4",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+_LISTING_BITS = 4  # what `list` counts quantized models at
+
+Bits = Annotated[int | None, typer.Option(min=1, max=8, help="Bit width, 1 to 8. Quantized models need both widths.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(help="Folder of cached datasets; default CNVZOO_DATA, else ~/.cache/cnvzoo/datasets."),
+]
+
+
+@app.command("list")
+def list_(pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'resnet*'.")] = "*") -> None:
+    """List the models: parameters, multiply-accumulates and weight bytes at 32x32, 3 channels, 10 classes.
+
+    Quantized models are counted at 4 bits; `cnvzoo info` counts any model at any setting.
+    """
+    table = Table("model", "parameters", "MACs", "weight bytes")
+    table.add_column("what it is", no_wrap=True, overflow="ellipsis")
+    for name in cnvzoo.list_models(pattern):
+        bits = _LISTING_BITS if model_spec(name).quantized else None
+        info = cnvzoo.model_info(name, w_bits=bits, a_bits=bits)
+        table.add_row(info.name, f"{info.parameters:,}", f"{info.macs:,}", f"{info.weight_bytes:,}", info.summary)
+    if not table.rows:
+        raise CnvzooError(f"no model matches {pattern!r}: cnvzoo list shows them all")
+    _print(table)
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="Name of a model, as in `cnvzoo list`.")],
+    w_bits: Bits = None,
+    a_bits: Bits = None,
+    num_classes: Annotated[int, typer.Option(min=1, help="Outputs.")] = 10,
+    in_chans: Annotated[int, typer.Option(min=1, help="Image channels: 3 for colour, 1 for grey.")] = 3,
+    input_size: Annotated[int | None, typer.Option(min=1, help="Height and width to count MACs at.")] = None,
+) -> None:
+    """Say what one model costs at the given bit widths, classes and image size.
+
+    Example: `cnvzoo info quant_cnv --w-bits 2 --a-bits 2 --num-classes 100`
+    """
+    facts: ModelInfo = cnvzoo.model_info(
+        model, w_bits=w_bits, a_bits=a_bits, num_classes=num_classes, in_chans=in_chans, input_size=input_size
+    )
+    channels, height, width = facts.input_shape
+    table = Table(show_header=False, box=None)
+    for label, value in (
+        ("model", facts.name),
+        ("what it is", facts.summary),
+        ("input", f"{channels} x {height} x {width}"),
+        ("parameters", f"{facts.parameters:,}"),
+        ("multiply-accumulates", f"{facts.macs:,}"),
+        ("weight bytes", f"{facts.weight_bytes:,}"),
+    ):
+        table.add_row(label, value)
+    _print(table)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, such as benchmarks/configs/mnist_cnv.yaml.")],
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder for state, weights and record; default runs/RECIPE/seedN.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's; fewer make it a trial.")] = None,
+    holdout: Annotated[
+        int, typer.Option(min=0, help="Score on this many training images, held out, to choose between recipes.")
+    ] = 0,
+    float_start: Annotated[
+        Path | None, typer.Option(help="weights.safetensors of the float model that the recipe starts from.")
+    ] = None,
+    device: Device = "auto",
+    time_limit: Annotated[float | None, typer.Option(min=0, help="Stop after this many seconds, resumable.")] = None,
+    data_root: DataRoot = None,
+) -> None:
+    """Train a recipe and score it on the test set, or on a held-out part of the training set.
+
+    Interrupt it whenever you like: the same command goes on where it stopped, with the same result.
+
+    Example: `cnvzoo train benchmarks/configs/mnist_cnv.yaml --epochs 2 --holdout 5000`
+    """
+    loaded = cnvzoo.load_recipe(recipe)
+    folder = run_dir or Path("runs") / loaded.name / f"seed{loaded.seed if seed is None else seed}"
+    deadline = None if time_limit is None else time.monotonic() + time_limit
+    record = cnvzoo.train(
+        loaded, run_dir=folder, seed=seed, epochs=epochs, holdout=holdout, float_start=float_start,
+        device=device, deadline=deadline, data_root=data_root,
+    ).record  # fmt: skip
+    scored_on = f"{holdout:,} held-out training images" if holdout else f"the test set of {loaded.dataset}"
+    trial = ", a trial" if record.trial else ""
+    typer.echo(f"{record.entry}, seed {record.seed}: {record.accuracy:.2f} % on {scored_on}{trial}")
+    typer.echo(f"record and weights: {folder}")
+
+
+@app.command("eval")
+def eval_(
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint, or its name in the hub folder.")],
+    device: Device = "auto",
+    data_root: DataRoot = None,
+) -> None:
+    """Score a checkpoint on its test set and compare with the number that it is published with.
+
+    Example: `cnvzoo eval cnv.mnist`
+    """
+    model, config = load_checkpoint(find_checkpoint(checkpoint))
+    result = cnvzoo.evaluate(
+        model, config.dataset, preprocessing=preprocessing_from(config), device=device, data_root=data_root
+    )
+    typer.echo(
+        f"{config.name}: {result.accuracy:.2f} % ({result.correct} of {result.total}); "
+        f"published {config.accuracy:.2f} % ({config.correct} of {config.total})"
+    )
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files, of any size and format that Pillow reads.")],
+    checkpoint: Annotated[str, typer.Option(help="Folder of a checkpoint, or its name in the hub folder.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 3,
+) -> None:
+    """Classify images: the likeliest classes and their probabilities.
+
+    Example: `cnvzoo predict photo.png --checkpoint quant_cnv_w4a4.cifar10`
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    model, config = load_checkpoint(find_checkpoint(checkpoint))
+    for path in images:
+        try:
+            with Image.open(path) as image:
+                guesses = cnvzoo.predict(model, config, image, top)
+        except (OSError, UnidentifiedImageError) as error:
+            raise CnvzooError(f"{path}: cannot be read as an image: {error}") from None
+        typer.echo(f"{path}: " + ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in guesses))
+
+
+def _print(table: Table) -> None:
+    console = Console(highlight=False)
+    # piped output is for other programs: wide enough that nothing is cut
+    console.print(table, width=None if console.is_terminal else 160)
+
+
+def main() -> None:
+    """Run the command line; errors of ours are said in a line, without a traceback."""
+    try:
+        app()
+    except RunInterrupted as interruption:
+        typer.echo(str(interruption), err=True)
+        sys.exit({"SIGINT": 130, "SIGTERM": 143}.get(interruption.reason, 3))
+    except CnvzooError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
