@@ -128,8 +128,10 @@ class Recipe(_Section):
 
     def fingerprint(self) -> str:
         """sha256 of everything in the recipe that decides the weights, the seed excluded."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"seed", "name"}), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        values = self.model_dump(mode="json", exclude={"seed", "name"})
+        if self.float_start is None:
+            del values["float_start_sha256"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def load_recipe(path: str | Path) -> Recipe:
