@@ -7,8 +7,8 @@
 
 Like make: a run with a valid record under benchmarks/results/ is not trained again, one that was stopped goes on
 where it stopped, and a record of a recipe that has changed since is out of date. To merge the work of several
-machines, copy their records into benchmarks/results/: the tables, printed and written to benchmarks/RESULTS.md, are
-made of these alone.
+machines, copy their records into benchmarks/results/: the tables, printed and written to benchmarks/RESULTS.md and
+into README.md, are made of these alone.
 
 Exit status: 0 every run asked for has its record; 1 a run failed; 2 wrong request, recipe or reference; 3 stopped
 at the time limit; 130 or 143 stopped by Ctrl-C or SIGTERM. After 3, 130 and 143 the same command goes on.
@@ -23,7 +23,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from harness import records, render
+from harness import readme, records, render
+from harness.checkpoints import keep_missing
 from harness.entries import SEEDS, TABLES, load_entries, select_entries
 from harness.errors import HarnessError
 from harness.execute import LocalRunner, Outcome, execute
@@ -83,9 +84,13 @@ def _reproduce(arguments: argparse.Namespace, layout: Layout, train: Callable[..
     def say(text: str) -> None:
         messages.print(text, soft_wrap=True, highlight=False, markup=False)
 
-    def write_page() -> None:
+    def publish() -> None:
+        for folder in keep_missing(selected, layout):
+            say(f"{shown(folder)}: checkpoint written")
         survey = records.survey(entries.values(), layout)
-        write_text(layout.page, render.page(rows(entries.values(), survey, references), survey))
+        lines = rows(entries.values(), survey, references)
+        write_text(layout.page, render.page(lines, survey))
+        readme.update(layout.readme, render.summary(lines))
 
     for path in records.collect(selected, seeds, layout):
         say(f"{shown(path)}: brought from the run that finished before")
@@ -95,8 +100,8 @@ def _reproduce(arguments: argparse.Namespace, layout: Layout, train: Callable[..
         selected, seeds, entries=entries, layout=layout, epochs=arguments.epochs, retrain=arguments.retrain
     )
     runner = LocalRunner(train=train, device=arguments.device, deadline=deadline)
-    outcome = execute(jobs, runner, entries=entries, layout=layout, deadline=deadline, say=say, on_finished=write_page)
-    write_page()
+    outcome = execute(jobs, runner, entries=entries, layout=layout, deadline=deadline, say=say, on_finished=publish)
+    publish()
 
     console, survey = Console(), records.survey(entries.values(), layout)
     for table in TABLES:

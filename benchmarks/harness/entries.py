@@ -52,14 +52,11 @@ class Entry:
 def load_entries(configs: Path) -> dict[str, Entry]:
     """Every entry of every table by name, in the order of the tables.
 
-    Raises HarnessError for a misnamed file, a dataset without a table or a float start that cannot be had, and
-    cnvzoo.train.RecipeError for a recipe that is not valid.
+    Raises HarnessError for a misnamed file or a dataset without a table, and cnvzoo.train.RecipeError for a recipe
+    that is not valid or whose float start is not beside it.
     """
     entries = [_load_entry(path) for path in sorted(configs.glob("*.yaml")) if not path.name.startswith("_")]
-    by_name = {entry.name: entry for entry in sorted(entries, key=_order)}
-    for entry in entries:
-        _check_float_start(entry, by_name)
-    return by_name
+    return {entry.name: entry for entry in sorted(entries, key=_order)}
 
 
 def select_entries(entries: Mapping[str, Entry], table: str, names: Sequence[str] | None = None) -> list[Entry]:
@@ -89,17 +86,6 @@ def _load_entry(path: Path) -> Entry:
     if recipe.dataset not in TABLES:
         raise HarnessError(f"{path}: no table has dataset {recipe.dataset!r}: {nearest(recipe.dataset, TABLES)}")
     return Entry(recipe=recipe, path=path, fingerprint=recipe.fingerprint())
-
-
-def _check_float_start(entry: Entry, entries: Mapping[str, Entry]) -> None:
-    chain = [entry.name]
-    while (start := entries[chain[-1]].recipe.float_start) is not None:
-        if start not in entries:
-            path = entries[chain[-1]].path
-            raise HarnessError(f"{path}: float_start: no recipe is named {start!r}: {nearest(start, entries)}")
-        if start in chain:
-            raise HarnessError(f"{entry.path}: float_start goes in a circle: {' -> '.join([*chain, start])}")
-        chain.append(start)
 
 
 def _order(entry: Entry) -> tuple[int, bool, int, list[str | int], int, int]:

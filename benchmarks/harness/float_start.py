@@ -29,7 +29,7 @@ def resolve_float_start(entry: Entry, seed: int, layout: Layout, *, trial_epochs
 def _from_run(entry: Entry, seed: int, layout: Layout, trial_epochs: int | None = None) -> Path | None:
     folder = layout.run_dir(entry.name, seed, trial_epochs)
     record = standing(entry, seed, folder / RECORD, trial=trial_epochs is not None).record
-    return _proven(folder / WEIGHTS, record)
+    return proven(folder / WEIGHTS, record)
 
 
 def _from_hub(entry: Entry, seed: int, layout: Layout) -> Path | None:
@@ -41,9 +41,10 @@ def _from_hub(entry: Entry, seed: int, layout: Layout) -> Path | None:
         return None  # nothing published here that could say whose it is
     if record is None or not isinstance(config, dict) or config.get("weights_sha256") != record.weights_sha256:
         return None
-    return _proven(folder / "model.safetensors", record)
+    return proven(folder / "model.safetensors", record)
 
 
-def _proven(weights: Path, record: RunRecord | None) -> Path | None:
+def proven(weights: Path, record: RunRecord | None) -> Path | None:
+    """`weights` if they are those of `record`, else None."""
     known = record is not None and weights.is_file() and sha256_of(weights) == record.weights_sha256
     return weights if known else None

@@ -39,6 +39,10 @@ class Layout:
     def page(self) -> Path:
         return self.home / "RESULTS.md"
 
+    @property
+    def readme(self) -> Path:
+        return self.home.parent / "README.md"
+
     def record(self, entry: str, seed: int) -> Path:
         """The committed record of a run."""
         return self.results / entry / f"seed{seed}.json"

@@ -46,6 +46,16 @@ def page(rows: Sequence[Row], survey: Survey) -> str:
     return "\n".join(parts)
 
 
+def summary(rows: Iterable[Row]) -> str:
+    """The table of the README: the entries that have been run, of every dataset."""
+    lines = [
+        _cells(row, name=f"[{row.entry.name}](benchmarks/configs/{row.entry.path.name})")
+        for row in rows
+        if row.finished
+    ]
+    return _markdown(_HEADER, lines) if lines else "No run yet."
+
+
 def print_table(console: Console, title: str, rows: Iterable[Row]) -> None:
     _print(console, title, _HEADER, [_cells(row, name=row.entry.name) for row in rows])
 

@@ -44,20 +44,6 @@ def test_a_file_named_after_something_else_is_refused(bench, wrong):
         load_entries(bench.home / "configs")
 
 
-def test_a_float_start_has_to_be_an_entry(bench):
-    bench.recipe("cifar10_cnv")
-    bench.recipe("cifar10_quant_cnv_w4a4", float_start="cifar10_cvn")
-    with pytest.raises(HarnessError, match=r"cifar10_quant_cnv_w4a4\.yaml.*cifar10_cvn.*did you mean 'cifar10_cnv'"):
-        load_entries(bench.home / "configs")
-
-
-def test_float_starts_do_not_go_in_circles(bench):
-    bench.recipe("cifar10_quant_cnv_w4a4", float_start="cifar10_quant_cnv_w8a8")
-    bench.recipe("cifar10_quant_cnv_w8a8", float_start="cifar10_quant_cnv_w4a4")
-    with pytest.raises(HarnessError, match="circle"):
-        load_entries(bench.home / "configs")
-
-
 def test_selected_entries_keep_the_order_of_the_table(bench):
     for name in NAMES:
         bench.recipe(name)

@@ -29,7 +29,7 @@ class IntQuantizer(nn.Module):
 
     Args:
         bits: bit width, 1 to 8.
-        signed: symmetric around 0, or from 0 up.
+        signed: symmetric around 0, for weights; else from 0 up, for activations.
         scale_shape: `()` for one scale, `(channels, 1, ...)` for one per output channel.
         learned: whether the scale is a parameter; else it is a constant that is not part of the state.
     """
@@ -45,6 +45,7 @@ class IntQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         self.bits = bits
+        self.signed = signed
         self.ints = IntRange.of(bits, signed=signed)
         self.learned = learned
         value = torch.full(scale_shape, scale)
@@ -62,12 +63,12 @@ class IntQuantizer(nn.Module):
     def positive_scale(self, x: Tensor) -> Tensor:
         """The scale, kept positive; its gradient is that of LSQ, section 2.2: divided by sqrt(values * levels).
 
-        `values` are those that share one scale: a channel of weights, or the activations of one image. Without
-        the division a scale's steps are larger than a weight's by orders of magnitude.
+        `values` are those that share one scale: of the weights, or of the activations of one image. Without the
+        division a scale's steps are larger than a weight's by orders of magnitude.
         """
         if not self.learned:
             return self.scale
-        values = x.numel() // (x.shape[0] if self.scale.dim() == 0 else self.scale.numel())
+        values = x.numel() // (self.scale.numel() if self.signed else len(x))
         gain = 1 / math.sqrt(values * self.ints.high)
         scale = self.scale * gain + (self.scale - self.scale * gain).detach()
         return scale.clamp_min(_SCALE_FLOOR)

@@ -112,7 +112,7 @@ def check_bits(argument: str, bits: int | None, model: str) -> int:
     if bits is None:
         raise ModelError(f"{model} needs {argument}: a whole number from {BITS[0]} to {BITS[-1]}")
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
-        close = min(max(round(bits), BITS[0]), BITS[-1]) if isinstance(bits, (int, float)) else BITS[-1]
+        close = round(min(max(BITS[0], bits), BITS[-1])) if isinstance(bits, (int, float)) else BITS[-1]
         raise ModelError(
             f"{argument}={bits!r} is not a whole number from {BITS[0]} to {BITS[-1]}: "
             f"the nearest that {model} can have is {argument}={close}"

@@ -1,9 +1,10 @@
 """From a recipe to weights and a record. Needs neither hub nor network: a float start is handed in."""
 
 from .device import resolve_device
+from .errors import RunError, RunInterrupted
 from .recipe import Optimizer, Recipe, RecipeError, Schedule, load_recipe, recipe_from_dict
 from .record import RecordError, RunRecord
-from .run import RunError, RunInterrupted, preprocessing_of, run_recipe
+from .run import preprocessing_of, run_recipe
 from .trainer import Trainer, TrainingDiverged, count_correct
 
 __all__ = [

@@ -150,8 +150,23 @@ def load_recipe(path: str | Path) -> Recipe:
     recipe = recipe_from_dict({**values, "name": path.stem}, str(path), where)
     if recipe.float_start is None:
         return recipe
-    start = load_recipe(path.with_name(f"{recipe.float_start}.yaml"))
-    return recipe.model_copy(update={"float_start_sha256": start.fingerprint()})
+    return recipe.model_copy(update={"float_start_sha256": _load_float_start(recipe, path, where).fingerprint()})
+
+
+def _load_float_start(recipe: Recipe, path: Path, where: Where) -> Recipe:
+    place = f"{where['float_start',]}: float_start"
+    source = path.with_name(f"{recipe.float_start}.yaml")
+    if not source.is_file():
+        recipes = sorted(p.stem for p in path.parent.glob("*.yaml") if not p.stem.startswith("_"))
+        raise RecipeError(f"{place}: no recipe {recipe.float_start!r} beside this one: {nearest(source.stem, recipes)}")
+    start = load_recipe(source)
+    needed = model_spec(recipe.model).float_twin, recipe.dataset
+    if (start.model, start.dataset) != needed:
+        raise RecipeError(
+            f"{place}: {source.name} is of {start.model} on {start.dataset}: {recipe.model} on {recipe.dataset} can "
+            f"only start from its float twin, {needed[0]} on {needed[1]}"
+        )
+    return start
 
 
 def recipe_from_dict(values: dict[str, Any], source: str, where: Where | None = None) -> Recipe:

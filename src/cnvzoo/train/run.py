@@ -7,9 +7,7 @@ whatever kills the process, the run goes on from a whole state and ends with the
 
 from __future__ import annotations
 
-import json
-import signal
-import threading
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,46 +18,26 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cnvzoo.data import Dataset, Preprocessing, TrainBatches, dataset_info, load_dataset
-from cnvzoo.errors import CnvzooError
 from cnvzoo.files import replacing, sha256_of
 from cnvzoo.models import build_model, model_spec
 
 from .commit import current_commit
 from .device import describe_device, deterministic, keep_freed_memory, resolve_device
+from .errors import RunError, RunInterrupted
+from .interrupts import caught_signals
 from .progress import TrainingProgress
 from .recipe import Recipe
 from .record import RecordError, RunRecord
+from .state import RunIdentity, resume, save_state
 from .trainer import Trainer, count_correct
 
 SAVE_EVERY_SECONDS = 60.0
 STATE, RECORD, WEIGHTS = "state.safetensors", "record.json", "weights.safetensors"
-
-
-class RunError(CnvzooError):
-    """A run that cannot start or go on: says which folder, why, and what to do."""
-
-
-class RunInterrupted(CnvzooError):
-    """A run that stopped before its end, with its state saved.
-
-    Attributes:
-        reason: `time limit`, `SIGINT` or `SIGTERM`.
-        step, total_steps: how far it came.
-        run_dir: where its state is.
-    """
-
-    def __init__(self, reason: str, trainer: Trainer, run_dir: Path) -> None:
-        self.reason, self.run_dir = reason, run_dir
-        self.step, self.total_steps = trainer.step, trainer.total_steps
-        super().__init__(
-            f"{trainer.recipe.name}, seed {trainer.recipe.seed}: stopped ({reason}) after step {self.step} of "
-            f"{self.total_steps}; the same command goes on from there"
-        )
 
 
 def preprocessing_of(model: str, dataset: str) -> Preprocessing:
@@ -111,64 +89,58 @@ def run_recipe(
     epochs = recipe.epochs if epochs is None else epochs
     target = resolve_device(device)
     start = _float_start_facts(recipe, float_start)
-    identity = {
-        "recipe": recipe.fingerprint(), "seed": recipe.seed, "epochs": epochs, "holdout": holdout, "float_start": start,
-    }  # fmt: skip
-    with _alone_in(run_dir):
+    identity = RunIdentity(recipe.fingerprint(), recipe.seed, epochs, holdout, start)
+    commit = current_commit()  # of the code that trains: the checkout may have moved by the end
+    with _alone_in(run_dir), deterministic(target):
         if finished := _finished(run_dir, identity):
             return finished
         data = dataset or load_dataset(recipe.dataset, root=data_root)
         data = data.holdout(holdout) if holdout else data
-        return _run(recipe, run_dir, target, epochs, identity, data, deadline, float_start, quiet, save_every)
-
-
-def _run(
-    recipe: Recipe,
-    run_dir: Path,
-    target: torch.device,
-    epochs: int,
-    identity: dict[str, Any],
-    data: Dataset,
-    deadline: float | None,
-    float_start: str | Path | None,
-    quiet: bool,
-    save_every: float,
-) -> RunRecord:
-    preprocessing = preprocessing_of(recipe.model, recipe.dataset)
-    keep_freed_memory()
-    with deterministic(target):
+        preprocessing = preprocessing_of(recipe.model, recipe.dataset)
+        keep_freed_memory()
         model = _fresh_model(recipe, data, float_start).to(target)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         batches = TrainBatches(
-            data.train_images, data.train_labels, num_classes=data.info.num_classes, preprocessing=preprocessing,
-            augmentation=recipe.augmentation, batch_size=recipe.batch_size, seed=recipe.seed, device=target,
-        )  # fmt: skip
+            data.train_images,
+            data.train_labels,
+            num_classes=data.info.num_classes,
+            preprocessing=preprocessing,
+            augmentation=recipe.augmentation,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            device=target,
+        )
         trainer = Trainer(model, batches, recipe, epochs)
-        _resume(trainer, run_dir / STATE, identity)
+        resume(trainer, run_dir / STATE, identity)
         _train(trainer, run_dir, identity, deadline, quiet, save_every)
         trainer.finish()
-        correct = count_correct(model, data.test_images, data.test_labels, preprocessing)
+        correct, total = count_correct(model, data.test_images, data.test_labels, preprocessing), len(data.test_labels)
 
-    weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    with replacing(run_dir / WEIGHTS) as temporary:
-        save_file(weights, temporary)
-    total = len(data.test_labels)
-    record = RunRecord(
-        entry=recipe.name, seed=recipe.seed, trial=epochs < recipe.epochs or identity["holdout"] > 0,
-        holdout=identity["holdout"],
-        accuracy=round(100 * correct / total, 4), correct=correct, total=total,
-        weights="ema" if recipe.ema else "final",
-        recipe=recipe.model_dump(mode="json") | {"epochs": epochs}, recipe_sha256=recipe.fingerprint(),
-        weights_sha256=sha256_of(run_dir / WEIGHTS),
-        seconds=round(sum(e["seconds"] for e in trainer.history), 1),
-        device=describe_device(target), versions=_versions(recipe, target), commit=current_commit(),
-        float_start=identity["float_start"],
-        finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        history=trainer.history,
-    )  # fmt: skip
-    record.write(run_dir / RECORD)
-    (run_dir / STATE).unlink(missing_ok=True)
-    return record
+        with replacing(run_dir / WEIGHTS) as temporary:
+            save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, temporary)
+        record = RunRecord(
+            entry=recipe.name,
+            seed=recipe.seed,
+            trial=epochs < recipe.epochs or holdout > 0,
+            holdout=holdout,
+            accuracy=round(100 * correct / total, 4),
+            correct=correct,
+            total=total,
+            weights="ema" if recipe.ema else "final",
+            recipe=recipe.model_dump(mode="json") | {"epochs": epochs},
+            recipe_sha256=identity.recipe,
+            weights_sha256=sha256_of(run_dir / WEIGHTS),
+            seconds=round(sum(epoch["seconds"] for epoch in trainer.history), 1),
+            device=describe_device(target),
+            versions=_versions(recipe, target),
+            commit=commit,
+            float_start=start,
+            finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            history=trainer.history,
+        )
+        record.write(run_dir / RECORD)
+        (run_dir / STATE).unlink(missing_ok=True)
+        return record
 
 
 @contextmanager
@@ -215,100 +187,46 @@ def _float_start_facts(recipe: Recipe, float_start: str | Path | None) -> dict[s
     return {"entry": recipe.float_start, "seed": recipe.seed, "weights_sha256": sha256_of(float_start)}
 
 
-def _finished(run_dir: Path, identity: dict[str, Any]) -> RunRecord | None:
+def _finished(run_dir: Path, identity: RunIdentity) -> RunRecord | None:
     """The record of this very run, if the folder holds it with its weights."""
     try:
         record = RunRecord.read(run_dir / RECORD)
-        same = identity == {
-            "recipe": record.recipe_sha256, "seed": record.seed, "epochs": record.recipe["epochs"],
-            "holdout": record.holdout, "float_start": record.float_start,
-        }  # fmt: skip
-        return record if same and sha256_of(run_dir / WEIGHTS) == record.weights_sha256 else None
-    except (RecordError, OSError, KeyError):
+        proven = RunIdentity.of(record) == identity and sha256_of(run_dir / WEIGHTS) == record.weights_sha256
+        return record if proven else None
+    except (RecordError, OSError):
         return None
 
 
 def _train(
-    trainer: Trainer,
-    run_dir: Path,
-    identity: dict[str, Any],
-    deadline: float | None,
-    quiet: bool,
-    save_every: float,
+    trainer: Trainer, run_dir: Path, identity: RunIdentity, deadline: float | None, quiet: bool, save_every: float
 ) -> None:
+    """Train to the end, saving state on the way, or to a signal or the deadline: RunInterrupted."""
     saved = time.monotonic()
-
-    def after_step(trainer: Trainer) -> None:
-        nonlocal saved
-        progress(trainer)
-        if time.monotonic() - saved >= save_every:
-            _save_state(trainer, run_dir / STATE, identity)
-            saved = time.monotonic()
-
-    name = f"{trainer.recipe.name} seed {trainer.recipe.seed}"
-    with _signals() as caught, TrainingProgress(name, trainer, quiet) as progress:
+    name = f"{trainer.recipe.name}, seed {trainer.recipe.seed}"
+    with caught_signals() as caught, TrainingProgress(name, trainer, quiet) as progress:
 
         def should_stop() -> bool:
             return bool(caught) or (deadline is not None and time.monotonic() >= deadline)
 
+        def after_step(trainer: Trainer) -> None:
+            nonlocal saved
+            progress(trainer)
+            if time.monotonic() - saved >= save_every:
+                save_state(trainer, run_dir / STATE, identity)
+                saved = time.monotonic()
+
         trainer.train(should_stop, after_step)
-    _save_state(trainer, run_dir / STATE, identity)
-    if trainer.step < trainer.total_steps or caught:
-        raise RunInterrupted(caught[0] if caught else "time limit", trainer, run_dir)
-
-
-@contextmanager
-def _signals() -> Iterator[list[str]]:
-    """Collect SIGINT and SIGTERM by name instead of dying of them; a second one acts as ever."""
-    caught: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before: dict[int, Any] = {}
-
-    def handler(number: int, _frame: object) -> None:
-        caught.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, handler)
-    try:
-        yield caught
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-def _save_state(trainer: Trainer, path: Path, identity: dict[str, Any]) -> None:
-    tensors, values = trainer.state()
-    # safetensors holds each tensor contiguous; loading copies into the layout in use
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(plain, temporary, metadata={"values": json.dumps(values), "identity": json.dumps(identity)})
-
-
-def _resume(trainer: Trainer, path: Path, identity: dict[str, Any]) -> None:
-    """Load the state at `path` if it is of this run; a state of another run is set aside, not lost."""
-    if not path.exists():
-        return
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        found, values = json.loads(metadata["identity"]), json.loads(metadata["values"])
-        if found == identity:
-            trainer.load_state(load_file(path), values)
-            return
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-        raise RunError(f"{path}: not a state that this run can go on from ({error}): delete it to start over") from None
-    path.rename(path.with_name(f"state-{found['recipe'][:8]}-seed{found['seed']}-{found['epochs']}epochs.safetensors"))
+    save_state(trainer, run_dir / STATE, identity)
+    if caught or trainer.step < trainer.total_steps:
+        reason = caught[0] if caught else "time limit"
+        raise RunInterrupted(name, reason, trainer.step, trainer.total_steps, run_dir)
 
 
 def _versions(recipe: Recipe, device: torch.device) -> dict[str, str]:
-    import platform
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cnvzoo": version("cnvzoo")}
+    versions: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {package: version(package) for package in ("cnvzoo", "numpy")}
     if model_spec(recipe.model).quantized:
         versions["brevitas"] = version("brevitas")
     if device.type == "cuda":
-        versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
-    return versions
+        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return {name: str(value) for name, value in versions.items()}

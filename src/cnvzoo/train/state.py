@@ -1,0 +1,81 @@
+"""The saved state of a run under way: one safetensors file, replaced whole, that says which run it is of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from cnvzoo.files import replacing
+
+from .device import describe_device
+from .errors import RunError
+from .record import RunRecord
+from .trainer import Trainer
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """Which run a state or a record is of: two with the same identity have the same weights in the end.
+
+    Attributes:
+        recipe: fingerprint of the recipe.
+        seed, epochs, holdout: as in the record.
+        float_start: entry, seed and weights_sha256 of the float model that the run starts from.
+    """
+
+    recipe: str
+    seed: int
+    epochs: int
+    holdout: int
+    float_start: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, record: RunRecord) -> RunIdentity:
+        epochs = record.recipe.get("epochs", 0)
+        return cls(record.recipe_sha256, record.seed, epochs, record.holdout, record.float_start)
+
+
+def save_state(trainer: Trainer, path: Path, identity: RunIdentity) -> None:
+    """Save all that the trainer's next steps depend on."""
+    tensors, values = trainer.state()
+    # safetensors holds each tensor contiguous; loading copies into the layout in use
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    facts = {"values": values, "identity": asdict(identity), "machine": _machine(trainer.device)}
+    with replacing(path) as temporary:
+        save_file(plain, temporary, metadata={key: json.dumps(fact) for key, fact in facts.items()})
+
+
+def resume(trainer: Trainer, path: Path, identity: RunIdentity) -> None:
+    """Load the state at `path`, if there is one, into the trainer; one of another run is set aside, not lost.
+
+    Raises:
+        RunError: the file is damaged, or was saved on another kind of machine.
+    """
+    if not path.exists():
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+        found = RunIdentity(**facts["identity"])
+        if found == identity and facts["machine"] == _machine(trainer.device):
+            trainer.load_state(load_file(path), facts["values"])
+            return
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise RunError(f"{path}: not a state that this run can go on from ({error}): delete it to start over") from None
+    if found == identity:
+        raise RunError(
+            f"{path}: saved on {facts['machine']}, this is {_machine(trainer.device)}: weights trained on both could "
+            "be reproduced on neither. Go on with those settings, or delete the file to start over"
+        )
+    path.rename(path.with_name(f"state-{found.recipe[:8]}-seed{found.seed}-{found.epochs}epochs.safetensors"))
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """What the bits of a step depend on beside the code."""
+    return {**describe_device(device), "torch": torch.__version__}
