@@ -238,6 +238,7 @@ class TestFloatStart:
     def test_weights_other_than_those_of_the_record_do_not_serve(self, pair):
         pair.run("--table", "cifar10", "--entry", FLOAT, "--seeds", "0")
         (pair.runs / FLOAT / "seed0" / "weights.safetensors").write_text("half of i")
+        shutil.rmtree(pair.hub)
         assert pair.run("--table", "cifar10", "--seeds", "0") == 0
         assert pair.training.calls == [(FLOAT, 0), (FLOAT, 0), (QUANTIZED, 0)]
 

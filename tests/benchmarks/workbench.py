@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from harness.entries import load_entries
@@ -77,8 +76,7 @@ class FakeTraining:
             raise RunError(f"{recipe.name} cannot be had")
         if reason := self.stop_at.pop(key, None):
             state.touch()
-            trainer = SimpleNamespace(step=3, total_steps=10, recipe=recipe)
-            raise RunInterrupted(reason, trainer, run_dir)  # type: ignore[arg-type]
+            raise RunInterrupted(f"{recipe.name}, seed {seed}", reason, 3, 10, run_dir)
         weights.write_text(f"{self.flavour}{key}")
         record = make_record(
             recipe,
