@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from cnvzoo.data import load_dataset
+from cnvzoo.data import list_datasets, load_dataset
 from cnvzoo.errors import CnvzooError
 from cnvzoo.hub import load_checkpoint
 from cnvzoo.models import register_model
@@ -16,6 +16,7 @@ __all__ = [
     "Recipe",
     "create_model",
     "evaluate",
+    "list_datasets",
     "list_models",
     "load_checkpoint",
     "load_dataset",

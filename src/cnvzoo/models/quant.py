@@ -68,7 +68,7 @@ class IntQuantizer(nn.Module):
         """
         if not self.learned:
             return self.scale
-        values = x.numel() // (self.scale.numel() if self.signed else len(x))
+        values = x.numel() // (self.scale.numel() if self.signed else x.shape[0])
         gain = 1 / math.sqrt(values * self.ints.high)
         scale = self.scale * gain + (self.scale - self.scale * gain).detach()
         return scale.clamp_min(_SCALE_FLOOR)

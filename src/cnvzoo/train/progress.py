@@ -1,8 +1,10 @@
-"""How a run tells how far it is: a bar with the time left on a terminal, one line an epoch elsewhere."""
+"""How work tells how far it is: a bar with the time left on a terminal, plain lines elsewhere, all on stderr."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -15,6 +17,9 @@ from rich.progress import (
 )
 
 from .trainer import Trainer
+
+_LINE_EVERY_SECONDS = 10.0
+T = TypeVar("T")
 
 
 class TrainingProgress:
@@ -31,17 +36,7 @@ class TrainingProgress:
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
         self._epochs = trainer.total_steps // trainer.steps_per_epoch
         self._started, self._first_step = time.monotonic(), trainer.step
-        columns = "[bold]{task.description}", "{task.fields[status]}"
-        self._bar = Progress(
-            TextColumn(columns[0]),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn(columns[1]),
-            console=self._console,
-            disable=quiet or not self._console.is_terminal,
-        )
+        self._bar = _bar(self._console, TextColumn("{task.fields[status]}"))
         self._task = self._bar.add_task(name, total=trainer.total_steps, completed=trainer.step, status="")
 
     def __enter__(self) -> TrainingProgress:
@@ -63,3 +58,32 @@ class TrainingProgress:
                 f"{self._name}: epoch {int(last['epoch'])}/{self._epochs}, loss {last['loss']:.4f}, "
                 f"{last['seconds']:.1f} s, {left / 60:.1f} min left"
             )
+
+
+def counted(items: Sequence[T], name: str, *, quiet: bool = False) -> Iterator[T]:
+    """Yield the items; say how many are done, off a terminal only where it takes long."""
+    console = Console(stderr=True, quiet=quiet, highlight=False)
+    started = said = time.monotonic()
+    with _bar(console) as bar:
+        task = bar.add_task(name, total=len(items))
+        for done, item in enumerate(items, start=1):
+            yield item
+            bar.update(task, completed=done)
+            now = time.monotonic()
+            if not console.is_terminal and now - said >= _LINE_EVERY_SECONDS:
+                left = (now - started) / done * (len(items) - done)
+                console.print(f"{name}: {done}/{len(items)}, {left:.0f} s left")
+                said = now
+
+
+def _bar(console: Console, *more: TextColumn) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        *more,
+        console=console,
+        disable=console.quiet or not console.is_terminal,
+    )

@@ -29,12 +29,13 @@ from cnvzoo.models import build_model, model_spec
 from .commit import current_commit
 from .device import describe_device, deterministic, keep_freed_memory, resolve_device
 from .errors import RunError, RunInterrupted
+from .evaluation import count_correct
 from .interrupts import caught_signals
 from .progress import TrainingProgress
 from .recipe import Recipe
 from .record import RecordError, RunRecord
 from .state import RunIdentity, resume, save_state
-from .trainer import Trainer, count_correct
+from .trainer import Trainer
 
 SAVE_EVERY_SECONDS = 60.0
 STATE, RECORD, WEIGHTS = "state.safetensors", "record.json", "weights.safetensors"
@@ -114,7 +115,8 @@ def run_recipe(
         resume(trainer, run_dir / STATE, identity)
         _train(trainer, run_dir, identity, deadline, quiet, save_every)
         trainer.finish()
-        correct, total = count_correct(model, data.test_images, data.test_labels, preprocessing), len(data.test_labels)
+        correct = count_correct(model, data.test_images, data.test_labels, preprocessing, quiet=quiet)
+        total = len(data.test_labels)
 
         with replacing(run_dir / WEIGHTS) as temporary:
             save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, temporary)

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cnvzoo.data import Preprocessing, TrainBatches
+from cnvzoo.data import TrainBatches
 from cnvzoo.errors import CnvzooError
 
 from .optimizers import build_optimizers
 from .recipe import Recipe
 from .schedule import lr_factor
-
-EVAL_BATCH = 1000
 
 
 class TrainingDiverged(CnvzooError):
@@ -160,18 +158,3 @@ class Trainer:
         self._loss_sum.copy_(tensors["loss_sum"])
         self.step, self.history = values["step"], values["history"]
         self._epoch_seconds = values["epoch_seconds"]
-
-
-@torch.inference_mode()
-def count_correct(model: nn.Module, images: Tensor, labels: Tensor, preprocessing: Preprocessing) -> int:
-    """How many of uint8 `images` [N, H, W, C] the model classifies as `labels` [N], in float32, single crop."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    for start in range(0, len(images), EVAL_BATCH):
-        batch = preprocessing(images[start : start + EVAL_BATCH].to(device))
-        target = labels[start : start + EVAL_BATCH].to(device)
-        correct += (model(batch).argmax(1) == target).sum()
-    model.train(was_training)
-    return int(correct)
