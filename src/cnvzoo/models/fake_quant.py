@@ -72,7 +72,8 @@ def _backward(x: Tensor, scale: Tensor, grad: Tensor, ints: IntRange) -> tuple[T
 
 def compiles(device: torch.device) -> bool:
     """Whether training on `device` runs the two functions above compiled, as one loop each."""
-    return device.type == "cpu" and any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return device.type == "cpu" and any(map(shutil.which, compilers))
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from brevitas.inject import ExtendedInjector
 from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear, QuantReLU
+from brevitas.nn.quant_layer import QuantNonLinearActLayer
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
 from torch import Tensor, nn
 
@@ -102,6 +103,20 @@ class _ClampedReLU(nn.ReLU):
         return super().forward(input) if torch.onnx.is_in_onnx_export() else input
 
 
+class _ClampedQuantReLU(QuantReLU):
+    """QuantReLU on a `_ClampedReLU`; handed over here because Brevitas makes the activation anew at every load."""
+
+    def __init__(self, act_quant: type) -> None:
+        QuantNonLinearActLayer.__init__(
+            self,
+            act_impl=_ClampedReLU,
+            passthrough_act=True,
+            input_quant=None,
+            act_quant=act_quant,  # type: ignore[arg-type]
+            return_quant_tensor=False,
+        )
+
+
 class QuantLayers:
     """Layers of `cnvzoo.models.cnv.CNV` with weights of `w_bits` and activations of `a_bits`.
 
@@ -133,11 +148,9 @@ class QuantLayers:
 
     def relu(self) -> nn.Module:
         quantizer = IntQuantizer(self.a_bits, signed=False)
-        layer = QuantReLU(act_quant=_injector(quantizer, ActQuantProxyFromInjector, signed=False))
-        proxy: Any = layer.act_quant
-        proxy.fused_activation_quant_proxy.activation_impl = _ClampedReLU()
+        layer = _ClampedQuantReLU(_injector(quantizer, ActQuantProxyFromInjector, signed=False))
         quantizer.fit(_relu_of_normal(torch.ones(1), torch.zeros(1)))
-        return _plain_tensors(layer, proxy)
+        return _plain_tensors(layer, layer.act_quant)
 
 
 def _weights(quantizer: IntQuantizer) -> type:

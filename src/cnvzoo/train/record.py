@@ -27,7 +27,8 @@ class RunRecord(BaseModel):
         recipe, recipe_sha256: the whole recipe, and `Recipe.fingerprint()`.
         weights_sha256: of the safetensors file of all weights.
         seconds: training time, evaluation excluded.
-        device: kind, name, threads.
+        device: kind, name; on a CPU threads and instruction set; for quantized models, whether fake quantization
+            ran compiled.
         versions: of the libraries that decide the bits.
         commit: of the checkout that trained, if it is one; `+` at its end if it had changes.
         float_start: entry, seed and weights_sha256 of the float model that a quantized run started from.

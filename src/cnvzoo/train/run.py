@@ -7,9 +7,11 @@ whatever kills the process, the run goes on from a whole state and ends with the
 
 from __future__ import annotations
 
+import functools
 import platform
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -25,6 +27,7 @@ from torch import nn
 from cnvzoo.data import Dataset, Preprocessing, TrainBatches, dataset_info, load_dataset
 from cnvzoo.files import replacing, sha256_of
 from cnvzoo.models import build_model, model_spec
+from cnvzoo.models.fake_quant import compiles
 
 from .commit import current_commit
 from .device import describe_device, deterministic, keep_freed_memory, resolve_device
@@ -91,6 +94,7 @@ def run_recipe(
     target = resolve_device(device)
     start = _float_start_facts(recipe, float_start)
     identity = RunIdentity(recipe.fingerprint(), recipe.seed, epochs, holdout, start)
+    machine = _describe_machine(recipe, target, quiet)
     commit = current_commit()  # of the code that trains: the checkout may have moved by the end
     with _alone_in(run_dir), deterministic(target):
         if finished := _finished(run_dir, identity):
@@ -112,8 +116,12 @@ def run_recipe(
             device=target,
         )
         trainer = Trainer(model, batches, recipe, epochs)
-        resume(trainer, run_dir / STATE, identity)
-        _train(trainer, run_dir, identity, deadline, quiet, save_every)
+        conditions = {**machine, "torch": torch.__version__}
+        resume(trainer, run_dir / STATE, identity, conditions)
+        save = functools.partial(save_state, trainer, run_dir / STATE, identity, conditions)
+        if reason := _train(trainer, save, deadline, quiet, save_every):
+            name = f"{recipe.name}, seed {recipe.seed}"
+            raise RunInterrupted(name, reason, trainer.step, trainer.total_steps, run_dir)
         trainer.finish()
         correct = count_correct(model, data.test_images, data.test_labels, preprocessing, quiet=quiet)
         total = len(data.test_labels)
@@ -133,7 +141,7 @@ def run_recipe(
             recipe_sha256=identity.recipe,
             weights_sha256=sha256_of(run_dir / WEIGHTS),
             seconds=round(sum(epoch["seconds"] for epoch in trainer.history), 1),
-            device=describe_device(target),
+            device=machine,
             versions=_versions(recipe, target),
             commit=commit,
             float_start=start,
@@ -200,9 +208,9 @@ def _finished(run_dir: Path, identity: RunIdentity) -> RunRecord | None:
 
 
 def _train(
-    trainer: Trainer, run_dir: Path, identity: RunIdentity, deadline: float | None, quiet: bool, save_every: float
-) -> None:
-    """Train to the end, saving state on the way, or to a signal or the deadline: RunInterrupted."""
+    trainer: Trainer, save: Callable[[], None], deadline: float | None, quiet: bool, save_every: float
+) -> str | None:
+    """Train to the end, or to a signal or the deadline, whose name is returned; the state is saved at either."""
     saved = time.monotonic()
     name = f"{trainer.recipe.name}, seed {trainer.recipe.seed}"
     with caught_signals() as caught, TrainingProgress(name, trainer, quiet) as progress:
@@ -214,14 +222,25 @@ def _train(
             nonlocal saved
             progress(trainer)
             if time.monotonic() - saved >= save_every:
-                save_state(trainer, run_dir / STATE, identity)
+                save()
                 saved = time.monotonic()
 
         trainer.train(should_stop, after_step)
-    save_state(trainer, run_dir / STATE, identity)
-    if caught or trainer.step < trainer.total_steps:
-        reason = caught[0] if caught else "time limit"
-        raise RunInterrupted(name, reason, trainer.step, trainer.total_steps, run_dir)
+    save()
+    if caught:
+        return caught[0]
+    return "time limit" if trainer.step < trainer.total_steps else None
+
+
+def _describe_machine(recipe: Recipe, device: torch.device, quiet: bool) -> dict[str, Any]:
+    """The device as records have it, and for quantized models how fake quantization runs on it."""
+    machine = describe_device(device)
+    if model_spec(recipe.model).quantized:
+        compiled = compiles(device)
+        machine["fake_quantization"] = "compiled" if compiled else "eager"
+        if device.type == "cpu" and not compiled and not quiet:
+            print("no C++ compiler (CXX, g++ or clang++): fake quantization runs uncompiled, slower", file=sys.stderr)
+    return machine
 
 
 def _versions(recipe: Recipe, device: torch.device) -> dict[str, str]:

@@ -7,13 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from cnvzoo.files import replacing
 
-from .device import describe_device
 from .errors import RunError
 from .record import RunRecord
 from .trainer import Trainer
@@ -41,21 +39,21 @@ class RunIdentity:
         return cls(record.recipe_sha256, record.seed, epochs, record.holdout, record.float_start)
 
 
-def save_state(trainer: Trainer, path: Path, identity: RunIdentity) -> None:
-    """Save all that the trainer's next steps depend on."""
+def save_state(trainer: Trainer, path: Path, identity: RunIdentity, conditions: dict[str, Any]) -> None:
+    """Save all that the trainer's next steps depend on; `conditions`: what their bits depend on beside it."""
     tensors, values = trainer.state()
     # safetensors holds each tensor contiguous; loading copies into the layout in use
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    facts = {"values": values, "identity": asdict(identity), "machine": _machine(trainer.device)}
+    facts = {"values": values, "identity": asdict(identity), "conditions": conditions}
     with replacing(path) as temporary:
         save_file(plain, temporary, metadata={key: json.dumps(fact) for key, fact in facts.items()})
 
 
-def resume(trainer: Trainer, path: Path, identity: RunIdentity) -> None:
+def resume(trainer: Trainer, path: Path, identity: RunIdentity, conditions: dict[str, Any]) -> None:
     """Load the state at `path`, if there is one, into the trainer; one of another run is set aside, not lost.
 
     Raises:
-        RunError: the file is damaged, or was saved on another kind of machine.
+        RunError: the file is damaged, or was saved under other conditions.
     """
     if not path.exists():
         return
@@ -63,19 +61,14 @@ def resume(trainer: Trainer, path: Path, identity: RunIdentity) -> None:
         with safe_open(path, framework="pt") as file:
             facts = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
         found = RunIdentity(**facts["identity"])
-        if found == identity and facts["machine"] == _machine(trainer.device):
+        if found == identity and facts["conditions"] == conditions:
             trainer.load_state(load_file(path), facts["values"])
             return
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise RunError(f"{path}: not a state that this run can go on from ({error}): delete it to start over") from None
     if found == identity:
         raise RunError(
-            f"{path}: saved on {facts['machine']}, this is {_machine(trainer.device)}: weights trained on both could "
+            f"{path}: saved under {facts['conditions']}, this is {conditions}: weights trained on both could "
             "be reproduced on neither. Go on with those settings, or delete the file to start over"
         )
     path.rename(path.with_name(f"state-{found.recipe[:8]}-seed{found.seed}-{found.epochs}epochs.safetensors"))
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    """What the bits of a step depend on beside the code."""
-    return {**describe_device(device), "torch": torch.__version__}
