@@ -16,12 +16,16 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# values of a tensor; below a few thousand, the compiler would also make another variant with other bits
+WORTH_COMPILING = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -71,16 +75,37 @@ def _backward(x: Tensor, scale: Tensor, grad: Tensor, ints: IntRange) -> tuple[T
 
 
 def compiles(device: torch.device) -> bool:
-    """Whether training on `device` runs the two functions above compiled, as one loop each."""
+    """Whether training on `device` runs the two functions above compiled, one loop each, for all but small tensors."""
     compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     return device.type == "cpu" and any(map(shutil.which, compilers))
 
 
 @functools.cache
-def _kernels(compiled: bool) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
-    if compiled:
-        return torch.compile(_forward, dynamic=True), torch.compile(_backward, dynamic=True)
-    return _forward, _backward
+def _kernels(
+    ints: IntRange, dtype: torch.dtype, one_row: bool, compiled: bool
+) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
+    """The two functions for x of `dtype` [rows, values], compiled for any number of rows (but 1) and of values.
+
+    Bits must not depend on what the process did before: each variant has a code object, and so a cache of the
+    compiler, of its own, and is compiled here for a given shape rather than for the one that comes first.
+    """
+    if not compiled:
+        return _forward, _backward
+    forward, backward = (torch.compile(_with_own_code(f), dynamic=True) for f in (_forward, _backward))
+    x = torch.ones((1, 1 << 20) if one_row else (96, 2400), dtype=dtype)
+    scale = torch.ones(len(x), 1)
+    backward(x, scale, forward(x, scale, ints), ints)
+    return forward, backward
+
+
+def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    code = function.__code__
+    return types.FunctionType(code.replace(co_name=f"fake_quantize{function.__name__}"), function.__globals__)
+
+
+def _kernels_for(x: Tensor, scale: Tensor, ints: IntRange) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    compiled = compiles(x.device) and x.numel() >= WORTH_COMPILING
+    return _kernels(ints, x.dtype, scale.numel() == 1, compiled)
 
 
 def _as_rows(x: Tensor, rows: int, like: Tensor) -> Tensor:
@@ -93,9 +118,10 @@ def _as_rows(x: Tensor, rows: int, like: Tensor) -> Tensor:
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, scale: Tensor, ints: IntRange) -> Tensor:
-        x, scale = x.detach(), scale.detach()
-        rows, (forward, _) = scale.numel(), _kernels(compiles(x.device))
-        out = forward(_as_rows(x, rows, x), scale.view(rows, 1), ints)
+        x, scale, rows = x.detach(), scale.detach(), scale.numel()
+        with torch.autocast(x.device.type, enabled=False):  # the compiler tells its code apart by that too
+            forward, _ = _kernels_for(x, scale, ints)
+            out = forward(_as_rows(x, rows, x), scale.view(rows, 1), ints)
         return out.as_strided(x.shape, x.stride())
 
     @staticmethod
@@ -106,8 +132,12 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale = (t.detach() for t in ctx.saved_tensors)
-        rows, (_, backward) = scale.numel(), _kernels(compiles(x.device))
-        grad_x, grad_scale = backward(_as_rows(x, rows, x), scale.view(rows, 1), _as_rows(grads[0], rows, x), ctx.ints)
+        rows = scale.numel()
+        with torch.autocast(x.device.type, enabled=False):
+            _, backward = _kernels_for(x, scale, ctx.ints)
+            grad_x, grad_scale = backward(
+                _as_rows(x, rows, x), scale.view(rows, 1), _as_rows(grads[0], rows, x), ctx.ints
+            )
         return grad_x.as_strided(x.shape, x.stride()), grad_scale.view(scale.shape), None
 
 
