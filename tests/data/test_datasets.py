@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from cnvzoo.data import Dataset, DatasetError, DatasetInfo, dataset_info, list_datasets, load_dataset
-from cnvzoo.data.cache import default_root
 
-
-def real(name: str) -> Dataset:
-    if not (default_root() / f"{name}.safetensors").exists():
-        pytest.skip(f"{name} is not in the dataset cache {default_root()}; this test reads the real images")
-    return load_dataset(name)
+RealData = Callable[[str], Path]
 
 
 def synthetic(labels: Tensor, num_classes: int) -> Dataset:
@@ -104,8 +102,8 @@ def test_holdout_refuses_an_empty_side(n: int) -> None:
 
 
 @pytest.mark.parametrize("name", list_datasets())
-def test_real_training_set_has_the_mean_std_and_classes_stated(name: str) -> None:
-    dataset = real(name)
+def test_real_training_set_has_the_mean_std_and_classes_stated(name: str, real_data: RealData) -> None:
+    dataset = load_dataset(name, root=real_data(name))
     chans = dataset.info.in_chans
     histogram = torch.stack(
         [torch.bincount(dataset.train_images[..., c].flatten(), minlength=256) for c in range(chans)]
@@ -120,7 +118,7 @@ def test_real_training_set_has_the_mean_std_and_classes_stated(name: str) -> Non
     assert len(torch.unique(dataset.test_labels)) == dataset.info.num_classes
 
 
-def test_real_holdout_is_balanced() -> None:
-    split = real("cifar10").holdout(5000)
+def test_real_holdout_is_balanced(real_data: RealData) -> None:
+    split = load_dataset("cifar10", root=real_data("cifar10")).holdout(5000)
     assert torch.bincount(split.test_labels).tolist() == [500] * 10
     assert torch.bincount(split.train_labels).tolist() == [4500] * 10

@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""From a machine with nothing but Python 3.10 or newer to tests, checks and reproduced numbers, in one command.
+
+    python3 dev.py reproduce --table mnist --entry mnist_cnv --seeds 0    as benchmarks/reproduce.py
+    python3 dev.py test [ARGUMENT ...]                                    as pytest
+    python3 dev.py lint                                                   ruff and pyright
+    python3 dev.py setup                                                  only make the environment
+
+The first command makes a virtual environment in .venv beside this file and installs the project into it, editable,
+with its tools; the next ones use it for as long as pyproject.toml stays as it is. No other environment is touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+STAMP = VENV / "installed.sha256"
+OLDEST = (3, 10)
+DATASETS = ("mnist", "fashion_mnist", "cifar10", "cifar100")
+
+
+def main(argv: list[str]) -> int:
+    """Run one command and return its exit status; on POSIX, tests and reproduce take the place of this process."""
+    if sys.version_info < OLDEST:
+        return fail(f"Python {OLDEST[0]}.{OLDEST[1]} or newer is needed, and this is {sys.version.split()[0]}")
+    command, arguments = (argv[0], argv[1:]) if argv else ("", [])
+    if command not in ("setup", "test", "lint", "reproduce") or (arguments and command in ("setup", "lint")):
+        print(__doc__)
+        return 0 if command in ("-h", "--help") else 2
+    if status := prepare():
+        return status
+    if command == "test":
+        os.chdir(ROOT)
+        return become("-m", "pytest", *arguments)
+    if command == "lint":
+        return lint()
+    if command == "reproduce":
+        for name in datasets_of(arguments):
+            if problem := fill_dataset(name, python()):
+                say(problem)
+        return become(str(ROOT / "benchmarks" / "reproduce.py"), *arguments)
+    say(f"ready: {python()}")
+    return 0
+
+
+def say(text: str) -> None:
+    print(f"dev.py: {text}", flush=True)
+
+
+def fail(text: str) -> int:
+    print(f"dev.py: error: {text}", file=sys.stderr, flush=True)
+    return 1
+
+
+def python() -> str:
+    """The interpreter of the environment."""
+    return str(VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+
+
+def fingerprint() -> str:
+    """What the environment was made for: this pyproject.toml, at this place (an editable install holds its path)."""
+    return hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + os.fsencode(ROOT)).hexdigest()
+
+
+def is_ready() -> bool:
+    """Whether the environment was made to its end, for the project as it is, and still runs."""
+    return STAMP.is_file() and STAMP.read_text() == fingerprint() and runs()
+
+
+def runs() -> bool:
+    """Whether the environment's interpreter starts; it does not where the Python that it was made from is gone."""
+    try:
+        return subprocess.run([python(), "-c", ""]).returncode == 0
+    except OSError:
+        return False
+
+
+def prepare() -> int:
+    """Make the environment, unless it is ready; returns 0, or the status of the step that failed."""
+    if is_ready():
+        return 0
+    if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
+        return fail(
+            "this Python cannot make virtual environments: its modules venv and ensurepip are missing. "
+            "On Debian and Ubuntu, 'apt install python3-venv' brings them"
+        )
+    STAMP.unlink(missing_ok=True)
+    say(f"making the environment {VENV}")
+    clear = ["--clear"] if VENV.exists() and not runs() else []
+    if status := subprocess.run([sys.executable, "-m", "venv", *clear, str(VENV)]).returncode:
+        fail(f"the environment cannot be made, see above; delete {VENV} if it is in the way")
+        return status
+    say("installing the project with torch, torchvision, brevitas and its tools: a minute or more, by the network")
+    pip = [python(), "-m", "pip", "install", "--disable-pip-version-check"]
+    if not sys.stdout.isatty():
+        pip.append("--quiet")  # errors are still said; progress bars are for people
+    # one resolution for everything: torch and torchvision of two resolutions may not fit together
+    for step in (["--upgrade", "pip"], ["--editable", ".", "--group", "dev"]):
+        if status := subprocess.run([*pip, *step], cwd=ROOT).returncode:
+            fail("the installation failed, see above; the same command tries again")
+            return status
+    part = STAMP.with_suffix(".part")
+    part.write_text(fingerprint())
+    part.replace(STAMP)
+    say("the environment is ready")
+    return 0
+
+
+def become(*arguments: str) -> int:
+    """Run the environment's Python in the place of this process, so that signals and exit status are its own."""
+    command = [python(), *arguments]
+    sys.stdout.flush()
+    if os.name == "posix":
+        os.execv(command[0], command)
+    return subprocess.run(command).returncode
+
+
+def lint() -> int:
+    """All checks, also after one that fails; returns 0 if none does."""
+    checks = {
+        "ruff check": ["ruff", "check"],
+        "ruff format": ["ruff", "format", "--check"],
+        "pyright": ["pyright", "--pythonpath", python()],
+    }
+    failed = []
+    for name, check in checks.items():
+        say(name)
+        if subprocess.run([python(), "-m", *check], cwd=ROOT).returncode:
+            failed.append(name)
+    return fail(f"failed: {', '.join(failed)}") if failed else 0
+
+
+def datasets_of(arguments: list[str]) -> list[str]:
+    """The datasets that a reproduce.py with these arguments would train on; none where it says what is wrong."""
+    if {"-h", "--help", "--list"} & set(arguments):
+        return []
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--table", nargs="?")
+    table = parser.parse_known_args(arguments)[0].table
+    return [name for name in DATASETS if table in (name, "all")]
+
+
+def fill_dataset(name: str, interpreter: str) -> str | None:
+    """Fill the cache of a dataset from a folder shared/datasets beside the checkout, which needs no download.
+
+    Returns None if the dataset is in the cache now, else why it is not, in words. The library downloads what is not
+    there, where there is a network.
+    """
+    root = Path(os.environ.get("CNVZOO_DATA") or Path.home() / ".cache" / "cnvzoo" / "datasets").expanduser()
+    if (root / f"{name}.safetensors").is_file():
+        return None
+    script = ROOT.parent / "shared" / "datasets" / "datasets.py"
+    missing = f"{name} is not in the dataset cache {root}"
+    if not script.is_file():
+        return f"{missing}: cnvzoo.load_dataset({name!r}) downloads it where there is a network"
+    say(f"{missing}: taking it from {script.parent}")
+    done = subprocess.run([interpreter, str(script), "get", name, "--root", str(root)])
+    return f"{missing}, and {script} get {name} failed" if done.returncode else None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

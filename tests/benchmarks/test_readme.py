@@ -1,0 +1,53 @@
+"""The results on the README: what stands between the markers, and that nothing else is ever changed."""
+
+from __future__ import annotations
+
+from harness.readme import update
+
+PAGE = "# A project\n\n<!-- results -->\n\nold\n\n<!-- /results -->\n\nAnd more.\n"
+
+
+def test_it_shows_the_entries_that_have_been_run(bench):
+    for name in ("mnist_cnv", "cifar10_cnv", "cifar10_resnet20"):
+        bench.recipe(name)
+    bench.put("cifar10_cnv", 0, accuracy=91.25)
+    (readme := bench.home.parent / "README.md").write_text(PAGE)
+    bench.run("--table", "mnist", "--time-limit", "0")
+    before, table, after = readme.read_text().replace("<!-- /results -->", "<!-- results -->").split("<!-- results -->")
+    assert (before, after) == ("# A project\n\n", "\n\nAnd more.\n")
+    _, _, *rows = table.strip().splitlines()
+    link = "[cifar10_cnv](benchmarks/configs/cifar10_cnv.yaml)"
+    assert rows == [f"| {link} | 91.25 (1 of 3 seeds) | - | 91.25, -, - | - | - |"]
+
+
+def test_it_says_so_where_nothing_has_been_run(bench):
+    bench.recipe("mnist_cnv")
+    (readme := bench.home.parent / "README.md").write_text(PAGE)
+    bench.run("--table", "all", "--time-limit", "0")
+    assert readme.read_text() == PAGE.replace("old", "No run yet.")
+
+
+def test_it_stands_after_every_run(bench):
+    bench.recipe("mnist_cnv")
+    (readme := bench.home.parent / "README.md").write_text(PAGE)
+    bench.training.accuracy = lambda name, seed: 99.0 + seed / 8
+    bench.run("--table", "mnist")
+    assert "| 99.12 | 0.12 | 99.00, 99.12, 99.25 |" in readme.read_text()
+
+
+def test_pages_without_markers_and_no_page_are_left_alone(tmp_path):
+    update(tmp_path / "README.md", "table")
+    assert not (tmp_path / "README.md").exists()
+    for text in ("", "# A project\n", "<!-- results -->\n", "<!-- /results --> <!-- results -->\n"):
+        (tmp_path / "README.md").write_text(text)
+        update(tmp_path / "README.md", "table")
+        assert (tmp_path / "README.md").read_text() == text
+
+
+def test_a_second_update_changes_nothing(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(PAGE)
+    update(readme, "| a |")
+    once = readme.stat().st_mtime_ns, readme.read_text()
+    update(readme, "| a |")
+    assert (readme.stat().st_mtime_ns, readme.read_text()) == once

@@ -1,0 +1,92 @@
+"""What tests are fed with: the real datasets where they can be had, small ones in their place, and checkpoints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import cnvzoo
+from cnvzoo.data import cache, dataset_info, datasets, list_datasets
+from cnvzoo.files import sha256_of
+from cnvzoo.hub import CheckpointConfig, write_checkpoint
+from cnvzoo.train import preprocessing_of
+
+# dev.py, reproduce.py and its harness are not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import dev
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """`real_data(name)` is the folder that holds a real dataset; without one the test is skipped, in words.
+
+    A cache that does not hold the dataset is filled from a folder shared/datasets beside the checkout.
+    """
+
+    def find(name: str) -> Path:
+        if problem := dev.fill_dataset(name, sys.executable):
+            pytest.skip(problem)
+        return cache.default_root()
+
+    return find
+
+
+@pytest.fixture
+def small_datasets(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`small_datasets(train=, test=)`: all datasets have so many images from then on: noise over a pattern."""
+
+    def use(*, train: int = 300, test: int = 50) -> None:
+        for name in list_datasets():
+            monkeypatch.setitem(datasets._DATASETS, name, replace(dataset_info(name), train_size=train, test_size=test))
+        monkeypatch.setattr(datasets, "load_arrays", lambda name, root: _arrays(name))
+
+    return use
+
+
+def _arrays(name: str) -> dict[str, torch.Tensor]:
+    info = dataset_info(name)
+    generator = torch.Generator().manual_seed(0)
+    side = info.image_size
+    tiles = torch.randint(2, (info.num_classes, 4, 4, info.in_chans), generator=generator, dtype=torch.uint8) * 156
+    patterns = tiles.repeat_interleave(side // 4, 1).repeat_interleave(side // 4, 2)
+    arrays = {}
+    for split, count in (("train", info.train_size), ("test", info.test_size)):
+        labels = torch.arange(count) % info.num_classes
+        shape = (count, side, side, info.in_chans)
+        noise = torch.randint(100, shape, generator=generator, dtype=torch.uint8)
+        arrays[f"{split}_images"] = patterns[labels] + noise
+        arrays[f"{split}_labels"] = labels.to(torch.uint8)
+    return arrays
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """`make_checkpoint(hub, model, dataset, w_bits=, a_bits=)`: a checkpoint of untrained weights; its folder."""
+
+    def make(hub: Path, model: str, dataset: str, **bits: int) -> Path:
+        info = dataset_info(dataset)
+        arguments: dict[str, Any] = {"num_classes": info.num_classes, "in_chans": info.in_chans, **bits}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            state = cnvzoo.create_model(model, **arguments).state_dict()
+        weights = tmp_path / f"{model}.{dataset}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
+        tag = f"{model}_w{bits['w_bits']}a{bits['a_bits']}" if bits else model
+        config = CheckpointConfig(
+            name=f"{tag}.{dataset}", model={"name": model, **arguments}, dataset=dataset, classes=list(info.classes),
+            preprocessing=preprocessing_of(model, dataset).to_dict(), correct=5, total=50,
+            weights_sha256=sha256_of(weights), recipe={}, versions={}, device={}, commit=None,
+        )  # fmt: skip
+        write_checkpoint(hub / config.name, config, weights)
+        return hub / config.name
+
+    return make

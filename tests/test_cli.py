@@ -1,0 +1,320 @@
+"""The command line, as a person meets it: what it prints, what it exits with, and what its errors say."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnvzoo import create_model, list_models
+from cnvzoo.cli import main
+from cnvzoo.files import sha256_of
+from cnvzoo.train import RunRecord
+
+RECIPE = """
+model: {model}
+dataset: mnist
+epochs: 2
+batch_size: 32
+precision: fp32
+optimizer: {{lr: 0.05}}
+"""
+
+
+@dataclass
+class Finished:
+    """A command that has run; `said` is all it printed, spaces and line breaks made one space."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> str:
+        return " ".join((self.out + self.err).split())
+
+
+@pytest.fixture
+def cnvzoo(monkeypatch, capsys, tmp_path) -> Callable[..., Finished]:
+    """`cnvzoo(*arguments)`: the command in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["cnvzoo", *map(str, arguments)])
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        return Finished(status, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Callable[..., Path]:
+    def write(model: str = "resnet20", *lines: str) -> Path:
+        path = tmp_path / f"mnist_{model}.yaml"
+        path.write_text(RECIPE.format(model=model) + "\n".join(lines))
+        return path
+
+    return write
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", ["list", "info", "train", "eval", "predict"])
+    def test_every_command_has_an_example_to_type(self, cnvzoo, command, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "200")
+        result = cnvzoo(command, "--help")
+        assert result.status == 0
+        assert f"Example: cnvzoo {command}" in result.said
+
+    def test_no_command_shows_the_help(self, cnvzoo):
+        said = cnvzoo().said
+        assert all(command in said for command in ("list", "info", "train", "eval", "predict"))
+
+    def test_an_unknown_command_is_a_usage_error(self, cnvzoo):
+        result = cnvzoo("trian")
+        assert result.status == 2
+        assert "trian" in result.err
+
+
+class TestList:
+    def test_piped_it_has_every_model_and_number_whole(self, cnvzoo):
+        result = cnvzoo("list")
+        assert result.status == 0
+        lines = result.out.splitlines()
+        for name in list_models():
+            assert any(name in line for line in lines), name
+        # counted by hand in the table of topologies
+        assert "466,906" in next(line for line in lines if "resnet32" in line)
+        assert "3,217,226" in next(line for line in lines if "mobilenet_v1" in line)
+
+    def test_on_a_narrow_terminal_no_number_is_cut(self, cnvzoo, monkeypatch):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", "80")
+        said = cnvzoo("list", "mobilenet*").said
+        assert "mobilenet_v1" in said
+        assert "3,217,226" in said
+
+    def test_pattern(self, cnvzoo):
+        out = cnvzoo("list", "resnet?0").out
+        assert "resnet20" in out
+        assert "resnet110" not in out
+        assert "cnv" not in out
+
+    def test_no_match(self, cnvzoo):
+        result = cnvzoo("list", "vgg*")
+        assert (result.status, result.out) == (1, "")
+        assert result.err.startswith("error: no model matches 'vgg*'")
+
+
+class TestInfo:
+    def test_float(self, cnvzoo):
+        said = cnvzoo("info", "resnet20", "--num-classes", 10).said
+        assert "parameters 272,474" in said
+        assert "input 3 x 32 x 32" in said
+
+    def test_bits_make_weights_smaller(self, cnvzoo):
+        def weight_bytes(bits: int) -> int:
+            result = cnvzoo("info", "quant_cnv", "--w-bits", bits, "--a-bits", 4)
+            assert result.status == 0
+            return int(result.said.split("weight bytes")[1].split()[0].replace(",", ""))
+
+        # all weights but the first layer's 3 * 3 * 3 * 64, which stays at 8 bits
+        rest = sum(p.numel() for p in create_model("cnv").parameters() if p.dim() > 1) - 1728
+        assert weight_bytes(8) == 1728 + rest
+        assert weight_bytes(2) == 1728 + rest // 4
+
+    def test_misspelt_model(self, cnvzoo):
+        result = cnvzoo("info", "qant_cnv", "--w-bits", 2, "--a-bits", 2)
+        assert result.status == 1
+        assert "did you mean 'quant_cnv'" in result.err
+        assert "Traceback" not in result.err
+
+    @pytest.mark.parametrize(
+        ("arguments", "status", "words"),
+        [
+            (("quant_cnv",), 1, "needs w_bits"),
+            (("cnv", "--w-bits", 4, "--a-bits", 4), 1, "use 'quant_cnv'"),
+            (("quant_cnv", "--w-bits", 9, "--a-bits", 4), 2, "--w-bits"),
+            (("cnv", "--input-size", 28), 1, "32x32"),
+        ],
+    )
+    def test_impossible_requests(self, cnvzoo, arguments, status, words):
+        result = cnvzoo("info", *arguments)
+        assert result.status == status
+        assert words in result.said
+        assert "Traceback" not in result.err
+
+
+class TestTrain:
+    def test_a_recipe_to_its_record(self, cnvzoo, recipe, small_datasets, tmp_path):
+        small_datasets()
+        result = cnvzoo("train", recipe(), "--device", "cpu")
+        assert result.status == 0
+        record = RunRecord.read(tmp_path / "runs" / "mnist_resnet20" / "seed0" / "record.json")
+        assert (record.trial, record.total) == (False, 50)
+        assert result.out.startswith(f"mnist_resnet20, seed 0: {record.accuracy:.2f} % on the test set of mnist")
+        assert "runs/mnist_resnet20/seed0" in result.out
+
+    def test_stopped_at_the_time_limit_it_goes_on_to_the_same_weights(self, cnvzoo, recipe, small_datasets, tmp_path):
+        small_datasets()
+        path = recipe()
+        train = ("train", path, "--device", "cpu", "--run-dir")
+        assert cnvzoo(*train, "whole").status == 0
+
+        stopped = cnvzoo(*train, "parts", "--time-limit", 0)
+        assert stopped.status == 3
+        assert "goes on from there" in stopped.err
+        assert not (tmp_path / "parts" / "record.json").exists()
+        assert cnvzoo(*train, "parts").status == 0
+        weights = "weights.safetensors"
+        assert sha256_of(tmp_path / "parts" / weights) == sha256_of(tmp_path / "whole" / weights)
+
+    def test_holdout_leaves_the_test_set_alone(self, cnvzoo, recipe, small_datasets, tmp_path):
+        small_datasets()
+        options = ("--epochs", 1, "--holdout", 40, "--seed", 7, "--device", "cpu")
+        result = cnvzoo("train", recipe(), *options)
+        assert result.status == 0
+        assert "on 40 held-out training images, a trial" in result.out
+        record = RunRecord.read(tmp_path / "runs" / "mnist_resnet20" / "seed7" / "record.json")
+        assert (record.seed, record.holdout, record.total, record.trial) == (7, 40, 40, True)
+
+    def test_a_holdout_of_everything_is_refused_in_a_line(self, cnvzoo, recipe, small_datasets):
+        small_datasets()
+        result = cnvzoo("train", recipe(), "--holdout", 300)
+        assert result.status == 1
+        assert "expected 1 to 299, got 300" in result.err
+        assert "Traceback" not in result.err
+
+    def test_a_float_start_is_asked_for_and_used(self, cnvzoo, recipe, small_datasets):
+        small_datasets(train=64, test=10)
+        one_epoch = ("--epochs", 1, "--device", "cpu", "--run-dir")
+        assert cnvzoo("train", recipe("cnv", "schedule: {warmup_epochs: 0}"), *one_epoch, "cnv").status == 0
+        quant = recipe("quant_cnv", "w_bits: 4", "a_bits: 4", "float_start: mnist_cnv")
+
+        refused = cnvzoo("train", quant, *one_epoch, "quant")
+        assert refused.status == 1
+        assert "starts from the weights of mnist_cnv" in refused.err
+        start = Path("cnv") / "weights.safetensors"
+        assert cnvzoo("train", quant, *one_epoch, "quant", "--float-start", start).status == 0
+        record = RunRecord.read(Path("quant") / "record.json")
+        assert record.float_start is not None
+        assert record.float_start["weights_sha256"] == sha256_of(start)
+
+    def test_no_recipe(self, cnvzoo):
+        result = cnvzoo("train", "nothing.yaml")
+        assert (result.status, result.err) == (1, "error: nothing.yaml: no such recipe\n")
+
+    def test_a_mistake_in_a_recipe_is_shown_with_its_line(self, cnvzoo, recipe):
+        path = recipe("resnet20", "lable_smoothing: 0.1")
+        line = path.read_text().splitlines().index("lable_smoothing: 0.1") + 1
+        result = cnvzoo("train", path)
+        assert result.status == 1
+        assert f"{path}:{line}: lable_smoothing: unknown key: did you mean 'label_smoothing'" in result.err
+
+    def test_a_device_that_is_not_there(self, cnvzoo, recipe, small_datasets):
+        small_datasets()
+        result = cnvzoo("train", recipe(), "--device", "gpu")
+        assert result.status == 1
+        assert "use auto, cpu or cuda" in result.err
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, make_checkpoint) -> Path:
+    """A hub folder with two checkpoints, of grey and of colour images."""
+    folder = tmp_path / "hub"
+    make_checkpoint(folder, "resnet20", "mnist")
+    make_checkpoint(folder, "quant_cnv", "cifar10", w_bits=4, a_bits=4)
+    monkeypatch.setenv("CNVZOO_HUB", str(folder))
+    return folder
+
+
+class TestEval:
+    def test_by_name_beside_the_published_number(self, cnvzoo, hub, small_datasets):
+        small_datasets()
+        result = cnvzoo("eval", "quant_cnv_w4a4.cifar10", "--device", "cpu")
+        assert result.status == 0
+        assert result.out.startswith("quant_cnv_w4a4.cifar10: ")
+        assert "of 50); published 10.00 % (5 of 50)" in result.out
+
+    def test_by_folder(self, cnvzoo, hub, small_datasets, monkeypatch):
+        small_datasets()
+        named = cnvzoo("eval", "resnet20.mnist", "--device", "cpu")
+        monkeypatch.delenv("CNVZOO_HUB")
+        assert cnvzoo("eval", hub / "resnet20.mnist", "--device", "cpu").out == named.out
+
+    def test_unknown_checkpoint(self, cnvzoo, hub):
+        result = cnvzoo("eval", "quant_cnv_w4a4.cifar100")
+        assert result.status == 1
+        assert "did you mean 'quant_cnv_w4a4.cifar10'" in result.err
+        assert str(hub) in result.err
+
+    def test_a_hub_folder_without_checkpoints(self, cnvzoo, monkeypatch, tmp_path):
+        monkeypatch.setenv("CNVZOO_HUB", str(tmp_path / "empty"))
+        result = cnvzoo("eval", "cnv.mnist")
+        assert result.status == 1
+        assert "CNVZOO_HUB" in result.err
+
+    def test_damaged_weights(self, cnvzoo, hub):
+        weights = hub / "resnet20.mnist" / "model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+        result = cnvzoo("eval", "resnet20.mnist")
+        assert result.status == 1
+        assert "sha256" in result.err
+        assert str(weights) in result.err
+
+
+class TestPredict:
+    @pytest.fixture
+    def photo(self, tmp_path) -> Path:
+        pixels = np.arange(60 * 80 * 3, dtype=np.uint32).reshape(60, 80, 3) % 251
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "photo.png")
+        return tmp_path / "photo.png"
+
+    @pytest.mark.parametrize("checkpoint", ["quant_cnv_w4a4.cifar10", "resnet20.mnist"])
+    def test_any_size_and_colour(self, cnvzoo, hub, photo, checkpoint):
+        Image.open(photo).convert("L").save(grey := photo.with_name("grey.gif"))
+        result = cnvzoo("predict", photo, grey, "--checkpoint", checkpoint, "--top", 10)
+        assert result.status == 0
+        for path, line in zip((photo, grey), result.out.splitlines(), strict=True):
+            assert line.startswith(f"{path}: ")
+            shares = [float(guess.split()[-1].rstrip("%")) for guess in line.removeprefix(f"{path}: ").split(", ")]
+            assert len(shares) == 10
+            assert shares == sorted(shares, reverse=True)
+            assert sum(shares) == pytest.approx(100, abs=0.5)  # each is rounded to 0.1
+
+    def test_top(self, cnvzoo, hub, photo):
+        assert cnvzoo("predict", photo, "--checkpoint", "resnet20.mnist", "--top", 2).out.count("%") == 2
+
+    @pytest.mark.parametrize("content", [None, b"not an image", b"\x89PNG\r\n\x1a\n"])
+    def test_what_is_no_image_is_named(self, cnvzoo, hub, tmp_path, content):
+        path = tmp_path / "broken.png"
+        if content is not None:
+            path.write_bytes(content)
+        result = cnvzoo("predict", path, "--checkpoint", "resnet20.mnist")
+        assert result.status == 1
+        assert f"error: {path}: cannot be read as an image" in result.err
+        assert "Traceback" not in result.err
+
+    def test_more_than_8_bits_a_pixel(self, cnvzoo, hub, tmp_path):
+        Image.fromarray(np.zeros((8, 8), dtype=np.int32)).save(path := tmp_path / "deep.tiff")
+        result = cnvzoo("predict", path, "--checkpoint", "resnet20.mnist")
+        assert result.status == 1
+        assert str(path) in result.err
+        assert "8-bit" in result.err
+
+
+def test_the_installed_command_is_this_one():
+    from importlib.metadata import entry_points
+
+    (command,) = entry_points(group="console_scripts", name="cnvzoo")
+    assert command.load() is main

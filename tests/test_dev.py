@@ -1,0 +1,212 @@
+"""dev.py: when it makes the environment and when it leaves it alone, what it says, and what it hands on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import dev
+
+
+class Machine:
+    """Records the commands that dev.py runs; each succeeds, or has the status that `failing` gives for a word of it."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+        self.failing: dict[str, int] = {}
+        self.python_runs = False  # the environment's own interpreter
+
+    def run(self, command, **_: object) -> SimpleNamespace:
+        if command[1:] == ["-c", ""]:
+            return SimpleNamespace(returncode=0 if self.python_runs else 1)
+        self.commands.append(list(command))
+        if "venv" in command:
+            self.python_runs = True
+            dev.VENV.mkdir(exist_ok=True)
+        return SimpleNamespace(returncode=next((s for w, s in self.failing.items() if w in command), 0))
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path) -> Machine:
+    """A checkout without an environment, on a machine where commands are only written down."""
+    machine = Machine()
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    monkeypatch.setattr(dev, "ROOT", tmp_path)
+    monkeypatch.setattr(dev, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(dev, "STAMP", tmp_path / ".venv" / "installed.sha256")
+    monkeypatch.setattr(dev.subprocess, "run", machine.run)
+    monkeypatch.setattr(dev.os, "execv", lambda path, command: machine.commands.append(list(command)))
+    monkeypatch.chdir(tmp_path)
+    return machine
+
+
+def test_the_environment_is_made_once(machine):
+    assert dev.main(["setup"]) == 0
+    make, upgrade, install = machine.commands
+    assert make[:3] == [sys.executable, "-m", "venv"]
+    assert upgrade[0] == install[0] == dev.python()
+    assert upgrade[-2:] == ["--upgrade", "pip"]
+    assert install[-4:] == ["--editable", ".", "--group", "dev"]  # all at once, so that torch and torchvision fit
+    assert dev.main(["setup"]) == 0
+    assert len(machine.commands) == 3
+
+
+def test_a_changed_pyproject_is_installed_again_in_the_same_environment(machine):
+    dev.main(["setup"])
+    machine.commands.clear()
+    (dev.ROOT / "pyproject.toml").write_text("[project]\ndependencies = []\n")
+    assert dev.main(["setup"]) == 0
+    assert "--clear" not in machine.commands[0]
+    assert machine.commands[-1][-4:] == ["--editable", ".", "--group", "dev"]
+
+
+def test_an_environment_that_moved_with_its_checkout_is_installed_again(machine, monkeypatch, tmp_path):
+    dev.main(["setup"])
+    machine.commands.clear()
+    monkeypatch.setattr(dev, "ROOT", tmp_path / "moved")
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "pyproject.toml").write_text("[project]\n")
+    assert not dev.is_ready()
+
+
+def test_an_environment_whose_python_is_gone_is_made_anew(machine):
+    dev.main(["setup"])
+    machine.commands.clear()
+    machine.python_runs = False
+    assert dev.main(["setup"]) == 0
+    assert "--clear" in machine.commands[0]
+    assert len(machine.commands) == 3
+
+
+@pytest.mark.parametrize("step", ["venv", "pip", "--editable"])
+def test_after_a_failure_the_same_command_tries_again(machine, capsys, step):
+    machine.failing = {step: 7}
+    assert dev.main(["test"]) == 7
+    assert "see above" in capsys.readouterr().err
+    assert not dev.is_ready()
+    machine.failing = {}
+    assert dev.main(["test"]) == 0
+    assert dev.is_ready()
+    assert machine.commands[-1] == [dev.python(), "-m", "pytest"]
+
+
+def test_python_without_venv(machine, monkeypatch, capsys):
+    monkeypatch.setattr(dev.importlib.util, "find_spec", lambda name: None if name == "ensurepip" else object())
+    assert dev.main(["test"]) == 1
+    assert "apt install python3-venv" in capsys.readouterr().err
+    assert machine.commands == []
+
+
+def test_an_old_python(machine, monkeypatch, capsys):
+    monkeypatch.setattr(dev.sys, "version_info", (3, 9, 18, "final", 0))
+    assert dev.main(["test"]) == 1
+    assert "Python 3.10 or newer is needed" in capsys.readouterr().err
+    assert machine.commands == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["tets"], ["lint", "src"], ["setup", "now"]])
+def test_what_it_does_not_know_shows_the_help(machine, capsys, arguments):
+    assert dev.main(arguments) == 2
+    assert "python3 dev.py reproduce" in capsys.readouterr().out
+    assert machine.commands == []
+
+
+def test_arguments_are_handed_on(machine):
+    dev.main(["setup"])
+    dev.main(["test", "tests/models", "-k", "a b"])
+    assert machine.commands[-1] == [dev.python(), "-m", "pytest", "tests/models", "-k", "a b"]
+    dev.main(["reproduce", "--table", "mnist", "--list"])
+    script = str(dev.ROOT / "benchmarks" / "reproduce.py")
+    assert machine.commands[-1] == [dev.python(), script, "--table", "mnist", "--list"]
+
+
+def test_lint_runs_every_check_and_fails_if_one_does(machine, capsys):
+    dev.main(["setup"])
+    machine.commands.clear()
+    machine.failing = {"check": 1}
+    assert dev.main(["lint"]) == 1
+    assert [command[2] for command in machine.commands] == ["ruff", "ruff", "pyright"]
+    assert capsys.readouterr().err == "dev.py: error: failed: ruff check\n"
+    machine.failing = {}
+    assert dev.main(["lint"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--table", "mnist", "--entry", "mnist_cnv"], ["mnist"]),
+        (["--table=cifar10"], ["cifar10"]),
+        (["--table", "all"], ["mnist", "fashion_mnist", "cifar10", "cifar100"]),
+        (["--table", "all", "--list"], []),
+        (["--table", "svhn"], []),
+        (["--table"], []),
+        (["--help"], []),
+    ],
+)
+def test_the_datasets_that_a_reproduction_needs(arguments, names):
+    assert dev.datasets_of(arguments) == names
+
+
+class TestFillDataset:
+    @pytest.fixture
+    def cache(self, machine, monkeypatch, tmp_path) -> Path:
+        """An empty cache, and a checkout with shared/datasets beside it."""
+        (tmp_path / "checkout").mkdir()
+        (tmp_path / "shared" / "datasets").mkdir(parents=True)
+        (tmp_path / "shared" / "datasets" / "datasets.py").touch()
+        monkeypatch.setattr(dev, "ROOT", tmp_path / "checkout")
+        monkeypatch.setenv("CNVZOO_DATA", str(tmp_path / "cache"))
+        return tmp_path / "cache"
+
+    def test_from_the_folder_beside_the_checkout(self, machine, cache, tmp_path):
+        assert dev.fill_dataset("mnist", "python") is None
+        script = str(tmp_path / "shared" / "datasets" / "datasets.py")
+        assert machine.commands == [["python", script, "get", "mnist", "--root", str(cache)]]
+
+    def test_what_is_there_is_left_alone(self, machine, cache):
+        cache.mkdir()
+        (cache / "mnist.safetensors").touch()
+        assert dev.fill_dataset("mnist", "python") is None
+        assert machine.commands == []
+
+    def test_a_failure_is_told(self, machine, cache):
+        machine.failing = {"get": 1}
+        problem = dev.fill_dataset("cifar10", "python")
+        assert problem is not None
+        assert f"cifar10 is not in the dataset cache {cache}" in problem
+        assert "datasets.py get cifar10 failed" in problem
+
+    def test_no_such_folder(self, machine, cache, tmp_path):
+        (tmp_path / "shared" / "datasets" / "datasets.py").unlink()
+        problem = dev.fill_dataset("mnist", "python")
+        assert problem is not None
+        assert "cnvzoo.load_dataset('mnist') downloads it" in problem
+        assert machine.commands == []
+
+
+def test_the_names_are_those_of_the_library():
+    from cnvzoo.data import list_datasets
+
+    assert list(dev.DATASETS) == list_datasets()
+
+
+def test_it_needs_nothing_but_the_standard_library():
+    command = [sys.executable, "-I", "-S", str(Path(dev.__file__)), "--help"]  # -S: no installed packages
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "python3 dev.py test" in done.stdout
+
+
+def test_the_real_environment_of_these_tests_would_be_found(monkeypatch, tmp_path):
+    """`is_ready` with a real interpreter: stamped, it is; with another stamp, or without an interpreter, it is not."""
+    monkeypatch.setattr(dev, "STAMP", tmp_path / "stamp")
+    monkeypatch.setattr(dev, "python", lambda: sys.executable)
+    assert not dev.is_ready()
+    dev.STAMP.write_text(dev.fingerprint())
+    assert dev.is_ready()
+    monkeypatch.setattr(dev, "python", lambda: str(tmp_path / "gone"))
+    assert not dev.is_ready()

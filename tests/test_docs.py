@@ -1,0 +1,200 @@
+"""What the pages say can be done: every Python block and every command of them is run, on small data, elsewhere."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reproduce
+from harness import records, render
+from harness.entries import load_entries
+from harness.layout import Layout
+from harness.readme import END, START
+from harness.references import load_references
+from harness.tables import rows
+from PIL import Image
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+import cnvzoo.cli
+import dev
+from cnvzoo.data import Augmentation
+from cnvzoo.train import Optimizer, Recipe, Schedule
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page, `line` being the number of its first line."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+
+def blocks(page: Path, *languages: str) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        if match[1] in languages:
+            yield Block(page, text[: match.start(2)].count("\n") + 1, match[1], match[2])
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page:line, command) for every line of every shell block."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "sh", "console"):
+            for number, line in enumerate(block.text.splitlines(), start=block.line):
+                if line.strip():
+                    found.append((f"{page.relative_to(ROOT)}:{number}", line))
+    return found
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch, small_datasets, make_checkpoint) -> Path:
+    """A folder of one's own, which has what the pages name: recipes, examples, checkpoints, weights and a photo."""
+    small_datasets(train=5300, test=100)
+    folder = tmp_path / "desk"
+    shutil.copytree(ROOT / "benchmarks" / "configs", folder / "benchmarks" / "configs")
+    shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    cnv = make_checkpoint(folder / "hub", "cnv", "mnist")
+    make_checkpoint(folder / "hub", "quant_cnv", "cifar10", w_bits=4, a_bits=4)
+    (folder / "runs" / "mnist_cnv" / "seed0").mkdir(parents=True)
+    shutil.copy(cnv / "model.safetensors", folder / "runs" / "mnist_cnv" / "seed0" / "weights.safetensors")
+    pixels = np.arange(48 * 64 * 3, dtype=np.uint32).reshape(48, 64, 3) % 251
+    Image.fromarray(pixels.astype(np.uint8)).save(folder / "photo.png")
+    for page in PAGES:
+        for block in blocks(page, "yaml"):  # the first line is the file's name
+            (folder / block.text.splitlines()[0].removeprefix("# ")).write_text(block.text)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("CNVZOO_HUB", str(folder / "hub"))
+    return folder
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p, "python"))], ids=lambda p: p.name)
+def test_python_blocks(page, desk):
+    namespace: dict[str, object] = {"__name__": "page"}
+    for block in blocks(page, "python"):
+        source = "\n" * (block.line - 1) + block.text  # so that a traceback names the line of the page
+        exec(compile(source, str(page), "exec"), namespace)
+
+
+@pytest.fixture
+def perform(desk, monkeypatch) -> Callable[[str], int]:
+    """`perform(command)`: runs a command of the pages in this process; its exit status."""
+
+    def call(command: str) -> int:
+        arguments = shlex.split(command, comments=True)
+        monkeypatch.setattr(sys, "argv", arguments)
+        match arguments:
+            case ["cnvzoo", *_]:
+                return _status(cnvzoo.cli.main)
+            case ["python3", "dev.py", *rest]:
+                return _dev(rest, desk, monkeypatch)
+            case ["python", script, *rest] if script.startswith("examples/"):
+                monkeypatch.setattr(sys, "argv", [script, *rest])
+                return _status(lambda: runpy.run_path(script, run_name="__main__"))
+        pytest.fail(f"these tests do not know how to try {command!r}")
+
+    return call
+
+
+def _status(function: Callable[[], object]) -> int:
+    try:
+        function()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _dev(arguments: list[str], desk: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """dev.py as far as the environment, which is here already: what it would run is looked at, not run."""
+    became: list[str] = []
+    monkeypatch.setattr(dev, "prepare", lambda: 0)
+    monkeypatch.setattr(dev, "lint", lambda: 0)
+    monkeypatch.setattr(dev, "fill_dataset", lambda *_: None)
+    monkeypatch.setattr(dev, "become", lambda *command: became.extend(command) or 0)
+    status = dev.main(arguments)
+    if arguments[0] == "test":
+        assert became[:2] == ["-m", "pytest"]
+        assert all((ROOT / word).exists() for word in became[2:] if "/" in word)
+    if arguments[0] == "reproduce":
+        assert Path(became[0]) == ROOT / "benchmarks" / "reproduce.py"
+        return reproduce.main([*became[1:], "--list"], home=desk / "benchmarks")
+    return status
+
+
+@pytest.mark.parametrize(("place", "command"), commands(), ids=[place for place, _ in commands()])
+def test_command(place, command, perform):
+    assert perform(command) == 0, f"{place}: {command}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_results_are_those_of_the_records():
+    layout = Layout.of(ROOT / "benchmarks")
+    entries = load_entries(layout.configs)
+    survey = records.survey(entries.values(), layout)
+    lines = rows(entries.values(), survey, load_references(layout.references, entries))
+    remedy = "run: python benchmarks/reproduce.py --table all --time-limit 0"
+    assert layout.page.read_text(encoding="utf-8") == render.page(lines, survey), remedy
+    readme = layout.readme.read_text(encoding="utf-8")
+    assert readme.split(START)[1].split(END)[0].strip() == render.summary(lines), remedy
+
+
+def test_recipes_page_has_every_key_with_its_default():
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    keys = {}
+    for line in page.splitlines():
+        if line.startswith("| `"):
+            names, default, _ = (cell.strip() for cell in line.strip("|").split("|"))
+            keys |= {name: default.strip("`") for name in re.findall(r"`(\w+)`", names)}
+    fields = dict(key for section in (Optimizer, Schedule, Augmentation, Recipe) for key in _written(section))
+    assert keys.keys() == fields.keys() | {"extends", "name"}
+    for name, field in fields.items():
+        if field.is_required():
+            assert keys[name] == "needed", name
+        elif isinstance(field.default, bool):
+            assert keys[name] == str(field.default).lower(), name
+        elif isinstance(field.default, (int, float)):
+            assert float(keys[name]) == field.default, name
+
+
+def _written(section: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
+    """The keys of a section that people write; `name` of an optimizer and of a schedule differ in their default."""
+    filled_in = {Recipe: ("name", "float_start_sha256"), Optimizer: ("name",), Schedule: ("name",)}
+    keys = section.model_fields.items()
+    return [(name, field) for name, field in keys if name not in filled_in.get(section, ())]
+
+
+def test_the_error_on_the_recipes_page_is_the_one_that_people_get(desk, perform, capsys):
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^    (error: .*)$", page, re.MULTILINE)
+    path = desk / "mnist_resnet20.yaml"
+    path.write_text(path.read_text().replace("warmup_epochs", "warmup_epoch"))
+    assert perform("cnvzoo train mnist_resnet20.yaml") == 1
+    assert capsys.readouterr().err == f"{shown}\n"
+
+
+def test_the_readme_names_only_what_the_library_exports():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in set(re.findall(r"cnvzoo\.(\w+)", readme)):
+        assert name in cnvzoo.__all__ or inspect.ismodule(getattr(cnvzoo, name)), name

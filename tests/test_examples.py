@@ -1,0 +1,82 @@
+"""Every example runs as its first lines say, and shows what it is there to show."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnvzoo.models import registry
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """`run(name, *arguments)`: what the example prints, run as a script in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # what it registers goes with it
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
+
+
+def percents(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"([\d.]+) ?%", text)]
+
+
+def test_each_is_tested_here():
+    tested = set(re.findall(r"\w+\.py", Path(__file__).read_text()))
+    assert {path.name for path in EXAMPLES.glob("*.py")} <= tested
+
+
+def test_train_quantized_learns(run, small_datasets):
+    small_datasets(train=1000, test=100)
+    out = run("train_quantized.py", "--steps", 25, "--holdout", 200)
+    trained, started, recovered = percents(out)
+    assert trained > 50  # of ten classes that a handful of steps can tell apart
+    assert recovered > 50
+    assert recovered >= started
+
+
+def test_train_quantized_on_real_digits(real_data, tmp_path):
+    environment = os.environ | {"CNVZOO_DATA": str(real_data("mnist"))}
+    command = [sys.executable, "-W", "error", EXAMPLES / "train_quantized.py", "--steps", "30", "--holdout", "500"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    trained, _, recovered = percents(done.stdout)
+    assert trained > 80
+    assert recovered > 80
+
+
+def test_classify_image(run, make_checkpoint, tmp_path):
+    folder = make_checkpoint(tmp_path / "hub", "quant_cnv", "cifar10", w_bits=2, a_bits=2)
+    for name, shape in (("grey.png", (28, 28)), ("photo.jpg", (50, 40, 3))):
+        Image.fromarray(np.full(shape, 128, dtype=np.uint8)).save(tmp_path / name)
+    lines = run("classify_image.py", folder, "grey.png", "photo.jpg").splitlines()
+    assert [line.split(":")[0] for line in lines] == ["grey.png", "photo.jpg"]
+    assert all(10 <= percents(line)[0] <= 100 for line in lines)  # the likeliest of ten classes
+
+
+def test_own_model(run, small_datasets):
+    small_datasets(train=2000)
+    out = run("own_model.py", "--epochs", 3, "--holdout", 300)
+    # by hand: 4*4*64 + 2*64, 9*64*64 + 2*64, 64*10 + 10; and 49 positions of 4*4*64 and 9*64*64, then 64*10
+    assert "38,794 parameters, 1,857,152 multiply-accumulates" in out
+    assert percents(out)[-1] > 50
+    assert "of 300 held-out images" in out
+
+
+def test_own_model_stays_its_own():
+    assert "patchnet" not in registry.model_names()

@@ -1,0 +1,66 @@
+"""Files are replaced whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from cnvzoo.files import replacing, sha256_of, write_text
+
+
+def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(b"old")
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"new, half")
+        assert path.read_bytes() == b"old"
+        assert temporary.parent == path.parent  # a rename across file systems would not be one step
+        temporary.write_bytes(b"new, whole")
+    assert path.read_bytes() == b"new, whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("old", [b"old", None])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_leaves_the_old_file_and_no_litter(
+    tmp_path: Path, old: bytes | None, error: type[BaseException]
+) -> None:
+    path = tmp_path / "weights.bin"
+    if old is not None:
+        path.write_bytes(old)
+
+    def fail() -> None:
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert list(tmp_path.iterdir()) == ([path] if old else [])
+    assert not old or path.read_bytes() == old
+
+
+def test_parent_folders_are_made(tmp_path: Path) -> None:
+    write_text(tmp_path / "a" / "b" / "c.txt", "naïve\n")
+    assert (tmp_path / "a" / "b" / "c.txt").read_bytes() == "naïve\n".encode()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are those of POSIX")
+def test_new_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    write_text(tmp_path / "written", "")
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("usual", "written")}
+    assert len(modes) == 1
+
+
+def test_sha256_of_a_file_of_several_blocks(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 10_000
+    (tmp_path / "file").write_bytes(content)
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    # FIPS 180-2, appendix B.1
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

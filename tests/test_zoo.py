@@ -1,0 +1,274 @@
+"""The front: what models cost, scoring them, quantizing them, and what an import costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import cnvzoo
+from cnvzoo.data import Dataset, Preprocessing, dataset_info
+from cnvzoo.errors import ModelError
+from cnvzoo.files import sha256_of
+from cnvzoo.hub import CheckpointConfig, write_checkpoint
+from cnvzoo.zoo import Evaluation
+
+# Weights of CNV: (3x3 filters, outputs along a side), then the linear layers, at 10 classes and 3 channels.
+CNV_CONVS = [(3 * 64, 30), (64 * 64, 28), (64 * 128, 12), (128 * 128, 10), (128 * 256, 3), (256 * 256, 1)]
+CNV_LINEARS = 256 * 512 + 512 * 512
+CNV_WEIGHTS = sum(9 * filters for filters, _ in CNV_CONVS) + CNV_LINEARS + 512 * 10
+
+
+def cnv_macs(num_classes: int, in_chans: int = 3) -> int:
+    first = in_chans * 64 * 9 * 30**2
+    return first + sum(9 * f * side**2 for f, side in CNV_CONVS[1:]) + CNV_LINEARS + 512 * num_classes
+
+
+def resnet_macs(depth: int, size: int) -> int:
+    """Stem, 3 stages of 2n convolutions, two 1x1 shortcuts, head."""
+    n = (depth - 2) // 6
+    macs = 3 * 16 * 9 * size**2 + 64 * 10
+    for stage, width in enumerate((16, 32, 64)):
+        area = (size >> stage) ** 2
+        macs += 2 * n * 9 * width**2 * area
+        if stage:
+            macs += (width // 2 * width - 9 * width * width // 2) * area  # 1x1; and the first 3x3 has half the inputs
+    return macs
+
+
+def mobilenet_macs() -> int:
+    macs, width, side = 3 * 32 * 9 * 32**2, 32, 32
+    for out in (64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024):
+        if out > width and out > 64:
+            side //= 2
+        macs += (9 * width + width * out) * side**2
+        width = out
+    return macs + 1024 * 10
+
+
+def test_macs_of_cnv() -> None:
+    assert cnvzoo.model_info("cnv").macs == cnv_macs(10)
+    assert cnvzoo.model_info("cnv", num_classes=100, in_chans=1).macs == cnv_macs(100, in_chans=1)
+    assert cnvzoo.model_info("quant_cnv", w_bits=2, a_bits=2).macs == cnv_macs(10)
+
+
+@pytest.mark.parametrize(("depth", "size"), [(20, 32), (20, 28), (32, 32)])
+def test_macs_of_cifar_resnets(depth: int, size: int) -> None:
+    info = cnvzoo.model_info(f"resnet{depth}", input_size=size)
+    assert info.macs == resnet_macs(depth, size)
+    assert info.input_shape == (3, size, size)
+
+
+def test_macs_of_mobilenet() -> None:
+    assert cnvzoo.model_info("mobilenet_v1").macs == mobilenet_macs()
+
+
+def test_info_of_a_float_model() -> None:
+    info = cnvzoo.model_info("cnv")
+    assert info.name == "cnv"
+    assert "Umuroglu" in info.summary
+    assert info.input_shape == (3, 32, 32)
+    assert info.parameters == 1_546_688
+    assert info.weight_bytes == 4 * CNV_WEIGHTS
+    # The linear layer of a ResNet has a bias, which is not among the weights; nor are the norms.
+    resnet = cnvzoo.model_info("resnet20")
+    assert resnet.weight_bytes == 4 * (272_474 - 10 - 2 * (16 * 7 + 32 * 7 + 64 * 7))
+
+
+@pytest.mark.parametrize("w_bits", [1, 2, 3, 4, 8])
+def test_weight_bytes_of_quantized_models(w_bits: int) -> None:
+    first = 3 * 64 * 9
+    bits = first * 8 + (CNV_WEIGHTS - first) * w_bits
+    assert bits % 8 == 0
+    assert cnvzoo.model_info("quant_cnv", w_bits=w_bits, a_bits=2).weight_bytes == bits // 8
+    info = cnvzoo.model_info("quant_cnv", w_bits=w_bits, a_bits=2, first_w_bits=3)
+    assert info.weight_bytes == (bits - first * 5) // 8
+
+
+def test_weight_bytes_are_rounded_up() -> None:
+    info = cnvzoo.model_info("quant_cnv", w_bits=1, a_bits=1, num_classes=1, first_w_bits=7)
+    assert info.weight_bytes == -(-(3 * 64 * 9 * 7 + (CNV_WEIGHTS - 3 * 64 * 9 - 512 * 9)) // 8)
+
+
+def test_info_refuses_what_create_refuses() -> None:
+    with pytest.raises(ModelError, match="quant_cnv"):
+        cnvzoo.model_info("cnv", w_bits=2, a_bits=2)
+    with pytest.raises(ModelError, match="32x32"):
+        cnvzoo.model_info("cnv", input_size=28)
+
+
+def test_list_models() -> None:
+    assert set(cnvzoo.list_models("resnet*")) == {f"resnet{n}" for n in (18, 20, 32, 44, 56, 110)}
+    assert cnvzoo.list_models("*cnv") == ["cnv", "quant_cnv"]
+    assert cnvzoo.list_models("vgg*") == []
+    assert len(cnvzoo.list_models()) == 9
+
+
+def test_create_model() -> None:
+    model = cnvzoo.create_model("quant_cnv", num_classes=100, in_chans=1, w_bits=4, a_bits=4)
+    assert model.training
+    assert model.eval()(torch.zeros(2, 1, 32, 32)).shape == (2, 100)
+    with pytest.raises(cnvzoo.CnvzooError, match="did you mean 'resnet110'"):
+        cnvzoo.create_model("resnet101")
+
+
+# --- evaluate ------------------------------------------------------------------------------------------------------
+
+
+class Brightest(nn.Module):
+    """Votes for the channel with the brightest mean; remembers what it was fed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(()))
+        self.fed: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not self.training
+        self.fed.append(x)
+        return x.mean((2, 3)) + self.unused
+
+
+def colours(n: int, right: int) -> Dataset:
+    """n test images of one bright channel each, `right` of which are labelled with it."""
+    channel = torch.arange(n) % 3
+    images = torch.full((n, 32, 32, 3), 40, dtype=torch.uint8)
+    images[torch.arange(n), :, :, channel] = 200
+    labels = channel.clone()
+    labels[right:] = (channel[right:] + 1) % 3
+    info = replace(dataset_info("cifar10"), train_size=1, test_size=n)
+    return Dataset(info, images[:1], labels[:1].to(torch.uint8), images, labels.to(torch.uint8))
+
+
+RAW = Preprocessing(32, (0.0,) * 3, (1.0,) * 3)
+
+
+@pytest.mark.parametrize(("n", "right"), [(1, 1), (7, 0), (7, 7), (1201, 800)])
+def test_evaluate_counts_every_image_once(n: int, right: int) -> None:
+    model = Brightest()
+    result = cnvzoo.evaluate(model, colours(n, right), preprocessing=RAW, device="cpu")
+    assert result == Evaluation(right, n)
+    assert result.accuracy == 100 * right / n
+    assert sum(len(x) for x in model.fed) == n
+    assert model.training  # as it was
+    cnvzoo.evaluate(model.eval(), colours(3, 3), preprocessing=RAW, device="cpu")
+    assert not model.training
+
+
+def test_evaluate_feeds_models_of_the_library_as_training_does() -> None:
+    """Float models get normalised images, quantized ones the image itself in [0, 1]."""
+    data = colours(4, 4)
+    fed: list[Tensor] = []
+    pixels = torch.tensor([40.0, 200.0]) / 255
+    info = dataset_info("cifar10")
+    for model, mean, std in (
+        (cnvzoo.create_model("resnet20"), torch.tensor(info.mean), torch.tensor(info.std)),
+        (cnvzoo.create_model("quant_cnv", w_bits=2, a_bits=2), torch.zeros(3), torch.ones(3)),
+    ):
+        handle = model.register_forward_pre_hook(lambda m, args: fed.append(args[0]))
+        cnvzoo.evaluate(model, data, device="cpu")
+        handle.remove()
+        expected = ((pixels[0] - mean) / std).repeat(4, 1)
+        rows, bright = torch.arange(4), torch.arange(4) % 3
+        expected[rows, bright] = ((pixels[1] - mean) / std)[bright]
+        torch.testing.assert_close(fed[-1].mean((2, 3)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluate_pads_small_images_for_cnv() -> None:
+    info = replace(dataset_info("mnist"), train_size=1, test_size=2)
+    images, labels = torch.full((2, 28, 28, 1), 255, dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8)
+    data = Dataset(info, images[:1], labels[:1], images, labels)
+    fed: list[Tensor] = []
+    model = cnvzoo.create_model("quant_cnv", in_chans=1, w_bits=2, a_bits=2)
+    model.register_forward_pre_hook(lambda m, args: fed.append(args[0]))
+    cnvzoo.evaluate(model, data, device="cpu")
+    assert fed[0].shape == (2, 1, 32, 32)
+    assert float(fed[0][0].sum()) == pytest.approx(28 * 28)
+    assert not fed[0][:, :, :2].any()
+
+
+def test_evaluate_does_not_guess_the_preprocessing_of_other_modules() -> None:
+    with pytest.raises(ModelError, match=r"Brightest is not a model of cnvzoo.*preprocessing="):
+        cnvzoo.evaluate(Brightest(), colours(3, 3))
+
+
+# --- quantize ------------------------------------------------------------------------------------------------------
+
+
+def logits_of(model: nn.Module, preprocessing: Preprocessing, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(preprocessing(images))
+
+
+def cnv_that_saw(images: Tensor, preprocessing: Preprocessing) -> nn.Module:
+    torch.manual_seed(0)
+    model = cnvzoo.create_model("cnv", num_classes=5)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.momentum = None
+    with torch.no_grad():
+        for batch in preprocessing(images).split(16):
+            model(batch)
+    return model
+
+
+def test_quantize_starts_where_the_float_twin_is(tmp_path: Path) -> None:
+    preprocessing = Preprocessing.for_dataset(dataset_info("cifar10"))
+    images = torch.randint(256, (48, 8, 8, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    images = images.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    twin = cnv_that_saw(images, preprocessing)
+    expected = logits_of(twin, preprocessing, images[:8])
+
+    save_file(twin.state_dict(), tmp_path / "w.safetensors")
+    config: dict[str, Any] = {"versions": {}, "device": {}, "commit": None, "recipe": {}, "correct": 1, "total": 2}
+    write_checkpoint(
+        tmp_path / "cnv.cifar10",
+        CheckpointConfig(
+            name="cnv.cifar10",
+            model={"name": "cnv", "num_classes": 5, "in_chans": 3},
+            dataset="cifar10",
+            classes=list("abcde"),
+            preprocessing=preprocessing.to_dict(),
+            weights_sha256=sha256_of(tmp_path / "w.safetensors"),
+            **config,
+        ),
+        tmp_path / "w.safetensors",
+    )
+    for source, dataset in ((twin, "cifar10"), (twin, preprocessing), (tmp_path / "cnv.cifar10", None)):
+        model = cnvzoo.quantize(source, w_bits=8, a_bits=8, dataset=dataset)
+        assert model.training
+        logits = logits_of(model, RAW, images[:8])
+        assert (logits - expected).square().mean().sqrt() < 0.25 * expected.std()
+    low = cnvzoo.quantize(twin, w_bits=1, a_bits=2, first_w_bits=2, dataset="cifar10")
+    assert logits_of(low, RAW, images[:8]).shape == (8, 5)
+
+
+def test_quantize_refuses() -> None:
+    twin = cnvzoo.create_model("cnv")
+    with pytest.raises(ModelError, match="dataset="):
+        cnvzoo.quantize(twin, w_bits=4, a_bits=4)
+    with pytest.raises(ModelError, match="w_bits=9"):
+        cnvzoo.quantize(twin, w_bits=9, a_bits=4, dataset="cifar10")
+    with pytest.raises(ModelError, match="only a float CNV"):
+        cnvzoo.quantize(cnvzoo.create_model("resnet20"), w_bits=4, a_bits=4, dataset="cifar10")
+    quantized = cnvzoo.create_model("quant_cnv", w_bits=4, a_bits=4)
+    with pytest.raises(ModelError, match="only a float CNV"):
+        cnvzoo.quantize(quantized, w_bits=4, a_bits=4, dataset="cifar10")
+    with pytest.raises(cnvzoo.CnvzooError, match="checkpoint folder"):
+        cnvzoo.quantize("no/such/folder", w_bits=4, a_bits=4)
+
+
+# --- import --------------------------------------------------------------------------------------------------------
+
+
+def test_import_is_light() -> None:
+    code = "import sys, cnvzoo; print(sorted({'brevitas', 'torchvision', 'typer'} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
