@@ -1,0 +1,136 @@
+"""Asking for models: by name and pattern, and the answers to requests that no topology can meet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cnvzoo.errors import CnvzooError, ModelError
+from cnvzoo.models import build_model, model_names, model_spec, register_model
+
+
+def refusal(name: str, **arguments: Any) -> str:
+    with pytest.raises(ModelError) as caught:
+        build_model(name, **arguments)
+    return str(caught.value)
+
+
+def refused_input(name: str, *shape: int, **arguments: Any) -> str:
+    model = build_model(name, **arguments).eval()
+    with torch.no_grad(), pytest.raises(ModelError) as caught:
+        model(torch.zeros(*shape))
+    return str(caught.value)
+
+
+def test_names_and_patterns() -> None:
+    assert sorted(model_names()) == [
+        "cnv",
+        "mobilenet_v1",
+        "quant_cnv",
+        *("resnet110", "resnet18", "resnet20", "resnet32", "resnet44", "resnet56"),
+    ]
+    assert sorted(model_names("*cnv")) == ["cnv", "quant_cnv"]
+    assert sorted(model_names("resnet[23]?")) == ["resnet20", "resnet32"]
+    assert model_names("ResNet*") == []
+
+
+def test_specs_say_how_a_model_is_fed() -> None:
+    assert {n: model_spec(n).input_size for n in model_names()} == {
+        n: 32 if n in ("cnv", "quant_cnv") else None for n in model_names()
+    }
+    assert [n for n in model_names() if model_spec(n).quantized] == ["quant_cnv"]
+    assert model_spec("quant_cnv").float_twin == "cnv"
+    assert build_model("resnet20").spec is model_spec("resnet20")
+
+
+def test_errors_are_value_errors_of_the_library() -> None:
+    assert issubclass(ModelError, CnvzooError)
+    assert issubclass(ModelError, ValueError)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("resnet21", "resnet20"), ("quantcnv", "quant_cnv"), ("CNV", None)])
+def test_unknown_name_names_the_nearest_and_all(typed: str, meant: str | None) -> None:
+    message = refusal(typed)
+    assert repr(typed) in message
+    if meant:
+        hint = message.split("Choices:")[0]
+        assert "did you mean" in hint
+        assert repr(meant) in hint
+    for name in model_names():
+        assert name in message.split("Choices:")[1]
+
+
+@pytest.mark.parametrize("argument", ["w_bits", "a_bits", "first_w_bits"])
+@pytest.mark.parametrize(
+    ("bits", "nearest"), [(0, 1), (9, 8), (-3, 1), (4.0, 4), (3.7, 4), (True, 1), ("4", None), (float("nan"), None)]
+)
+def test_bits_outside_1_to_8_are_refused(argument: str, bits: object, nearest: int | None) -> None:
+    message = refusal("quant_cnv", **{"w_bits": 4, "a_bits": 4, argument: bits})
+    assert f"{argument}={bits!r}" in message
+    assert "whole number from 1 to 8" in message
+    if nearest is not None:
+        assert message.endswith(f"{argument}={nearest}")
+
+
+@pytest.mark.parametrize("missing", ["w_bits", "a_bits"])
+def test_quantized_models_need_both_bit_widths(missing: str) -> None:
+    message = refusal("quant_cnv", **{"w_bits": 4, "a_bits": 4, missing: None})
+    assert missing in message
+    assert "whole number from 1 to 8" in message
+
+
+def test_bits_given_to_a_float_model() -> None:
+    for bits in ({"w_bits": 4}, {"a_bits": 4}, {"w_bits": 4, "a_bits": 4}):
+        assert "'quant_cnv'" in refusal("cnv", **bits)
+    message = refusal("resnet20", w_bits=4, a_bits=4)
+    assert "float model" in message
+    assert "quant_cnv" not in message  # it is no twin of a ResNet
+
+
+def test_unknown_options() -> None:
+    message = refusal("quant_cnv", w_bits=4, a_bits=4, first_wbits=8)
+    assert "'first_wbits'" in message
+    assert "did you mean 'first_w_bits'" in message
+    assert "takes no options" in refusal("resnet20", first_w_bits=8)
+
+
+def test_counts_below_one() -> None:
+    assert "num_classes=0" in refusal("cnv", num_classes=0)
+    assert "in_chans=0" in refusal("cnv", in_chans=0)
+
+
+@pytest.mark.parametrize("name", ["cnv", "quant_cnv"])
+def test_cnv_refuses_28x28(name: str) -> None:
+    bits = {"w_bits": 2, "a_bits": 2} if name == "quant_cnv" else {}
+    message = refused_input(name, 2, 1, 28, 28, in_chans=1, **bits)
+    assert "28x28" in message
+    assert "32x32" in message
+    assert "32x32" in refused_input(name, 2, 1, 32, 28, in_chans=1, **bits)
+
+
+def test_wrong_channels_name_both_counts() -> None:
+    message = refused_input("resnet20", 2, 1, 32, 32)
+    assert "3 channel" in message
+    assert "in_chans=1" in message
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 3 * 32 * 32), (1, 2, 3, 32, 32)])
+def test_not_a_batch_of_images(shape: tuple[int, ...]) -> None:
+    message = refused_input("cnv", *shape)
+    assert "[N, 3, H, W]" in message
+    assert str(list(shape)) in message
+
+
+def test_too_small_images() -> None:
+    assert "at least 8x8" in refused_input("resnet20", 2, 3, 4, 32)
+    with torch.no_grad():
+        assert build_model("resnet20").eval()(torch.zeros(1, 3, 8, 8)).shape == (1, 10)
+
+
+def test_one_name_is_registered_once() -> None:
+    with pytest.raises(ValueError, match=r"'cnv'.*twice"):
+        register_model("cnv", summary="another")(lambda num_classes, in_chans: nn.Identity())
+    assert "float" in model_spec("cnv").summary
