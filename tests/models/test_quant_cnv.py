@@ -154,6 +154,21 @@ def test_scales_learn(plain: None) -> None:
     assert all(not torch.equal(p, before[n]) for n, p in scales.items())
 
 
+def test_loading_a_state_changes_no_later_step(plain: None) -> None:
+    """Brevitas makes parts of its layers anew at every load: a resumed run must take the steps of the first."""
+    gradients = []
+    for loads in (False, True):
+        model = fresh(w_bits=3, a_bits=3)
+        if loads:
+            model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, strict=True)
+        F.cross_entropy(model(images()), torch.arange(4)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for with_load, without in zip(*gradients, strict=True):
+        assert with_load is not None
+        assert without is not None
+        assert torch.equal(with_load, without)
+
+
 def test_a_scale_below_zero_is_used_as_a_positive_one() -> None:
     """A wild step may take a parameter there; an inverted or infinite activation must not follow."""
     model = fresh(w_bits=3, a_bits=3).eval()

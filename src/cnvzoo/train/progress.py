@@ -56,7 +56,8 @@ class TrainingProgress:
             left = rate * (trainer.total_steps - trainer.step)
             self._console.print(
                 f"{self._name}: epoch {int(last['epoch'])}/{self._epochs}, loss {last['loss']:.4f}, "
-                f"{last['seconds']:.1f} s, {left / 60:.1f} min left"
+                f"{last['seconds']:.1f} s, {left / 60:.1f} min left",
+                soft_wrap=True,
             )
 
 

@@ -1,0 +1,106 @@
+"""The two promises of a run, in processes of their own: one recipe and seed give the same bits, whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from synthetic import CNV_BITS, EVERY_AUGMENTATION
+
+from cnvzoo.files import sha256_of
+
+WORKER = Path(__file__).with_name("worker.py")
+STEPS = 12  # of two epochs, six each
+RECIPES: dict[str, dict[str, Any]] = {
+    "float": {
+        "name": "cifar10_resnet20",
+        "dataset": "cifar10",
+        "augmentation": EVERY_AUGMENTATION,
+        "ema": 0.9,
+        "precision": "bf16",
+    },
+    "quantized": CNV_BITS
+    | {
+        "name": "mnist_quant_cnv_w2a2",
+        "optimizer": {"name": "muon", "lr": 0.02, "sgd_lr": 0.05, "momentum": 0.95},
+        "augmentation": EVERY_AUGMENTATION,
+        "label_smoothing": 0.1,
+        "ema": 0.9,
+        "precision": "bf16",
+    },
+}
+
+Job = dict[str, Any]
+
+
+def work(*jobs: Job) -> subprocess.CompletedProcess[str]:
+    """Run jobs, one after the other, in one fresh process."""
+    return subprocess.run([sys.executable, str(WORKER), json.dumps(jobs)], capture_output=True, text=True, timeout=600)
+
+
+def finish(*jobs: Job) -> list[str]:
+    """The sha256 of the weights of each job, run in one fresh process to its end."""
+    done = work(*jobs)
+    assert done.returncode == 0, done.stderr
+    hashes = done.stdout.split()
+    assert hashes == [sha256_of(Path(job["run_dir"]) / "weights.safetensors") for job in jobs]
+    return hashes
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def recipe(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return RECIPES[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], str]:
+    return lambda: str(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe: dict[str, Any], folder: Callable[[], str]) -> str:
+    """The weights of seed 0, trained without a stop by a process that does nothing else."""
+    (weights,) = finish({"recipe": recipe, "run_dir": folder()})
+    return weights
+
+
+def test_one_seed_gives_the_same_bits_in_a_process_that_trained_others_before(
+    recipe: dict[str, Any], uninterrupted: str, folder: Callable[[], str]
+) -> None:
+    """The harness trains entry after entry in one process, and goes on with an interrupted one in another."""
+    others = [recipe | {"seed": 1}]
+    if "w_bits" in recipe:  # kernels are compiled for what comes first, and may serve what comes later
+        others += [
+            recipe | {"w_bits": 8, "a_bits": 8, "batch_size": 16, "epochs": 1, "schedule": {}, "dataset": "cifar10"},
+            recipe | {"precision": "fp32", "batch_size": 24, "epochs": 1},
+        ]
+    *rest, again = finish(*({"recipe": one, "run_dir": folder()} for one in (*others, recipe)))
+    assert again == uninterrupted
+    assert uninterrupted not in rest  # another seed gives other weights
+
+
+# within the first epoch; while it saves at the end of that epoch; when all but the record is written
+DEATHS = {"float": [["step", 3], ["save", 6], ["record"]], "quantized": [["step", 4], ["save", 8]]}
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_bits(
+    recipe: dict[str, Any], uninterrupted: str, tmp_path: Path
+) -> None:
+    job: Job = {"recipe": recipe, "run_dir": str(tmp_path)}
+    state = tmp_path / "state.safetensors"
+    for moment in DEATHS["quantized" if "w_bits" in recipe else "float"]:
+        killed = work(job | {"die": moment})
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        with safe_open(state, framework="pt") as file:
+            step = json.loads(file.metadata()["values"])["step"]
+        assert step == (STEPS if moment == ["record"] else moment[1] - 1)
+        assert not (tmp_path / "record.json").exists()
+    assert finish(job) == [uninterrupted]
+    assert not state.exists()
