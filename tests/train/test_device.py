@@ -52,9 +52,13 @@ def test_settings_for_determinism_are_put_back(kind: str, monkeypatch: pytest.Mo
     def settings() -> tuple[bool, bool, bool]:
         return torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, cudnn.allow_tf32
 
+    def fail() -> None:
+        with deterministic(torch.device(kind)):
+            if kind == "cuda":
+                assert settings() == (True, False, False)
+            raise KeyError
+
     before = settings()
-    with pytest.raises(KeyError), deterministic(torch.device(kind)):
-        if kind == "cuda":
-            assert settings() == (True, False, False)
-        raise KeyError
+    with pytest.raises(KeyError):
+        fail()
     assert settings() == before

@@ -39,7 +39,10 @@ def curve(schedule: Schedule, total_steps: int, steps_per_epoch: int) -> list[fl
             [0.6 + 0.4 * math.cos(math.radians(degrees)) for degrees in range(0, 180, 15)],
         ),
         # a warm-up of a step and a half; the peak lies between two steps
-        (Schedule(name="linear", warmup_epochs=0.375), [1 / 2.5, 2 / 2.5, *(1 - (k - 1.5) / 10.5 for k in range(2, 12))]),
+        (
+            Schedule(name="linear", warmup_epochs=0.375),
+            [1 / 2.5, 2 / 2.5, *(1 - (k - 1.5) / 10.5 for k in range(2, 12))],
+        ),
     ],
 )
 def test_values_worked_out_by_hand(schedule: Schedule, expected: list[float]) -> None:

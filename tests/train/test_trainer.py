@@ -104,6 +104,7 @@ def test_the_average_forgets_the_initial_weights_within_its_first_steps() -> Non
 def test_the_average_covers_batchnorm_statistics_and_leaves_counters_alone() -> None:
     model = tiny()
     average = WeightAverage(model, 0.9)
+    assert model.norm.num_batches_tracked is not None
     model.norm.num_batches_tracked.fill_(7)
     assert len(average.average) == len(floats(model)) == 6
     average.copy_to_model()
@@ -174,7 +175,9 @@ def test_going_on_from_a_state_takes_the_steps_of_an_uninterrupted_run(stop: int
     wanted = recipe(batch_size=8, ema=0.9, optimizer=optimizer)
 
     def new() -> Trainer:
-        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10)
+        )
         torch.manual_seed(0)
         for p in model.parameters():
             nn.init.uniform_(p, -0.3, 0.3)

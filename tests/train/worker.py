@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from synthetic import noise, recipe
 
-from cnvzoo.train import RunRecord, Trainer, run, run_recipe
+from cnvzoo.train import RunRecord, Trainer, run, run_recipe, state
 
 
 def die() -> None:
@@ -44,7 +44,7 @@ def arrange_death(moment: str, step: int | None = None) -> None:
     if moment == "step":
         DyingProgress.at = step
     elif moment == "save":
-        save = run.save_file
+        save = state.save_file
 
         def save_half(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
             save(tensors, path, metadata)
@@ -52,9 +52,9 @@ def arrange_death(moment: str, step: int | None = None) -> None:
                 os.truncate(path, path.stat().st_size // 2)
                 die()
 
-        run.save_file = save_half
+        state.save_file = save_half
     else:
-        RunRecord.write = lambda *_: die()
+        RunRecord.write = lambda self, path: die()
 
 
 def main(jobs: list[dict[str, Any]]) -> None:
