@@ -272,3 +272,10 @@ def test_import_is_light() -> None:
     code = "import sys, cnvzoo; print(sorted({'brevitas', 'torchvision', 'typer'} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("in_chans", "dataset"), [(3, "mnist"), (1, "cifar10")])
+def test_quantize_refuses_the_preprocessing_of_other_channels(in_chans: int, dataset: str) -> None:
+    model = cnvzoo.create_model("cnv", in_chans=in_chans)
+    with pytest.raises(ModelError, match=f"takes {in_chans} channel.*give the dataset"):
+        cnvzoo.quantize(model, w_bits=4, a_bits=4, dataset=dataset)

@@ -41,9 +41,13 @@ def list_(pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'r
     """List the models: parameters, multiply-accumulates and weight bytes at 32x32, 3 channels, 10 classes.
 
     Quantized models are counted at 4 bits; `cnvzoo info` counts any model at any setting.
+
+    Example: `cnvzoo list 'resnet*'`
     """
-    table = Table("model", "parameters", "MACs", "weight bytes")
-    table.add_column("what it is", no_wrap=True, overflow="ellipsis")
+    table = Table()
+    for column in ("model", "parameters", "MACs", "weight bytes"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("what it is")
     for name in cnvzoo.list_models(pattern):
         bits = _LISTING_BITS if model_spec(name).quantized else None
         info = cnvzoo.model_info(name, w_bits=bits, a_bits=bits)
@@ -159,13 +163,16 @@ def predict(
                 guesses = cnvzoo.predict(model, config, image, top)
         except (OSError, UnidentifiedImageError) as error:
             raise CnvzooError(f"{path}: cannot be read as an image: {error}") from None
+        except ValueError as error:  # an image, but not one that the model can be given
+            raise CnvzooError(f"{path}: {error}") from None
         typer.echo(f"{path}: " + ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in guesses))
 
 
 def _print(table: Table) -> None:
     console = Console(highlight=False)
-    # piped output is for other programs: wide enough that nothing is cut
-    console.print(table, width=None if console.is_terminal else 160)
+    if not console.is_terminal:  # piped output is for other programs: wide enough that nothing is wrapped
+        console = Console(highlight=False, width=160)
+    console.print(table)
 
 
 def main() -> None:

@@ -157,6 +157,12 @@ def quantize(
     if not isinstance(float_model, CNV) or not isinstance(float_model.input, nn.Identity):
         raise ModelError(f"only a float CNV has a quantized twin: {type(float_model).__name__} was given")
     weights = [m.weight for m in float_model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    channels = weights[0].shape[1]
+    if len(preprocessing.mean) != channels:
+        raise ModelError(
+            f"the model takes {channels} channel(s) and the preprocessing has {len(preprocessing.mean)}: "
+            "give the dataset that the model was trained on"
+        )
     model = build_model(
         "quant_cnv", num_classes=weights[-1].shape[0], in_chans=weights[0].shape[1],
         w_bits=w_bits, a_bits=a_bits, first_w_bits=first_w_bits,

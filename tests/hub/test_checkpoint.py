@@ -191,3 +191,23 @@ def test_writing_refuses_other_weights_and_leaves_the_old_checkpoint(tmp_path: P
     assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == files
     stored = load_file(tmp_path / "c" / "model.safetensors")
     assert all(torch.equal(stored[n], t) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"num_classes": 10}, "name"),
+        ({**FLOAT, "num_classes": "ten"}, "cannot be built"),
+        ({**FLOAT, "name": "resnet21"}, "unknown model 'resnet21': did you mean"),
+        ({**FLOAT, "w_bits": 4}, "is a float model"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused_naming_the_file(
+    tmp_path: Path, model: dict[str, Any], said: str
+) -> None:
+    folder = tmp_path / "c"
+    written(folder, FLOAT)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model": model}))
+    assert said in refusal(folder)
+    assert str(folder / "config.json") in refusal(folder)

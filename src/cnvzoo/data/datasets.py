@@ -133,10 +133,10 @@ class Dataset:
         the class in the published order. No random numbers, so no seed and no library version can move it.
 
         Raises:
-            ValueError: unless 0 < n < len(train_images).
+            DatasetError: unless 0 < n < len(train_images).
         """
         if not 0 < n < len(self.train_labels):
-            raise ValueError(
+            raise DatasetError(
                 f"holdout must keep some of the {len(self.train_labels)} training images of {self.info.name} on "
                 f"either side: expected 1 to {len(self.train_labels) - 1}, got {n}."
             )

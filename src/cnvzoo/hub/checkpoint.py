@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cnvzoo.data import Preprocessing
-from cnvzoo.errors import CnvzooError
+from cnvzoo.errors import CnvzooError, ModelError
 from cnvzoo.files import replacing, sha256_of, write_text
 from cnvzoo.models import build_model
 
@@ -97,7 +97,10 @@ def load_checkpoint(folder: str | Path) -> tuple[nn.Module, CheckpointConfig]:
     config = read_config(folder)
     path = Path(folder) / WEIGHTS
     _check_weights(path, config, str(path))
-    model = build_model(config.model["name"], **{k: v for k, v in config.model.items() if k != "name"})
+    try:
+        model = build_model(**config.model)
+    except (TypeError, ModelError) as error:
+        raise CheckpointError(f"{Path(folder) / CONFIG}: its model cannot be built: {error}") from None
     try:
         model.load_state_dict(load_file(path), strict=True)
     except (SafetensorError, RuntimeError) as error:
