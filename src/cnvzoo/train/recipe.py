@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from cnvzoo.data import Augmentation, dataset_info
 from cnvzoo.errors import CnvzooError, nearest
@@ -33,7 +34,12 @@ class RecipeError(CnvzooError, ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _at(key: str, message: str) -> PydanticCustomError:
+    """What a validator of several keys raises to put the blame on one of them."""
+    return PydanticCustomError("at_key", "{message}", {"key": key, "message": message})
 
 
 class Optimizer(_Section):
@@ -57,7 +63,8 @@ class Optimizer(_Section):
     @model_validator(mode="after")
     def _sgd_lr_belongs_to_muon(self) -> Optimizer:
         if (self.name == "muon") != (self.sgd_lr is not None):
-            raise ValueError("sgd_lr goes with name: muon, which needs it, and with no other optimizer")
+            key = "name" if self.sgd_lr is None else "sgd_lr"
+            raise _at(key, "sgd_lr goes with name: muon, which needs it, and with no other optimizer")
         return self
 
 
@@ -89,8 +96,8 @@ class Recipe(_Section):
     name: str
     model: str
     dataset: str
-    w_bits: int | None = None
-    a_bits: int | None = None
+    w_bits: int | None = Field(default=None, ge=1, le=8)
+    a_bits: int | None = Field(default=None, ge=1, le=8)
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=2)
     optimizer: Optimizer
@@ -103,22 +110,28 @@ class Recipe(_Section):
     float_start_sha256: str | None = None
     seed: int = Field(default=0, ge=0)
 
+    @field_validator("model")
+    @classmethod
+    def _known_model(cls, name: str) -> str:
+        return model_spec(name).name
+
+    @field_validator("dataset")
+    @classmethod
+    def _known_dataset(cls, name: str) -> str:
+        return dataset_info(name).name
+
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        spec = model_spec(self.model)
-        dataset_info(self.dataset)
-        if spec.quantized != (self.w_bits is not None and self.a_bits is not None):
-            needs = "needs w_bits and a_bits" if spec.quantized else "is a float model: leave out w_bits and a_bits"
-            raise ValueError(f"model {self.model} {needs}")
-        for key, bits in (("w_bits", self.w_bits), ("a_bits", self.a_bits)):
-            if bits is not None and not 1 <= bits <= 8:
-                raise ValueError(f"{key} is {bits}: bit widths go from 1 to 8")
-        if self.float_start and not spec.quantized:
-            raise ValueError("float_start is for quantized models: leave it out")
+        bits = {"w_bits": self.w_bits, "a_bits": self.a_bits}
+        if model_spec(self.model).quantized:
+            if None in bits.values():
+                raise _at("model", f"{self.model} needs w_bits and a_bits")
+        else:
+            for key, value in {**bits, "float_start": self.float_start}.items():
+                if value is not None:
+                    raise _at(key, f"{self.model} is a float model: leave out w_bits, a_bits and float_start")
         if self.schedule.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"schedule.warmup_epochs is {self.schedule.warmup_epochs}: must be below epochs, {self.epochs}"
-            )
+            raise _at("epochs", f"{self.epochs}: must be above schedule.warmup_epochs, {self.schedule.warmup_epochs}")
         return self
 
     @property
@@ -143,14 +156,18 @@ def load_recipe(path: str | Path) -> Recipe:
         RecipeError: not readable, not YAML, an unknown key, a wrong type or an impossible value.
     """
     path = Path(path)
+    recipe, where = _load(path)
+    if recipe.float_start is None:
+        return recipe
+    return recipe.model_copy(update={"float_start_sha256": _load_float_start(recipe, path, where).fingerprint()})
+
+
+def _load(path: Path) -> tuple[Recipe, Where]:
     values, where = _read(path, ())
     for key, origin in _FILLED_IN.items():
         if key in values:
             raise RecipeError(f"{where[(key,)]}: {key}: {origin}: remove this line")
-    recipe = recipe_from_dict({**values, "name": path.stem}, str(path), where)
-    if recipe.float_start is None:
-        return recipe
-    return recipe.model_copy(update={"float_start_sha256": _load_float_start(recipe, path, where).fingerprint()})
+    return recipe_from_dict({**values, "name": path.stem}, str(path), where), where
 
 
 def _load_float_start(recipe: Recipe, path: Path, where: Where) -> Recipe:
@@ -159,7 +176,7 @@ def _load_float_start(recipe: Recipe, path: Path, where: Where) -> Recipe:
     if not source.is_file():
         recipes = sorted(p.stem for p in path.parent.glob("*.yaml") if not p.stem.startswith("_"))
         raise RecipeError(f"{place}: no recipe {recipe.float_start!r} beside this one: {nearest(source.stem, recipes)}")
-    start = load_recipe(source)
+    start, _ = _load(source)  # of a float model, so without a float start of its own
     needed = model_spec(recipe.model).float_twin, recipe.dataset
     if (start.model, start.dataset) != needed:
         raise RecipeError(
@@ -181,7 +198,8 @@ def recipe_from_dict(values: dict[str, Any], source: str, where: Where | None = 
 
 
 def _explain(error: dict[str, Any], source: str, where: Where) -> str:
-    path = tuple(str(part) for part in error["loc"])
+    blamed = error["ctx"]["key"].split(".") if error["type"] == "at_key" else []
+    path = tuple(str(part) for part in (*error["loc"], *blamed))
     place = next((where[path[:n]] for n in range(len(path), 0, -1) if path[:n] in where), source)
     key = ".".join(path)
     if error["type"] == "extra_forbidden":
@@ -192,7 +210,7 @@ def _explain(error: dict[str, Any], source: str, where: Where) -> str:
     if error["type"] == "missing":
         return f"{place}: {key}: missing: add it"
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] in ("value_error", "assertion_error"):
+    if error["type"] in ("value_error", "at_key"):
         return f"{place}: {key + ': ' if key else ''}{message}"
     return f"{place}: {key}: {error['input']!r}: {message[:1].lower()}{message[1:]}"
 
@@ -215,8 +233,6 @@ _Loader.add_implicit_resolver(
 
 def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], Where]:
     """The values of a recipe file merged over those it extends, and where each was said."""
-    if path.resolve() in children:
-        raise RecipeError(f"{path}: extends itself, through {' -> '.join(p.name for p in children)}")
     try:
         text = path.read_text(encoding="utf-8")
         loader = _Loader(text)
@@ -228,18 +244,23 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], Where
         finally:
             loader.dispose()
     except FileNotFoundError:
-        extended_by = f" (extended by {children[-1]})" if children else ""
-        raise RecipeError(f"{path}: no such recipe{extended_by}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}:1: a recipe is a mapping of keys to values, not {type(values).__name__}")
     base = values.pop("extends", None)
     if base is None:
         return values, where
+    place = f"{where['extends',]}: extends"
     if not isinstance(base, str):
-        raise RecipeError(f"{where['extends',]}: extends: expected a file name, not {base!r}")
-    base_values, base_where = _read(path.parent / base, (*children, path.resolve()))
+        raise RecipeError(f"{place}: expected a file name, not {base!r}")
+    base_path, chain = path.parent / base, (*children, path.resolve())
+    if not base_path.is_file():
+        raise RecipeError(f"{place}: no such recipe: {base_path}")
+    if base_path.resolve() in chain:
+        raise RecipeError(f"{place}: extends itself, through {' -> '.join(p.name for p in chain)}")
+    base_values, base_where = _read(base_path, chain)
     return _merge(base_values, values), {**base_where, **where}
 
 

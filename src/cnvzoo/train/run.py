@@ -91,6 +91,8 @@ def run_recipe(
     run_dir = Path(run_dir)
     recipe = recipe if seed is None else recipe.model_copy(update={"seed": seed})
     epochs = recipe.epochs if epochs is None else epochs
+    if epochs < 1:
+        raise RunError(f"{recipe.name}: epochs={epochs}: a run has at least 1")
     target = resolve_device(device)
     start = _float_start_facts(recipe, float_start)
     identity = RunIdentity(recipe.fingerprint(), recipe.seed, epochs, holdout, start)

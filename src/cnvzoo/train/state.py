@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,4 +72,5 @@ def resume(trainer: Trainer, path: Path, identity: RunIdentity, conditions: dict
             f"{path}: saved under {facts['conditions']}, this is {conditions}: weights trained on both could "
             "be reproduced on neither. Go on with those settings, or delete the file to start over"
         )
-    path.rename(path.with_name(f"state-{found.recipe[:8]}-seed{found.seed}-{found.epochs}epochs.safetensors"))
+    names = (f"state-{found.recipe[:8]}-seed{found.seed}-{number}.safetensors" for number in itertools.count(1))
+    path.rename(next(aside for aside in map(path.with_name, names) if not aside.exists()))
