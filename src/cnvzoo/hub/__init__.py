@@ -1,23 +1,29 @@
-"""Checkpoints: their format, and reading and writing them."""
+"""Checkpoints: their format, where they are, and reading and writing them."""
 
 from .checkpoint import (
     CheckpointConfig,
-    CheckpointError,
-    load_checkpoint,
+    CheckpointFacts,
+    SeedResult,
     preprocessing_from,
     read_config,
+    read_model,
     write_checkpoint,
+    write_config,
 )
-from .locate import checkpoint_names, find_checkpoint, hub_folder
+from .errors import CheckpointError
+from .index import FileFacts, IndexEntry, read_index
 
 __all__ = [
     "CheckpointConfig",
     "CheckpointError",
-    "checkpoint_names",
-    "find_checkpoint",
-    "hub_folder",
-    "load_checkpoint",
+    "CheckpointFacts",
+    "FileFacts",
+    "IndexEntry",
+    "SeedResult",
     "preprocessing_from",
     "read_config",
+    "read_index",
+    "read_model",
     "write_checkpoint",
+    "write_config",
 ]

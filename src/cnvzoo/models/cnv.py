@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .initialization import skips_initialization
 from .registry import check_bits, register_model
 
 _CONVS = (64, 64, "pool", 128, 128, "pool", 256, 256)
@@ -29,7 +30,8 @@ class Layers(Protocol):
 
 def init_weight(weight: Tensor) -> None:
     """He initialisation: without biases, it keeps an untrained CNV's signal alive down to the logits."""
-    nn.init.kaiming_normal_(weight, nonlinearity="relu")
+    if not skips_initialization():
+        nn.init.kaiming_normal_(weight, nonlinearity="relu")
 
 
 class FloatLayers:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .cnv import init_weight
 from .fake_quant import IntRange, fake_quantize, least_squares_scale
+from .initialization import skips_initialization
 
 INPUT_SCALE = 1 / 255
 _SCALE_FLOOR = 1e-8
@@ -61,8 +62,12 @@ class IntQuantizer(nn.Module):
         scale = self.positive_scale(x)
         return fake_quantize(x, scale, self.ints), scale, self.zero_point, self.bit_width  # type: ignore[return-value]
 
+    def effective_scale(self) -> Tensor:
+        """The scale that values are divided by, exactly: what was learned, or the floor where that is below it."""
+        return self.scale.clamp_min(_SCALE_FLOOR) if self.learned else self.scale
+
     def positive_scale(self, x: Tensor) -> Tensor:
-        """The scale, kept positive; its gradient is that of LSQ, section 2.2: divided by sqrt(values * levels).
+        """The effective scale; its gradient is that of LSQ, section 2.2: divided by sqrt(values * levels).
 
         `values` are those that share one scale: of the weights, or of the activations of one image. Without the
         division a scale's steps are larger than a weight's by orders of magnitude.
@@ -71,12 +76,14 @@ class IntQuantizer(nn.Module):
             return self.scale
         values = x.numel() // (self.scale.numel() if self.signed else x.shape[0])
         gain = 1 / math.sqrt(values * self.ints.high)
-        scale = self.scale * gain + (self.scale - self.scale * gain).detach()
-        return scale.clamp_min(_SCALE_FLOOR)
+        slowed = self.scale * gain
+        return self.effective_scale().detach() + (slowed - slowed.detach())
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
         """Set the scale to the one of least squared error for x (one row of values for each scale)."""
+        if skips_initialization():
+            return
         rows = x.reshape(max(self.scale.numel(), 1), -1)
         self.scale.copy_(least_squares_scale(rows, self.ints).reshape(self.scale.shape))
 
