@@ -4,6 +4,7 @@ from .checkpoint import (
     CheckpointConfig,
     CheckpointFacts,
     SeedResult,
+    check_weights,
     preprocessing_from,
     read_config,
     read_model,
@@ -11,15 +12,31 @@ from .checkpoint import (
     write_config,
 )
 from .errors import CheckpointError
-from .index import FileFacts, IndexEntry, read_index
+from .facts import FileFacts
+from .index import CheckpointInfo, Index, IndexEntry, read_index
+from .load import load_checkpoint
+from .locate import Located, choose_checkpoint, find_checkpoint, hub_location, is_path, list_checkpoints
+from .names import ModelName, parse_name
 
 __all__ = [
     "CheckpointConfig",
     "CheckpointError",
     "CheckpointFacts",
+    "CheckpointInfo",
     "FileFacts",
+    "Index",
     "IndexEntry",
+    "Located",
+    "ModelName",
     "SeedResult",
+    "check_weights",
+    "choose_checkpoint",
+    "find_checkpoint",
+    "hub_location",
+    "is_path",
+    "list_checkpoints",
+    "load_checkpoint",
+    "parse_name",
     "preprocessing_from",
     "read_config",
     "read_index",

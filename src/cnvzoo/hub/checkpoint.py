@@ -11,18 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
 from cnvzoo.data import Preprocessing
-from cnvzoo.errors import ModelError
 from cnvzoo.files import replacing, write_text
-from cnvzoo.models import build_model
-from cnvzoo.models.initialization import without_initialization
 
+from .build import build_empty, build_skeleton
 from .errors import CheckpointError
-from .facts import FileFacts, explain, read_limited, read_verified
+from .facts import LARGEST_FILE, FileFacts, explain, read_limited, read_verified
 from .index import CONFIG, WEIGHTS, Name
 from .tensors import fill, is_quantized, packed_file, read_plain, read_published
 
@@ -128,12 +125,11 @@ def write_checkpoint(folder: str | Path, facts: CheckpointFacts, weights: str | 
         CheckpointError: the file is not the one that the facts describe, or does not hold exactly the model's tensors.
     """
     weights, folder = Path(weights), Path(folder)
-    limit = 1 << 30
-    content = read_limited(weights, limit, f"more than {limit:,} bytes: no small image classifier")
+    content = read_limited(weights, LARGEST_FILE, f"more than {LARGEST_FILE:,} bytes: no small image classifier")
     if (found := FileFacts.of(content).sha256) != facts.weights_sha256:
         raise CheckpointError(f"{weights}: sha256 is {found[:16]}..., {facts.name} has {facts.weights_sha256[:16]}...")
     try:
-        model = _build(facts.model)
+        model = build_empty(facts.model)
         model.load_state_dict(read_plain(content, model), strict=True)
         if is_quantized(model):
             content = packed_file(model.eval())
@@ -168,6 +164,11 @@ def read_config(folder: str | Path, facts: FileFacts | None = None) -> Checkpoin
         raise CheckpointError(f"{path}: not a valid checkpoint config: {explain(error)}") from None
 
 
+def check_weights(folder: str | Path, config: CheckpointConfig) -> None:
+    """Raise CheckpointError where model.safetensors is not the file that its config describes."""
+    read_verified(Path(folder) / WEIGHTS, config.file)
+
+
 def read_model(
     folder: str | Path, files: Mapping[str, FileFacts] | None = None
 ) -> tuple[nn.Module, CheckpointConfig]:
@@ -185,12 +186,12 @@ def read_model(
     config = read_config(folder, files and files[CONFIG])
     content = read_verified(folder / WEIGHTS, config.file)
     try:
-        skeleton = _skeleton(config.model)
+        skeleton = build_skeleton(config.model)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / CONFIG}: {error}") from None
     try:
         state = read_published(content, skeleton)
-        model = _build(config.model)
+        model = build_empty(config.model)
         fill(model, state)
     except CheckpointError as error:
         raise CheckpointError(f"{folder / WEIGHTS}: not the weights of {config.name}: {error}") from None
@@ -200,18 +201,3 @@ def read_model(
 def preprocessing_from(config: CheckpointConfig) -> Preprocessing:
     """The way images reach the checkpoint's model."""
     return Preprocessing.from_dict(config.preprocessing)
-
-
-def _build(arguments: Mapping[str, Any]) -> nn.Module:
-    """A model whose values do not matter; the caller's random numbers stay as they are."""
-    try:
-        with torch.random.fork_rng(devices=[]), without_initialization():
-            return build_model(**arguments)
-    except (TypeError, ModelError) as error:
-        raise CheckpointError(f"its model cannot be built: {error}") from None
-
-
-def _skeleton(arguments: Mapping[str, Any]) -> nn.Module:
-    """The model without memory for its tensors: whatever a config asks for, it costs nothing to compare shapes."""
-    with torch.device("meta"):
-        return _build(arguments)

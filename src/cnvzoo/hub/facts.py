@@ -6,20 +6,20 @@ import hashlib
 import stat
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from .errors import CheckpointError
 
-_LARGEST = 1 << 30  # bytes; what a config could claim is bounded before memory is taken for it
+LARGEST_FILE = 1 << 30  # bytes; what a config could claim is bounded before memory is taken for it
 
 
-class FileFacts(BaseModel):
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+class FileFacts:
     """What a file has to be: its sha256 in hexadecimal, and its size in bytes (up to 1 GiB)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    size: int = Field(ge=0, le=_LARGEST)
+    size: int = Field(ge=0, le=LARGEST_FILE)
 
     @classmethod
     def of(cls, content: bytes) -> FileFacts:

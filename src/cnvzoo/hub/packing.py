@@ -7,8 +7,6 @@ are zero. So each sequence of values has one packed form only.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,12 +24,13 @@ def pack(values: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
     Raises:
         ValueError: a value that signed symmetric (at 1 bit: binary) integers of `bits` bits do not have.
     """
-    ints, flat = IntRange.of(bits, signed=True), values.reshape(-1)
-    if not _in_range(flat, ints):
-        raise ValueError(f"values from {flat.min()} to {flat.max()} are not those of {bits} bits")
-    codes = (flat > 0).astype(np.uint8) if ints.binary else flat.view(np.uint8)
-    stream = np.unpackbits(codes[:, None], axis=1, count=bits, bitorder="little")
-    return np.packbits(stream, bitorder="little")
+    ints, count = IntRange.of(bits, signed=True), values.size
+    if not _in_range(values, ints):
+        raise ValueError(f"values from {values.min()} to {values.max()} are not those of {bits} bits")
+    codes = np.zeros((-(-count // 8), 8), np.uint64)
+    codes.reshape(-1)[:count] = (values > 0 if ints.binary else values.view(np.uint8) & (2**bits - 1)).reshape(-1)
+    words = np.bitwise_or.reduce(codes << _shifts(bits), axis=1).astype("<u8")
+    return words.view(np.uint8).reshape(-1, 8)[:, :bits].reshape(-1)[: packed_size(count, bits)]
 
 
 def unpack(data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int8]:
@@ -42,19 +41,25 @@ def unpack(data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int8]:
     """
     if data.shape != (packed_size(count, bits),):
         raise ValueError(f"{count} values of {bits} bits take {packed_size(count, bits)} bytes, not {data.size}")
-    ints = IntRange.of(bits, signed=True)
-    stream = np.unpackbits(data, bitorder="little")
-    if stream[count * bits :].any():
+    if (used := count * bits % 8) and data[-1] >> used:
         raise ValueError("the bits after the last value are not zero")
-    codes = np.empty((count, 8), np.uint8)
-    codes[:, :bits] = stream[: count * bits].reshape(count, bits)
+    groups = -(-count // 8)  # 8 values take as many bytes as one has bits, and fit into a word
+    stream = np.zeros(groups * bits, np.uint8)
+    stream[: data.size] = data
+    words = np.zeros((groups, 8), np.uint8)
+    words[:, :bits] = stream.reshape(groups, bits)
+    codes = ((words.view("<u8") >> _shifts(bits)) & np.uint64(2**bits - 1)).astype(np.uint8).reshape(-1)[:count]
+    ints = IntRange.of(bits, signed=True)
     if ints.binary:
-        return codes[:, 0].view(np.int8) * np.int8(2) - np.int8(1)
-    codes[:, bits:] = codes[:, bits - 1 : bits]  # the sign
-    values: NDArray[Any] = np.packbits(codes, bitorder="little").view(np.int8)
+        return codes.view(np.int8) * np.int8(2) - np.int8(1)
+    values = (codes << (8 - bits)).view(np.int8) >> (8 - bits)  # the second shift repeats the sign
     if not _in_range(values, ints):
-        raise ValueError(f"a value below {ints.low}, which {bits} bits, symmetric, do not have")
+        raise ValueError(f"a value below {ints.low}, which symmetric integers of {bits} bits do not have")
     return values
+
+
+def _shifts(bits: int) -> NDArray[np.uint64]:
+    return np.arange(8, dtype=np.uint64) * np.uint64(bits)
 
 
 def _in_range(values: NDArray[np.int8], ints: IntRange) -> bool:

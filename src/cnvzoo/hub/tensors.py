@@ -122,6 +122,12 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{_scale_of(model, quantizer)}: a scale below the least that a quantizer has")
 
 
+def fit_scale(model: nn.Module, layer: str) -> None:
+    """Fit the scale of a quantized layer, by name, to its weight; a float layer has none and is left alone."""
+    if quantizer := _quantizers(model).get(layer):
+        quantizer.fit(model.get_parameter(f"{layer}.weight"))
+
+
 def _quantizers(model: nn.Module) -> dict[str, Any]:
     """The weight quantizer of each quantized layer, by the layer's name."""
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "weight_quant")}

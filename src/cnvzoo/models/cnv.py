@@ -30,8 +30,7 @@ class Layers(Protocol):
 
 def init_weight(weight: Tensor) -> None:
     """He initialisation: without biases, it keeps an untrained CNV's signal alive down to the logits."""
-    if not skips_initialization():
-        nn.init.kaiming_normal_(weight, nonlinearity="relu")
+    nn.init.kaiming_normal_(weight, nonlinearity="relu")
 
 
 class FloatLayers:
@@ -42,12 +41,14 @@ class FloatLayers:
 
     def conv(self, in_channels: int, out_channels: int, *, first: bool) -> nn.Module:
         layer = nn.Conv2d(in_channels, out_channels, 3, bias=False)
-        init_weight(layer.weight)
+        if not skips_initialization():
+            init_weight(layer.weight)
         return layer
 
     def linear(self, in_features: int, out_features: int, *, last: bool) -> nn.Module:
         layer = nn.Linear(in_features, out_features, bias=False)
-        init_weight(layer.weight)
+        if not skips_initialization():
+            init_weight(layer.weight)
         return layer
 
     def relu(self) -> nn.Module:

@@ -82,8 +82,6 @@ class IntQuantizer(nn.Module):
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
         """Set the scale to the one of least squared error for x (one row of values for each scale)."""
-        if skips_initialization():
-            return
         rows = x.reshape(max(self.scale.numel(), 1), -1)
         self.scale.copy_(least_squares_scale(rows, self.ints).reshape(self.scale.shape))
 
@@ -156,7 +154,8 @@ class QuantLayers:
     def relu(self) -> nn.Module:
         quantizer = IntQuantizer(self.a_bits, signed=False)
         layer = _ClampedQuantReLU(_injector(quantizer, ActQuantProxyFromInjector, signed=False))
-        quantizer.fit(_relu_of_normal(torch.ones(1), torch.zeros(1)))
+        if not skips_initialization():
+            quantizer.fit(_relu_of_normal(torch.ones(1), torch.zeros(1)))
         return _plain_tensors(layer, layer.act_quant)
 
 
@@ -165,8 +164,9 @@ def _weights(quantizer: IntQuantizer) -> type:
 
 
 def _fit_weights(layer: QuantConv2d | QuantLinear, quantizer: IntQuantizer) -> nn.Module:
-    init_weight(layer.weight)
-    quantizer.fit(layer.weight)
+    if not skips_initialization():
+        init_weight(layer.weight)
+        quantizer.fit(layer.weight)
     return _plain_tensors(layer, layer.weight_quant)
 
 
