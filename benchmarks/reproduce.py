@@ -10,7 +10,10 @@ where it stopped, and a record of a recipe that has changed since is out of date
 machines, copy their records into benchmarks/results/: the tables, printed and written to benchmarks/RESULTS.md and
 into README.md, are made of these alone.
 
-Exit status: 0 every run asked for has its record; 1 a run failed; 2 wrong request, recipe or reference; 3 stopped
+Once nothing is left to train, and before the time limit, the published checkpoints of the entries asked for are
+verified as `cnvzoo verify` does it: some seconds each.
+
+Exit status: 0 every run asked for has its record; 1 a run failed, or a checkpoint is not as it was published; 2 wrong request, recipe or reference; 3 stopped
 at the time limit; 130 or 143 stopped by Ctrl-C or SIGTERM. After 3, 130 and 143 the same command goes on.
 """
 
@@ -24,7 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harness import index, readme, records, render
-from harness.checkpoints import keep_missing
+from harness.checkpoints import PUBLISHED_SEED, checkpoint_folder, keep_missing
 from harness.entries import SEEDS, TABLES, load_entries, select_entries
 from harness.errors import HarnessError
 from harness.execute import LocalRunner, Outcome, execute
@@ -38,6 +41,7 @@ from rich.console import Console
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import write_text
 from cnvzoo.train import RecipeError, RunRecord, resolve_device, run_recipe
+from cnvzoo.verify import Verification, verify
 
 _HOME = Path(__file__).resolve().parent
 _EXIT = {"time limit": 3, "SIGINT": 130, "SIGTERM": 143}
@@ -49,6 +53,7 @@ def main(
     *,
     home: Path = _HOME,
     train: Callable[..., RunRecord] = run_recipe,
+    verify: Callable[..., list[Verification]] = verify,
 ) -> int:
     """Run the command line and return its exit status.
 
@@ -56,10 +61,11 @@ def main(
         argv: arguments; those of the process if None.
         home: the folder with configs/, references.yaml and results/.
         train: what trains a run, called as cnvzoo.train.run_recipe.
+        verify: what verifies checkpoints, called as cnvzoo.verify.
     """
     arguments = _parser().parse_args(argv)
     try:
-        return _reproduce(arguments, Layout.of(home, arguments.runs), train)
+        return _reproduce(arguments, Layout.of(home, arguments.runs), train, verify)
     except CnvzooError as error:
         print(f"reproduce.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (HarnessError, RecipeError)) else 1
@@ -68,7 +74,12 @@ def main(
         return _EXIT["SIGINT"]
 
 
-def _reproduce(arguments: argparse.Namespace, layout: Layout, train: Callable[..., RunRecord]) -> int:
+def _reproduce(
+    arguments: argparse.Namespace,
+    layout: Layout,
+    train: Callable[..., RunRecord],
+    verify: Callable[..., list[Verification]],
+) -> int:
     entries = load_entries(layout.configs)
     selected = select_entries(entries, arguments.table, arguments.entry)
     seeds = tuple(dict.fromkeys(arguments.seeds))
@@ -87,7 +98,10 @@ def _reproduce(arguments: argparse.Namespace, layout: Layout, train: Callable[..
     def publish() -> None:
         for folder in keep_missing(selected, layout):
             say(f"{shown(folder)}: checkpoint written")
-        index.update(layout.index, layout.hub)
+        try:
+            index.update(layout.index, layout.hub)
+        except CnvzooError as error:  # what was trained is worth keeping, whatever else is in the folder
+            say(f"the index of published checkpoints stays as it was: {error}")
         survey = records.survey(entries.values(), layout)
         lines = rows(entries.values(), survey, references)
         write_text(layout.page, render.page(lines, survey))
@@ -103,6 +117,11 @@ def _reproduce(arguments: argparse.Namespace, layout: Layout, train: Callable[..
     runner = LocalRunner(train=train, device=arguments.device, deadline=deadline)
     outcome = execute(jobs, runner, entries=entries, layout=layout, deadline=deadline, say=say, on_finished=publish)
     publish()
+    verified: list[Verification] = []
+    in_time = outcome.stopped is None and (deadline is None or time.monotonic() < deadline)
+    if in_time and arguments.epochs is None and PUBLISHED_SEED in seeds:
+        names = [folder.name for entry in selected if (folder := checkpoint_folder(entry, layout)).is_dir()]
+        verified = verify(names, hub=layout.hub, device=arguments.device)
 
     console, survey = Console(), records.survey(entries.values(), layout)
     for table in TABLES:
@@ -110,15 +129,22 @@ def _reproduce(arguments: argparse.Namespace, layout: Layout, train: Callable[..
             members = [entry for entry in entries.values() if entry.table == table]
             render.print_table(console, table, rows(members, survey, references))
     render.print_trials(console, records.trials(selected, seeds, layout, arguments.epochs))
-    return _conclude(outcome, say, arguments.retrain)
+    return _conclude(outcome, verified, say, arguments.retrain)
 
 
-def _conclude(outcome: Outcome, say: Callable[[str], None], retrain: bool) -> int:
-    """Say what is not there, if anything, and what to do about it; returns the exit status."""
+def _conclude(
+    outcome: Outcome, verified: Sequence[Verification], say: Callable[[str], None], retrain: bool
+) -> int:
+    """Say what is not there, or not as it should be, and what to do about it; returns the exit status."""
     if outcome.failed:
         say(f"failed, see above: {', '.join(map(str, outcome.failed))}")
+    different = [result for result in verified if result.problem]
+    for result in different:
+        say(f"{result.name}: not as published: {result.problem}")
+    if len(verified) > len(different):
+        say(f"{len(verified) - len(different)} checkpoints verified: their files, and their numbers on the test set")
     if outcome.stopped is None:
-        return 1 if outcome.failed else 0
+        return 1 if outcome.failed or different else 0
     again = ", after training the finished ones once more: choose with --entry and --seeds" if retrain else ""
     say(f"stopped ({outcome.stopped}); the same command goes on from here{again}. Left, {len(outcome.left)} in all:")
     for job in outcome.left[:_LEFT_SHOWN]:

@@ -38,7 +38,7 @@ def keep_missing(entries: Iterable[Entry], layout: Layout) -> list[Path]:
         if record is None:
             continue
         facts = checkpoint_facts(record, _other_records(entry, layout))
-        folder, weights = layout.hub / facts.name, layout.run_dir(entry.name, PUBLISHED_SEED) / WEIGHTS
+        folder, weights = checkpoint_folder(entry, layout), layout.run_dir(entry.name, PUBLISHED_SEED) / WEIGHTS
         published = _published(folder, facts)
         if published is not None:
             config = published.model_copy(update=dict(facts))
