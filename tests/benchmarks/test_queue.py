@@ -195,8 +195,8 @@ class TestRetrain:
         bench.training.flavour = "new "
         bench.run("--table", "mnist", "--seeds", "0", "--retrain")
         folder = bench.runs / "mnist_cnv"
-        assert label_of((folder / "seed0" / "weights.safetensors")).startswith("new ")
-        assert not label_of((folder / "seed0.previous" / "weights.safetensors")).startswith("new ")
+        assert label_of(folder / "seed0" / "weights.safetensors").startswith("new ")
+        assert not label_of(folder / "seed0.previous" / "weights.safetensors").startswith("new ")
 
     def test_is_for_the_entries_asked_for(self, pair):
         pair.run("--table", "cifar10", "--seeds", "0")
