@@ -132,9 +132,7 @@ def _reproduce(
     return _conclude(outcome, verified, say, arguments.retrain)
 
 
-def _conclude(
-    outcome: Outcome, verified: Sequence[Verification], say: Callable[[str], None], retrain: bool
-) -> int:
+def _conclude(outcome: Outcome, verified: Sequence[Verification], say: Callable[[str], None], retrain: bool) -> int:
     """Say what is not there, or not as it should be, and what to do about it; returns the exit status."""
     if outcome.failed:
         say(f"failed, see above: {', '.join(map(str, outcome.failed))}")

@@ -299,7 +299,9 @@ def test_a_model_with_values_that_it_computes_when_it_is_built(tmp_path: Path) -
         register_model("looks", summary="of tests")(Looks)
         arguments = {"name": "looks", "num_classes": 2, "in_chans": 1}
         model = written(tmp_path / "c", arguments)
-        assert torch.equal(load_checkpoint(tmp_path / "c")[0].state_dict()["fc.weight"], model.state_dict()["fc.weight"])
+        assert torch.equal(
+            load_checkpoint(tmp_path / "c")[0].state_dict()["fc.weight"], model.state_dict()["fc.weight"]
+        )
 
 
 @pytest.mark.parametrize(

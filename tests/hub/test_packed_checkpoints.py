@@ -40,7 +40,9 @@ def assert_same_logits(loaded: nn.Module, model: nn.Module, x: Tensor) -> None:
             expected = model(x)
             assert expected.std() > 0
             assert torch.equal(bits_of(loaded(x)), bits_of(expected))
-            assert torch.equal(loaded(x.to(memory_format=torch.channels_last)), model(x.to(memory_format=torch.channels_last)))
+            assert torch.equal(
+                loaded(x.to(memory_format=torch.channels_last)), model(x.to(memory_format=torch.channels_last))
+            )
     assert torch.equal(bits_of(loaded(x)), bits_of(model(x)))
     for name, buffer in model.named_buffers():
         if not name.endswith("num_batches_tracked"):

@@ -169,9 +169,7 @@ def check_weights(folder: str | Path, config: CheckpointConfig) -> None:
     read_verified(Path(folder) / WEIGHTS, config.file)
 
 
-def read_model(
-    folder: str | Path, files: Mapping[str, FileFacts] | None = None
-) -> tuple[nn.Module, CheckpointConfig]:
+def read_model(folder: str | Path, files: Mapping[str, FileFacts] | None = None) -> tuple[nn.Module, CheckpointConfig]:
     """Build the model of a checkpoint, in eval mode on the CPU, with its weights.
 
     Args:

@@ -49,9 +49,7 @@ def list_checkpoints(pattern: str = "*") -> list[CheckpointInfo]:
     return [row(name, entry) for name, entry in entries if fnmatch.fnmatchcase(name, pattern)]
 
 
-def find_checkpoint(
-    checkpoint: str | Path, hub: str | Path | None = None, *, every_file: bool = False
-) -> Located:
+def find_checkpoint(checkpoint: str | Path, hub: str | Path | None = None, *, every_file: bool = False) -> Located:
     """The folder of a checkpoint, with its files here and those of the index compared with it.
 
     Args:
