@@ -13,8 +13,9 @@ into README.md, are made of these alone.
 Once nothing is left to train, and before the time limit, the published checkpoints of the entries asked for are
 verified as `cnvzoo verify` does it: some seconds each.
 
-Exit status: 0 every run asked for has its record; 1 a run failed, or a checkpoint is not as it was published; 2 wrong request, recipe or reference; 3 stopped
-at the time limit; 130 or 143 stopped by Ctrl-C or SIGTERM. After 3, 130 and 143 the same command goes on.
+Exit status: 0 every run asked for has its record; 1 a run failed, or a checkpoint is not as it was published; 2 wrong
+request, recipe or reference; 3 stopped at the time limit; 130 or 143 stopped by Ctrl-C or SIGTERM. After 3, 130 and
+143 the same command goes on.
 """
 
 from __future__ import annotations
