@@ -68,8 +68,9 @@ def desk(tmp_path, monkeypatch, small_datasets, make_checkpoint) -> Path:
     small_datasets(train=5300, test=100)
     folder = tmp_path / "desk"
     shutil.copytree(ROOT / "benchmarks" / "configs", folder / "benchmarks" / "configs")
+    shutil.copy(ROOT / "hubconf.py", folder)
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
-    cnv = make_checkpoint(folder / "hub", "cnv", "mnist")
+    cnv = make_checkpoint(folder / "hub", "cnv", "mnist", scored=True)
     make_checkpoint(folder / "hub", "quant_cnv", "cifar10", w_bits=4, a_bits=4)
     (folder / "runs" / "mnist_cnv" / "seed0").mkdir(parents=True)
     shutil.copy(cnv / "model.safetensors", folder / "runs" / "mnist_cnv" / "seed0" / "weights.safetensors")
