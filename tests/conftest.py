@@ -76,7 +76,8 @@ def _arrays(name: str) -> dict[str, torch.Tensor]:
 def make_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """`make_checkpoint(hub, model, dataset, w_bits=, a_bits=)`: a checkpoint of untrained weights; its folder.
 
-    Its number is made up, unless `scored`. What is in `hub` then is all that is published: the index of the package says so for the time of the test.
+    Its number is made up, unless `scored`. What is in `hub` then is all that is published: the index of the package
+    says so for the time of the test.
     """
 
     def make(hub: Path, model: str, dataset: str, *, scored: bool = False, **bits: int) -> Path:
@@ -94,8 +95,8 @@ def make_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
         sha256 = sha256_of(weights)
         facts = CheckpointFacts(
             name=f"{tag}.{dataset}", model={"name": model, **arguments}, dataset=dataset, classes=list(info.classes),
-            preprocessing=preprocessing_of(model, dataset).to_dict(), **counts,
-            results=[SeedResult(**counts, weights_sha256=sha256)], weights_sha256=sha256,
+            preprocessing=preprocessing_of(model, dataset).to_dict(),
+            **counts, results=[SeedResult(**counts, weights_sha256=sha256)], weights_sha256=sha256,
             recipe={}, versions={}, device={}, commit=None,
         )  # fmt: skip
         write_checkpoint(hub / facts.name, facts, weights)

@@ -71,6 +71,7 @@ class TestWhichCheckpoint:
             ("resnet110", {}, "no checkpoint of resnet110 is published: pretrained=False"),
             ("resnet20.cifar10", {}, "no checkpoint is of resnet20, cifar10.*resnet20.mnist"),
             ("resnet20.mnist", {"pretrained": "cifar10"}, "name one dataset"),
+            ("resnet20", {"pretrained": Path("hub/resnet20.mnist")}, "load_checkpoint takes folders"),
             ("resnet21.mnist", {}, "unknown model 'resnet21': did you mean"),
             ("quant_cnv_w4a4.cifar10", {"w_bits": 2}, "w_bits=2: leave w_bits out"),
         ],
