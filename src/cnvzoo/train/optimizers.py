@@ -28,10 +28,10 @@ def build_optimizers(model: nn.Module, config: Optimizer) -> list[torch.optim.Op
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     ids = {id(w) for w in weights}
     rest = [p for p in model.parameters() if id(p) not in ids]
-    sgd: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.momentum > 0, "foreach": True}
+    sgd: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.momentum > 0, "fused": True}
     if config.name == "adamw":
         groups = [_group(weights, config.lr, config.weight_decay), _group(rest, config.lr, 0.0)]
-        return [torch.optim.AdamW(groups, foreach=True)]
+        return [torch.optim.AdamW(groups, fused=True)]
     if config.name == "sgd":
         groups = [_group(weights, config.lr, config.weight_decay), _group(rest, config.lr, 0.0)]
         return [torch.optim.SGD(groups, **sgd)]
