@@ -274,10 +274,9 @@ class NormActSequential(nn.Sequential):
             if not isinstance(layer, nn.BatchNorm2d):
                 x = layer(x)
                 continue
-            act = pool = None
-            if layers and isinstance(layers[0], (nn.ReLU, QuantizedActivation)):
-                act = layers.pop(0)
-            if layers and isinstance(layers[0], nn.MaxPool2d):
-                pool = layers.pop(0)
+            act = next((after for after in layers[:1] if isinstance(after, (nn.ReLU, QuantizedActivation))), None)
+            del layers[: act is not None]
+            pool = next((after for after in layers[:1] if isinstance(after, nn.MaxPool2d)), None)
+            del layers[: pool is not None]
             x = norm_act(x, layer, act, pool=pool)
         return x
