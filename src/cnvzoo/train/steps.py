@@ -24,17 +24,21 @@ class Steps:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._epoch = 0
+        self._epoch: int | None = None
 
-    def begin(self, epoch: int) -> None:
-        """Prepare for the steps of an epoch."""
+    def take(self, epoch: int, index: int) -> None:
+        """Take step `index` of an epoch."""
+        if epoch != self._epoch:
+            self._begin(epoch)
+        self._take(epoch, index)
+
+    def _begin(self, epoch: int) -> None:
         self._epoch = epoch
         self._plan = self._trainer.batches.plan(epoch)
 
-    def take(self, index: int) -> None:
-        """Take step `index` of the epoch."""
+    def _take(self, epoch: int, index: int) -> None:
         trainer = self._trainer
-        factor, average_weight = trainer.scalars(self._epoch * trainer.steps_per_epoch + index)
+        factor, average_weight = trainer.scalars(epoch * trainer.steps_per_epoch + index)
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
@@ -58,13 +62,13 @@ class CapturedSteps(Steps):
         self._capture = capture or _capture_cuda_graph
         self._replay: Callable[[], None] | None = None
 
-    def begin(self, epoch: int) -> None:
-        super().begin(epoch)
+    def _begin(self, epoch: int) -> None:
+        super()._begin(epoch)
         trainer, steps = self._trainer, self._trainer.steps_per_epoch
         scalars = [trainer.scalars(epoch * steps + index) for index in range(steps)]
         self._scalars = torch.tensor(scalars, dtype=torch.float32).to(trainer.device)
 
-    def take(self, index: int) -> None:
+    def _take(self, epoch: int, index: int) -> None:
         if self._replay is None:
             self._prepare(index)
         self._copy_inputs(index)
@@ -107,7 +111,8 @@ class CapturedSteps(Steps):
         if self._plan.trivial is not None:
             images, targets = self._inputs
         else:
-            images, targets = trainer.batches.make_from(self._inputs[0], *self._inputs[1:2])
+            rows, mixing = self._inputs if len(self._inputs) == 2 else (self._inputs[0], None)
+            images, targets = trainer.batches.make_from(rows, mixing)
         trainer.learn(images, targets, average_weight)
 
 

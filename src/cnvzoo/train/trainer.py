@@ -84,21 +84,18 @@ class Trainer:
     def train(self, should_stop: Callable[[], bool], after_step: Callable[[Trainer], None]) -> None:
         """Take the remaining steps, or those until `should_stop()`; call `after_step(self)` after each."""
         self.model.train()
-        while self.step < self.total_steps:
-            epoch, first = divmod(self.step, self.steps_per_epoch)
+        while self.step < self.total_steps and not should_stop():
             began = time.monotonic()
-            self._stepper.begin(epoch)
-            for index in range(first, self.steps_per_epoch):
-                if should_stop():
-                    return
-                self._stepper.take(index)
-                self.step += 1
-                now = time.monotonic()
-                self._epoch_seconds += now - began
-                began = now
-                if self.step % self.steps_per_epoch == 0:
-                    self._end_epoch(epoch)
-                after_step(self)
+            self.take_step()
+            self._epoch_seconds += time.monotonic() - began
+            if self.step % self.steps_per_epoch == 0:
+                self._end_epoch()
+            after_step(self)
+
+    def take_step(self) -> None:
+        """Take the next step, and do nothing else."""
+        self._stepper.take(*divmod(self.step, self.steps_per_epoch))
+        self.step += 1
 
     def finish(self) -> None:
         """Leave the weights that count in the model: the averaged ones if the recipe averages."""
@@ -125,16 +122,19 @@ class Trainer:
         factor = lr_factor(self.schedule, step, self.total_steps, self.steps_per_epoch)
         return factor, self.average.weight(step + 1) if self.average else 0.0
 
-    def _end_epoch(self, epoch: int) -> None:
-        loss = float(self._loss_sum) / self.steps_per_epoch
+    def _end_epoch(self) -> None:
+        began = time.monotonic()
+        loss = float(self._loss_sum) / self.steps_per_epoch  # waits for the device
+        self._epoch_seconds += time.monotonic() - began
+        epoch = self.step // self.steps_per_epoch
         if loss != loss or loss == float("inf"):
             raise TrainingDiverged(
-                f"{self.recipe.name}, seed {self.recipe.seed}: the training loss is {loss} in epoch {epoch + 1}: "
+                f"{self.recipe.name}, seed {self.recipe.seed}: the training loss is {loss} in epoch {epoch}: "
                 f"lower optimizer.lr ({self.recipe.optimizer.lr}) or lengthen schedule.warmup_epochs"
             )
         lr = self.optimizers[0].param_groups[0]["peak_lr"] * self.scalars(self.step - 1)[0]
         self.history.append(
-            {"epoch": epoch + 1, "loss": round(loss, 6), "lr": lr, "seconds": round(self._epoch_seconds, 2)}
+            {"epoch": epoch, "loss": round(loss, 6), "lr": lr, "seconds": round(self._epoch_seconds, 2)}
         )
         self._loss_sum.zero_()
         self._epoch_seconds = 0.0
