@@ -251,3 +251,15 @@ def test_a_residual_net_learns_the_same() -> None:
     for key, expected in gradients[1].items():
         error = (gradients[0][key] - expected).norm() / expected.norm()
         assert error < 2e-2, f"{key}: {error}"
+
+
+@pytest.mark.parametrize("name", ["cnv", "quant_cnv", "resnet20", "mobilenet_v1"])
+def test_a_whole_training_step_is_one_graph_for_the_compiler(name: str) -> None:
+    """As a GPU runs it; there the compiler fuses by itself."""
+    bits = {"w_bits": 4, "a_bits": 4} if name == "quant_cnv" else {}
+    model = build_model(name, **bits).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    forward = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = forward(torch.rand(32, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+    nn.functional.cross_entropy(logits.float(), torch.arange(32) % 10).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -41,7 +41,7 @@ def _has_compiler(named: str | None) -> bool:
 
 def runs_compiled(x: Tensor) -> bool:
     """Whether loops over x run compiled: not where the whole model is being compiled or exported, which fuses too."""
-    return x.numel() >= WORTH_COMPILING and compiles(x.device) and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and x.numel() >= WORTH_COMPILING and compiles(x.device)
 
 
 def compiled_for(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
