@@ -1,0 +1,235 @@
+"""A quantized CNV as integers: the layers of the integer graph, taken from the trained model.
+
+Of a layer with integer weights w and their scale s_w, input levels x with scale s_x, BatchNorm with slope g = gamma /
+sigma and shift h, and an activation quantizer with scale s_a, the trained model computes
+
+    level = clip(round((g * s_w * s_x * sum(w * x) + h) / s_a), 0, 2^a_bits - 1)
+
+which is round(multiplier * acc + offset) of the integer accumulator. The weights stay the integers that were trained;
+where gamma is negative, those of the channel and the multiplier change their signs, so that all multipliers are
+positive and max pooling keeps its meaning. Weights that leave room in int8 are multiplied by a whole number, the gain,
+which makes the unit of the int32 bias as much finer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cnvzoo.models.cnv import CNV
+
+from .errors import DeployError
+from .requantize import Requantization, Staircase, requantization
+
+INT8_HIGH = 127
+_PIXEL_HIGH = 255
+
+
+@dataclass(frozen=True)
+class HiddenLayer:
+    """A convolution or linear layer with all that follows it, up to the next one.
+
+    Attributes:
+        name: of the layer in the model, such as `features.0`.
+        weight: int8 [out, in, height, width], the integers of `w_bits`, not yet times the gain; 1x1 for linear layers.
+        w_bits: bit width of the weights, which are -(2^(w_bits-1) - 1) to its negative; -1 and 1 for 1 bit.
+        requantization: from accumulators to levels.
+        high: the highest level, 2^a_bits - 1.
+        pooled: whether a 2x2 max pool with stride 2 follows.
+        linear: whether it is a linear layer, so that the map in front of it is flattened.
+    """
+
+    name: str
+    weight: NDArray[np.int8]
+    w_bits: int
+    requantization: Requantization
+    high: int
+    pooled: bool
+    linear: bool
+
+    @property
+    def scaled_weight(self) -> NDArray[np.int8]:
+        """The weights times the gain."""
+        return (self.weight * np.int8(self.requantization.gain)).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class IntegerNet:
+    """The whole net: uint8 images [N, in_chans, size, size] to int32 accumulators [N, num_classes].
+
+    Attributes:
+        hidden: layers in order, convolutions first.
+        head: int8 [num_classes, features], weights of the last layer.
+        head_bits: their bit width.
+        scale: what makes logits of the accumulators.
+        in_chans, size: of the images.
+    """
+
+    hidden: tuple[HiddenLayer, ...]
+    head: NDArray[np.int8]
+    head_bits: int
+    scale: float
+    in_chans: int
+    size: int
+
+    @property
+    def differing(self) -> int:
+        """Reachable accumulators, over all channels, whose level is not that of the trained model's quantizer."""
+        return int(sum(layer.requantization.differing.sum() for layer in self.hidden))
+
+    @property
+    def reachable(self) -> int:
+        """Reachable accumulators over all channels."""
+        return int(sum(layer.requantization.reachable.sum() for layer in self.hidden))
+
+
+def gain_for(w_bits: int) -> int:
+    """The largest whole number that w_bits integers can be multiplied by inside int8."""
+    return INT8_HIGH // max(1, 2 ** (w_bits - 1) - 1)
+
+
+@torch.no_grad()
+def integer_net(model: nn.Module) -> IntegerNet:
+    """Take a quantized CNV apart into integers.
+
+    Raises:
+        DeployError: a float model, a layer that the integer graph cannot express, or a parameter that is not finite.
+    """
+    if not isinstance(model, CNV):
+        raise DeployError(
+            f"the integer graph is made of a quant_cnv, not of {type(model).__name__}: use format='onnx' for float models"
+        )
+    if isinstance(model.input, nn.Identity):
+        raise DeployError("this CNV is a float model: quantize it (cnvzoo.quantize, then train), or use format='onnx'")
+    from cnvzoo.models.quant import quantizer_of  # Brevitas takes a second to import
+
+    bad = [name for name, value in model.state_dict().items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise DeployError(f"{', '.join(bad[:3])}: not finite numbers; train the model again from an earlier state")
+    layers = [(f"features.{n}", m) for n, m in model.features.named_children()]
+    layers += [(f"classifier.{n}", m) for n, m in model.classifier.named_children()]
+    in_scale, in_high = float(quantizer_of(model.input).effective_scale()), _PIXEL_HIGH
+    hidden: list[HiddenLayer] = []
+    position = 0
+    while position < len(layers) - 1:
+        name, weighted = layers[position]
+        _check_weighted(name, weighted)
+        norm, act = _pair_after(layers, position)
+        position += 3
+        pooled = isinstance(layers[position][1], nn.MaxPool2d)
+        if pooled:
+            _check_pool(*layers[position])
+            position += 1
+        quantizer = quantizer_of(act)
+        layer, out_scale = _hidden(name, weighted, norm, quantizer, in_scale, in_high, pooled=pooled)
+        hidden.append(layer)
+        in_scale, in_high = out_scale, quantizer.ints.high
+    name, last = layers[-1]
+    _check_weighted(name, last)
+    quantizer = quantizer_of(last)
+    head, scale = _integers(last)
+    if not isinstance(last, nn.Linear) or scale.numel() != 1:
+        raise DeployError(f"{name}: the last layer has to be linear, with one scale for all classes")
+    in_chans = hidden[0].weight.shape[1]
+    return IntegerNet(tuple(hidden), head, quantizer.bits, float(scale) * in_scale, in_chans, 32)
+
+
+def _pair_after(layers: list[tuple[str, nn.Module]], position: int) -> tuple[Any, Any]:
+    """The BatchNorm and the quantized ReLU behind a layer."""
+    from brevitas.nn import QuantReLU
+
+    expected = ("a BatchNorm", (nn.BatchNorm1d, nn.BatchNorm2d)), ("a quantized ReLU", QuantReLU)
+    found = []
+    for (name, layer), (words, types) in zip(layers[position + 1 : position + 3], expected, strict=False):
+        if not isinstance(layer, types):
+            raise DeployError(
+                f"{name}: {type(layer).__name__} cannot be expressed in the integer graph, which has {words} here"
+            )
+        found.append(layer)
+    if len(found) < 2:
+        raise DeployError(f"{layers[position][0]}: the integer graph has a BatchNorm and a quantized ReLU behind it")
+    return found[0], found[1]
+
+
+def _check_weighted(name: str, layer: Any) -> None:
+    from brevitas.nn import QuantConv2d, QuantLinear
+
+    if not isinstance(layer, (QuantConv2d, QuantLinear)):
+        raise DeployError(
+            f"{name}: {type(layer).__name__} cannot be expressed in the integer graph, which has a quantized "
+            "convolution or linear layer here"
+        )
+    if layer.bias is not None:
+        raise DeployError(f"{name}: has a bias, which the layers of the integer graph have not: BatchNorm shifts")
+    if isinstance(layer, QuantConv2d) and (
+        layer.groups != 1 or layer.stride != (1, 1) or layer.dilation != (1, 1) or layer.padding != (0, 0)
+    ):
+        raise DeployError(f"{name}: only convolutions without padding, stride, dilation and groups can be expressed")
+
+
+def _check_pool(name: str, pool: nn.Module) -> None:
+    two = (2, (2, 2))
+    assert isinstance(pool, nn.MaxPool2d)
+    if pool.kernel_size not in two or pool.stride not in two or pool.padding not in (0, (0, 0)) or pool.ceil_mode:
+        raise DeployError(f"{name}: only 2x2 max pools with stride 2 can be expressed in the integer graph")
+
+
+def _integers(layer: Any) -> tuple[NDArray[np.int8], torch.Tensor]:
+    """The integer weights of a layer and their scale, as the fake quantizer has them in float32."""
+    from cnvzoo.models.quant import quantizer_of
+
+    quantizer = quantizer_of(layer)
+    scale = quantizer.effective_scale().detach().cpu()
+    return quantizer.ints.round(layer.weight.detach().cpu() / scale).to(torch.int8).numpy(), scale
+
+
+def _hidden(
+    name: str, layer: Any, norm: Any, act: Any, in_scale: float, in_high: int, *, pooled: bool
+) -> tuple[HiddenLayer, float]:
+    """One layer, and the scale of its activations. Float64: exact next to what float32 training could tell apart."""
+    from cnvzoo.models.quant import quantizer_of
+
+    weight, weight_scale = _integers(layer)
+    out_scale, quantizer = float(act.effective_scale()), quantizer_of(layer)
+    sigma = np.sqrt(_double(norm.running_var) + norm.eps)
+    slope = _double(norm.weight) / sigma
+    multiplier = slope * _double(weight_scale).reshape(-1) * in_scale / out_scale
+    offset = (_double(norm.bias) - _double(norm.running_mean) * slope) / out_scale
+    weight = weight.reshape(*weight.shape, *(1,) * (4 - weight.ndim))
+    weight = np.where(multiplier[:, None, None, None] < 0, -weight, weight)
+    rows = weight.reshape(len(weight), -1).astype(np.int64)
+    exact = Staircase(
+        np.abs(multiplier), offset, in_high * np.minimum(rows, 0).sum(1), in_high * np.maximum(rows, 0).sum(1),
+        act.ints.high,
+    )  # fmt: skip
+    weight, chosen = _without_constant(weight, exact, gain_for(quantizer.bits))
+    linear = isinstance(layer, nn.Linear)
+    return HiddenLayer(name, weight, quantizer.bits, chosen, act.ints.high, pooled, linear), out_scale
+
+
+def _without_constant(
+    weight: NDArray[np.int8], exact: Staircase, gain: int
+) -> tuple[NDArray[np.int8], Requantization]:
+    """Requantize; a channel that has one level whatever its input gets it as a bias with multiplier 1.
+
+    Its own bias may be too large for int32, or its multiplier zero.
+    """
+    chosen = requantization(exact, gain)
+    ends = np.rint(exact.multiplier[:, None] * np.stack([exact.low_acc, exact.high_acc], 1) + exact.offset[:, None])
+    ends = np.clip(ends, 0, exact.high)
+    constant = ends[:, 0] == ends[:, 1]
+    chosen.bias[constant] = ends[constant, 0].astype(np.int32)
+    chosen.multiplier[constant] = 1
+    chosen.differing[constant] = 0
+    weight = weight.copy()
+    weight[constant] = 0
+    return weight, chosen
+
+
+def _double(x: torch.Tensor) -> NDArray[np.float64]:
+    return x.detach().cpu().double().numpy()
