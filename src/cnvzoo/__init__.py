@@ -1,11 +1,19 @@
-"""cnvzoo: small image classifiers, float and quantized, with proven weights and the recipes that give them."""
+"""cnvzoo: small image classifiers, float and quantized, with proven weights and the recipes that give them.
 
+The public names are imported when the first of them is used: `cnvzoo.deploy` runs exported models where there is no
+PyTorch, and importing it imports this module too.
+"""
+
+from __future__ import annotations
+
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from cnvzoo.collection import without_collection
-
-with without_collection():
+if TYPE_CHECKING:
     from cnvzoo.data import list_datasets, load_dataset
+    from cnvzoo.deployment import export
     from cnvzoo.errors import CnvzooError
     from cnvzoo.hub import list_checkpoints, load_checkpoint
     from cnvzoo.models import register_model
@@ -23,6 +31,7 @@ __all__ = [
     "Recipe",
     "create_model",
     "evaluate",
+    "export",
     "list_checkpoints",
     "list_datasets",
     "list_models",
@@ -37,3 +46,37 @@ __all__ = [
     "transforms",
     "verify",
 ]
+
+
+def _import_public_names() -> None:
+    from cnvzoo.collection import without_collection
+
+    with without_collection():
+        from cnvzoo import data, deployment, errors, hub, models, zoo
+        from cnvzoo.train import Recipe, load_recipe
+        from cnvzoo.verify import verify
+    found = {"Recipe": Recipe, "load_recipe": load_recipe, "verify": verify, "export": deployment.export}
+    for name in __all__:
+        if name not in found:
+            found[name] = next(getattr(m, name) for m in (zoo, hub, data, models, errors) if hasattr(m, name))
+    globals().update(found)
+
+
+class _Package(ModuleType):
+    """This package. `train` and `verify` are functions of it and modules in it: the function has the name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in __all__:
+            _import_public_names()
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):  # as importing a submodule would
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,160 @@
+"""Running exported files: images in, classes out, with numpy and ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import DeployError
+from .images import normalised, prepare
+from .metadata import KEY, Metadata
+
+_BATCH = 64  # images at a time: more fall out of the caches
+_MIN_ONNXRUNTIME = "pip install 'cnvzoo[runtime]'"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One guess at an image: the class's name and number, and the probability that the model gives it."""
+
+    label: str
+    index: int
+    probability: float
+
+
+class DeployedModel:
+    """An exported model in ONNX Runtime. `metadata` is what the file says of itself; `session` is the runtime's."""
+
+    def __init__(self, session: Any, metadata: Metadata) -> None:
+        self.session = session
+        self.metadata = metadata
+
+    def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 images [N, C, size, size] to float32 logits [N, num_classes].
+
+        Raises:
+            DeployError: another dtype or shape.
+        """
+        if self.metadata.format == "integer":
+            return self.accumulators(images).astype(np.float32) * np.float32(self.metadata.scale)
+        self._check(images)
+        mean, std = self.metadata.mean, self.metadata.std
+        return self._run(images, lambda part: normalised(part, mean, std), np.dtype(np.float32))
+
+    def accumulators(self, images: NDArray[np.uint8]) -> NDArray[np.int32]:
+        """uint8 images [N, C, size, size] to what an integer graph computes: int32 [N, num_classes].
+
+        Raises:
+            DeployError: another dtype or shape, or not a file of format `integer`.
+        """
+        if self.metadata.format != "integer":
+            raise DeployError(f"a file of format {self.metadata.format!r} has logits, not accumulators")
+        self._check(images)
+        return self._run(images, lambda part: part, np.dtype(np.int32))
+
+    def predict(self, images: Any, top: int = 5) -> list[list[Prediction]]:
+        """The likeliest classes of each image, the likeliest first.
+
+        Args:
+            images: PIL images or uint8 arrays [H, W] or [H, W, C], of any size, in a list; or one array [N, H, W, C].
+            top: how many classes, at least 1.
+
+        Raises:
+            DeployError: `top` below 1, no list, or something in it that is not an image.
+        """
+        if top < 1:
+            raise DeployError(f"top={top}: at least 1 class has to be asked for")
+        if not isinstance(images, Sequence) and not (isinstance(images, np.ndarray) and images.ndim == 4):
+            raise DeployError("predict takes a list of images, or an array [N, H, W, C]: put a single image in a list")
+        if not len(images):
+            return []
+        m = self.metadata
+        logits = self.logits(np.stack([prepare(image, m.in_chans, m.image_size, m.size) for image in images]))
+        powers = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities = powers / powers.sum(1, keepdims=True)
+        best = np.argsort(-logits, axis=1, kind="stable")[:, : min(top, len(m.classes))]
+        return [
+            [Prediction(m.classes[i], int(i), float(row[i])) for i in order]
+            for row, order in zip(probabilities, best, strict=True)
+        ]
+
+    def count_correct(self, images: NDArray[np.uint8], labels: NDArray[Any]) -> int:
+        """How many of uint8 images [N, H, W, C], of the dataset's own size, are classified as `labels` [N]."""
+        margin = (self.metadata.size - self.metadata.image_size) // 2
+        images = np.pad(images.transpose(0, 3, 1, 2), ((0, 0), (0, 0), (margin, margin), (margin, margin)))
+        return int((self.logits(images).argmax(1) == labels).sum())
+
+    def _check(self, images: Any) -> None:
+        m = self.metadata
+        if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+            kind = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
+            raise DeployError(f"images have to be a uint8 array (0 to 255), got {kind}")
+        if images.ndim != 4 or images.shape[1:] != (m.in_chans, m.size, m.size):
+            raise DeployError(
+                f"images have to be [N, {m.in_chans}, {m.size}, {m.size}], got shape {list(images.shape)}; "
+                "predict takes images of any size"
+            )
+
+    def _run(self, images: NDArray[np.uint8], form: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+        name, output = self.session.get_inputs()[0].name, self.session.get_outputs()[0].name
+        parts = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
+        rows = [self.session.run([output], {name: np.ascontiguousarray(form(part))})[0] for part in parts]
+        return np.concatenate([np.empty((0, len(self.metadata.classes)), dtype), *rows])
+
+
+def load(path: str | Path, *, threads: int | None = None) -> DeployedModel:
+    """Load a file that `cnvzoo.export` wrote, in format `integer` or `onnx`.
+
+    Args:
+        path: of the ONNX file.
+        threads: of ONNX Runtime; one for each core by default.
+
+    Raises:
+        DeployError: no such file, not a file of ours, or onnxruntime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise DeployError(f"running exported models needs onnxruntime: {_MIN_ONNXRUNTIME}") from None
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DeployError(f"{path}: cannot be read: {error.strerror}") from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors: the rest is for the runtime's developers
+    # without VNNI, sums of two products may saturate at 16 bits: have them computed so that they do not
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's own kinds share no base
+        reason = str(error).splitlines()[0]
+        if "qonnx" in reason:
+            raise DeployError(f"{path}: QONNX is for FINN and the qonnx package, not for ONNX Runtime") from None
+        raise DeployError(f"{path}: not an ONNX file that ONNX Runtime can run: {reason}") from None
+    text = session.get_modelmeta().custom_metadata_map.get(KEY)
+    if text is None:
+        raise DeployError(f"{path}: an ONNX file, but not one that cnvzoo exported: its metadata has no {KEY!r}")
+    metadata = Metadata.from_json(text, str(path))
+    _check_graph(session, metadata, path)
+    return DeployedModel(session, metadata)
+
+
+def _check_graph(session: Any, m: Metadata, path: Path) -> None:
+    """The graph is what its metadata says."""
+    kind = "tensor(uint8)" if m.format == "integer" else "tensor(float)"
+    inputs, output = session.get_inputs(), session.get_outputs()[0]
+    expected = [m.in_chans, m.size, m.size]
+    if len(inputs) != 1 or inputs[0].type != kind or inputs[0].shape[1:] != expected:
+        raise DeployError(f"{path}: its input is not {kind} {['N', *expected]}, as its metadata says; export it again")
+    if output.shape[1:] != [len(m.classes)]:
+        raise DeployError(
+            f"{path}: its output has shape {output.shape}, and there are {len(m.classes)} classes; export it again"
+        )

@@ -1,0 +1,93 @@
+"""From a model of the zoo to a file that runs without PyTorch, and the file's score on a test set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from cnvzoo.data import DatasetInfo, Preprocessing, dataset_info, load_dataset
+from cnvzoo.deploy import DeployedModel, Metadata
+from cnvzoo.deploy.export import write_model
+from cnvzoo.errors import ModelError
+from cnvzoo.hub import CheckpointConfig, load_checkpoint, preprocessing_from
+from cnvzoo.models import ModelSpec
+from cnvzoo.zoo import Evaluation
+
+
+def export(
+    model: nn.Module | str | Path, path: str | Path, *, format: str = "integer", dataset: str | None = None
+) -> Metadata:
+    """Write a model to an ONNX file.
+
+    Args:
+        model: a model of this library, or the name or folder of a checkpoint.
+        path: of the file to write; it is replaced whole, or left as it is.
+        format: `integer`, integer operators that ONNX Runtime computes exactly and fast, for `quant_cnv`; `qonnx`, for
+            FINN, for `quant_cnv`; `onnx`, plain float32, for float models.
+        dataset: what the model was trained on, if it has no published weights.
+
+    Returns:
+        What the file says of itself; `cnvzoo.deploy.load(path)` runs it.
+
+    Raises:
+        DeployError: the model cannot be expressed in that format, or a package is missing.
+        ModelError: the dataset is not known, or its classes and channels are not the model's.
+    """
+    if not isinstance(model, nn.Module):
+        model = load_checkpoint(model)[0]
+    return write_model(model, path, replace(_facts(model, dataset), format=format))
+
+
+def _facts(model: nn.Module, dataset: str | None) -> Metadata:
+    spec, config = getattr(model, "spec", None), getattr(model, "pretrained_cfg", None)
+    if not isinstance(spec, ModelSpec):
+        raise ModelError(f"{type(model).__name__} is not a model of cnvzoo, whose models can be exported")
+    if dataset is not None:
+        info = dataset_info(dataset)
+        preprocessing = Preprocessing.for_dataset(info, size=spec.input_size, normalize=not spec.quantized)
+        name, classes = f"{spec.name}.{dataset}", info.classes
+    elif isinstance(config, CheckpointConfig):
+        preprocessing, name, classes, dataset = preprocessing_from(config), config.name, config.classes, config.dataset
+    else:
+        raise ModelError("a model without published weights: give dataset=, which its images and classes are of")
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    channels, outputs = layers[0].weight.shape[1], layers[-1].weight.shape[0]
+    if (channels, outputs) != (preprocessing.in_chans, len(classes)):
+        raise ModelError(
+            f"the model has {channels} channel(s) and {outputs} classes, and {dataset} has {preprocessing.in_chans} "
+            f"and {len(classes)}: give dataset=, what the model was trained on"
+        )
+    w_bits, a_bits = _bits(model) if spec.quantized else (None, None)
+    return Metadata(
+        format="onnx", name=name, dataset=dataset, classes=tuple(classes), size=preprocessing.size,
+        image_size=preprocessing.native_size, mean=preprocessing.mean, std=preprocessing.std,
+        w_bits=w_bits, a_bits=a_bits,
+    )  # fmt: skip
+
+
+def _bits(model: nn.Module) -> tuple[int, int]:
+    """Of the last layer's weights, and of the activations in front of it."""
+    from brevitas.nn import QuantLinear, QuantReLU
+
+    from cnvzoo.models.quant import quantizer_of
+
+    weights = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    activations = [m for m in model.modules() if isinstance(m, QuantReLU)]
+    return quantizer_of(weights[-1]).bits, quantizer_of(activations[-1]).bits
+
+
+def evaluate_file(model: DeployedModel, dataset: str, *, data_root: str | Path | None = None) -> Evaluation:
+    """Score an exported model on the test set of a dataset.
+
+    Raises:
+        ModelError: the dataset has other images or classes than the model.
+    """
+    info: DatasetInfo = dataset_info(dataset)
+    m = model.metadata
+    if (info.in_chans, info.image_size, info.num_classes) != (m.in_chans, m.image_size, len(m.classes)):
+        raise ModelError(f"{m.name} cannot be scored on {dataset}: it has other images or classes")
+    data = load_dataset(dataset, root=data_root)
+    correct = model.count_correct(data.test_images.numpy(), data.test_labels.numpy())
+    return Evaluation(correct, len(data.test_labels))
