@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import cnvzoo
+from cnvzoo import deploy
+from cnvzoo.deployment import evaluate_file
 from cnvzoo.errors import CnvzooError
 from cnvzoo.hub import preprocessing_from
 from cnvzoo.models import model_spec
@@ -153,15 +156,29 @@ def train(
 
 @app.command("eval")
 def eval_(
-    checkpoint: Annotated[str, typer.Argument(help="Name of a checkpoint, or the path of its folder.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Name of a checkpoint, the path of its folder, or an exported .onnx file.")
+    ],
+    dataset: Annotated[
+        str | None, typer.Option(help="Whose test set an exported file is scored on; default the one it is of.")
+    ] = None,
     hub: Hub = None,
     device: Device = "auto",
     data_root: DataRoot = None,
 ) -> None:
-    """Score a checkpoint on its test set and compare with the number that it is published with.
+    """Score a checkpoint on its test set and compare with the number that it is published with; or an exported file.
 
-    Example: `cnvzoo eval cnv.mnist`
+    Example: `cnvzoo eval cnv.mnist`, or `cnvzoo eval m.onnx --dataset cifar10`
     """
+    if _is_exported(checkpoint):
+        exported = deploy.load(checkpoint)
+        if (name := dataset or exported.metadata.dataset) is None:
+            raise CnvzooError(f"{checkpoint} does not say what it was trained on: give --dataset")
+        scored = evaluate_file(exported, name, data_root=data_root)
+        typer.echo(f"{checkpoint}: {scored.accuracy:.2f} % ({scored.correct} of {scored.total}) on {name}")
+        return
+    if dataset is not None:
+        raise CnvzooError("--dataset is for exported .onnx files: a checkpoint is scored on its own")
     model, config = cnvzoo.load_checkpoint(checkpoint, hub=hub)
     result = cnvzoo.evaluate(
         model, config.dataset, preprocessing=preprocessing_from(config), device=device, data_root=data_root
@@ -205,28 +222,68 @@ def verify(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Name of a checkpoint, or the path of its folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
+    format: Annotated[
+        str, typer.Option(help="integer: exact and fast on CPUs; qonnx: for FINN; onnx: float models.")
+    ] = "integer",
+    hub: Hub = None,
+) -> None:
+    """Write a model to an ONNX file, which `eval` and `predict` take.
+
+    Example: `cnvzoo export quant_cnv_w4a4.cifar10 -o m.onnx --format integer`
+    """
+    model, _ = cnvzoo.load_checkpoint(checkpoint, hub=hub)
+    facts = cnvzoo.export(model, output, format=format)
+    typer.echo(f"{output}: {facts.name} as {facts.format}, {output.stat().st_size:,} bytes")
+
+
+@app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files, of any size and format that Pillow reads.")],
-    checkpoint: Annotated[str, typer.Option(help="Name of a checkpoint, or the path of its folder.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(help="Image files, of any size and format that Pillow reads; first of all an .onnx file, if any."),
+    ],
+    checkpoint: Annotated[str | None, typer.Option(help="Name of a checkpoint, or the path of its folder.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 3,
     hub: Hub = None,
 ) -> None:
-    """Classify images: the likeliest classes and their probabilities.
+    """Classify images with a checkpoint or an exported file: the likeliest classes and their probabilities.
 
-    Example: `cnvzoo predict photo.png --checkpoint quant_cnv_w4a4.cifar10`
+    Example: `cnvzoo predict photo.png --checkpoint quant_cnv_w4a4.cifar10`, or `cnvzoo predict m.onnx photo.png`
     """
     from PIL import Image, UnidentifiedImageError
 
-    model, config = cnvzoo.load_checkpoint(checkpoint, hub=hub)
-    for path in images:
+    exported = images[0] if _is_exported(str(images[0])) else None
+    if (exported is None) == (checkpoint is None):
+        raise CnvzooError("predict takes either --checkpoint or, in front of the images, an exported .onnx file")
+    if exported is not None and not images[1:]:
+        raise CnvzooError(f"no image after {exported}: give the files to classify")
+    classify = _classifier(exported, checkpoint, hub, top)
+    for path in images[1:] if exported is not None else images:
         try:
             with Image.open(path) as image:
-                guesses = cnvzoo.predict(model, config, image, top)
+                guesses = classify(image)
         except (OSError, UnidentifiedImageError) as error:
             raise CnvzooError(f"{path}: cannot be read as an image: {error}") from None
         except ValueError as error:  # an image, but not one that the model can be given
             raise CnvzooError(f"{path}: {error}") from None
         typer.echo(f"{path}: " + ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in guesses))
+
+
+def _classifier(exported: Path | None, checkpoint: str | None, hub: str | None, top: int) -> Callable[[Any], list[Any]]:
+    """From an image to guesses."""
+    if exported is not None:
+        runner = deploy.load(exported)
+        return lambda image: runner.predict([image], top)[0]
+    assert checkpoint is not None
+    model, config = cnvzoo.load_checkpoint(checkpoint, hub=hub)
+    return lambda image: cnvzoo.predict(model, config, image, top)
+
+
+def _is_exported(name: str) -> bool:
+    return name.endswith(".onnx")
 
 
 def _print(table: Table) -> None:

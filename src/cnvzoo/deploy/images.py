@@ -55,8 +55,11 @@ def _channels(pixels: Pixels, in_chans: int) -> Pixels:
         return pixels
     if in_chans == 3:
         return np.repeat(pixels, 3, axis=0)
-    red, green, blue = (np.float32(weight) * plane for weight, plane in zip(_GREY, pixels, strict=True))
-    return ((red + green) + blue).astype(np.uint8)[None]
+    # torch adds a multiple in one rounding; in float64 the product is exact
+    total = np.zeros(pixels.shape[1:], np.float32)
+    for weight, plane in zip(_GREY, pixels, strict=True):
+        total = (total + np.float64(np.float32(weight)) * plane).astype(np.float32)
+    return total.astype(np.uint8)[None]
 
 
 def _resize(pixels: Pixels, side: int) -> Pixels:

@@ -34,11 +34,11 @@ def qonnx_graph(model: nn.Module, in_chans: int, size: int) -> Any:
         from qonnx.util.cleanup import cleanup_model
     except ImportError:
         raise DeployError("exporting to QONNX needs the qonnx package: pip install 'cnvzoo[export]'") from None
-    from brevitas.export import export_qonnx
-
     device = next(model.parameters()).device
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's words about its own future
+        from brevitas.export import export_qonnx
+
         path = Path(folder) / "model.onnx"
         export_qonnx(
             model, args=torch.zeros(1, in_chans, size, size, device=device), export_path=str(path),

@@ -18,6 +18,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _LARGEST_BIAS = 1 << 30
+_LEAST_MULTIPLIER = 1e-12  # of a channel whose level no input can change
 _BIASES = np.arange(-3, 4)  # tried around the rounded bias
 _SHIFTS = np.linspace(-1, 1, 9)  # of the multiplier: by how many accumulators the middle step moves
 
@@ -71,7 +72,7 @@ def levels(acc: NDArray[Any], bias: NDArray[Any], multiplier: NDArray[np.float32
 def requantization(exact: Staircase, gain: int) -> Requantization:
     """Choose bias and multiplier for weights that are scaled up by `gain`: those by which the fewest levels differ."""
     wanted = _steps(exact)
-    multiplier = np.maximum(exact.multiplier, np.finfo(np.float64).tiny)
+    multiplier = np.maximum(exact.multiplier, _LEAST_MULTIPLIER)
     center = np.clip(np.rint(gain * exact.offset / multiplier), -_LARGEST_BIAS, _LARGEST_BIAS)
     best = Requantization(
         gain, np.zeros(len(center), np.int32), np.zeros(len(center), np.float32),

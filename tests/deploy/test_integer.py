@@ -1,0 +1,146 @@
+"""The integer graph: ONNX Runtime, the reference and PyTorch say the same."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from brevitas.nn import QuantReLU
+from torch import nn
+
+import cnvzoo
+import cnvzoo.deploy
+from cnvzoo.deploy import DeployError
+from cnvzoo.deploy.integer import gain_for, integer_net
+from cnvzoo.deploy.packing import pack
+from cnvzoo.deploy.reference import run_reference
+from cnvzoo.deploy.requantize import Staircase, requantization
+from cnvzoo.models.quant import quantizer_of
+
+
+@pytest.mark.parametrize(("w_bits", "a_bits", "in_chans"), [(8, 8, 3), (4, 4, 3), (2, 2, 1), (1, 1, 3), (3, 5, 3)])
+def test_runtime_equals_reference_bit_for_bit(make_net, noise, tmp_path, w_bits, a_bits, in_chans):
+    model = make_net(w_bits, a_bits, in_chans)
+    cnvzoo.export(model, tmp_path / "m.onnx", dataset="cifar10" if in_chans == 3 else "mnist")
+    images = noise(9, in_chans).numpy()
+    found = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1).accumulators(images)
+    np.testing.assert_array_equal(found, run_reference(integer_net(model), images))
+    assert len(np.unique(found)) > 20  # a net that says something
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_levels_are_those_of_the_trained_model(make_net, noise, bits):
+    """Layer by layer, each given PyTorch's own levels, so that no difference hides behind another."""
+    model, net = make_net(bits, bits), integer_net(make_net(bits, bits))
+    levels, hooks = [], []
+    for layer in model.modules():
+        if isinstance(layer, QuantReLU):
+            scale = quantizer_of(layer).effective_scale()
+            hooks.append(layer.register_forward_hook(lambda _m, _i, out, s=scale: levels.append((out / s).round())))
+    images = noise(16)
+    with torch.no_grad():
+        model(images / 255)
+    for hook in hooks:
+        hook.remove()
+    wrong = total = 0
+    x = images
+    for layer, expected in zip(net.hidden, levels, strict=True):
+        if layer.linear:
+            x = x.flatten(1)[:, :, None, None]
+        chosen = layer.requantization
+        acc = nn.functional.conv2d(x.double(), torch.from_numpy(layer.weight).double() * chosen.gain)
+        acc = acc + torch.from_numpy(chosen.bias)[:, None, None]
+        found = (acc.float() * torch.from_numpy(chosen.multiplier)[:, None, None]).round().clamp(0, layer.high)
+        wrong += int((found != expected.reshape(found.shape)).sum())
+        total += found.numel()
+        x = expected
+        if layer.pooled:
+            x = nn.functional.max_pool2d(x, 2)
+    assert wrong <= 1e-4 * total
+
+
+def test_logits_of_a_low_bit_net_are_those_of_pytorch(make_net, noise, tmp_path):
+    model = make_net(2, 2)
+    facts = cnvzoo.export(model, tmp_path / "m.onnx", dataset="cifar10")
+    images = noise(64)
+    with torch.no_grad():
+        expected = model(images / 255).numpy()
+    found = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1).logits(images.numpy())
+    same = np.isclose(found, expected, rtol=1e-4, atol=facts.scale / 2).all(1)
+    assert same.mean() > 0.9
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 1_600_000), (4, 850_000), (2, 470_000)])
+def test_bytes_follow_the_bits(make_net, tmp_path, bits, most):
+    cnvzoo.export(make_net(bits, bits), tmp_path / "m.onnx", dataset="cifar10")
+    assert (tmp_path / "m.onnx").stat().st_size <= most
+
+
+def test_low_bit_requantization_is_exact_for_every_accumulator():
+    rng = np.random.default_rng(0)
+    multiplier, offset = rng.uniform(1e-3, 0.5, 200), rng.normal(0, 3, 200)
+    low, high = np.full(200, -900), np.full(200, 1100)
+    exact = Staircase(multiplier, offset, low, high, 3)
+    chosen = requantization(exact, gain_for(2))
+    assert not chosen.differing.any()
+    acc = np.arange(-900, 1101)[None, :]
+    expected = np.clip(np.rint(multiplier[:, None] * acc + offset[:, None]), 0, 3)
+    product = (127 * acc + chosen.bias[:, None]).astype(np.float32) * chosen.multiplier[:, None]
+    np.testing.assert_array_equal(np.clip(np.rint(product), 0, 3), expected)
+
+
+def test_differences_are_counted(monkeypatch):
+    """By brute force over all accumulators, where eight bits leave the bias no room."""
+    rng = np.random.default_rng(1)
+    multiplier, offset = rng.uniform(0.01, 0.05, 20), rng.normal(0, 9, 20)
+    exact = Staircase(multiplier, offset, np.full(20, -9000), np.full(20, 9000), 255)
+    chosen = requantization(exact, 1)
+    acc = np.arange(-9000, 9001)[None, :]
+    expected = np.clip(np.rint(multiplier[:, None] * acc + offset[:, None]), 0, 255)
+    product = (acc + chosen.bias[:, None]).astype(np.float32) * chosen.multiplier[:, None]
+    found = np.clip(np.rint(product), 0, 255)
+    np.testing.assert_array_equal((found != expected).sum(1), chosen.differing)
+    assert chosen.differing.sum() > 0
+    assert np.abs(found - expected).max() == 1
+    np.testing.assert_array_equal(chosen.reachable, 18001)
+
+
+@pytest.mark.parametrize(("values", "per_byte"), [([-1, 1], 8), ([-1, 0, 1], 5), (range(-7, 8), 2)])
+def test_packing_round_trip(values, per_byte):
+    weight = np.random.default_rng(0).choice(np.array(values, np.int8), (7, 3, 3, 3))
+    packed = pack(weight)
+    assert packed is not None
+    content, table = packed
+    assert content.size == -(-weight.size // per_byte)
+    np.testing.assert_array_equal(table[content].reshape(-1)[: weight.size], weight.reshape(-1))
+
+
+def test_eight_bit_weights_are_not_packed():
+    assert pack(np.arange(-127, 128, dtype=np.int8)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.features.__setitem__(2, nn.ReLU()), "features.2: ReLU cannot be expressed"),
+        (lambda m: m.features.__setitem__(0, nn.Conv2d(3, 64, 3)), "features.0: Conv2d cannot be expressed"),
+        (lambda m: m.features.__setitem__(6, nn.MaxPool2d(3)), "features.6: only 2x2 max pools"),
+        (lambda m: setattr(m.features[0], "padding", (1, 1)), "features.0: only convolutions without padding"),
+        (lambda m: m.features[1].bias.data.fill_(float("nan")), r"features.1.bias: not finite"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_and_nothing_is_written(make_net, tmp_path, change, message):
+    model = copy.deepcopy(make_net(2, 2))
+    change(model)
+    with pytest.raises(DeployError, match=message):
+        cnvzoo.export(model, tmp_path / "m.onnx", dataset="cifar10")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "message"), [("cnv", "is a float model"), ("resnet20", "not of ResNet")])
+def test_float_models_are_refused(tmp_path, name, message):
+    with pytest.raises(DeployError, match=message):
+        cnvzoo.export(cnvzoo.create_model(name), tmp_path / "m.onnx", dataset="cifar10")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,173 @@
+"""The runner: without torch, the same images, and clear words for what it cannot take."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from PIL import Image
+
+import cnvzoo
+import cnvzoo.deploy
+from cnvzoo.data import Preprocessing, dataset_info
+from cnvzoo.deploy import DeployError
+from cnvzoo.deploy.images import normalised, prepare
+
+_WITHOUT = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "torchvision", "brevitas", "onnx", "pydantic", "typer", "safetensors"}:
+            raise ImportError(f"{name} is not needed here")
+sys.meta_path.insert(0, Refuse())
+import cnvzoo.deploy, numpy
+model = cnvzoo.deploy.load(sys.argv[1], threads=1)
+guesses = model.predict([numpy.zeros((40, 50, 3), numpy.uint8)], top=2)
+print(len(guesses[0]), guesses[0][0].label)
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(make_net, tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "m.onnx"
+    cnvzoo.export(make_net(2, 2), path, dataset="cifar10")
+    return path
+
+
+def test_runs_where_there_is_no_torch(exported):
+    done = subprocess.run([sys.executable, "-c", _WITHOUT, str(exported)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    count, label = done.stdout.split()
+    assert count == "2"
+    assert label in dataset_info("cifar10").classes
+
+
+def test_public_functions_are_not_hidden_by_modules_of_their_names():
+    code = "import cnvzoo.train, cnvzoo.verify, cnvzoo; print(callable(cnvzoo.train), callable(cnvzoo.verify))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        cnvzoo.nonsense  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "mnist"])
+@pytest.mark.parametrize("shape", [(32, 32), (28, 28), (48, 64), (33, 500), (7, 9), (1, 5), (200, 31), (29, 28)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_images_are_prepared_as_by_torchvision(dataset, shape, mode):
+    info = dataset_info(dataset)
+    rng = np.random.default_rng(shape[0])
+    image = Image.fromarray(rng.integers(256, size=(*shape, 3) if mode == "RGB" else shape).astype(np.uint8))
+    pixels = prepare(image, info.in_chans, info.image_size, 32)
+    for normalize in (False, True):
+        preprocessing = Preprocessing.for_dataset(info, size=32, normalize=normalize)
+        expected = cnvzoo.transforms(preprocessing)(image)
+        found = normalised(pixels[None], preprocessing.mean, preprocessing.std)[0]
+        assert torch.equal(torch.from_numpy(found), expected)
+
+
+def test_every_grey_is_that_of_torchvision():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(256, size=(28, 30000, 3)).astype(np.uint8))
+    from cnvzoo.data.preprocessing import _EightBit
+    from cnvzoo.deploy.images import _channels, _eight_bit
+
+    np.testing.assert_array_equal(_channels(_eight_bit(image), 1), _EightBit(1)(image).numpy())
+
+
+def test_predict_is_the_softmax_of_the_logits(exported):
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(3, 32, 32, 3)).astype(np.uint8)
+    model = cnvzoo.deploy.load(exported, threads=1)
+    expected = torch.from_numpy(model.logits(images.transpose(0, 3, 1, 2))).softmax(1)
+    for row, guesses in zip(expected, model.predict(images, top=10), strict=True):
+        np.testing.assert_allclose([g.probability for g in guesses], [row[g.index] for g in guesses], rtol=1e-5)
+        assert [g.probability for g in guesses] == sorted((g.probability for g in guesses), reverse=True)
+        assert guesses[0].label == dataset_info("cifar10").classes[guesses[0].index]
+    as_list = model.predict([Image.fromarray(image) for image in images], top=10)
+    assert as_list == model.predict(images, top=10)
+    assert model.predict([]) == []
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((1, 3, 32, 32), np.float32), "uint8 array .* got float32"),
+        (np.zeros((1, 3, 28, 28), np.uint8), r"\[N, 3, 32, 32\], got shape \[1, 3, 28, 28\]"),
+        (np.zeros((3, 32, 32), np.uint8), r"got shape \[3, 32, 32\]"),
+        ([[0]], "got list"),
+    ],
+)
+def test_other_arrays_are_refused(exported, images, message):
+    with pytest.raises(DeployError, match=message):
+        cnvzoo.deploy.load(exported, threads=1).logits(images)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([np.zeros((8, 8, 4), np.uint8)], "C 1 or 3, got shape"),
+        ([np.zeros((8, 8, 3), np.int64)], "has to be uint8"),
+        ([Image.new("I", (8, 8))], "PIL mode 'I'"),
+        (["photo.png"], "got str"),
+        (Image.new("RGB", (8, 8)), "put a single image in a list"),
+    ],
+)
+def test_what_is_no_image_is_refused(exported, images, message):
+    with pytest.raises(DeployError, match=message):
+        cnvzoo.deploy.load(exported, threads=1).predict(images)
+
+
+def _rewrite(path, target, change):
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, target)
+    return target
+
+
+def _with_metadata(**changes):
+    def change(model):
+        entry = model.metadata_props[0]
+        entry.value = json.dumps(json.loads(entry.value) | changes)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.metadata_props.pop(), "not one that cnvzoo exported"),
+        (_with_metadata(version=9), "version 9, and this cnvzoo reads 1"),
+        (_with_metadata(classes=["cat"]), "there are 1 classes"),
+        (_with_metadata(size=40), "its input is not"),
+        (_with_metadata(scale=-1.0), "scale positive"),
+        (_with_metadata(format="zip"), "format 'zip' is none of"),
+        (_with_metadata(extra=1), "damaged"),
+        (lambda m: setattr(m.metadata_props[0], "value", "{"), "damaged"),
+    ],
+)
+def test_files_that_are_not_ours_are_refused(exported, tmp_path, change, message):
+    path = _rewrite(exported, tmp_path / "other.onnx", change)
+    with pytest.raises(DeployError, match=message):
+        cnvzoo.deploy.load(path, threads=1)
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    (tmp_path / "text.onnx").write_text("not a model")
+    with pytest.raises(DeployError, match=r"text.onnx: not an ONNX file"):
+        cnvzoo.deploy.load(tmp_path / "text.onnx")
+    with pytest.raises(DeployError, match=r"none.onnx: cannot be read"):
+        cnvzoo.deploy.load(tmp_path / "none.onnx")
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])], "g",
+        [value("x", TensorProto.FLOAT, [1])], [value("y", TensorProto.FLOAT, [1])],
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "f.onnx")
+    with pytest.raises(DeployError, match="not one that cnvzoo exported"):
+        cnvzoo.deploy.load(tmp_path / "f.onnx")
