@@ -6,6 +6,7 @@ graph is Brevitas' own export, cleaned: constants folded, shapes inferred, tenso
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
 from pathlib import Path
@@ -29,6 +30,12 @@ def qonnx_graph(model: nn.Module, in_chans: int, size: int) -> Any:
     """
     if not any(hasattr(layer, "weight_quant") for layer in model.modules()):
         raise DeployError("QONNX is for quantized models: use format='onnx' for a float model")
+    from brevitas.nn import QuantReLU
+
+    from cnvzoo.models.quant import quantizer_of
+
+    if any(quantizer_of(layer).bits == 1 for layer in model.modules() if isinstance(layer, QuantReLU)):
+        raise DeployError("1-bit activations of levels 0 and 1 have no node in QONNX: use a_bits of 2 or more")
     try:
         from qonnx.core.modelwrapper import ModelWrapper
         from qonnx.util.cleanup import cleanup_model
@@ -39,6 +46,10 @@ def qonnx_graph(model: nn.Module, in_chans: int, size: int) -> Any:
         warnings.simplefilter("ignore")  # the exporter's words about its own future
         from brevitas.export import export_qonnx
 
+        model = copy.deepcopy(model)
+        for layer in model.modules():  # the exporter asks Brevitas' own tensors for scales and bit widths
+            if hasattr(layer, "skip_create_quant_tensor"):
+                layer.skip_create_quant_tensor = False  # type: ignore[assignment]
         path = Path(folder) / "model.onnx"
         export_qonnx(
             model, args=torch.zeros(1, in_chans, size, size, device=device), export_path=str(path),

@@ -111,6 +111,7 @@ def _injector(quantizer: IntQuantizer, proxy: type, *, signed: bool) -> type:
             "signed": signed,
             "narrow_range": signed,
             "quant_type": "int",
+            "float_to_int_impl_type": "round",
         },
     )
 
