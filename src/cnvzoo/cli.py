@@ -243,7 +243,9 @@ def export(
 def predict(
     images: Annotated[
         list[Path],
-        typer.Argument(help="Image files, of any size and format that Pillow reads; first of all an .onnx file, if any."),
+        typer.Argument(
+            help="Image files, of any size and format that Pillow reads; first of all an .onnx file, if any."
+        ),
     ],
     checkpoint: Annotated[str | None, typer.Option(help="Name of a checkpoint, or the path of its folder.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 3,

@@ -102,7 +102,8 @@ def integer_net(model: nn.Module) -> IntegerNet:
     """
     if not isinstance(model, CNV):
         raise DeployError(
-            f"the integer graph is made of a quant_cnv, not of {type(model).__name__}: use format='onnx' for float models"
+            f"the integer graph is made of a quant_cnv, not of {type(model).__name__}: "
+            "use format='onnx' for float models"
         )
     if isinstance(model.input, nn.Identity):
         raise DeployError("this CNV is a float model: quantize it (cnvzoo.quantize, then train), or use format='onnx'")
@@ -212,9 +213,7 @@ def _hidden(
     return HiddenLayer(name, weight, quantizer.bits, chosen, act.ints.high, pooled, linear), out_scale
 
 
-def _without_constant(
-    weight: NDArray[np.int8], exact: Staircase, gain: int
-) -> tuple[NDArray[np.int8], Requantization]:
+def _without_constant(weight: NDArray[np.int8], exact: Staircase, gain: int) -> tuple[NDArray[np.int8], Requantization]:
     """Requantize; a channel that has one level whatever its input gets it as a bias with multiplier 1.
 
     Its own bias may be too large for int32, or its multiplier zero.

@@ -78,7 +78,10 @@ class Metadata:
         if self.in_chans not in (1, 3) or len(self.std) != self.in_chans:
             raise ValueError("mean and std must have 1 or 3 values")
         numbers = (*self.mean, *self.std, self.scale)
-        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers) or min(*self.std, self.scale) <= 0:
+        if (
+            not all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers)
+            or min(*self.std, self.scale) <= 0
+        ):
             raise ValueError("mean, std and scale have to be finite, std and scale positive")
         margin = self.size - self.image_size
         if self.image_size < 1 or margin < 0 or margin % 2:

@@ -1,0 +1,79 @@
+"""`cnvzoo.export` and the command line, from a checkpoint to a number."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+import cnvzoo
+import cnvzoo.deploy
+from cnvzoo.cli import app
+from cnvzoo.deployment import evaluate_file
+from cnvzoo.errors import ModelError
+
+
+def call(*arguments: object) -> tuple[int, str, BaseException | None]:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return done.exit_code, done.output, done.exception
+
+
+def test_export_eval_and_predict_on_the_command_line(make_checkpoint, small_datasets, tmp_path, monkeypatch):
+    small_datasets(test=60)
+    make_checkpoint(tmp_path / "hub", "quant_cnv", "cifar10", w_bits=2, a_bits=2)
+    monkeypatch.setenv("CNVZOO_HUB", str(tmp_path / "hub"))
+    path = tmp_path / "m.onnx"
+    status, output, error = call("export", "quant_cnv_w2a2.cifar10", "-o", path, "--format", "integer")
+    assert status == 0, error
+    assert f"quant_cnv_w2a2.cifar10 as integer, {path.stat().st_size:,} bytes" in output
+    assert cnvzoo.deploy.load(path, threads=1).metadata.w_bits == 2
+
+    model, _ = cnvzoo.load_checkpoint("quant_cnv_w2a2.cifar10")
+    expected = cnvzoo.evaluate(model, "cifar10", device="cpu")
+    status, output, error = call("eval", path, "--dataset", "cifar10")
+    assert status == 0, error
+    assert "of 60) on cifar10" in output
+    found = evaluate_file(cnvzoo.deploy.load(path, threads=1), "cifar10")
+    assert abs(found.correct - expected.correct) <= 1
+
+    Image.fromarray(np.full((40, 50, 3), 7, np.uint8)).save(tmp_path / "photo.png")
+    status, output, error = call("predict", path, tmp_path / "photo.png", "--top", 2)
+    assert status == 0, error
+    assert output.startswith(f"{tmp_path / 'photo.png'}: ")
+    assert output.count("%") == 2
+    for arguments, message in (
+        (("predict", path), "no image after"),
+        (("predict", tmp_path / "photo.png"), "either --checkpoint or"),
+        (("eval", "quant_cnv_w2a2.cifar10", "--dataset", "mnist"), "for exported .onnx files"),
+        (("eval", path, "--dataset", "mnist"), "cannot be scored on mnist"),
+    ):
+        status, _, error = call(*arguments)
+        assert status == 1
+        assert message in str(error)
+
+
+def test_what_a_model_is_of_has_to_be_known(make_net, tmp_path):
+    with pytest.raises(ModelError, match="give dataset="):
+        cnvzoo.export(make_net(2, 2), tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=r"3 channel\(s\) and 10 classes, and mnist has 1"):
+        cnvzoo.export(make_net(2, 2), tmp_path / "m.onnx", dataset="mnist")
+    with pytest.raises(ModelError, match="Sequential is not a model of cnvzoo"):
+        cnvzoo.export(nn.Sequential(), tmp_path / "m.onnx", dataset="mnist")
+
+
+def test_real_images(real_data, tmp_path):
+    """A quantized CNV whose BatchNorm has seen training images: argmax of the file and of PyTorch."""
+    data = cnvzoo.load_dataset("cifar10", root=real_data("cifar10"))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = cnvzoo.quantize("hub/cnv.cifar10", w_bits=4, a_bits=4)
+        for batch in data.train_images[:2560].split(64):
+            model(batch.permute(0, 3, 1, 2) / 255)
+        images = data.test_images[:300].permute(0, 3, 1, 2).contiguous()
+        expected = model.eval()(images / 255).argmax(1).numpy()
+    cnvzoo.export(model, tmp_path / "m.onnx", dataset="cifar10")
+    found = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1).logits(images.numpy()).argmax(1)
+    assert (found == expected).mean() >= 0.98
+    assert (found == data.test_labels[:300].numpy()).mean() > 0.6
