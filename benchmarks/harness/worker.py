@@ -29,13 +29,12 @@ def main(run: dict[str, Any]) -> None:
 
     import torch
 
-    import cnvzoo.train
     from cnvzoo import CnvzooError
-    from cnvzoo.train import Recipe, RunInterrupted
+    from cnvzoo.train import Recipe, RunInterrupted, run_recipe
 
     torch.set_num_threads(run["threads"])
     try:
-        record = cnvzoo.train.run_recipe(
+        record = run_recipe(
             Recipe.model_validate_json(json.dumps(run["recipe"])),
             run_dir=run["run_dir"],
             seed=run["seed"],
