@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,14 +60,22 @@ def test_leftovers_of_a_path_are_removed_and_nothing_else(tmp_path: Path) -> Non
     assert set(tmp_path.iterdir()) == {path, *others}
 
 
-def test_asking_for_the_umask_in_many_threads_leaves_it_as_it_is(tmp_path: Path) -> None:
-    before = os.umask(0o027)
+def test_threads_that_write_at_once_leave_the_umask_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    umask = os.umask
+
+    def slow_umask(mask: int) -> int:
+        before = umask(mask)
+        time.sleep(0.02)
+        return before
+
+    monkeypatch.setattr(os, "umask", slow_umask)
+    before = umask(0o027)
     try:
-        with ThreadPoolExecutor(8) as threads:
-            list(threads.map(lambda n: write_text(tmp_path / str(n), ""), range(400)))
-        assert os.umask(0o027) == 0o027
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda n: write_text(tmp_path / str(n), ""), range(8)))
+        assert umask(0o027) == 0o027
     finally:
-        os.umask(before)
+        umask(before)
 
 
 def test_parent_folders_are_made(tmp_path: Path) -> None:
