@@ -123,8 +123,8 @@ def _wait(worker: subprocess.Popen[str], stop: Callable[[], str | None]) -> None
     while worker.poll() is None:
         if not told and (reason := stop()):
             assert worker.stdin is not None
-            with suppress(OSError):  # it has ended just now
-                print(reason, file=worker.stdin, flush=True)
+            with suppress(OSError):  # it has ended just now; a buffer would be flushed again when it is closed
+                os.write(worker.stdin.fileno(), f"{reason}\n".encode())
             told = True
         with suppress(subprocess.TimeoutExpired):
             worker.wait(timeout=_LOOK_EVERY_SECONDS)

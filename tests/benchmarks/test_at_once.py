@@ -6,7 +6,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,12 @@ from harness import runners
 from harness.execute import execute
 from harness.layout import Layout
 from harness.plan import make_plan
-from harness.runners import LocalRunner, at_once_by_default
+from harness.runners import LocalRunner, at_once_by_default, settings
 from tiny import tiny
 from workbench import Bench, FakeTraining
 
 from cnvzoo.train import RunInterrupted, RunRecord, run_recipe
+from cnvzoo.train.device import deterministic
 
 FLOAT, QUANTIZED, OTHER = "cifar10_cnv", "cifar10_quant_cnv_w4a4", "cifar10_resnet20"
 TIMEOUT = 60
@@ -231,6 +233,44 @@ def test_threads_are_set_for_the_runs_and_put_back(bench):
     assert bench.run("--table", "mnist", "--seeds", "1") == 0
     assert seen == [before + 1, 1]
     assert torch.get_num_threads() == before
+
+
+def test_deterministic_kernels_stay_on_when_a_run_ends_beside_others():
+    def switches() -> tuple[bool, bool]:
+        return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
+
+    gpu, before = torch.device("cuda"), switches()
+    with settings(gpu, 1):
+        first, second = deterministic(gpu), deterministic(gpu)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert switches() == (True, False)
+        second.__exit__(None, None, None)
+        assert switches() == (True, False)
+    assert switches() == before
+
+
+def test_a_run_on_a_gpu_beside_others_has_a_stream_of_its_own(trio, monkeypatch):
+    made: list[str] = []
+    current: list[str] = []
+
+    @contextmanager
+    def stream(name: str) -> Iterator[None]:
+        current.append(name)
+        yield
+        current.remove(name)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(f"{device} {len(made)}") or made[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    play = Play(lambda key, stop: seen.append(list(current)))
+    seen: list[list[str]] = []
+    recipe = trio.entry(FLOAT).recipe
+    runner = LocalRunner(play, torch.device("cuda", 1), None, own_stream=True)
+    for seed in (0, 1):
+        folder = trio.runs / str(seed)
+        runner.run(recipe, seed, run_dir=folder, epochs=None, float_start=None, stop=lambda: None)
+    assert seen == [["cuda:1 0"], ["cuda:1 1"]]
 
 
 @pytest.mark.parametrize(("cores", "threads", "runs"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])
