@@ -314,6 +314,7 @@ def test_a_second_ctrl_c_kills_the_workers_too(entry, command):
     process = command(1000)
     os.killpg(process.pid, signal.SIGINT)
     read_until(process, "stopping (SIGINT): 2 under way")
+    time.sleep(2)  # the threads that tell the workers look ten times a second
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=TIMEOUT) == -signal.SIGINT
     for seed in (0, 1):
