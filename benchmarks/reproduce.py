@@ -4,9 +4,12 @@
     python benchmarks/reproduce.py --table mnist --entry mnist_cnv --seeds 0    one run
     python benchmarks/reproduce.py --table all --time-limit 0                   train nothing, show the tables
     python benchmarks/reproduce.py --table cifar10 --epochs 3                   a trial of everything, in no table
+    python benchmarks/reproduce.py --table cifar10 --at-once 4                  four runs at once
 
 Like make: a run with a valid record under benchmarks/results/ is not trained again, one that was stopped goes on
-where it stopped, and a record of a recipe that has changed since is out of date. To merge the work of several
+where it stopped, and a record of a recipe that has changed since is out of date. Several runs go at once, by default
+as many as keep the machine busy: on a CPU each in a process of its own, with one thread, on a GPU in one process, each
+on a stream of its own. What goes beside a run changes none of its bits. To merge the work of several
 machines, copy their records into benchmarks/results/: the tables, printed and written to benchmarks/RESULTS.md and
 into README.md, are made of these alone.
 
@@ -27,11 +30,13 @@ from harness import readme, records, render
 from harness.checkpoints import keep_missing
 from harness.entries import SEEDS, TABLES, load_entries, select_entries
 from harness.errors import HarnessError
-from harness.execute import LocalRunner, Outcome, execute
+from harness.execute import Outcome, Runner, execute
 from harness.files import shown
 from harness.layout import Layout
 from harness.plan import make_plan
+from harness.processes import ProcessRunner
 from harness.references import load_references
+from harness.runners import LocalRunner, at_once_by_default, settings
 from harness.tables import rows
 from rich.console import Console
 
@@ -48,14 +53,14 @@ def main(
     argv: Sequence[str] | None = None,
     *,
     home: Path = _HOME,
-    train: Callable[..., RunRecord] = run_recipe,
+    train: Callable[..., RunRecord] | None = None,
 ) -> int:
     """Run the command line and return its exit status.
 
     Args:
         argv: arguments; those of the process if None.
         home: the folder with configs/, references.yaml and results/.
-        train: what trains a run, called as cnvzoo.train.run_recipe.
+        train: in the place of cnvzoo.train.run_recipe, and in this process, in threads where several go at once.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -68,7 +73,7 @@ def main(
         return _EXIT["SIGINT"]
 
 
-def _reproduce(arguments: argparse.Namespace, layout: Layout, train: Callable[..., RunRecord]) -> int:
+def _reproduce(arguments: argparse.Namespace, layout: Layout, train: Callable[..., RunRecord] | None) -> int:
     entries = load_entries(layout.configs)
     selected = select_entries(entries, arguments.table, arguments.entry)
     seeds = tuple(dict.fromkeys(arguments.seeds))
@@ -77,7 +82,7 @@ def _reproduce(arguments: argparse.Namespace, layout: Layout, train: Callable[..
         return 0
 
     references = load_references(layout.references, entries)
-    resolve_device(arguments.device)
+    device = resolve_device(arguments.device)
     deadline = None if arguments.time_limit is None else time.monotonic() + arguments.time_limit
     messages = Console(stderr=True)
 
@@ -99,8 +104,24 @@ def _reproduce(arguments: argparse.Namespace, layout: Layout, train: Callable[..
     jobs = make_plan(
         selected, seeds, entries=entries, layout=layout, epochs=arguments.epochs, retrain=arguments.retrain
     )
-    runner = LocalRunner(train=train, device=arguments.device, deadline=deadline)
-    outcome = execute(jobs, runner, entries=entries, layout=layout, deadline=deadline, say=say, on_finished=publish)
+    threads = arguments.threads
+    at_once = min(arguments.at_once or at_once_by_default(device, threads), max(1, len(jobs)))
+    if train is None and device.type == "cpu" and at_once > 1:
+        runner: Runner = ProcessRunner(threads, deadline, say)
+    else:
+        own_stream = device.type == "cuda" and at_once > 1
+        runner = LocalRunner(train or run_recipe, device, deadline, own_stream=own_stream)
+    with settings(device, threads):
+        outcome = execute(
+            jobs,
+            runner,
+            at_once=at_once,
+            entries=entries,
+            layout=layout,
+            deadline=deadline,
+            say=say,
+            on_finished=publish,
+        )
     publish()
 
     console, survey = Console(), records.survey(entries.values(), layout)
@@ -138,12 +159,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is cuda where there is one")
     add(
         "--epochs",
-        type=_epochs,
+        type=_whole("epochs"),
         metavar="N",
         help="at most N epochs a run; a run that is cut short is a trial: it enters no table and lives under "
         "<runs>/trials",
     )
-    add("--time-limit", type=_seconds, metavar="SECONDS", help="stop then, with the run under way saved")
+    add("--time-limit", type=_seconds, metavar="SECONDS", help="stop then, with every run under way saved")
+    add(
+        "--at-once",
+        type=_whole("runs"),
+        metavar="N",
+        help="train N runs at once (default: on a CPU the usable cores divided by --threads, on a GPU 3); each needs "
+        "memory of its own, and its bits do not depend on N",
+    )
+    add(
+        "--threads",
+        type=_whole("threads"),
+        default=1,
+        metavar="N",
+        help="threads of one run on a CPU (default: 1). The bits of a run depend on it, so it is the same on every "
+        "machine unless you say otherwise; a record has the number that it was made with",
+    )
     add(
         "--runs",
         type=Path,
@@ -159,10 +195,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _epochs(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of epochs: a whole number, 1 or more")
-    return int(text)
+def _whole(what: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) == 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what}: a whole number, 1 or more")
+        return int(text)
+
+    return parse
 
 
 def _seconds(text: str) -> float:
