@@ -142,7 +142,7 @@ def _remedy(status: int, code: str | None, wait: float | None) -> str:
         return f"Too many requests came from here: try again {when}; logged in ('hf auth login') more are allowed"
     if status >= 500:
         return "The Hub has a problem of its own: try again in some minutes"
-    return "The request itself was refused: see the reason above, and update huggingface_hub if it is old"
+    return "The request itself was refused: try again, and if it stays so, update huggingface_hub"
 
 
 def _causes(error: BaseException) -> list[BaseException]:

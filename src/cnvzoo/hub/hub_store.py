@@ -148,13 +148,13 @@ class HubStore:
                 repo, file, revision=commit, cache_dir=self._cache_dir, etag_timeout=self._patience.read_timeout
             )
 
-        for _ in range(2):
-            self._patience.ask(asked, get)
-            problem = _differs(path, facts)
-            if problem is None:
-                return
+        self._patience.ask(asked, get)
+        if _differs(path, facts):
             _throw_away(path)
-        raise StoreError(f"{asked}: what came is not the published file, twice: {problem}. {self._other()}")
+            self._patience.ask(asked, get)
+            if problem := _differs(path, facts):
+                _throw_away(path)
+                raise StoreError(f"{asked}: what came is not the published file, twice: {problem}. {self._other()}")
 
     def _snapshots(self, repo: str) -> Path:
         return self._cache_dir / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots"
