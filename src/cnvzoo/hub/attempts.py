@@ -36,7 +36,7 @@ class Patience:
     tries: int = 4
     first_wait: float = 1.0
     longest_wait: float = 60.0
-    in_all: float = 180.0
+    in_all: float = 60.0
     read_timeout: float = 10.0
     write_timeout: float = 60.0
 

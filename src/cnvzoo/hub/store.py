@@ -17,7 +17,7 @@ from .index import FileFacts
 from .publication import Publication, StoreError
 
 HUB_SCHEME = "hf://"
-_SCHEME = re.compile(r"[A-Za-z]{2,}:/")  # one letter is a drive
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(/|$)")  # one letter is a drive
 _HUB_LOCATION = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9-]|\.(?!\.)|_){0,95})(?:@([A-Za-z0-9][A-Za-z0-9._-]*))?")
 
 
