@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from harness import readme, records, render
+from harness import index, readme, records, render
 from harness.checkpoints import keep_missing
 from harness.entries import SEEDS, TABLES, load_entries, select_entries
 from harness.errors import HarnessError
@@ -87,6 +87,7 @@ def _reproduce(arguments: argparse.Namespace, layout: Layout, train: Callable[..
     def publish() -> None:
         for folder in keep_missing(selected, layout):
             say(f"{shown(folder)}: checkpoint written")
+        index.update(layout.index, layout.hub)
         survey = records.survey(entries.values(), layout)
         lines = rows(entries.values(), survey, references)
         write_text(layout.page, render.page(lines, survey))

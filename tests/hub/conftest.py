@@ -15,10 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fake_http import GOOD_TOKEN
 from fake_hub import FakeHub
 
+from cnvzoo.hub import FileFacts
 from cnvzoo.hub.attempts import Patience
 from cnvzoo.hub.hub_store import HubStore
-from cnvzoo.hub.index import FileFacts
-from cnvzoo.hub.publication import facts_of
 
 NAME = "resnet20.mnist"
 CARD = "---\nlicense: apache-2.0\n---\n\n# A checkpoint\n"
@@ -68,7 +67,7 @@ def contents(checkpoint: Path) -> dict[str, bytes]:
 @pytest.fixture
 def facts(contents: dict[str, bytes]) -> dict[str, FileFacts]:
     """What an index says of them."""
-    return facts_of(contents)
+    return {name: FileFacts.of(content) for name, content in contents.items()}
 
 
 @pytest.fixture

@@ -69,10 +69,11 @@ class FakeHub:
             server.shutdown()
             server.server_close()
 
-    def fail(self, stage: str, kind: str | int, *, times: float = 1, **headers: str) -> None:
-        """Let the next `times` requests of a stage go wrong; `Retry_After="3"` sets that header of the answer."""
+    def fail(self, stage: str, kind: str | int, *, times: float = 1, retry_after: int | None = None) -> None:
+        """Let the next `times` requests of a stage go wrong; `retry_after` is what a status then says."""
         assert stage in STAGES, stage
-        self._planned[stage] = Fault(kind, times, {name.replace("_", "-"): value for name, value in headers.items()})
+        headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        self._planned[stage] = Fault(kind, times, headers)
 
     def recover(self) -> None:
         """From now on nothing goes wrong."""

@@ -12,9 +12,9 @@ import pytest
 from fake_hub import FakeHub
 from huggingface_hub import constants, file_download
 
+from cnvzoo.hub import FileFacts
 from cnvzoo.hub.attempts import Patience
 from cnvzoo.hub.hub_store import HubStore
-from cnvzoo.hub.index import FileFacts
 from cnvzoo.hub.publication import StoreError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own upload
@@ -52,10 +52,6 @@ def is_overcome(stage: str, fault: str | int) -> bool:
     return is_harmless(stage, fault) or fault in done.get(stage, ()) or (stage == "verify" and fault not in REFUSALS)
 
 
-def retry_after(fault: str | int) -> dict[str, str]:
-    return {"Retry_After": "2"} if fault == 429 else {}
-
-
 def impatient(store: HubStore, monkeypatch: pytest.MonkeyPatch) -> HubStore:
     """The same store, which waits for hardly anything: for what never answers."""
     seconds = 0.06
@@ -91,7 +87,7 @@ def test_a_download_that_fails_once(
     published: FakeHub, store: HubStore, name: str, contents: dict[str, bytes], facts: dict[str, FileFacts],
     stage: str, fault: str | int,
 ) -> None:  # fmt: skip
-    published.fail(stage, fault, **retry_after(fault))
+    published.fail(stage, fault, retry_after=2)
     if fault in REFUSALS:
         with pytest.raises(StoreError, match=REMEDIES[fault]) as caught:
             store.fetch(name, facts)
@@ -109,7 +105,7 @@ def test_a_download_that_keeps_failing(
     published: FakeHub, store: HubStore, name: str, contents: dict[str, bytes], facts: dict[str, FileFacts],
     stage: str, fault: str | int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    published.fail(stage, fault, times=float("inf"), **retry_after(fault))
+    published.fail(stage, fault, times=float("inf"), retry_after=2)
     if fault == "stall":
         store = impatient(store, monkeypatch)
     if is_harmless(stage, fault):
@@ -144,7 +140,7 @@ def test_an_upload_that_fails_once(
     hub: FakeHub, store: HubStore, checkpoint: Path, contents: dict[str, bytes], stage: str, fault: str | int
 ) -> None:
     repo = f"zoo/{checkpoint.name}"
-    hub.fail(stage, fault, **retry_after(fault))
+    hub.fail(stage, fault, retry_after=2)
     is_made = (stage, fault) == ("info", 404)  # what is not there is made
     is_refused = (stage, fault) == ("upload", "wrong")  # by the storage, which knows the sha256
     if (fault in REFUSALS and not is_made) or is_refused:
@@ -164,7 +160,7 @@ def test_an_upload_that_keeps_failing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     repo = f"zoo/{checkpoint.name}"
-    hub.fail(stage, fault, times=float("inf"), **retry_after(fault))
+    hub.fail(stage, fault, times=float("inf"), retry_after=2)
     if fault == "stall":
         store = impatient(store, monkeypatch)
     if is_overcome(stage, fault):

@@ -12,11 +12,10 @@ from fake_http import READ_TOKEN
 from fake_hub import FakeHub
 from huggingface_hub import HfApi, constants
 
-from cnvzoo.hub import load_checkpoint
+from cnvzoo.hub import FileFacts, load_checkpoint
 from cnvzoo.hub.attempts import Patience
 from cnvzoo.hub.hub_store import HubStore
-from cnvzoo.hub.index import FileFacts
-from cnvzoo.hub.publication import Publication, StoreError, facts_of
+from cnvzoo.hub.publication import Publication, StoreError
 from cnvzoo.hub.store import open_store
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own upload
@@ -35,7 +34,7 @@ def other(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 def facts_in(folder: Path) -> dict[str, FileFacts]:
-    return facts_of({path.name: path.read_bytes() for path in folder.iterdir()})
+    return {path.name: FileFacts.of(path.read_bytes()) for path in folder.iterdir()}
 
 
 def test_published_and_fetched_it_is_the_same_model(
@@ -191,8 +190,9 @@ def test_a_tag_is_set_once_and_never_moved(hub: FakeHub, store: HubStore, checkp
 
 
 def test_a_commit_in_between_is_not_overwritten_unseen(
-    hub: FakeHub, store: HubStore, checkpoint: Path, contents: dict[str, bytes], other: Path, tmp_path: Path
-) -> None:
+    hub: FakeHub, store: HubStore, checkpoint: Path, contents: dict[str, bytes], other: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     store.publish(other, message="first")
     second = HubStore("zoo", endpoint=hub.endpoint, cache_dir=tmp_path, patience=Patience(first_wait=0.001))
     create = second._api.create_commit
@@ -202,7 +202,7 @@ def test_a_commit_in_between_is_not_overwritten_unseen(
             store.publish(checkpoint, message="in between")
         return create(*arguments, **options)
 
-    second._api.create_commit = create_late
+    monkeypatch.setattr(second._api, "create_commit", create_late)
     shutil.copytree(other, tmp_path / "third" / checkpoint.name)
     (tmp_path / "third" / checkpoint.name / "README.md").write_text("---\nlicense: mit\n---\n")
     second.publish(tmp_path / "third" / checkpoint.name, message="last")
@@ -216,7 +216,7 @@ def test_a_long_wait_is_said_and_not_waited_for(
 ) -> None:
     store.publish(checkpoint, message="first")
     hub.requests.clear()
-    hub.fail("info", 429, times=9, Retry_After="3600")
+    hub.fail("info", 429, times=9, retry_after=3600)
     with pytest.raises(StoreError, match="try again in 3600 seconds"):
         store.fetch("resnet20.mnist", facts)
     assert hub.requests == {"info": 1}

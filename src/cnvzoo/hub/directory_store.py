@@ -10,9 +10,9 @@ from filelock import FileLock
 from cnvzoo.errors import nearest
 from cnvzoo.files import replacing
 
-from .checkpoint import CONFIG
-from .index import FileFacts
-from .publication import FILES, Publication, StoreError, files_to_publish, mismatch, plain_name, read_plain_file
+from .facts import FileFacts, read_verified
+from .index import CONFIG
+from .publication import FILES, Publication, StoreError, files_to_publish, plain_name, read_plain_file
 
 
 class DirectoryStore:
@@ -36,12 +36,12 @@ class DirectoryStore:
             choices = nearest(name, known) if known else "it has no checkpoints at all"
             raise StoreError(f"no checkpoint {name!r} in {self.root}: {choices}")
         for file, facts in files.items():
-            path = folder / plain_name(file, f"{name}: file")
-            if problem := mismatch(read_plain_file(path), facts):
+            path = folder / plain_name(file, f"a file of {name}")
+            if path.is_symlink():
                 raise StoreError(
-                    f"{path}: {problem}: it is damaged, or of another release than this cnvzoo; put the published "
-                    "file in its place, or choose another store with hub= or CNVZOO_HUB"
+                    f"{path}: a symbolic link, which could lead out of the store; put the file itself there"
                 )
+            read_verified(path, facts)
         return folder
 
     def publish(self, folder: Path, *, message: str, tag: str | None = None, dry_run: bool = False) -> Publication:

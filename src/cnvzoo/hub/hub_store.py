@@ -19,12 +19,14 @@ from pathlib import Path
 
 from filelock import FileLock
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
 
 from .attempts import Patience
-from .index import FileFacts
-from .publication import FILES, Publication, StoreError, files_to_publish, mismatch, plain_name
+from .errors import CheckpointError
+from .facts import FileFacts, read_verified
+from .publication import FILES, Publication, StoreError, files_to_publish, plain_name
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONFLICTS = (409, 412)  # another commit came first
@@ -74,7 +76,7 @@ class HubStore:
     def fetch(self, name: str, files: Mapping[str, FileFacts]) -> Path:
         repo = self._repo(name)
         for file in files:
-            plain_name(file, f"{name}: file")
+            plain_name(file, f"a file of {name}")
         if folder := self._cached(repo, files):
             return folder
         try:
@@ -267,7 +269,12 @@ class HubStore:
         return self._patience.ask(self._asked(repo, "its files"), get)
 
     def _repo(self, name: str) -> str:
-        return f"{self.organisation}/{plain_name(name, 'checkpoint')}"
+        repo = f"{self.organisation}/{plain_name(name, 'checkpoint')}"
+        try:
+            validate_repo_id(repo)
+        except HFValidationError as error:
+            raise StoreError(f"{repo}: not the name of a repository, as the Hub wants them: {error}") from None
+        return repo
 
     def _asked(self, repo: str, what: str) -> str:
         return f"{repo}: {what} was asked of {self._endpoint}" + (f" at {self.revision}" if self.revision else "")
@@ -276,13 +283,10 @@ class HubStore:
 def _differs(path: Path, facts: FileFacts) -> str | None:
     """What tells the cached file apart from the published one; None if it is that one."""
     try:
-        if not path.is_file():
-            return "there is no file"
-        if (size := path.stat().st_size) != facts.size:
-            return f"{size:,} bytes, and {facts.size:,} were expected"
-        return mismatch(path.read_bytes(), facts)
-    except OSError as error:
-        return f"it cannot be read: {error.strerror}"
+        read_verified(path, facts)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _throw_away(path: Path) -> None:

@@ -6,19 +6,15 @@ that nothing can be read or written outside of the folder that is meant.
 
 from __future__ import annotations
 
-import hashlib
-import re
-import stat
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import CONFIG, WEIGHTS, CheckpointError, read_config
-from .index import FileFacts
+from .checkpoint import read_config
+from .errors import CheckpointError
+from .facts import LARGEST_FILE, FileFacts, read_limited
+from .index import CARD, CONFIG, WEIGHTS, checked_name
 
-CARD = "README.md"
 FILES = (WEIGHTS, CARD, CONFIG)  # in the order in which they are written: without its config a folder is no checkpoint
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,94}")
 
 
 class StoreError(CheckpointError):
@@ -66,34 +62,17 @@ class Publication:
 
 def plain_name(name: str, kind: str) -> str:
     """Return `name` if it is one plain name. Raises StoreError for anything that could lead out of a folder."""
-    if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-        raise StoreError(
-            f"{kind} {name!r} is not a plain name (letters, digits, '_', '-' and single dots, at most 95, no folders): "
-            "it is refused, because it could lead out of the checkpoint's folder"
-        )
-    return name
+    try:
+        return checked_name(name)
+    except ValueError as error:
+        raise StoreError(f"{kind}: {error}; it is refused, because it could lead out of the folder") from None
 
 
 def read_plain_file(path: Path) -> bytes:
-    """The bytes of a regular file that is no symbolic link. Raises StoreError."""
-    try:
-        mode = path.lstat().st_mode
-        if not stat.S_ISREG(mode):
-            what = "a symbolic link, which could lead out of the folder" if stat.S_ISLNK(mode) else "not a file"
-            raise StoreError(f"{path}: {what}; a checkpoint is made of plain files: put one in its place")
-        return path.read_bytes()
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def mismatch(content: bytes, facts: FileFacts) -> str | None:
-    """What tells `content` apart from the file that `facts` are of, or None if it is that file."""
-    if len(content) != facts.size:
-        return f"{len(content):,} bytes, and {facts.size:,} were expected"
-    found = hashlib.sha256(content).hexdigest()
-    if found != facts.sha256:
-        return f"sha256 is {found[:16]}..., and {facts.sha256[:16]}... was expected"
-    return None
+    """The bytes of a regular file that is no symbolic link. Raises CheckpointError."""
+    if path.is_symlink():
+        raise StoreError(f"{path}: a symbolic link, which could lead out of the folder; put the file itself there")
+    return read_limited(path, LARGEST_FILE, f"more than {LARGEST_FILE:,} bytes: no part of a checkpoint")
 
 
 def files_to_publish(folder: Path) -> dict[str, bytes]:
@@ -113,17 +92,11 @@ def files_to_publish(folder: Path) -> dict[str, bytes]:
     if extra := sorted(present.difference(FILES)):
         raise StoreError(f"{folder}: {', '.join(extra)} is no part of a checkpoint: move it elsewhere, then publish")
     files = {file: read_plain_file(folder / file) for file in FILES}
-    config = read_config(folder)
+    config = read_config(folder, FileFacts.of(files[CONFIG]))
     if config.name != name:
         raise StoreError(f"{folder / CONFIG}: of {config.name!r}, and its folder is {name!r}: rename one of the two")
-    if (found := hashlib.sha256(files[WEIGHTS]).hexdigest()) != config.weights_sha256:
+    if FileFacts.of(files[WEIGHTS]) != config.file:
         raise StoreError(
-            f"{folder / WEIGHTS}: sha256 is {found[:16]}..., and the config has {config.weights_sha256[:16]}...: "
-            "the file is damaged or another; nothing was published"
+            f"{folder / WEIGHTS}: not the file that its config describes, so damaged, or another; nothing was published"
         )
     return files
-
-
-def facts_of(files: Mapping[str, bytes]) -> dict[str, FileFacts]:
-    """sha256 and size of each file."""
-    return {name: FileFacts(hashlib.sha256(content).hexdigest(), len(content)) for name, content in files.items()}

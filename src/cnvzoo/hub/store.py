@@ -13,7 +13,7 @@ from typing import Protocol
 
 from .attempts import Patience
 from .directory_store import DirectoryStore
-from .index import FileFacts
+from .facts import FileFacts
 from .publication import Publication, StoreError
 
 HUB_SCHEME = "hf://"

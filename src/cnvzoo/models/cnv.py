@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .initialization import skips_initialization
 from .registry import check_bits, register_model
 
 _CONVS = (64, 64, "pool", 128, 128, "pool", 256, 256)
@@ -40,12 +41,14 @@ class FloatLayers:
 
     def conv(self, in_channels: int, out_channels: int, *, first: bool) -> nn.Module:
         layer = nn.Conv2d(in_channels, out_channels, 3, bias=False)
-        init_weight(layer.weight)
+        if not skips_initialization():
+            init_weight(layer.weight)
         return layer
 
     def linear(self, in_features: int, out_features: int, *, last: bool) -> nn.Module:
         layer = nn.Linear(in_features, out_features, bias=False)
-        init_weight(layer.weight)
+        if not skips_initialization():
+            init_weight(layer.weight)
         return layer
 
     def relu(self) -> nn.Module:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .cnv import init_weight
 from .fake_quant import IntRange, fake_quantize, least_squares_scale
+from .initialization import skips_initialization
 
 INPUT_SCALE = 1 / 255
 _SCALE_FLOOR = 1e-8
@@ -61,8 +62,12 @@ class IntQuantizer(nn.Module):
         scale = self.positive_scale(x)
         return fake_quantize(x, scale, self.ints), scale, self.zero_point, self.bit_width  # type: ignore[return-value]
 
+    def effective_scale(self) -> Tensor:
+        """The scale that values are divided by, exactly: what was learned, or the floor where that is below it."""
+        return self.scale.clamp_min(_SCALE_FLOOR) if self.learned else self.scale
+
     def positive_scale(self, x: Tensor) -> Tensor:
-        """The scale, kept positive; its gradient is that of LSQ, section 2.2: divided by sqrt(values * levels).
+        """The effective scale; its gradient is that of LSQ, section 2.2: divided by sqrt(values * levels).
 
         `values` are those that share one scale: of the weights, or of the activations of one image. Without the
         division a scale's steps are larger than a weight's by orders of magnitude.
@@ -71,8 +76,8 @@ class IntQuantizer(nn.Module):
             return self.scale
         values = x.numel() // (self.scale.numel() if self.signed else x.shape[0])
         gain = 1 / math.sqrt(values * self.ints.high)
-        scale = self.scale * gain + (self.scale - self.scale * gain).detach()
-        return scale.clamp_min(_SCALE_FLOOR)
+        slowed = self.scale * gain
+        return self.effective_scale().detach() + (slowed - slowed.detach())
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
@@ -149,7 +154,8 @@ class QuantLayers:
     def relu(self) -> nn.Module:
         quantizer = IntQuantizer(self.a_bits, signed=False)
         layer = _ClampedQuantReLU(_injector(quantizer, ActQuantProxyFromInjector, signed=False))
-        quantizer.fit(_relu_of_normal(torch.ones(1), torch.zeros(1)))
+        if not skips_initialization():
+            quantizer.fit(_relu_of_normal(torch.ones(1), torch.zeros(1)))
         return _plain_tensors(layer, layer.act_quant)
 
 
@@ -158,8 +164,9 @@ def _weights(quantizer: IntQuantizer) -> type:
 
 
 def _fit_weights(layer: QuantConv2d | QuantLinear, quantizer: IntQuantizer) -> nn.Module:
-    init_weight(layer.weight)
-    quantizer.fit(layer.weight)
+    if not skips_initialization():
+        init_weight(layer.weight)
+        quantizer.fit(layer.weight)
     return _plain_tensors(layer, layer.weight_quant)
 
 
