@@ -13,14 +13,17 @@ import torch
 from safetensors.torch import save_file
 
 import cnvzoo
+import cnvzoo.hub.index
 from cnvzoo.data import cache, dataset_info, datasets, list_datasets
 from cnvzoo.files import sha256_of
-from cnvzoo.hub import CheckpointConfig, write_checkpoint
+from cnvzoo.hub import CheckpointFacts, SeedResult, write_checkpoint
 from cnvzoo.train import preprocessing_of
 
 # dev.py, reproduce.py and its harness are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import harness.index
 
 import dev
 
@@ -69,8 +72,11 @@ def _arrays(name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """`make_checkpoint(hub, model, dataset, w_bits=, a_bits=)`: a checkpoint of untrained weights; its folder."""
+def make_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`make_checkpoint(hub, model, dataset, w_bits=, a_bits=)`: a checkpoint of untrained weights; its folder.
+
+    What is in `hub` then is all that is published: the index of the package says so for the time of the test.
+    """
 
     def make(hub: Path, model: str, dataset: str, **bits: int) -> Path:
         info = dataset_info(dataset)
@@ -81,12 +87,16 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         weights = tmp_path / f"{model}.{dataset}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
         tag = f"{model}_w{bits['w_bits']}a{bits['a_bits']}" if bits else model
-        config = CheckpointConfig(
+        sha256 = sha256_of(weights)
+        facts = CheckpointFacts(
             name=f"{tag}.{dataset}", model={"name": model, **arguments}, dataset=dataset, classes=list(info.classes),
-            preprocessing=preprocessing_of(model, dataset).to_dict(), correct=5, total=50,
-            weights_sha256=sha256_of(weights), recipe={}, versions={}, device={}, commit=None,
+            preprocessing=preprocessing_of(model, dataset).to_dict(), seed=0, correct=5, total=50,
+            results=[SeedResult(seed=0, correct=5, total=50, weights_sha256=sha256)], weights_sha256=sha256,
+            recipe={}, versions={}, device={}, commit=None,
         )  # fmt: skip
-        write_checkpoint(hub / config.name, config, weights)
-        return hub / config.name
+        write_checkpoint(hub / facts.name, facts, weights)
+        monkeypatch.setattr(cnvzoo.hub.index, "INDEX", tmp_path / "index.json")
+        harness.index.update(tmp_path / "index.json", hub)
+        return hub / facts.name
 
     return make

@@ -16,8 +16,8 @@ from cnvzoo.hub.store import Store, open_store
 
 FILES = ("model.safetensors", "README.md", "config.json")
 NAMES_THAT_LEAD_OUT = (
-    "..", ".", "", "/etc/passwd", "../secret", "a/b", "a\\b", "..\\b", "~", ".hidden", "C:x", "a\0b", "a\n", "a..b",
-    "-option", "a b", "é", "x" * 97,
+    "..", ".", "", "/etc/passwd", "../secret", "a/b", "a\\b", "..\\b", "~", ".hidden", "C:x", "a\0b", "a\n",
+    "-option", "a b", "é", "x" * 129,
 )  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_a_pipe_is_refused_and_not_read(directory: Store, root: Path, mine: Path
     shutil.copytree(mine, root / "resnet20.mnist")
     (root / "resnet20.mnist" / "config.json").unlink()
     os.mkfifo(root / "resnet20.mnist" / "config.json")
-    with pytest.raises(StoreError, match=r"config.json: not a file"):
+    with pytest.raises(CheckpointError, match=r"config.json: not a regular file"):
         directory.fetch("resnet20.mnist", facts)
 
 
@@ -176,7 +176,7 @@ def without(name: str) -> Mapping[str, bytes | None]:
         ({".env": b"TOKEN=secret"}, ".env is no part of a checkpoint: move it elsewhere"),
         ({"model.bin": b""}, "model.bin is no part of a checkpoint"),
         ({"config.json": b"{}"}, "config.json: not a valid checkpoint config"),
-        ({"model.safetensors": b"other"}, "model.safetensors: .*(damaged or another|expected)"),
+        ({"model.safetensors": b"other"}, "model.safetensors: not the file that its config describes"),
     ],
 )
 def test_what_is_not_fit_to_be_published(

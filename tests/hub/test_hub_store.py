@@ -155,6 +155,8 @@ def test_what_the_hub_does_not_have_is_said(
     with pytest.raises(StoreError, match=r"zoo/resnet20.mnist.*404.*no such repository"):
         store.fetch("resnet20.mnist", facts)
     store.publish(checkpoint, message="first")
+    with pytest.raises(StoreError, match=r"zoo/a--b: not the name of a repository"):
+        store.fetch("a--b", facts)
     with pytest.raises(StoreError, match=r"labels.txt .*has no such file"):
         store.fetch("resnet20.mnist", facts | {"labels.txt": FileFacts("0" * 64, 1)})
     pinned = HubStore("zoo", "v7", endpoint=hub.endpoint, cache_dir=tmp_path / "cache", patience=Patience())
