@@ -6,6 +6,7 @@ from cnvzoo.data import list_datasets, load_dataset
 from cnvzoo.errors import CnvzooError
 from cnvzoo.hub import list_checkpoints, load_checkpoint
 from cnvzoo.models import register_model
+from cnvzoo.publishing import publish, write_card
 from cnvzoo.train import Recipe, load_recipe
 from cnvzoo.verify import verify
 from cnvzoo.zoo import create_model, evaluate, list_models, model_info, predict, quantize, train, transforms
@@ -28,9 +29,11 @@ __all__ = [
     "load_recipe",
     "model_info",
     "predict",
+    "publish",
     "quantize",
     "register_model",
     "train",
     "transforms",
     "verify",
+    "write_card",
 ]

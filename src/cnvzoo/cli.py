@@ -13,7 +13,7 @@ from rich.table import Table
 
 import cnvzoo
 from cnvzoo.errors import CnvzooError
-from cnvzoo.hub import preprocessing_from
+from cnvzoo.hub import Publication, preprocessing_from
 from cnvzoo.models import model_spec
 from cnvzoo.train import RunInterrupted
 from cnvzoo.verify import ELSEWHERE
@@ -202,6 +202,31 @@ def verify(
         typer.echo(f"on another kind of machine than the publisher's, {ELSEWHERE} images more or less are allowed")
     if problems := [f"{result.name}: {result.problem}" for result in results if result.problem]:
         raise CnvzooError("not as published:\n" + "\n".join(problems))
+
+
+@app.command()
+def publish(
+    checkpoints: Annotated[list[str], typer.Argument(help="Names in --hub, or paths of folders.")],
+    to: Annotated[str, typer.Option(help="Where to: a directory, or hf://ORG on the Hugging Face Hub.")],
+    hub: Annotated[
+        Path | None, typer.Option(help="Directory that has the names; default CNVZOO_HUB, else the checkout's hub/.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Tag to set at each, such as a release; never moved.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commits; default: name and accuracy.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+) -> None:
+    """Publish checkpoints: weights, config and model card, in one commit each; nothing where nothing changed.
+
+    For the Hub, log in first: `hf auth login`.
+
+    Example: `cnvzoo publish cnv.mnist --to hf://my-organisation --dry-run`
+    """
+    done: list[Publication] = []
+    try:
+        cnvzoo.publish(checkpoints, to, hub=hub, tag=tag, message=message, dry_run=dry_run, on_published=done.append)
+    finally:
+        for publication in done:
+            typer.echo(str(publication))
 
 
 @app.command()
