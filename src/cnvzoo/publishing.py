@@ -19,6 +19,7 @@ from cnvzoo.hub import (
 )
 from cnvzoo.hub.card import render_card
 from cnvzoo.hub.index import CARD, CONFIG
+from cnvzoo.train.progress import counted
 from cnvzoo.zoo import model_info
 
 

@@ -73,8 +73,11 @@ def _metadata(config: CheckpointConfig) -> str:
 def _opening(config: CheckpointConfig, summary: str) -> str:
     kind = "A float model"
     if _is_quantized(config):
-        first, model = config.model.get("first_w_bits", 8), config.model
-        kind = f"Here with weights of {model['w_bits']} bits (first layer {first}) and activations of {model['a_bits']} bits"
+        bits = {"first_w_bits": 8} | config.model
+        kind = (
+            f"Here with weights of {bits['w_bits']} bits (first layer {bits['first_w_bits']}) and activations of "
+            f"{bits['a_bits']} bits"
+        )
     return (
         f"# {config.name}\n\n{summary.rstrip('.')}. {kind}, trained on {_title(config)} by cnvzoo, with recipe, record "
         "and checks behind every number.\n"
