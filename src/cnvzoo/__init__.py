@@ -2,14 +2,17 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from cnvzoo.data import list_datasets, load_dataset
-from cnvzoo.errors import CnvzooError
-from cnvzoo.hub import list_checkpoints, load_checkpoint
-from cnvzoo.models import register_model
-from cnvzoo.publishing import publish, write_card
-from cnvzoo.train import Recipe, load_recipe
-from cnvzoo.verify import verify
-from cnvzoo.zoo import create_model, evaluate, list_models, model_info, predict, quantize, train, transforms
+from cnvzoo.collection import without_collection
+
+with without_collection():
+    from cnvzoo.data import list_datasets, load_dataset
+    from cnvzoo.errors import CnvzooError
+    from cnvzoo.hub import list_checkpoints, load_checkpoint
+    from cnvzoo.models import register_model
+    from cnvzoo.publishing import publish, write_card
+    from cnvzoo.train import Recipe, load_recipe
+    from cnvzoo.verify import verify
+    from cnvzoo.zoo import create_model, evaluate, list_models, model_info, predict, quantize, train, transforms
 
 try:
     __version__ = version("cnvzoo")

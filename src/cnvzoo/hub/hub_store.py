@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 from filelock import FileLock
@@ -67,7 +66,7 @@ class HubStore:
         self._endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         self._cache_dir = Path(cache_dir or os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE).expanduser()
         self._patience = patience
-        self._api = HfApi(endpoint=self._endpoint, library_name="cnvzoo", library_version=version("cnvzoo"))
+        self._api = HfApi(endpoint=self._endpoint, library_name="cnvzoo")
 
     @property
     def location(self) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
+from cnvzoo.collection import without_collection
+
 from .adapt import adapt
 from .checkpoint import CheckpointConfig, read_model
 from .locate import find_checkpoint
@@ -36,8 +38,9 @@ def load_checkpoint(
     Raises:
         CheckpointError: a file is missing or damaged, or its tensors are not exactly the model's; all are named.
     """
-    located = find_checkpoint(checkpoint, hub)
-    model, config = read_model(located.folder, located.files)
+    with without_collection():  # the first quantized model imports Brevitas
+        located = find_checkpoint(checkpoint, hub)
+        model, config = read_model(located.folder, located.files)
     wanted = {"num_classes": num_classes, "in_chans": in_chans}
     changes = {key: value for key, value in wanted.items() if value is not None and value != config.model[key]}
     if changes:
