@@ -12,6 +12,7 @@ from fake_http import READ_TOKEN
 from fake_hub import FakeHub
 from huggingface_hub import HfApi, constants
 
+from cnvzoo import create_model
 from cnvzoo.hub import FileFacts, load_checkpoint
 from cnvzoo.hub.attempts import Patience
 from cnvzoo.hub.hub_store import HubStore
@@ -280,3 +281,20 @@ def test_locations(hub: FakeHub, tmp_path: Path, checkpoint: Path, monkeypatch: 
     with pytest.raises(StoreError, match="is one revision, for reading: publish to hf://zoo"):
         pinned.publish(checkpoint, message="second")
     assert open_store(tmp_path / "here").location == str(tmp_path / "here")
+
+
+HUB = Path(__file__).resolve().parents[2] / "hub"
+
+
+@pytest.mark.parametrize("published", sorted(path.parent for path in HUB.glob("*/config.json")), ids=lambda p: p.name)
+def test_every_published_checkpoint_goes_to_a_hub_and_comes_back(
+    hub: FakeHub, store: HubStore, published: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store.publish(published, message="all of it")
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    here, there = (create_model(published.name, pretrained=True, hub=place) for place in (HUB, "hf://zoo"))
+    for (name, mine), (other, theirs) in zip(here.state_dict().items(), there.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(mine, theirs), name
+    assert hub.requests["storage_get"] == 1
