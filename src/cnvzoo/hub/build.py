@@ -22,9 +22,8 @@ def build_empty(arguments: Mapping[str, Any]) -> nn.Module:
         CheckpointError: there is no such model.
     """
     try:
-        with torch.random.fork_rng(devices=[]), without_initialization():
-            return build_model(**arguments)
-    except (TypeError, ModelError) as error:
+        return _build(arguments)
+    except (TypeError, RuntimeError, ModelError) as error:
         raise CheckpointError(f"its model cannot be built: {error}") from None
 
 
@@ -34,5 +33,15 @@ def build_skeleton(arguments: Mapping[str, Any]) -> nn.Module:
     Raises:
         CheckpointError: there is no such model.
     """
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            return _build(arguments)
+    except (TypeError, ModelError) as error:
+        raise CheckpointError(f"its model cannot be built: {error}") from None
+    except RuntimeError:  # its builder computes with values, which a skeleton does not have
         return build_empty(arguments)
+
+
+def _build(arguments: Mapping[str, Any]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]), without_initialization():
+        return build_model(**arguments)

@@ -106,6 +106,8 @@ def read_published(content: bytes, skeleton: nn.Module) -> dict[str, Tensor]:
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from None
         state[name] = torch.from_numpy(integers).view(shape).float() * state[_scale_of(skeleton, quantizer)]
+        if not torch.isfinite(state[name]).all():
+            raise CheckpointError(f"{_scale_of(skeleton, quantizer)}: so large that {name} is not finite")
     return state
 
 
