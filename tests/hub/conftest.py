@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import close_session, constants, file_download
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from fake_http import GOOD_TOKEN
 from fake_hub import FakeHub
+from huggingface_hub import close_session, constants, file_download
 
 from cnvzoo.hub import FileFacts
 from cnvzoo.hub.attempts import Patience
