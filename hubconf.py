@@ -9,7 +9,8 @@ from pathlib import Path as _Path
 from typing import Any as _Any
 
 dependencies = [
-    "brevitas", "filelock", "huggingface_hub", "numpy", "pydantic", "rich", "safetensors", "torch", "torchvision", "yaml",
+    "brevitas", "filelock", "huggingface_hub", "numpy", "pydantic", "rich", "safetensors", "torch", "torchvision",
+    "yaml",
 ]  # fmt: skip
 
 sys.path.append(str(_Path(__file__).resolve().parent / "src"))  # where cnvzoo is installed, that one is used

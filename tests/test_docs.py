@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reproduce
-from fake_http import GOOD_TOKEN
-from fake_hub import FakeHub
+from fake_http import GOOD_TOKEN  # pyright: ignore[reportMissingImports]  (in tests/hub, see conftest.py)
+from fake_hub import FakeHub  # pyright: ignore[reportMissingImports]
 from harness import records, render
 from harness.entries import load_entries
 from harness.layout import Layout

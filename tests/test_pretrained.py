@@ -48,7 +48,7 @@ class TestWhichCheckpoint:
             ("quant_cnv_w4a4.cifar10", {"pretrained": True}, "quant_cnv_w4a4.cifar10"),
             ("quant_cnv_w4a4", {"pretrained": "cifar100"}, "quant_cnv_w4a4.cifar100"),
             ("quant_cnv.cifar100", {"pretrained": True}, "quant_cnv_w4a4.cifar100"),
-            ("quant_cnv", {"pretrained": True, "w_bits": 4, "a_bits": 4, "num_classes": 100}, "quant_cnv_w4a4.cifar100"),
+            ("quant_cnv", {"pretrained": True, "w_bits": 4, "num_classes": 100}, "quant_cnv_w4a4.cifar100"),
             ("quant_cnv", {"pretrained": True, "num_classes": 10, "first_w_bits": 8}, "quant_cnv_w4a4.cifar10"),
             ("resnet20", {"pretrained": True}, "resnet20.mnist"),
             ("resnet20.mnist", {"pretrained": "mnist"}, "resnet20.mnist"),

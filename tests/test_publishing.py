@@ -37,7 +37,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
             status = 0
         except SystemExit as end:
             status = int(end.code or 0)
-        return (status, *capsys.readouterr())
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
 
     return call
 

@@ -15,7 +15,7 @@ import torch
 
 import cnvzoo
 from cnvzoo.data import load_dataset
-from cnvzoo.hub import preprocessing_from, read_index
+from cnvzoo.hub import index, preprocessing_from, read_index
 from cnvzoo.train.device import describe_device
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +39,7 @@ def published(tmp_path, make_checkpoint, small_datasets) -> Callable[..., Path]:
         values["results"][0] |= {"correct": correct, "total": values["total"]}
         (folder / "config.json").write_text(json.dumps(values))
         (folder / "README.md").write_text("# A model card\n")
-        harness.index.update(cnvzoo.hub.index.INDEX, folder.parent)
+        harness.index.update(index.INDEX, folder.parent)
         return folder
 
     return make
@@ -131,4 +131,5 @@ def test_the_others_are_verified_all_the_same(published) -> None:
 def test_a_published_checkpoint(real_data) -> None:
     (result,) = cnvzoo.verify(["quant_cnv_w2a2.mnist"], hub=ROOT / "hub", data_root=real_data("mnist"))
     assert result.problem is None
+    assert result.found is not None
     assert result.found > 9900

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import cnvzoo
-from cnvzoo.hub import Publication
 
 from .checkpoints import checkpoint_folder
 from .entries import Entry
@@ -17,16 +16,10 @@ def publish_checkpoints(
 ) -> None:
     """Publish the checkpoints that the entries have, and print a line for each.
 
-    Raises CheckpointError where one is not whole, or the store does not take it; the lines of those before it are
-    printed all the same.
+    Raises CheckpointError where one is not whole, or the store does not take it.
     """
     folders = {entry.name: checkpoint_folder(entry, layout) for entry in entries}
     if missing := [name for name, folder in folders.items() if not folder.is_dir()]:
         say(f"no checkpoint to publish yet: {', '.join(missing)}")
-    done: list[Publication] = []
     present = [folder for folder in folders.values() if folder.is_dir()]
-    try:
-        cnvzoo.publish(present, to, tag=tag, dry_run=dry_run, on_published=done.append)
-    finally:
-        for publication in done:
-            print(publication)
+    cnvzoo.publish(present, to, tag=tag, dry_run=dry_run, on_published=print)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 import cnvzoo
 from cnvzoo.errors import CnvzooError
-from cnvzoo.hub import Publication, preprocessing_from
+from cnvzoo.hub import preprocessing_from
 from cnvzoo.models import model_spec
 from cnvzoo.train import RunInterrupted
 from cnvzoo.verify import ELSEWHERE
@@ -221,12 +221,7 @@ def publish(
 
     Example: `cnvzoo publish cnv.mnist --to hf://my-organisation --dry-run`
     """
-    done: list[Publication] = []
-    try:
-        cnvzoo.publish(checkpoints, to, hub=hub, tag=tag, message=message, dry_run=dry_run, on_published=done.append)
-    finally:
-        for publication in done:
-            typer.echo(str(publication))
+    cnvzoo.publish(checkpoints, to, hub=hub, tag=tag, message=message, dry_run=dry_run, on_published=typer.echo)
 
 
 @app.command()

@@ -19,7 +19,6 @@ from cnvzoo.hub import (
 )
 from cnvzoo.hub.card import render_card
 from cnvzoo.hub.index import CARD, CONFIG
-from cnvzoo.train.progress import counted
 from cnvzoo.zoo import model_info
 
 
@@ -31,7 +30,6 @@ def publish(
     message: str | None = None,
     tag: str | None = None,
     dry_run: bool = False,
-    quiet: bool = False,
     on_published: Callable[[Publication], object] = lambda publication: None,
 ) -> list[Publication]:
     """Send checkpoints to a store: weights, config and model card, in one commit each; nothing where nothing changed.
@@ -44,7 +42,6 @@ def publish(
         message: of the commits; default: name and accuracy.
         tag: to set at each, once and for all, such as a release of yours.
         dry_run: only compare.
-        quiet: show no progress.
         on_published: called with each publication as soon as it is done.
 
     Returns:
@@ -60,7 +57,7 @@ def publish(
     messages = {folder: message or _message(folder) for folder in folders}  # looks at all before the first is sent
     store = open_store(to) if isinstance(to, (str, Path)) else to
     publications = []
-    for folder in counted(folders, "comparing" if dry_run else "publishing", quiet=quiet):
+    for folder in folders:
         publications.append(store.publish(folder, message=messages[folder], tag=tag, dry_run=dry_run))
         on_published(publications[-1])
     return publications

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,20 @@ from cnvzoo.hub.adapt import adapt_input
 from cnvzoo.models import register_model
 from cnvzoo.models.quant import quantizer_of
 
+QUANTIZED = {"name": "quant_cnv", "num_classes": 10, "in_chans": 3, "w_bits": 8, "a_bits": 8}
 CASES = [
     ({"name": "resnet20", "num_classes": 10, "in_chans": 3}, "fc", "conv.weight"),
     ({"name": "mobilenet_v1", "num_classes": 10, "in_chans": 3}, "fc", "features.0.0.weight"),
-    ({"name": "quant_cnv", "num_classes": 10, "in_chans": 3, "w_bits": 8, "a_bits": 8}, "classifier.6", "features.0.weight"),
-]  # fmt: skip
+    (QUANTIZED, "classifier.6", "features.0.weight"),
+]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case[0]["name"])
-def published(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, nn.Module, str, str]]:
+def published(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, nn.Module, str, str]:
     arguments, head, first = request.param
     model = trained(arguments)
     publish(tmp_path / "c", model, arguments)
-    yield tmp_path / "c", load_checkpoint(tmp_path / "c")[0], head, first
+    return tmp_path / "c", load_checkpoint(tmp_path / "c")[0], head, first
 
 
 def images(in_chans: int) -> Tensor:
@@ -77,8 +77,7 @@ def test_one_channel_answers_to_grey_as_three(published: tuple[Path, nn.Module, 
 
 
 def test_quantized_scales_fit_the_adapted_weights(tmp_path: Path) -> None:
-    arguments = CASES[2][0]
-    publish(tmp_path / "c", trained(arguments), arguments)
+    publish(tmp_path / "c", trained(QUANTIZED), QUANTIZED)
     with pytest.warns(UserWarning, match="in_chans"):
         adapted, _ = load_checkpoint(tmp_path / "c", in_chans=1)
     layer: Any = adapted.get_submodule("features.0")

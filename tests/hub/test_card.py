@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import reproduce
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
 import cnvzoo
@@ -41,6 +41,7 @@ def block(card: str, language: str) -> str:
 
 def test_the_metadata_is_what_the_hub_indexes(folder: Path) -> None:
     data = ModelCard((folder / "README.md").read_text()).data
+    assert isinstance(data, ModelCardData)
     assert data.library_name == "cnvzoo"
     assert data.license == "apache-2.0"
     assert data.pipeline_tag == "image-classification"

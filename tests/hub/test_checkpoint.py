@@ -207,7 +207,10 @@ def test_other_tensors_than_the_models_are_named(tmp_path: Path, changed: dict[s
     assert names in message
 
 
-PACKED = {"conv.weight": {"bits": 3, "signed": True, "shape": [5, 1, 3, 3]}, "fc.weight": {"bits": 3, "signed": True, "shape": [3, 5]}}  # fmt: skip
+PACKED = {
+    "conv.weight": {"bits": 3, "signed": True, "shape": [5, 1, 3, 3]},
+    "fc.weight": {"bits": 3, "signed": True, "shape": [3, 5]},
+}
 SCALE = "fc.weight_quant.tensor_quant.scale"
 
 
@@ -281,7 +284,7 @@ def test_a_published_checkpoint_is_what_was_published(tmp_path: Path, name: str)
     read_model(tmp_path / "c", files)
     rewritten(tmp_path / "c", {"fc.bias": torch.ones(10)})
     load_checkpoint(tmp_path / "c")
-    with pytest.raises(CheckpointError, match="sha256|expected") as caught:
+    with pytest.raises(CheckpointError, match=r"sha256|expected") as caught:
         read_model(tmp_path / "c", files)
     assert str(tmp_path / "c" / "config.json") in str(caught.value)
 

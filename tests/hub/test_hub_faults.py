@@ -6,6 +6,8 @@ the published one where that is expected, a commit with some of the files, a sec
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -52,13 +54,18 @@ def is_overcome(stage: str, fault: str | int) -> bool:
     return is_harmless(stage, fault) or fault in done.get(stage, ()) or (stage == "verify" and fault not in REFUSALS)
 
 
-def impatient(store: HubStore, monkeypatch: pytest.MonkeyPatch) -> HubStore:
-    """The same store, which waits for hardly anything: for what never answers."""
-    seconds = 0.06
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", seconds)
-    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", seconds)
+@contextmanager
+def impatient(store: HubStore, fault: str | int, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStore]:
+    """The same store, which waits for hardly anything where an answer never comes."""
+    if fault != "stall":
+        yield store
+        return
+    seconds = 0.03
     patience = Patience(tries=2, first_wait=0.001, read_timeout=seconds, write_timeout=seconds)
-    return HubStore("zoo", endpoint=store._endpoint, cache_dir=store._cache_dir, patience=patience)
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", seconds)
+        patch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", seconds)
+        yield HubStore("zoo", endpoint=store._endpoint, cache_dir=store._cache_dir, patience=patience)
 
 
 @pytest.fixture
@@ -106,15 +113,12 @@ def test_a_download_that_keeps_failing(
     stage: str, fault: str | int, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     published.fail(stage, fault, times=float("inf"), retry_after=2)
-    if fault == "stall":
-        store = impatient(store, monkeypatch)
     if is_harmless(stage, fault):
         store.fetch(name, facts)
     else:
         remedy = "Update cnvzoo" if fault == "wrong" and "get" in stage else REMEDIES[fault]
-        with pytest.raises(StoreError, match=remedy) as caught:
-            store.fetch(name, facts)
-        print(caught.value)
+        with impatient(store, fault, monkeypatch) as asked, pytest.raises(StoreError, match=remedy) as caught:
+            asked.fetch(name, facts)
         assert f"zoo/{name}" in str(caught.value)
         assert published.endpoint in str(caught.value)
         assert not isinstance(fault, int) or str(fault) in str(caught.value)
@@ -161,14 +165,11 @@ def test_an_upload_that_keeps_failing(
 ) -> None:  # fmt: skip
     repo = f"zoo/{checkpoint.name}"
     hub.fail(stage, fault, times=float("inf"), retry_after=2)
-    if fault == "stall":
-        store = impatient(store, monkeypatch)
     if is_overcome(stage, fault):
         store.publish(checkpoint, message="first", tag="v1")
     else:
-        with pytest.raises(StoreError, match=REMEDIES[fault]) as caught:
-            store.publish(checkpoint, message="first", tag="v1")
-        print(caught.value)
+        with impatient(store, fault, monkeypatch) as asked, pytest.raises(StoreError, match=REMEDIES[fault]) as caught:
+            asked.publish(checkpoint, message="first", tag="v1")
         assert repo in str(caught.value)
         assert hub.endpoint in str(caught.value)
         assert not isinstance(fault, int) or str(fault) in str(caught.value)

@@ -181,7 +181,7 @@ def read_model(folder: str | Path, files: Mapping[str, FileFacts] | None = None)
         CheckpointError: a file is missing or damaged, or the tensors are not exactly the model's.
     """
     folder = Path(folder)
-    config = read_config(folder, files and files[CONFIG])
+    config = read_config(folder, files[CONFIG] if files else None)
     content = read_verified(folder / WEIGHTS, config.file)
     try:
         skeleton = build_skeleton(config.model)

@@ -44,7 +44,10 @@ class DirectoryStore:
             read_verified(path, facts)
         return folder
 
-    def publish(self, folder: Path, *, message: str, tag: str | None = None, dry_run: bool = False) -> Publication:
+    def publish(
+        self, folder: str | Path, *, message: str, tag: str | None = None, dry_run: bool = False
+    ) -> Publication:
+        folder = Path(folder)
         if tag is not None:
             raise StoreError(
                 f"{self.root} is a directory and has no tags: leave tag {tag!r} out, or publish to hf://ORG"

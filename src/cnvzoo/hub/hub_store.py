@@ -20,7 +20,7 @@ from filelock import FileLock
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import tqdm, validate_repo_id
 
 from .attempts import Patience
 from .errors import CheckpointError
@@ -89,7 +89,10 @@ class HubStore:
                 "another folder with HF_HUB_CACHE"
             ) from error
 
-    def publish(self, folder: Path, *, message: str, tag: str | None = None, dry_run: bool = False) -> Publication:
+    def publish(
+        self, folder: str | Path, *, message: str, tag: str | None = None, dry_run: bool = False
+    ) -> Publication:
+        folder = Path(folder)
         if self.revision is not None:
             raise StoreError(f"{self.location} is one revision, for reading: publish to hf://{self.organisation}")
         if tag is not None:
@@ -187,9 +190,11 @@ class HubStore:
             differing = [name for name in FILES if not head.has(name, files[name])]
             if not differing:
                 return head.commit
+            size = sum(len(files[name]) for name in differing)
+            bar = tqdm(total=size, desc=repo, unit="B", unit_scale=True, delay=2, disable=None)
             # file objects, because bytes and paths go through Xet, which only the Hub itself has
-            additions = [CommitOperationAdd(name, io.BytesIO(files[name])) for name in differing]
-            with _patient_session(self._patience.write_timeout):
+            additions = [CommitOperationAdd(name, _Watched(files[name], bar)) for name in differing]
+            with bar, _patient_session(self._patience.write_timeout):
                 made = self._api.create_commit(
                     repo, additions, commit_message=message, parent_commit=head.commit
                 )  # fmt: skip
@@ -293,6 +298,20 @@ def _throw_away(path: Path) -> None:
     if path.is_symlink() and path.resolve().parent == (path.parents[2] / "blobs").resolve():
         path.resolve().unlink(missing_ok=True)
     path.unlink(missing_ok=True)
+
+
+class _Watched(io.BytesIO):
+    """A file in memory whose readers move a progress bar, back as well, where they begin again."""
+
+    def __init__(self, content: bytes, bar: tqdm) -> None:
+        super().__init__(content)
+        self._bar, self._shown = bar, 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        content = super().read(size)
+        self._bar.update(self.tell() - self._shown)
+        self._shown = self.tell()
+        return content
 
 
 @contextmanager

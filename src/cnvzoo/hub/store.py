@@ -40,7 +40,9 @@ class Store(Protocol):
         """
         ...
 
-    def publish(self, folder: Path, *, message: str, tag: str | None = None, dry_run: bool = False) -> Publication:
+    def publish(
+        self, folder: str | Path, *, message: str, tag: str | None = None, dry_run: bool = False
+    ) -> Publication:
         """Put the checkpoint in `folder` into the store, under the folder's name.
 
         Nothing is written where nothing changed. What the store has besides a checkpoint's files is left alone.
