@@ -18,6 +18,7 @@ from cnvzoo.data import cache, dataset_info, datasets, list_datasets
 from cnvzoo.files import sha256_of
 from cnvzoo.hub import CheckpointFacts, SeedResult, write_checkpoint
 from cnvzoo.train import preprocessing_of
+from cnvzoo.zoo import Evaluation
 
 # dev.py, reproduce.py and its harness are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -77,23 +78,27 @@ def _arrays(name: str) -> dict[str, torch.Tensor]:
 def make_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """`make_checkpoint(hub, model, dataset, w_bits=, a_bits=)`: a checkpoint of untrained weights; its folder.
 
-    What is in `hub` then is all that is published: the index of the package says so for the time of the test.
+    Its number is made up, unless `scored`. What is in `hub` then is all that is published: the index of the package
+    says so for the time of the test.
     """
 
-    def make(hub: Path, model: str, dataset: str, **bits: int) -> Path:
+    def make(hub: Path, model: str, dataset: str, *, scored: bool = False, **bits: int) -> Path:
         info = dataset_info(dataset)
         arguments: dict[str, Any] = {"num_classes": info.num_classes, "in_chans": info.in_chans, **bits}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            state = cnvzoo.create_model(model, **arguments).state_dict()
+            built = cnvzoo.create_model(model, **arguments)
+        state = built.state_dict()
+        score = cnvzoo.evaluate(built, dataset, device="cpu") if scored else Evaluation(5, 50)
+        counts = {"seed": 0, "correct": score.correct, "total": score.total}
         weights = tmp_path / f"{model}.{dataset}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
         tag = f"{model}_w{bits['w_bits']}a{bits['a_bits']}" if bits else model
         sha256 = sha256_of(weights)
         facts = CheckpointFacts(
             name=f"{tag}.{dataset}", model={"name": model, **arguments}, dataset=dataset, classes=list(info.classes),
-            preprocessing=preprocessing_of(model, dataset).to_dict(), seed=0, correct=5, total=50,
-            results=[SeedResult(seed=0, correct=5, total=50, weights_sha256=sha256)], weights_sha256=sha256,
+            preprocessing=preprocessing_of(model, dataset).to_dict(), **counts,
+            results=[SeedResult(**counts, weights_sha256=sha256)], weights_sha256=sha256,
             recipe={}, versions={}, device={}, commit=None,
         )  # fmt: skip
         write_checkpoint(hub / facts.name, facts, weights)

@@ -84,8 +84,9 @@ def desk(tmp_path, monkeypatch, small_datasets, make_checkpoint, logged_in) -> P
     small_datasets(train=5300, test=100)
     folder = tmp_path / "desk"
     shutil.copytree(ROOT / "benchmarks" / "configs", folder / "benchmarks" / "configs")
+    shutil.copy(ROOT / "hubconf.py", folder)
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
-    cnv = make_checkpoint(folder / "hub", "cnv", "mnist")
+    cnv = make_checkpoint(folder / "hub", "cnv", "mnist", scored=True)
     quantized = make_checkpoint(folder / "hub", "quant_cnv", "cifar10", w_bits=4, a_bits=4)
     for checkpoint in (cnv, quantized):
         cnvzoo.write_card(checkpoint)
