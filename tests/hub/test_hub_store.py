@@ -10,6 +10,7 @@ import pytest
 import torch
 from fake_http import READ_TOKEN
 from fake_hub import FakeHub
+from fake_repos import Commit
 from huggingface_hub import HfApi, constants
 
 from cnvzoo import create_model
@@ -259,6 +260,20 @@ def test_the_server_is_one_that_the_client_knows(hub: FakeHub, store: HubStore, 
     assert listed == sizes
     (config,) = api.get_paths_info(REPO, ["config.json"], revision="v1")
     assert config.size == sizes["config.json"]  # type: ignore[union-attr]
+
+
+def test_a_server_cannot_lead_out_of_the_cache(
+    hub: FakeHub, store: HubStore, checkpoint: Path, facts: dict[str, FileFacts], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    store.publish(checkpoint, message="first")
+    before = set(tmp_path.iterdir())
+    for commit in ("../../../outside", "/outside", "main", ""):
+        monkeypatch.setattr(Commit, "id", commit)
+        with pytest.raises(StoreError, match="not a commit"):
+            store.fetch("resnet20.mnist", facts)
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "cache"}
+    assert not list(store._cache_dir.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
