@@ -22,16 +22,16 @@ _TABLE_BITS = (8, 4, 2)
 
 
 def _entry_point(name: str) -> _Callable[..., _Any]:
-    def create(*, dataset: str | None = None, pretrained: bool = False, **kwargs: _Any) -> _Any:
+    def create(pretrained: bool = False, *, dataset: str | None = None, **kwargs: _Any) -> _Any:
         return _cnvzoo.create_model(f"{name}.{dataset}" if dataset else name, pretrained=pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"""{_model_spec(name.partition("_w")[0]).summary}.
 
     Args:
+        pretrained: with published weights, in eval mode; they are compared with their sha256 before they are read.
         dataset: cifar10, cifar100, mnist or fashion_mnist: whose classes and channels the model has, and whose
             weights, if they are wanted.
-        pretrained: with published weights, in eval mode; they are compared with their sha256 before they are read.
         **kwargs: as for `cnvzoo.create_model`: num_classes, in_chans, w_bits, a_bits, hub.
 
     Returns:

@@ -97,8 +97,8 @@ def make_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
         sha256 = sha256_of(weights)
         facts = CheckpointFacts(
             name=f"{tag}.{dataset}", model={"name": model, **arguments}, dataset=dataset, classes=list(info.classes),
-            preprocessing=preprocessing_of(model, dataset).to_dict(), **counts,
-            results=[SeedResult(**counts, weights_sha256=sha256)], weights_sha256=sha256,
+            preprocessing=preprocessing_of(model, dataset).to_dict(),
+            **counts, results=[SeedResult(**counts, weights_sha256=sha256)], weights_sha256=sha256,
             recipe={}, versions={}, device={}, commit=None,
         )  # fmt: skip
         write_checkpoint(hub / facts.name, facts, weights)

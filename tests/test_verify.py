@@ -129,7 +129,7 @@ def test_the_others_are_verified_all_the_same(published) -> None:
 
 
 def test_a_published_checkpoint(real_data) -> None:
-    (result,) = cnvzoo.verify(["quant_cnv_w2a2.mnist"], hub=ROOT / "hub", data_root=real_data("mnist"))
+    (result,) = cnvzoo.verify(["cnv.mnist"], hub=ROOT / "hub", data_root=real_data("mnist"))
     assert result.problem is None
     assert result.found is not None
     assert result.found > 9900

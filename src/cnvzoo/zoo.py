@@ -79,7 +79,9 @@ def create_model(
     wanted = parsed.bits | {key: value for key, value in given.items() if value is not None}
     if clash := [key for key, bits in parsed.bits.items() if wanted[key] != bits]:
         raise ModelError(f"{name} and {clash[0]}={wanted[clash[0]]}: leave {clash[0]} out, or the bits in the name")
-    if pretrained is False:
+    if not isinstance(pretrained, (bool, str)):
+        raise ModelError(f"pretrained={pretrained!r}: True, or the name of a dataset; load_checkpoint takes folders")
+    if not pretrained:
         info = dataset_info(parsed.dataset) if parsed.dataset else None
         shapes = {"num_classes": info.num_classes, "in_chans": info.in_chans} if info else {}
         return build_model(parsed.model, **(shapes | wanted))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cnvzoo.data import Augmentation
-from cnvzoo.data.augment import cutmix_, cutmix_box, cutout_, mixed_targets, mixup
+from cnvzoo.data.augment import cutmix_box, cutout_, mix, mixed_targets
 
 
 @pytest.mark.parametrize("side", [1, 2, 5, 8])
@@ -26,20 +26,22 @@ def test_cutout_fills_the_square_and_nothing_else(side: int, chans: int) -> None
     assert torch.equal(cutout_(images.clone(), rows, cols, side, fill), expected)
 
 
+NO_BOX = torch.zeros(4)
+
+
 def test_mixup_is_the_convex_combination() -> None:
     x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
     partner = torch.tensor([3, 0, 5, 1, 4, 2])
-    out = mixup(x, partner, 0.3)
+    out = mix(x, partner, torch.tensor(0.3), NO_BOX)
     torch.testing.assert_close(out, 0.3 * x + 0.7 * x[partner])
     assert out.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(mixup(x, partner, 1.0), x)
-    assert torch.equal(mixup(x, partner, 0.0), x[partner])
+    assert torch.equal(mix(x, partner, torch.tensor(1.0), NO_BOX), x)
+    assert torch.equal(mix(x, partner, torch.tensor(0.0), NO_BOX), x[partner])
 
 
 def test_cutmix_pastes_the_partners_box() -> None:
     x = torch.arange(5.0)[:, None, None, None].expand(5, 1, 8, 8).clone()
-    out, share = cutmix_(x, torch.tensor([1, 2, 3, 4, 0]), (2, 6, 0, 3))
-    assert share == 1 - 12 / 64
+    out = mix(x, torch.tensor([1, 2, 3, 4, 0]), torch.tensor(1.0), torch.tensor([2.0, 6.0, 0.0, 3.0]))
     for i in range(5):
         assert (out[i, 0, 2:6, :3] == (i + 1) % 5).all()
         assert (out[i] == i).sum() == 64 - 12
@@ -67,7 +69,7 @@ def test_cutmix_box_lies_in_the_image_and_has_the_area_asked_for(size: int, lam:
 
 def test_mixed_targets_share_the_probability() -> None:
     labels, partner = torch.tensor([0, 2, 2, 1]), torch.tensor([1, 2, 0, 3])
-    targets = mixed_targets(labels, partner, 0.75, 4)
+    targets = mixed_targets(labels, partner, torch.tensor(0.75), 4)
     assert targets.dtype == torch.float32
     expected = [[0.75, 0, 0.25, 0], [0, 0, 1, 0], [0.25, 0, 0.75, 0], [0, 1, 0, 0]]
     assert torch.equal(targets, torch.tensor(expected))

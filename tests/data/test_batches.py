@@ -44,14 +44,14 @@ def as_uint8(x: Tensor) -> Tensor:
 def test_crop_and_flip_equal_torchvision(padding: int, flip: bool) -> None:
     images = noise(40)
     batches = make(images, augmentation=Augmentation(crop_padding=padding, flip=flip))
-    plan = batches._draw(2)
+    plan = batches.plan(2)
     flips = 0
     for step, (x, labels) in enumerate(batches.epoch(2)):
-        for i, source in enumerate(plan.image[step].tolist()):
+        for i, (source, row, col, flip, *_) in enumerate(plan.rows[step].T.tolist()):
             planar = images[source].permute(2, 0, 1)
             padded = F.pad(planar, [padding] * 4, padding_mode="reflect") if padding else planar
-            expected = F.crop(padded, int(plan.row[step, i]), int(plan.col[step, i]), 32, 32)
-            if plan.flip[step, i]:
+            expected = F.crop(padded, row, col, 32, 32)
+            if flip:
                 expected = F.horizontal_flip(expected)
                 flips += 1
             assert torch.equal(as_uint8(x[i]), expected)
@@ -67,8 +67,8 @@ def test_offsets_and_flips_are_uniform() -> None:
         augmentation=Augmentation(crop_padding=2, flip=True),
         batch_size=64,
     )
-    plan = batches._draw(0)
-    cells = torch.bincount((plan.row * 5 + plan.col).flatten() * 2 + plan.flip.flatten(), minlength=50).double()
+    _, row, col, flip, *_ = batches.plan(0).rows.unbind(1)
+    cells = torch.bincount((row * 5 + col).flatten() * 2 + flip.flatten(), minlength=50).double()
     expected = 4096 / 50
     assert abs(((cells - expected) ** 2 / expected).sum() - 49) < 4 * 98**0.5
 
@@ -184,14 +184,19 @@ def test_each_batch_is_mixed_one_way_when_both_are_on() -> None:
         augmentation=augmentation,
         batch_size=2,
     )
-    mix = batches._draw(0).mix
-    cut = [m.lam for m in mix if m.box is not None]
-    mixed = torch.tensor([m.lam for m in mix if m.box is None], dtype=torch.float64)
-    assert abs(len(cut) - 256) < 4 * 128**0.5
+    mixing = batches.plan(0).mix
+    assert mixing is not None
+    mixing = mixing.double()
+    cut = mixing[:, 0] == 1
+    assert abs(int(cut.sum()) - 256) < 4 * 128**0.5
+    lam, top, bottom, left, right, share = mixing[~cut].T
     # Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)); four standard errors.
-    assert abs(float(mixed.mean()) - 0.5) < 4 * (1 / 5.6 / len(mixed)) ** 0.5
-    assert abs(float(mixed.var()) - 1 / 5.6) < 0.03
-    assert abs(float(torch.tensor(cut).var()) - 1 / 12) < 0.03
+    assert abs(float(lam.mean()) - 0.5) < 4 * (1 / 5.6 / len(lam)) ** 0.5
+    assert abs(float(lam.var()) - 1 / 5.6) < 0.03
+    assert torch.equal(share, lam)
+    assert not torch.stack([top, bottom, left, right]).any()
+    _, top, bottom, left, right, share = mixing[cut].T
+    torch.testing.assert_close(share, 1 - (bottom - top) * (right - left) / 64)
 
 
 def collect(batches: TrainBatches, epoch: int, start: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -265,10 +270,10 @@ class HostReads(TorchDispatchMode):
 
 def test_no_batch_waits_for_the_host() -> None:
     batches = make(noise(64), augmentation=EVERYTHING, batch_size=32)
-    plan = batches._draw(0)
+    plan = batches.plan(0)
     with HostReads() as reads:
         for step in range(batches.steps_per_epoch):
-            batches._batch(plan, step)
+            batches.make(plan, step)
     assert reads.found == []
     assert reads.operations > 100
 

@@ -139,9 +139,9 @@ def test_sorting_ties_no_operation_to_an_image() -> None:
     )
     table = torch.zeros(n, 14, dtype=torch.float64)
     for epoch in range(epochs):
-        plan = batches._draw(epoch)
+        plan = batches.plan(epoch)
         assert plan.trivial is not None
-        for images, counts in zip(plan.image, plan.trivial[1], strict=True):
+        for images, counts in zip(plan.rows[:, 0], plan.trivial[1], strict=True):
             operations = torch.arange(14).repeat_interleave(torch.tensor(counts))
             table.index_put_((images, operations), torch.ones(14, dtype=torch.float64), accumulate=True)
     expected = epochs / 14

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cnvzoo.models import fake_quant
+from cnvzoo.models import compiled, fake_quant
 from cnvzoo.models.fake_quant import IntRange, fake_quantize, least_squares_scale
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -38,7 +38,7 @@ BINARY = (1, True)
 pytestmark = pytest.mark.filterwarnings("ignore:.*TorchScript.*:DeprecationWarning")
 examples = settings(max_examples=60, deadline=None)
 needs_compiler = pytest.mark.skipif(
-    not fake_quant.compiles(torch.device("cpu")), reason="no C++ compiler here, so there is no compiled path to test"
+    not compiled.compiles(torch.device("cpu")), reason="no C++ compiler here, so there is no compiled path to test"
 )
 COMPILED = pytest.mark.parametrize(
     ("dtype", "per_channel", "kinds"),
@@ -53,7 +53,7 @@ COMPILED = pytest.mark.parametrize(
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake_quant, "compiles", lambda device: False)
+    monkeypatch.setattr(compiled, "compiles", lambda device: False)
 
 
 class ScaleIs(nn.Module):
@@ -173,13 +173,13 @@ def test_compiled_and_plain_paths_agree_bit_for_bit(
     @given(cases(dtype, per_channel, kinds, LARGE))
     def check_both(case: Case) -> None:
         ints = IntRange.of(case.bits, signed=case.signed)
-        compiled = run(lambda x, s: fake_quantize(x, s, ints), case)
+        fast = run(lambda x, s: fake_quantize(x, s, ints), case)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fake_quant, "compiles", lambda device: False)
+            patch.setattr(compiled, "compiles", lambda device: False)
             plain = run(lambda x, s: fake_quantize(x, s, ints), case)
-        assert torch.equal(compiled[0], plain[0])
-        assert torch.equal(compiled[1], plain[1])
-        torch.testing.assert_close(compiled[2], plain[2], rtol=1e-4, atol=1e-4 * float(plain[2].abs().max()))
+        assert torch.equal(fast[0], plain[0])
+        assert torch.equal(fast[1], plain[1])
+        torch.testing.assert_close(fast[2], plain[2], rtol=1e-4, atol=1e-4 * float(plain[2].abs().max()))
 
     check_both()
 

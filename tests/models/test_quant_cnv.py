@@ -12,7 +12,7 @@ from brevitas.nn import QuantConv2d, QuantLinear, QuantReLU
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cnvzoo.models import build_model, fake_quant
+from cnvzoo.models import build_model, compiled
 
 EVERY_WIDTH = pytest.mark.parametrize(("w_bits", "a_bits"), [*((b, b) for b in range(1, 9)), (1, 8), (8, 1)])
 
@@ -20,7 +20,7 @@ EVERY_WIDTH = pytest.mark.parametrize(("w_bits", "a_bits"), [*((b, b) for b in r
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantizers in plain operations: compiling them for every width would take minutes."""
-    monkeypatch.setattr(fake_quant, "compiles", lambda device: False)
+    monkeypatch.setattr(compiled, "compiles", lambda device: False)
 
 
 def fresh(seed: int = 0, **arguments: Any) -> nn.Module:
@@ -180,6 +180,21 @@ def test_a_scale_below_zero_is_used_as_a_positive_one() -> None:
     assert outputs[0].min() >= 0
 
 
+def test_a_scale_below_zero_finds_its_way_back() -> None:
+    """Without a gradient, a channel whose scale fell below zero would be dead for the rest of the run."""
+    model = fresh(w_bits=3, a_bits=3)
+    name, layer = quantized_layers(model)[0][1]
+    scale = dict(model.named_parameters())[f"{name}.weight_quant.tensor_quant.scale"]
+    with torch.no_grad():
+        scale[5] = -0.5
+    # wanted: more of what the weights of channel 5 point to, so a larger scale
+    (layer.weight_quant(layer.weight) * layer.weight.detach()).sum().neg().backward()
+    assert scale.grad is not None
+    assert scale.grad[5] < 0
+    torch.optim.SGD([scale], lr=1e4).step()
+    assert scale[5] > 0
+
+
 def test_gradient_of_a_weight_scale_is_that_of_lsq() -> None:
     """Esser et al. 2020, section 2.2: the plain one over sqrt(values that share the scale * largest integer)."""
     model = fresh(w_bits=4, a_bits=4).eval()
@@ -194,12 +209,12 @@ def test_gradient_of_a_weight_scale_is_that_of_lsq() -> None:
     torch.testing.assert_close(gradient.double(), plain / (weight[0].numel() * 7) ** 0.5, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.skipif(not fake_quant.compiles(torch.device("cpu")), reason="no C++ compiler here to compile with")
-def test_compiled_quantizers_give_the_same_step() -> None:
+@pytest.mark.skipif(not compiled.compiles(torch.device("cpu")), reason="no C++ compiler here to compile with")
+def test_compiled_loops_give_the_same_step() -> None:
     steps = []
     for compiles in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fake_quant, "compiles", lambda device, compiles=compiles: compiles)
+            patch.setattr(compiled, "compiles", lambda device, compiles=compiles: compiles)
             model = fresh(w_bits=4, a_bits=4)
             logits = model(images())
             F.cross_entropy(logits, torch.arange(4)).backward()
@@ -212,7 +227,7 @@ def test_compiled_quantizers_give_the_same_step() -> None:
         )
 
 
-@pytest.mark.skipif(not fake_quant.compiles(torch.device("cpu")), reason="no C++ compiler here to compile with")
+@pytest.mark.skipif(not compiled.compiles(torch.device("cpu")), reason="no C++ compiler here to compile with")
 def test_torch_compile() -> None:
     model = fresh(w_bits=4, a_bits=4).eval()
     with torch.no_grad():
@@ -225,9 +240,9 @@ def test_torch_compile() -> None:
 
 def test_torch_compile_gives_the_same_gradients(plain: None) -> None:
     gradients = []
-    for compiled in (False, True):
+    for traced in (False, True):
         model = fresh(w_bits=4, a_bits=4)
-        forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager") if traced else model
         F.cross_entropy(forward(images()), torch.arange(4)).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
     for name, expected in gradients[0].items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from cnvzoo.data import Augmentation, Preprocessing, TrainBatches
 from cnvzoo.train import Trainer, count_correct, evaluation
+from cnvzoo.train.steps import CapturedSteps
 from cnvzoo.train.trainer import WeightAverage
 
 SMALL = Preprocessing(8, (0.0,), (1.0,))
@@ -73,7 +74,7 @@ def test_the_average_is_the_sum_of_all_weights_seen_with_decaying_shares() -> No
     average = WeightAverage(model, 0.6)
     seen = [floats(model)]
     for step in drift(model, steps):
-        average.update(step)
+        average.update(average.weight(step))
         seen.append(floats(model))
     # by hand: after step k the newest has the share 1 - d(k), with d(k) = (1 + k) / (10 + k) up to the recipe's
     decays = [min(0.6, (1 + step) / (10 + step)) for step in range(1, steps + 1)]
@@ -95,7 +96,7 @@ def test_the_average_forgets_the_initial_weights_within_its_first_steps() -> Non
     with torch.no_grad():
         model.fc.weight.add_(1000)
     for step in range(1, 41):
-        average.update(step)
+        average.update(average.weight(step))
     average.copy_to_model()
     # the product of (1 + k) / (10 + k) for k from 1 to 40 is 10! / (42 * 43 ... 50): a billionth
     assert (1000 - model.fc.weight.mean()).abs() < 0.01
@@ -196,6 +197,59 @@ def test_going_on_from_a_state_takes_the_steps_of_an_uninterrupted_run(stop: int
     for (name, value), other in zip(whole.model.state_dict().items(), second.model.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
     assert [e["loss"] for e in second.history] == [e["loss"] for e in whole.history]
+
+
+def captured_twice(step: Callable[[], None]) -> Callable[[], None]:
+    """In the place of a CUDA graph: takes steps of its own to get ready, then repeats the one that it was given."""
+    step()
+    step()
+    return step
+
+
+@pytest.mark.parametrize(
+    "augmentation", [{}, {"mixup": 0.5, "cutmix": 1.0, "flip": True}, {"trivial_augment": True, "cutmix": 1.0}], ids=str
+)
+@pytest.mark.parametrize(
+    "optimizer",
+    [{"lr": 0.1}, {"name": "adamw", "lr": 0.01}, {"name": "muon", "lr": 0.02, "sgd_lr": 0.1, "weight_decay": 0.0}],
+    ids=lambda o: o.get("name", "sgd"),
+)
+def test_replayed_steps_are_those_taken_one_by_one(optimizer: dict[str, Any], augmentation: dict[str, Any]) -> None:
+    """From the first step, and from a state in the middle of an epoch."""
+    wanted = recipe(batch_size=8, ema=0.9, optimizer=optimizer)
+    data = noise("mnist", train=40)
+    mixed = TrainBatches(
+        data.train_images[:, :8, :8], data.train_labels, num_classes=10, preprocessing=SMALL,
+        augmentation=Augmentation.model_validate(augmentation), batch_size=8, seed=3, device="cpu",
+    )  # fmt: skip
+
+    def new(capture: bool) -> Trainer:
+        torch.manual_seed(0)
+        first, second = nn.Conv2d(1, 4, 3, bias=False), nn.Conv2d(4, 4, 3, bias=False)
+        layers = [first, nn.BatchNorm2d(4), second, nn.Flatten(), nn.Linear(64, 10)]
+        model = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        trainer = Trainer(model, mixed, wanted, 2)
+        if capture:
+            trainer._stepper = CapturedSteps(trainer, captured_twice)
+        return trainer
+
+    with torch.random.fork_rng():
+        one_by_one, replayed, first, second = new(False), new(True), new(True), new(True)
+    train(one_by_one)
+    train(replayed)
+    train(first, 3)
+    tensors, values = first.state()
+    second.load_state({name: tensor.clone() for name, tensor in tensors.items()}, values)
+    train(second)
+    expected = one_by_one.state()
+    for trainer in (replayed, second):
+        found = trainer.state()
+        assert found[0].keys() == expected[0].keys()
+        for name, tensor in expected[0].items():
+            # rates are rounded to float32 on the device, and Muon computes its directions in bfloat16
+            rtol, atol = (2e-2, 2e-3) if optimizer.get("name") == "muon" else (1e-4, 1e-6)
+            torch.testing.assert_close(found[0][name], tensor, rtol=rtol, atol=atol, msg=name)
+        assert [e["lr"] for e in found[1]["history"]] == [e["lr"] for e in expected[1]["history"]]
 
 
 def test_a_trial_of_fewer_epochs_keeps_the_share_of_the_warm_up() -> None:

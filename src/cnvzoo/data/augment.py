@@ -56,15 +56,21 @@ def cutout_(images: Tensor, rows: Tensor, cols: Tensor, side: int, fill: Tensor)
     return images
 
 
-def mixup(x: Tensor, partner: Tensor, lam: float) -> Tensor:
-    """lam * x + (1 - lam) * x[partner] (Zhang et al. 2018, arXiv:1710.09412).
+def mix(x: Tensor, partner: Tensor, lam: Tensor, box: Tensor) -> Tensor:
+    """lam * x + (1 - lam) * x[partner] outside of a box, x[partner] alone inside: mixup and CutMix in one.
+
+    mixup (Zhang et al. 2018, arXiv:1710.09412) has an empty box, CutMix (Yun et al. 2019, arXiv:1905.04899) lam 1.
 
     Args:
         x: float [B, C, S, S].
         partner: int64 [B], a permutation of the batch.
         lam: share of each image itself, 0 to 1.
+        box: [4], rows top to bottom and columns left to right, ends exclusive.
     """
-    return x[partner].lerp_(x, lam)
+    span = torch.arange(x.shape[2], device=x.device)
+    top, bottom, left, right = box
+    inside = ((span >= top) & (span < bottom))[:, None] & ((span >= left) & (span < right))
+    return x[partner].lerp_(x, torch.where(inside, 0.0, lam))
 
 
 def cutmix_box(size: int, lam: float, row: int, col: int) -> tuple[int, int, int, int]:
@@ -76,14 +82,7 @@ def cutmix_box(size: int, lam: float, row: int, col: int) -> tuple[int, int, int
     return max(row - half, 0), min(row + half, size), max(col - half, 0), min(col + half, size)
 
 
-def cutmix_(x: Tensor, partner: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, float]:
-    """Paste a box of x[partner] into x [B, C, S, S], in place; also returns the share that x keeps, by exact area."""
-    top, bottom, left, right = box
-    x[:, :, top:bottom, left:right] = x[:, :, top:bottom, left:right][partner]
-    return x, 1 - (bottom - top) * (right - left) / (x.shape[2] * x.shape[3])
-
-
-def mixed_targets(labels: Tensor, partner: Tensor, lam: float, num_classes: int) -> Tensor:
+def mixed_targets(labels: Tensor, partner: Tensor, lam: Tensor, num_classes: int) -> Tensor:
     """Class probabilities float32 [B, K]: lam on the label, 1 - lam on the partner's."""
     classes = torch.arange(num_classes, device=labels.device)
     return (labels[:, None] == classes) * lam + (labels[partner][:, None] == classes) * (1 - lam)

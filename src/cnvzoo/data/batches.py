@@ -9,38 +9,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cnvzoo.data import trivial_augment
-from cnvzoo.data.augment import Augmentation, cutmix_, cutmix_box, cutout_, mixed_targets, mixup
+from cnvzoo.data.augment import Augmentation, cutmix_box, cutout_, mix, mixed_targets
 from cnvzoo.data.preprocessing import Preprocessing
 
 
-@dataclass(frozen=True)
-class _Mix:
-    """How one batch is mixed; `box` is None for mixup."""
+class BatchPlan(NamedTuple):
+    """The random numbers of an epoch, on the device; `rows` and `mix` have those of step k at index k.
 
-    lam: float
-    box: tuple[int, int, int, int] | None
+    rows:    int64 [steps, 7, B]: image, row and column of the crop, flip, row and column of the cutout, mixing partner
+    mix:     float32 [steps, 6], or None: lam and box of `augment.mix`, then the share of an image's own label
+    trivial: parameters of TrivialAugment [steps, ...], and how many images of each step an operation gets
+    """
 
-
-@dataclass(frozen=True)
-class _Plan:
-    """An epoch's random numbers: tensors [steps, B] on the device, and what the host must know per step."""
-
-    image: Tensor
-    row: Tensor
-    col: Tensor
-    flip: Tensor
+    rows: Tensor
+    mix: Tensor | None
     trivial: tuple[Tensor, list[list[int]]] | None
-    cutout_row: Tensor
-    cutout_col: Tensor
-    partner: Tensor
-    mix: list[_Mix]
 
 
 class TrainBatches:
@@ -112,11 +102,17 @@ class TrainBatches:
         return self._iterate(epoch, start)
 
     def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        plan = self._draw(epoch)
+        plan = self.plan(epoch)
         for step in range(start, self.steps_per_epoch):
-            yield self._batch(plan, step)
+            yield self.make(plan, step)
 
-    def _draw(self, epoch: int) -> _Plan:
+    def make(self, plan: BatchPlan, step: int) -> tuple[Tensor, Tensor]:
+        """The batch of a step, as `epoch` yields it."""
+        trivial = None if plan.trivial is None else (plan.trivial[0][step], plan.trivial[1][step])
+        return self.make_from(plan.rows[step], None if plan.mix is None else plan.mix[step], trivial)
+
+    def plan(self, epoch: int) -> BatchPlan:
+        """Draw the random numbers of an epoch."""
         augmentation, s = self.augmentation, self._size
         shape = (self.steps_per_epoch, self.batch_size)
         g = torch.Generator().manual_seed(_epoch_seed(self.seed, epoch))
@@ -126,54 +122,56 @@ class TrainBatches:
         flip = torch.rand(shape, generator=g) < (0.5 if augmentation.flip else 0.0)
         cutout_row, cutout_col = torch.randint(s, (2, *shape), generator=g)
         partner = torch.rand(shape, generator=g).argsort(dim=1)
-        mix = self._draw_mix(g)
+        mixing = self._draw_mix(g)
         trivial = None
         if augmentation.trivial_augment:
             ops, magnitudes = trivial_augment.draw(shape, g)
             parameters = trivial_augment.parameters(ops, magnitudes, s).to(self.device)
             trivial = parameters, trivial_augment.counts(ops)
-        tensors = (t.to(self.device) for t in (image, row, col, flip, cutout_row, cutout_col, partner))
-        image, row, col, flip, cutout_row, cutout_col, partner = tensors
-        return _Plan(image, row, col, flip, trivial, cutout_row, cutout_col, partner, mix)
+        rows = torch.stack([image, row, col, flip, cutout_row, cutout_col, partner], dim=1)
+        return BatchPlan(rows.to(self.device), None if mixing is None else mixing.to(self.device), trivial)
 
-    def _draw_mix(self, g: torch.Generator) -> list[_Mix]:
+    def _draw_mix(self, g: torch.Generator) -> Tensor | None:
         mixup_alpha, cutmix_alpha, steps = self.augmentation.mixup, self.augmentation.cutmix, self.steps_per_epoch
         if not self.augmentation.mixes:
-            return []
+            return None
         # torch's Beta takes no generator, so NumPy's is seeded from ours.
         beta = np.random.default_rng(int(torch.randint(2**62, (), generator=g))).beta
-        share = 0.5 if mixup_alpha and cutmix_alpha else float(cutmix_alpha > 0)
-        use_cutmix = (torch.rand(steps, generator=g) < share).tolist()
+        probability = 0.5 if mixup_alpha and cutmix_alpha else float(cutmix_alpha > 0)
+        use_cutmix = (torch.rand(steps, generator=g) < probability).tolist()
         centres = torch.randint(self._size, (steps, 2), generator=g).tolist()
-        mix = []
+        mixing = []
         for cut, (row, col) in zip(use_cutmix, centres, strict=True):
             alpha = cutmix_alpha if cut else mixup_alpha
             lam = float(beta(alpha, alpha))
-            mix.append(_Mix(lam, cutmix_box(self._size, lam, row, col) if cut else None))
-        return mix
+            if cut:
+                top, bottom, left, right = cutmix_box(self._size, lam, row, col)
+                share = 1 - (bottom - top) * (right - left) / self._size**2
+                mixing.append((1.0, top, bottom, left, right, share))
+            else:
+                mixing.append((lam, 0, 0, 0, 0, lam))
+        return torch.tensor(mixing, dtype=torch.float32)
 
-    def _batch(self, plan: _Plan, step: int) -> tuple[Tensor, Tensor]:
+    def make_from(
+        self, rows: Tensor, mixing: Tensor | None = None, trivial: tuple[Tensor, list[int]] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The batch of one step of a plan; without TrivialAugment, a function of what lies on the device alone."""
         augmentation, s = self.augmentation, self._size
-        image = plan.image[step]
-        column = torch.where(plan.flip[step][:, None], self._span.flip(0), self._span)
-        rows = self._reflect[plan.row[step][:, None] + self._span]
-        cols = self._reflect[plan.col[step][:, None] + column]
-        index = ((image[:, None] * s + rows) * s)[:, :, None] + cols[:, None, :]
+        image, row, col, flip, cutout_row, cutout_col, partner = rows
+        column = torch.where(flip.bool()[:, None], self._span.flip(0), self._span)
+        r = self._reflect[row[:, None] + self._span]
+        q = self._reflect[col[:, None] + column]
+        index = ((image[:, None] * s + r) * s)[:, :, None] + q[:, None, :]
         images = self._pixels.index_select(0, index.view(-1)).view(len(image), s, s, -1)
-        if plan.trivial is not None:
-            parameters, counts = plan.trivial
-            trivial_augment.apply_(images, parameters[step], counts[step])
+        if trivial is not None:
+            trivial_augment.apply_(images, *trivial)
         if self._mean_colour is not None:
-            cutout_(images, plan.cutout_row[step], plan.cutout_col[step], augmentation.cutout, self._mean_colour)
+            cutout_(images, cutout_row, cutout_col, augmentation.cutout, self._mean_colour)
         x, labels = self.preprocessing(images), self._labels[image]
-        if not plan.mix:
+        if mixing is None:
             return x, labels
-        partner, mix = plan.partner[step], plan.mix[step]
-        if mix.box is None:
-            x, lam = mixup(x, partner, mix.lam), mix.lam
-        else:
-            x, lam = cutmix_(x, partner, mix.box)
-        return x, mixed_targets(labels, partner, lam, self.num_classes)
+        x = mix(x, partner, mixing[0], mixing[1:5])
+        return x, mixed_targets(labels, partner, mixing[5], self.num_classes)
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

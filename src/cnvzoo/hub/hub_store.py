@@ -191,7 +191,7 @@ class HubStore:
             if not differing:
                 return head.commit
             size = sum(len(files[name]) for name in differing)
-            bar = tqdm(total=size, desc=repo, unit="B", unit_scale=True, delay=2, disable=None)
+            bar = tqdm(total=size, desc=repo, unit="B", unit_scale=True, delay=2, leave=False, disable=None)
             # file objects, because bytes and paths go through Xet, which only the Hub itself has
             additions = [CommitOperationAdd(name, _Watched(files[name], bar)) for name in differing]
             with bar, _patient_session(self._patience.write_timeout):

@@ -14,9 +14,6 @@ which is the gradient of LSQ (Esser et al. 2020, arXiv:1902.08153, equation 3). 
 from __future__ import annotations
 
 import functools
-import os
-import shutil
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# values of a tensor; below a few thousand, the compiler would also make another variant with other bits
-WORTH_COMPILING = 1 << 14
+from .compiled import compiled_for, runs_compiled
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,8 @@ class IntRange:
         return (r >= self.low) & (r <= self.high)
 
 
-def _forward(x: Tensor, scale: Tensor, ints: IntRange) -> Tensor:
-    return (ints.round(x.float() / scale) * scale).to(x.dtype)
+def _forward(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype) -> Tensor:
+    return (ints.round(x.float() / scale) * scale).to(dtype)
 
 
 def _backward(x: Tensor, scale: Tensor, grad: Tensor, ints: IntRange) -> tuple[Tensor, Tensor]:
@@ -71,41 +67,27 @@ def _backward(x: Tensor, scale: Tensor, grad: Tensor, ints: IntRange) -> tuple[T
     v = x.float() / scale
     passes = ints.passes(v)
     per_value = grad.float() * (ints.round(v) - torch.where(passes, v, 0.0))
-    return torch.where(passes, grad, 0.0), per_value.sum_to_size(scale.shape)
-
-
-def compiles(device: torch.device) -> bool:
-    """Whether training on `device` runs the two functions above compiled, one loop each, for all but small tensors."""
-    compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    return device.type == "cpu" and any(map(shutil.which, compilers))
+    return torch.where(passes, grad, 0.0).to(x.dtype), per_value.sum_to_size(scale.shape)
 
 
 @functools.cache
 def _kernels(
-    ints: IntRange, dtype: torch.dtype, one_row: bool, compiled: bool
+    ints: IntRange, dtype: torch.dtype, to: torch.dtype, one_row: bool, compiled: bool
 ) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
-    """The two functions for x of `dtype` [rows, values], compiled for any number of rows (but 1) and of values.
-
-    Bits must not depend on what the process did before: each variant has a code object, and so a cache of the
-    compiler, of its own, and is compiled here for a given shape rather than for the one that comes first.
-    """
+    """The two functions for x of `dtype` [rows, values], compiled for any number of rows (but 1) and of values."""
     if not compiled:
         return _forward, _backward
-    forward, backward = (torch.compile(_with_own_code(f), dynamic=True) for f in (_forward, _backward))
     x = torch.ones((1, 1 << 20) if one_row else (96, 2400), dtype=dtype)
     scale = torch.ones(len(x), 1)
-    backward(x, scale, forward(x, scale, ints), ints)
-    return forward, backward
+    return compiled_for(_forward, x, scale, ints, to), compiled_for(
+        _backward, x, scale, torch.ones_like(x, dtype=to), ints
+    )
 
 
-def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    code = function.__code__
-    return types.FunctionType(code.replace(co_name=f"fake_quantize{function.__name__}"), function.__globals__)
-
-
-def _kernels_for(x: Tensor, scale: Tensor, ints: IntRange) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    compiled = compiles(x.device) and x.numel() >= WORTH_COMPILING
-    return _kernels(ints, x.dtype, scale.numel() == 1, compiled)
+def _kernels_for(
+    x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return _kernels(ints, x.dtype, dtype, scale.numel() == 1, runs_compiled(x))
 
 
 def _as_rows(x: Tensor, rows: int, like: Tensor) -> Tensor:
@@ -117,60 +99,62 @@ def _as_rows(x: Tensor, rows: int, like: Tensor) -> Tensor:
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, ints: IntRange) -> Tensor:
+    def forward(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype) -> Tensor:
         x, scale, rows = x.detach(), scale.detach(), scale.numel()
         with torch.autocast(x.device.type, enabled=False):  # the compiler tells its code apart by that too
-            forward, _ = _kernels_for(x, scale, ints)
-            out = forward(_as_rows(x, rows, x), scale.view(rows, 1), ints)
+            forward, _ = _kernels_for(x, scale, ints, dtype)
+            out = forward(_as_rows(x, rows, x), scale.view(rows, 1), ints, dtype)
         return out.as_strided(x.shape, x.stride())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, ctx.ints = inputs
+        x, scale, ctx.ints, ctx.dtype = inputs
         ctx.save_for_backward(x, scale)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, scale = (t.detach() for t in ctx.saved_tensors)
         rows = scale.numel()
         with torch.autocast(x.device.type, enabled=False):
-            _, backward = _kernels_for(x, scale, ctx.ints)
+            _, backward = _kernels_for(x, scale, ctx.ints, ctx.dtype)
             grad_x, grad_scale = backward(
                 _as_rows(x, rows, x), scale.view(rows, 1), _as_rows(grads[0], rows, x), ctx.ints
             )
-        return grad_x.as_strided(x.shape, x.stride()), grad_scale.view(scale.shape), None
+        return grad_x.as_strided(x.shape, x.stride()), grad_scale.view(scale.shape), None, None
 
 
 class _Composed(torch.autograd.Function):
     """The same in plain operations, for torch.compile and torch.export, which fuse what they trace."""
 
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, ints: IntRange) -> Tensor:
-        return _forward(x, scale, ints)
+    def forward(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype) -> Tensor:
+        return _forward(x, scale, ints, dtype)
 
     setup_context = _FakeQuantize.setup_context
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, scale = ctx.saved_tensors
-        return *_backward(x, scale, grads[0], ctx.ints), None
+        return *_backward(x, scale, grads[0], ctx.ints), None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, ints: IntRange) -> Tensor:
-    """Round x to multiples of scale inside the range of `ints`; same shape, dtype and layout as x.
+def fake_quantize(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype | None = None) -> Tensor:
+    """Round x to multiples of scale inside the range of `ints`; same shape and layout as x.
 
     Args:
         x: any shape, floating point; the arithmetic is float32 whatever its dtype.
         scale: float32, positive: a scalar, or one value per index of x's first dimension, `[channels, 1, ...]`.
         ints: the integers that the result may take, times scale.
+        dtype: of the result, which is rounded to it; x's by default.
     """
+    dtype = dtype or x.dtype
     if torch.compiler.is_compiling():
-        return _Composed.apply(x, scale, ints)  # type: ignore[no-any-return]
+        return _Composed.apply(x, scale, ints, dtype)  # type: ignore[no-any-return]
     if torch.is_grad_enabled():
         if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
             x = x.contiguous()
-        return _FakeQuantize.apply(x, scale, ints)  # type: ignore[no-any-return]
-    return _forward(x, scale, ints)
+        return _FakeQuantize.apply(x, scale, ints, dtype)  # type: ignore[no-any-return]
+    return _forward(x, scale, ints, dtype)
 
 
 def least_squares_scale(x: Tensor, ints: IntRange, steps: int = 20) -> Tensor:

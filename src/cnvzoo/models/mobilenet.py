@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from .initialization import skips_initialization
+from .norm_act import NormActSequential
 from .registry import register_model
 
 # (output channels, stride) of each depthwise-separable block
 _BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
 
 
-def _conv_norm_relu(in_channels: int, out_channels: int, kernel: int, stride: int, groups: int = 1) -> nn.Sequential:
-    return nn.Sequential(
+def _conv_norm_relu(in_channels: int, out_channels: int, kernel: int, stride: int, groups: int = 1) -> nn.Module:
+    return NormActSequential(
         nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),

@@ -17,13 +17,27 @@ from brevitas.nn.quant_layer import QuantNonLinearActLayer
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
 from torch import Tensor, nn
 
-from .cnv import init_weight
+from .cnv import FullFieldMatmul, init_weight
 from .fake_quant import IntRange, fake_quantize, least_squares_scale
 from .initialization import skips_initialization
+from .norm_act import QuantizedActivation
 
 INPUT_SCALE = 1 / 255
 _SCALE_FLOOR = 1e-8
-_NORMAL_SAMPLES = 512
+_NORMAL_SAMPLES = 1 << 14
+
+
+class _PositiveScale(torch.autograd.Function):
+    """A scale, at least the floor, with `gain` times its gradient: one below the floor must find its way back."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, gain: float) -> Tensor:
+        ctx.gain = gain
+        return scale.clamp_min(_SCALE_FLOOR)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.gain, None
 
 
 class IntQuantizer(nn.Module):
@@ -60,7 +74,9 @@ class IntQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scale = self.positive_scale(x)
-        return fake_quantize(x, scale, self.ints), scale, self.zero_point, self.bit_width  # type: ignore[return-value]
+        # autocast would make the same of weights, in a pass of its own
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return fake_quantize(x, scale, self.ints, dtype), scale, self.zero_point, self.bit_width  # type: ignore[return-value]
 
     def effective_scale(self) -> Tensor:
         """The scale that values are divided by, exactly: what was learned, or the floor where that is below it."""
@@ -75,9 +91,7 @@ class IntQuantizer(nn.Module):
         if not self.learned:
             return self.scale
         values = x.numel() // (self.scale.numel() if self.signed else x.shape[0])
-        gain = 1 / math.sqrt(values * self.ints.high)
-        slowed = self.scale * gain
-        return self.effective_scale().detach() + (slowed - slowed.detach())
+        return _PositiveScale.apply(self.scale, 1 / math.sqrt(values * self.ints.high))  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
@@ -108,7 +122,7 @@ class _ClampedReLU(nn.ReLU):
         return super().forward(input) if torch.onnx.is_in_onnx_export() else input
 
 
-class _ClampedQuantReLU(QuantReLU):
+class _ClampedQuantReLU(QuantReLU, QuantizedActivation):
     """QuantReLU on a `_ClampedReLU`; handed over here because Brevitas makes the activation anew at every load."""
 
     def __init__(self, act_quant: type) -> None:
@@ -120,6 +134,14 @@ class _ClampedQuantReLU(QuantReLU):
             act_quant=act_quant,  # type: ignore[arg-type]
             return_quant_tensor=False,
         )
+
+    @property
+    def activation_quantizer(self) -> IntQuantizer:  # type: ignore[override]
+        return quantizer_of(self)
+
+
+class _QuantConv(FullFieldMatmul, QuantConv2d):
+    """Brevitas' convolution, trained as fast as the float one."""
 
 
 class QuantLayers:
@@ -142,7 +164,7 @@ class QuantLayers:
         bits = self.first_w_bits if first else self.w_bits
         quantizer = IntQuantizer(bits, signed=True, scale_shape=(out_channels, 1, 1, 1))
         return _fit_weights(
-            QuantConv2d(in_channels, out_channels, 3, bias=False, weight_quant=_weights(quantizer)), quantizer
+            _QuantConv(in_channels, out_channels, 3, bias=False, weight_quant=_weights(quantizer)), quantizer
         )
 
     def linear(self, in_features: int, out_features: int, *, last: bool) -> nn.Module:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .initialization import skips_initialization
+from .norm_act import NormActSequential, norm_act
 from .registry import register_model
 
 
@@ -28,13 +29,13 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
+            self.shortcut = NormActSequential(
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.norm1(self.conv1(x)))
-        return self.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+        y = norm_act(self.conv1(x), self.norm1, self.relu)
+        return norm_act(self.conv2(y), self.norm2, self.relu, residual=self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -67,7 +68,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, in_chans, H, W] to logits [N, num_classes]."""
-        x = self.stages(self.relu(self.norm(self.conv(x))))
+        x = self.stages(norm_act(self.conv(x), self.norm, self.relu))
         return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
 
 

@@ -28,10 +28,10 @@ def build_optimizers(model: nn.Module, config: Optimizer) -> list[torch.optim.Op
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     ids = {id(w) for w in weights}
     rest = [p for p in model.parameters() if id(p) not in ids]
-    sgd: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.momentum > 0, "foreach": True}
+    sgd: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.momentum > 0, "fused": True}
     if config.name == "adamw":
         groups = [_group(weights, config.lr, config.weight_decay), _group(rest, config.lr, 0.0)]
-        return [torch.optim.AdamW(groups, foreach=True)]
+        return [torch.optim.AdamW(groups, fused=True, capturable=weights[0].is_cuda)]
     if config.name == "sgd":
         groups = [_group(weights, config.lr, config.weight_decay), _group(rest, config.lr, 0.0)]
         return [torch.optim.SGD(groups, **sgd)]
@@ -78,7 +78,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
             updates = torch._foreach_lerp(grads, buffers, group["momentum"])
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, orthogonalize(updates), alpha=-group["lr"])
+            directions = orthogonalize(updates)
+            torch._foreach_mul_(directions, group["lr"])
+            torch._foreach_sub_(params, directions)
 
 
 def orthogonalize(updates: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:

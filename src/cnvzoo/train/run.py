@@ -27,7 +27,7 @@ from torch import nn
 from cnvzoo.data import Dataset, Preprocessing, TrainBatches, dataset_info, load_dataset
 from cnvzoo.files import replacing, sha256_of
 from cnvzoo.models import build_model, model_spec
-from cnvzoo.models.fake_quant import compiles
+from cnvzoo.models.compiled import compiles
 
 from .commit import current_commit
 from .device import describe_device, deterministic, keep_freed_memory, resolve_device

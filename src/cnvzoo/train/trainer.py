@@ -19,6 +19,7 @@ from cnvzoo.errors import CnvzooError
 from .optimizers import build_optimizers
 from .recipe import Recipe
 from .schedule import lr_factor
+from .steps import CapturedSteps, Steps
 
 
 class TrainingDiverged(CnvzooError):
@@ -33,11 +34,14 @@ class WeightAverage:
         self._live = [t for t in model.state_dict(keep_vars=True).values() if t.is_floating_point()]
         self.average = [t.detach().clone() for t in self._live]
 
+    def weight(self, step: int) -> float:
+        """Of the live weights after `step` steps: the average of the first must not remember the initial ones."""
+        return 1 - min(self._decay, (1 + step) / (10 + step))
+
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        # the average of the first steps must not remember the initial weights
-        decay = min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.average, [t.detach() for t in self._live], 1 - decay)
+    def update(self, weight: float | Tensor) -> None:
+        live = [t.detach() for t in self._live]
+        torch._foreach_lerp_(self.average, live, [weight] * len(live) if isinstance(weight, Tensor) else weight)
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
@@ -68,60 +72,69 @@ class Trainer:
         self.optimizers = build_optimizers(model, recipe.optimizer)
         self.average = WeightAverage(model, recipe.ema) if recipe.ema else None
         self.device = next(model.parameters()).device
+        # on a GPU the compiler fuses what lies between convolutions; on a CPU the models have their own loops for it
+        self._forward = torch.compile(model, fullgraph=True) if self.device.type == "cuda" else model
         self.step = 0
         self.history: list[dict[str, float]] = []
         self._loss_sum = torch.zeros((), device=self.device)
         self._epoch_seconds = 0.0
+        stepper = CapturedSteps if self.device.type == "cuda" else Steps
+        self._stepper: Steps = stepper(self)
 
     def train(self, should_stop: Callable[[], bool], after_step: Callable[[Trainer], None]) -> None:
         """Take the remaining steps, or those until `should_stop()`; call `after_step(self)` after each."""
         self.model.train()
-        while self.step < self.total_steps:
-            epoch, first = divmod(self.step, self.steps_per_epoch)
+        while self.step < self.total_steps and not should_stop():
             began = time.monotonic()
-            for images, targets in self.batches.epoch(epoch, start=first):
-                if should_stop():
-                    return
-                self._take_step(images, targets)
-                now = time.monotonic()
-                self._epoch_seconds += now - began
-                began = now
-                if self.step % self.steps_per_epoch == 0:
-                    self._end_epoch(epoch)
-                after_step(self)
+            self.take_step()
+            self._epoch_seconds += time.monotonic() - began
+            if self.step % self.steps_per_epoch == 0:
+                self._end_epoch()
+            after_step(self)
+
+    def take_step(self) -> None:
+        """Take the next step, and do nothing else."""
+        self._stepper.take(*divmod(self.step, self.steps_per_epoch))
+        self.step += 1
 
     def finish(self) -> None:
         """Leave the weights that count in the model: the averaged ones if the recipe averages."""
         if self.average:
             self.average.copy_to_model()
 
-    def _take_step(self, images: Tensor, targets: Tensor) -> None:
-        factor = lr_factor(self.schedule, self.step, self.total_steps, self.steps_per_epoch)
+    def learn(self, images: Tensor, targets: Tensor, average_weight: float | Tensor) -> None:
+        """Move the weights by one batch: work for the device alone, which nothing here waits for."""
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
             optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            logits = self.model(images)
+            logits = self._forward(images)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
-        self.step += 1
         self._loss_sum += loss.detach()
         if self.average:
-            self.average.update(self.step)
+            self.average.update(average_weight)
 
-    def _end_epoch(self, epoch: int) -> None:
-        loss = float(self._loss_sum) / self.steps_per_epoch
+    def scalars(self, step: int) -> tuple[float, float]:
+        """What changes from step to step but is the same for all weights: the factor of the learning rates, and the
+        weight of the live weights in their average."""
+        factor = lr_factor(self.schedule, step, self.total_steps, self.steps_per_epoch)
+        return factor, self.average.weight(step + 1) if self.average else 0.0
+
+    def _end_epoch(self) -> None:
+        began = time.monotonic()
+        loss = float(self._loss_sum) / self.steps_per_epoch  # waits for the device
+        self._epoch_seconds += time.monotonic() - began
+        epoch = self.step // self.steps_per_epoch
         if loss != loss or loss == float("inf"):
             raise TrainingDiverged(
-                f"{self.recipe.name}, seed {self.recipe.seed}: the training loss is {loss} in epoch {epoch + 1}: "
+                f"{self.recipe.name}, seed {self.recipe.seed}: the training loss is {loss} in epoch {epoch}: "
                 f"lower optimizer.lr ({self.recipe.optimizer.lr}) or lengthen schedule.warmup_epochs"
             )
-        lr = self.optimizers[0].param_groups[0]["lr"]
+        lr = self.optimizers[0].param_groups[0]["peak_lr"] * self.scalars(self.step - 1)[0]
         self.history.append(
-            {"epoch": epoch + 1, "loss": round(loss, 6), "lr": lr, "seconds": round(self._epoch_seconds, 2)}
+            {"epoch": epoch, "loss": round(loss, 6), "lr": lr, "seconds": round(self._epoch_seconds, 2)}
         )
         self._loss_sum.zero_()
         self._epoch_seconds = 0.0

@@ -1,0 +1,166 @@
+"""What tutorials do: plain layers, PIL transforms in a DataLoader with workers, and a loop of five lines.
+
+The nets are those of the library, parameter for parameter, in layers of torch.nn and Brevitas as they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from torchvision import transforms
+
+from cnvzoo.data import Dataset
+
+WORKERS = 2
+_CNV = (64, 64, "pool", 128, 128, "pool", 256, 256)
+_MOBILENET = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
+
+
+class _Images(TorchDataset[tuple[Tensor, int]]):
+    """As torchvision.datasets.CIFAR10 does it: an array to a PIL image to a tensor, one by one."""
+
+    def __init__(self, data: Dataset, transform: Any) -> None:
+        self._images, self._labels = data.train_images.numpy(), data.train_labels.tolist()
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(Image.fromarray(self._images[index])), self._labels[index]
+
+
+def loader(data: Dataset, batch_size: int) -> DataLoader[tuple[Tensor, int]]:
+    """Random crop, flip and normalisation, by `WORKERS` processes."""
+    steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    steps.append(transforms.Normalize(data.info.mean, data.info.std))
+    return DataLoader(
+        _Images(data, transforms.Compose(steps)),
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=WORKERS,
+        persistent_workers=True,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def training(
+    model: nn.Module, batches: DataLoader[tuple[Tensor, int]], device: torch.device, *, tuned: bool
+) -> Iterator[None]:
+    """Train for ever, one step for each `next`. `tuned`: bf16 autocast and channels_last."""
+    model = model.to(device).train()
+    if tuned:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    criterion = nn.CrossEntropyLoss()
+    while True:
+        for images, labels in batches:
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            if tuned:
+                images = images.contiguous(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=tuned):
+                loss = criterion(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            yield
+
+
+def build(name: str, bits: int | None, num_classes: int = 10) -> nn.Module:
+    """A net by the library's name for it."""
+    if name == "mobilenet_v1":
+        return _mobilenet(num_classes)
+    if name.startswith("resnet"):
+        return _ResNet(int(name.removeprefix("resnet")) // 6, num_classes)
+    return _cnv(bits, num_classes)
+
+
+def _cnv(bits: int | None, num_classes: int) -> nn.Module:
+    """The float net, or Brevitas' layers with weights and activations of `bits`; first weights have 8."""
+
+    def conv(inputs: int, outputs: int) -> nn.Module:
+        if bits is None:
+            return nn.Conv2d(inputs, outputs, 3, bias=False)
+        from brevitas.nn import QuantConv2d
+
+        return QuantConv2d(inputs, outputs, 3, bias=False, weight_bit_width=8 if inputs == 3 else bits)
+
+    def linear(inputs: int, outputs: int) -> nn.Module:
+        if bits is None:
+            return nn.Linear(inputs, outputs, bias=False)
+        from brevitas.nn import QuantLinear
+
+        return QuantLinear(inputs, outputs, bias=False, weight_bit_width=bits)
+
+    def relu() -> nn.Module:
+        if bits is None:
+            return nn.ReLU()
+        from brevitas.inject.enum import ScalingImplType
+        from brevitas.nn import QuantReLU
+
+        # Brevitas' default gathers percentiles for 300 steps first, which is slower still
+        return QuantReLU(bit_width=bits, scaling_impl_type=ScalingImplType.PARAMETER, scaling_init=6.0)
+
+    layers: list[nn.Module] = []
+    if bits is not None:
+        from brevitas.nn import QuantIdentity
+
+        layers.append(QuantIdentity(bit_width=8))
+    channels = 3
+    for step in _CNV:
+        if isinstance(step, str):
+            layers.append(nn.MaxPool2d(2))
+        else:
+            layers += [conv(channels, step), nn.BatchNorm2d(step), relu()]
+            channels = step
+    layers.append(nn.Flatten())
+    for width in (512, 512):
+        layers += [linear(channels, width), nn.BatchNorm1d(width), relu()]
+        channels = width
+    return nn.Sequential(*layers, linear(channels, num_classes))
+
+
+class _Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class _ResNet(nn.Sequential):
+    def __init__(self, depth: int, num_classes: int) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+        channels = 16
+        for width in (16, 32, 64):
+            for block in range(depth):
+                layers.append(_Block(channels, width, 2 if block == 0 and width > 16 else 1))
+                channels = width
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+
+
+def _mobilenet(num_classes: int) -> nn.Module:
+    def unit(inputs: int, outputs: int, kernel: int, stride: int, groups: int) -> list[nn.Module]:
+        conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    layers, channels = unit(3, 32, 3, 1, 1), 32
+    for outputs, stride in _MOBILENET:
+        layers += unit(channels, channels, 3, stride, channels) + unit(channels, outputs, 1, 1, 1)
+        channels = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))

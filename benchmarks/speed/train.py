@@ -1,0 +1,163 @@
+"""What a training step costs: this library beside what tutorials do, in one process, taking turns.
+
+    python benchmarks/speed/train.py                                  all nets on this machine, about ten minutes
+    python benchmarks/speed/train.py --models cnv quant_cnv_w4a4      some
+    python benchmarks/speed/train.py --keep                           and replace the figures and plot of this folder
+
+Three ways to train a net on CIFAR-10 images, crop and flip included, with Nesterov SGD at the batch size of its recipe:
+
+textbook        torchvision transforms on PIL images in a DataLoader with workers, float32, contiguous tensors, plain
+                layers of torch.nn and Brevitas
+tuned textbook  the same with bfloat16 autocast and channels_last
+ours            the trainer of this library, as reproduce.py runs it
+
+Each way takes turns of a few seconds, so that all see the same machine; a figure is the median over the turns. The
+operations of a step are counted as six for each multiply-accumulate of its forward pass, and put beside those of a
+large bfloat16 matrix product on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import report
+import textbook
+import torch
+from machine import describe, matmul_peak, wait
+from rich.console import Console
+
+import cnvzoo
+from cnvzoo.data import Dataset, TrainBatches, load_dataset
+from cnvzoo.errors import CnvzooError
+from cnvzoo.files import write_text
+from cnvzoo.models import build_model, model_spec
+from cnvzoo.train import Recipe, Trainer, load_recipe, preprocessing_of, resolve_device
+from cnvzoo.train.device import deterministic, keep_freed_memory
+
+_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+MODELS = ("resnet20", "resnet56", "cnv", "quant_cnv_w8a8", "quant_cnv_w4a4", "quant_cnv_w2a2", "mobilenet_v1")
+WAYS = ("textbook", "tuned textbook", "ours")
+_WARM_UP_STEPS = 4
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        result = measure(
+            arguments.models,
+            resolve_device(arguments.device),
+            load_dataset("cifar10", root=arguments.data_root),
+            turns=arguments.turns,
+            seconds=arguments.seconds,
+        )
+    except CnvzooError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 1
+    report.print_table(Console(), result)
+    if arguments.json:
+        write_text(arguments.json, json.dumps(result, indent=1) + "\n")
+    if arguments.keep:
+        report.keep(result)
+    return 0
+
+
+def measure(models: list[str], device: torch.device, data: Dataset, *, turns: int, seconds: float) -> dict[str, Any]:
+    """Images a second of every way to train every net: {"machine", "matmul_peak", "models": {name: {...}}}."""
+    keep_freed_memory()
+    progress = Console(stderr=True, highlight=False)
+    peak, figures, began = matmul_peak(device), {}, time.monotonic()
+    for number, name in enumerate(models):
+        recipe = _recipe(name)
+        ways = {way: _start(way, recipe, device, data) for way in WAYS}
+        with deterministic(device):
+            rates = _take_turns(ways, recipe.batch_size, device, turns, seconds)
+        info = cnvzoo.model_info(recipe.model, w_bits=recipe.w_bits, a_bits=recipe.a_bits)
+        ours = statistics.median(rates["ours"])
+        figures[name] = {
+            "batch_size": recipe.batch_size,
+            "images_per_second": {way: round(statistics.median(r), 1) for way, r in rates.items()},
+            "spread": {way: [round(min(r), 1), round(max(r), 1)] for way, r in rates.items()},
+            "share_of_matmul_peak": round(6 * info.macs * ours / peak, 4),
+        }
+        left = (time.monotonic() - began) / (number + 1) * (len(models) - number - 1)
+        progress.print(f"{name}: {figures[name]['images_per_second']}, {left / 60:.1f} min left", soft_wrap=True)
+    return {"machine": describe(device), "matmul_peak": round(peak), "models": figures}
+
+
+def _recipe(name: str) -> Recipe:
+    """The recipe of the CIFAR-10 table, with the optimizer and augmentation of all ways."""
+    recipe = load_recipe(_CONFIGS / f"cifar10_{name}.yaml")
+    changes = {"optimizer": {"lr": 0.01}, "augmentation": {"crop_padding": 4, "flip": True}, "epochs": 10**6}
+    plain = {"ema": None, "label_smoothing": 0.0, "float_start": None, "float_start_sha256": None}
+    return Recipe.model_validate(recipe.model_dump() | changes | plain)
+
+
+def _start(way: str, recipe: Recipe, device: torch.device, data: Dataset) -> Callable[[], object]:
+    """A function that takes one step."""
+    if way == "ours":
+        return _ours(recipe, device, data)
+    model = textbook.build(recipe.model, recipe.w_bits)
+    batches = textbook.loader(data, recipe.batch_size)
+    steps: Iterator[None] = textbook.training(model, batches, device, tuned=way == "tuned textbook")
+    return lambda: next(steps)
+
+
+def _ours(recipe: Recipe, device: torch.device, data: Dataset) -> Callable[[], object]:
+    model = build_model(
+        recipe.model, num_classes=data.info.num_classes, in_chans=data.info.in_chans,
+        w_bits=recipe.w_bits, a_bits=recipe.a_bits,
+    ).to(device)  # fmt: skip
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    batches = TrainBatches(
+        data.train_images, data.train_labels, num_classes=data.info.num_classes,
+        preprocessing=preprocessing_of(recipe.model, recipe.dataset), augmentation=recipe.augmentation,
+        batch_size=recipe.batch_size, seed=0, device=device,
+    )  # fmt: skip
+    return Trainer(model.train(), batches, recipe, recipe.epochs).take_step
+
+
+def _take_turns(
+    ways: dict[str, Callable[[], object]], batch_size: int, device: torch.device, turns: int, seconds: float
+) -> dict[str, list[float]]:
+    """Images a second in each turn of each way."""
+    for step in ways.values():
+        for _ in range(_WARM_UP_STEPS):
+            step()
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(turns):
+        for way, step in ways.items():
+            step()  # what the other ways left in caches, and the loader in its queue, is not counted
+            wait(device)
+            began, steps = time.perf_counter(), 0
+            while time.perf_counter() - began < seconds:
+                step()
+                steps += 1
+            wait(device)
+            rates[way].append(steps * batch_size / (time.perf_counter() - began))
+    return rates
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is cuda where there is one")
+    add("--turns", type=int, default=7, help="turns of each way (default: 7)")
+    add("--seconds", type=float, default=3.0, help="length of a turn (default: 3)")
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--keep", action="store_true", help="write them, a page and a plot beside this file")
+    add("--data-root", type=Path, metavar="DIR", help="where datasets are cached")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""BatchNorm, activation and max pool in training, as one autograd function: four passes over memory, two each way.
+
+    z = gamma * (x - mean) / sqrt(var + eps) + beta          statistics of the batch, as in nn.BatchNorm2d
+    y = max_pool(act(z + residual))                          act: none, ReLU, or an unsigned quantizer
+
+One after the other, the same layers take a dozen passes, and on a CPU those cost as much as a quarter of the
+convolutions. The gradient of BatchNorm is that of Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3; the quantizer
+rounds and passes gradients as `cnvzoo.models.fake_quant` says. Everything between x and y is float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .compiled import compiled_for, runs_compiled
+
+
+class Quantizer(Protocol):
+    """An unsigned quantizer: the levels 0 to `ints.high` times a scale."""
+
+    ints: Any
+
+    def positive_scale(self, x: Tensor) -> Tensor: ...
+
+
+class QuantizedActivation(nn.Module):
+    """A layer that does nothing but quantize, unsigned: zero is its lowest level, so that it is a ReLU too."""
+
+    activation_quantizer: Quantizer
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """What a pair of loops is compiled for; the sizes but that of the channels are free."""
+
+    channels: int
+    dtype: torch.dtype
+    relu: bool
+    high: int | None  # of the unsigned quantizer's range; None for no quantizer
+    residual: bool
+    pool: bool
+
+
+class _Norm(NamedTuple):
+    """BatchNorm of a batch: z = x * slope + offset; [channels] each."""
+
+    mean: Tensor
+    inverse_std: Tensor
+    slope: Tensor
+    offset: Tensor
+
+
+def _normalise(
+    x: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+) -> _Norm:
+    """The batch's statistics, which also move the running ones. x: [images, ..., channels]."""
+    values = x.float().flatten(1, -2)
+    count = values.shape[0] * values.shape[1]
+    # a sum for each image, then double precision: E[x^2] - E[x]^2 would lose digits in float32
+    mean = values.sum(1).sum(0, dtype=torch.float64) / count
+    var = (values.square().sum(1).sum(0, dtype=torch.float64) / count - mean.square()).clamp_min(0)
+    inverse_std = torch.rsqrt(var + eps).float()
+    mean = mean.float()
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_((var * (count / (count - 1))).float(), momentum)
+    slope = gamma * inverse_std
+    return _Norm(mean, inverse_std, slope, beta - mean * slope)
+
+
+def _forward(
+    x: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor, running_var: Tensor, scale: Tensor | None,
+    residual: Tensor | None, momentum: float, eps: float, variant: _Variant,
+) -> tuple[Tensor, Tensor | None, _Norm]:  # fmt: skip
+    """y; for a pool, the corner (0 to 3, row-major) that each maximum is from; the norm, in units of the scale."""
+    norm = _normalise(x, gamma, beta, running_mean, running_var, momentum, eps)
+    if scale is not None:
+        norm = norm._replace(slope=norm.slope / scale, offset=norm.offset / scale)
+    v = x.float() * norm.slope + norm.offset
+    if residual is not None:
+        v = v + residual.float()
+    if variant.relu:
+        v = torch.relu(v)
+    if variant.high is not None:
+        v = torch.round(v).clamp(0, variant.high)
+    corner = None
+    if variant.pool:
+        values = [v[:, :, row, :, col] for row in (0, 1) for col in (0, 1)]
+        v = torch.maximum(torch.maximum(values[0], values[1]), torch.maximum(values[2], values[3]))
+        corner = torch.where(values[2] == v, 2.0, 3.0)
+        corner = torch.where(values[0] == v, 0.0, torch.where(values[1] == v, 1.0, corner)).to(torch.bfloat16)
+    return (v if scale is None else v * scale).to(x.dtype), corner, norm
+
+
+def _backward(
+    x: Tensor, y: Tensor | None, grad: Tensor, corner: Tensor | None, corners: Tensor, norm: _Norm, gamma: Tensor,
+    scale: Tensor | None, variant: _Variant,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of x, residual (where there is a y), gamma, beta and scale, then vectors of no use to the caller:
+    what is returned is kept in memory, and not computed anew for every value."""
+    xf, g = x.float(), grad.float()
+    if corner is not None:
+        g = torch.where(corner[:, :, None, :, None].float() == corners, g[:, :, None, :, None], 0.0)
+    over_rows = tuple(range(1, x.dim() - 1))
+    grad_scale = grad_residual = None
+    dz = g
+    if variant.high is not None:
+        v = xf * norm.slope + norm.offset
+        r = torch.round(v)
+        q = r.clamp(0, variant.high)
+        dz = torch.where(r == q, g, 0.0)
+        grad_scale = (g * torch.where(r == q, q - v, q)).sum(over_rows).sum()
+    elif variant.relu:
+        dz = torch.where((xf * norm.slope + norm.offset if y is None else y) > 0, g, 0.0)
+    if variant.residual:
+        grad_residual = dz.to(x.dtype)
+    count = x.numel() // x.shape[-1]
+    grad_beta = dz.sum(over_rows).sum(0)
+    grad_gamma = (dz * (xf - norm.mean)).sum(over_rows).sum(0) * norm.inverse_std
+    slope = gamma * norm.inverse_std
+    along = -slope * norm.inverse_std * grad_gamma / count
+    offset = -slope * grad_beta / count - along * norm.mean
+    grad_x = (dz * slope + (xf * along + offset)).to(x.dtype)
+    return grad_x, grad_residual, grad_gamma, grad_beta, grad_scale, slope, along, offset
+
+
+@functools.cache
+def _kernels(variant: _Variant) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def example(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        x = torch.ones(*sizes, variant.channels, dtype=dtype)
+        torch._dynamo.mark_static(x, x.dim() - 1)
+        return x
+
+    sizes = (94, 13, 2, 15, 2) if variant.pool else (94, 870)
+    x = example(*sizes, dtype=variant.dtype)
+    gamma, beta, mean, var = example(), example(), example(), example()
+    scale = None if variant.high is None else torch.ones(())
+    residual = example(*sizes, dtype=variant.dtype) if variant.residual else None
+    arguments = (x, gamma, beta, mean, var, scale, residual, 0.1, 1e-5, variant)
+    forward = compiled_for(_forward, *arguments)
+    y, corner, norm = forward(*arguments)
+    for result in (y, corner, *norm):
+        if result is not None:
+            torch._dynamo.mark_static(result, result.dim() - 1)
+    grad, seen = torch.ones_like(y), y if variant.residual and variant.relu else None
+    torch._dynamo.mark_static(grad, grad.dim() - 1)
+    backward = compiled_for(_backward, x, seen, grad, corner, _corners(), norm, gamma, scale, variant)
+    return forward, backward
+
+
+def _corners() -> Tensor:
+    """Numbers the positions of 2x2 windows, for [images, rows, 2, columns, 2, channels]."""
+    return torch.arange(4.0).view(2, 1, 2, 1)
+
+
+def _rows(x: Tensor, pool: bool) -> Tensor:
+    """View a dense channels_last [N, C, H, W] as [N, H * W, C], or as [N, H / 2, 2, W / 2, 2, C]."""
+    n, c, h, w = x.shape
+    x = x.permute(0, 2, 3, 1)
+    return x.view(n, h // 2, 2, w // 2, 2, c) if pool else x.view(n, h * w, c)
+
+
+def _images(rows: Tensor, size: tuple[int, int]) -> Tensor:
+    """View [N, ..., C] as a channels_last [N, C, H, W]."""
+    return rows.view(len(rows), *size, rows.shape[-1]).permute(0, 3, 1, 2)
+
+
+class _NormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor | None, residual: Tensor | None,
+        norm: nn.BatchNorm2d, variant: _Variant,
+    ) -> Tensor:  # fmt: skip
+        # the compiler tells its code apart by who needs a gradient, and by autocast
+        x, gamma, beta = x.detach(), gamma.detach(), beta.detach()
+        scale = None if scale is None else scale.detach()
+        residual = None if residual is None else _rows(residual.detach(), False)
+        with torch.autocast(x.device.type, enabled=False):
+            forward, _ = _kernels(variant)
+            y, corner, batch_norm = forward(
+                _rows(x, variant.pool), gamma, beta, norm.running_mean, norm.running_var, scale, residual,
+                norm.momentum, norm.eps, variant,
+            )  # fmt: skip
+        ctx.variant = variant
+        seen = y if variant.residual and variant.relu else None
+        ctx.save_for_backward(x, seen, corner, gamma, scale, *batch_norm)
+        h, w = x.shape[2:]
+        return _images(y, (h // 2, w // 2) if variant.pool else (h, w))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, seen, corner, gamma, scale, *batch_norm = ctx.saved_tensors
+        variant: _Variant = ctx.variant
+        grad = grads[0].contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        grad = grad if variant.pool else grad.flatten(1, 2)
+        with torch.autocast(x.device.type, enabled=False):
+            _, backward = _kernels(variant)
+            grad_x, grad_residual, grad_gamma, grad_beta, grad_scale, *_ = backward(
+                _rows(x, variant.pool), seen, grad, corner, _corners(), _Norm(*batch_norm), gamma, scale, variant
+            )
+        if grad_residual is not None:
+            grad_residual = _images(grad_residual, x.shape[2:])
+        return _images(grad_x, x.shape[2:]), grad_gamma, grad_beta, grad_scale, grad_residual, None, None
+
+
+def norm_act(
+    x: Tensor,
+    norm: nn.BatchNorm2d,
+    act: nn.Module | None = None,
+    *,
+    residual: Tensor | None = None,
+    pool: nn.MaxPool2d | None = None,
+) -> Tensor:
+    """pool(act(norm(x) + residual)): fused where that is faster and the same, in training; else layer by layer.
+
+    Args:
+        x: [N, C, H, W].
+        norm: BatchNorm of C channels.
+        act: ReLU, or a layer with an `activation_quantizer`; None for none.
+        residual: like x, of a layer without quantizer.
+        pool: the last step, if there is one.
+    """
+    quantizer = act.activation_quantizer if isinstance(act, QuantizedActivation) else None
+    if not _fuses(x, norm, act, quantizer, residual, pool):
+        x = norm(x)
+        x = x if residual is None else x + residual
+        x = x if act is None else act(x)
+        return x if pool is None else pool(x)
+    high = None if quantizer is None else quantizer.ints.high
+    variant = _Variant(
+        x.shape[1], x.dtype, isinstance(act, nn.ReLU), high, residual=residual is not None, pool=pool is not None
+    )
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    scale = None if quantizer is None else quantizer.positive_scale(x)
+    return _NormAct.apply(x, norm.weight, norm.bias, scale, residual, norm, variant)  # type: ignore[no-any-return]
+
+
+def _fuses(
+    x: Tensor, norm: nn.BatchNorm2d, act: nn.Module | None, quantizer: Quantizer | None,
+    residual: Tensor | None, pool: nn.MaxPool2d | None,
+) -> bool:  # fmt: skip
+    if not (norm.training and torch.is_grad_enabled() and runs_compiled(x)):
+        return False
+    single = x.dtype in (torch.float32, torch.bfloat16) and norm.weight.dtype == torch.float32
+    dense = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and x.shape[2] * x.shape[3] > 1
+    known = act is None or quantizer is not None or type(act) is nn.ReLU
+    plain = norm.affine and norm.track_running_stats and norm.momentum is not None
+    alike = residual is None or (
+        quantizer is None and pool is None and residual.dtype == x.dtype and residual.stride() == x.stride()
+    )
+    return single and dense and known and plain and alike and (pool is None or _halves(x, pool))
+
+
+def _halves(x: Tensor, pool: nn.MaxPool2d) -> bool:
+    """Whether a pool takes the maxima of 2x2 windows side by side, several of them, and no values are left."""
+    plain = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode) == (2, 2, 0, 1, False)
+    h, w = x.shape[2:]
+    return plain and h % 2 == w % 2 == 0 and min(h, w) > 2
+
+
+class NormActSequential(nn.Sequential):
+    """Sequential that runs each BatchNorm2d with the activation and the max pool behind it as one step."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, layers = input, list(self)
+        while layers:
+            layer = layers.pop(0)
+            if not isinstance(layer, nn.BatchNorm2d):
+                x = layer(x)
+                continue
+            act = next((after for after in layers[:1] if isinstance(after, (nn.ReLU, QuantizedActivation))), None)
+            del layers[: act is not None]
+            pool = next((after for after in layers[:1] if isinstance(after, nn.MaxPool2d)), None)
+            del layers[: pool is not None]
+            x = norm_act(x, layer, act, pool=pool)
+        return x
