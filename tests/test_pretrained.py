@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -199,6 +200,7 @@ def test_in_no_time(hub: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(cnvzoo.hub.index.INDEX)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    imports, loading = 0.0, math.inf
     for _ in range(4):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         imports, loading = map(float, done.stdout.split())
