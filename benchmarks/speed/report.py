@@ -70,8 +70,8 @@ Machine: {machine(result)}.
   layers of torch.nn and Brevitas.
 - *tuned textbook*: the same with bfloat16 autocast and channels_last.
 - *ours*: the trainer of this library.
-- *of bf16 matmul*: operations of the step, six for each multiply-accumulate of the forward pass, beside those of a large
-  bfloat16 matrix product on the same machine.
+- *of bf16 matmul*: operations of the step, six for each multiply-accumulate of the forward pass, beside those of
+  a large bfloat16 matrix product on the same machine.
 - */ float*: time of a quantized step in steps of the float net.
 
 ![Images a second of each net, three ways](train.svg)

@@ -37,7 +37,7 @@ import cnvzoo
 from cnvzoo.data import Dataset, TrainBatches, load_dataset
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import write_text
-from cnvzoo.models import build_model, model_spec
+from cnvzoo.models import build_model
 from cnvzoo.train import Recipe, Trainer, load_recipe, preprocessing_of, resolve_device
 from cnvzoo.train.device import deterministic, keep_freed_memory
 
