@@ -5,6 +5,7 @@
     python benchmarks/reproduce.py --table all --time-limit 0                   train nothing, show the tables
     python benchmarks/reproduce.py --table cifar10 --epochs 3                   a trial of everything, in no table
     python benchmarks/reproduce.py --table cifar10 --at-once 4                  four runs at once
+    python benchmarks/reproduce.py --table cifar10 --publish hf://ORG           and publish the checkpoints at the end
 
 Like make: a run with a valid record under benchmarks/results/ is not trained again, one that was stopped goes on
 where it stopped, and a record of a recipe that has changed since is out of date. Several runs go at once, by default
@@ -13,8 +14,13 @@ on a stream of its own. What goes beside a run changes none of its bits. To merg
 machines, copy their records into benchmarks/results/: the tables, printed and written to benchmarks/RESULTS.md and
 into README.md, are made of these alone.
 
-Exit status: 0 every run asked for has its record; 1 a run failed; 2 wrong request, recipe or reference; 3 stopped
-at the time limit; 130 or 143 stopped by Ctrl-C or SIGTERM. After 3, 130 and 143 the same command goes on.
+Once nothing is left to train, and before the time limit, the published checkpoints of the entries asked for are
+verified as `cnvzoo verify` does it: some seconds each. Then, with --publish, those that are there go to a directory or
+to the Hugging Face Hub, unless one of them was found to be other than published.
+
+Exit status: 0 every run asked for has its record; 1 a run failed, a checkpoint is not as it was published, or could
+not be published; 2 wrong request, recipe or reference; 3 stopped at the time limit; 130 or 143 stopped by Ctrl-C or
+SIGTERM. After 3, 130 and 143 the same command goes on.
 """
 
 from __future__ import annotations
@@ -26,8 +32,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from harness import readme, records, render
-from harness.checkpoints import keep_missing
+from harness import index, readme, records, render
+from harness.checkpoints import PUBLISHED_SEED, checkpoint_folder, keep_missing
 from harness.entries import SEEDS, TABLES, load_entries, select_entries
 from harness.errors import HarnessError
 from harness.execute import Outcome, Runner, execute
@@ -35,6 +41,7 @@ from harness.files import shown
 from harness.layout import Layout
 from harness.plan import make_plan
 from harness.processes import ProcessRunner
+from harness.publish import publish_checkpoints
 from harness.references import load_references
 from harness.runners import LocalRunner, at_once_by_default, settings
 from harness.tables import rows
@@ -43,6 +50,7 @@ from rich.console import Console
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import write_text
 from cnvzoo.train import RecipeError, RunRecord, resolve_device, run_recipe
+from cnvzoo.verify import Verification, verify
 
 _HOME = Path(__file__).resolve().parent
 _EXIT = {"time limit": 3, "SIGINT": 130, "SIGTERM": 143}
@@ -54,6 +62,7 @@ def main(
     *,
     home: Path = _HOME,
     train: Callable[..., RunRecord] | None = None,
+    verify: Callable[..., list[Verification]] = verify,
 ) -> int:
     """Run the command line and return its exit status.
 
@@ -61,10 +70,11 @@ def main(
         argv: arguments; those of the process if None.
         home: the folder with configs/, references.yaml and results/.
         train: in the place of cnvzoo.train.run_recipe, and in this process, in threads where several go at once.
+        verify: what verifies checkpoints, called as cnvzoo.verify.
     """
     arguments = _parser().parse_args(argv)
     try:
-        return _reproduce(arguments, Layout.of(home, arguments.runs), train)
+        return _reproduce(arguments, Layout.of(home, arguments.runs), train, verify)
     except CnvzooError as error:
         print(f"reproduce.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (HarnessError, RecipeError)) else 1
@@ -73,12 +83,23 @@ def main(
         return _EXIT["SIGINT"]
 
 
-def _reproduce(arguments: argparse.Namespace, layout: Layout, train: Callable[..., RunRecord] | None) -> int:
+def _reproduce(
+    arguments: argparse.Namespace,
+    layout: Layout,
+    train: Callable[..., RunRecord] | None,
+    verify: Callable[..., list[Verification]],
+) -> int:
     entries = load_entries(layout.configs)
     selected = select_entries(entries, arguments.table, arguments.entry)
     seeds = tuple(dict.fromkeys(arguments.seeds))
     if arguments.list:
         render.print_listing(Console(), selected, records.survey(selected, layout))
+        return 0
+
+    if arguments.dry_run and arguments.publish is None:
+        raise HarnessError("--dry-run shows what --publish would send: give both")
+    if arguments.dry_run:
+        publish_checkpoints(selected, layout, arguments.publish, tag=arguments.tag, dry_run=True, say=print)
         return 0
 
     references = load_references(layout.references, entries)
@@ -89,9 +110,13 @@ def _reproduce(arguments: argparse.Namespace, layout: Layout, train: Callable[..
     def say(text: str) -> None:
         messages.print(text, soft_wrap=True, highlight=False, markup=False)
 
-    def publish() -> None:
+    def keep() -> None:
         for folder in keep_missing(selected, layout):
             say(f"{shown(folder)}: checkpoint written")
+        try:
+            index.update(layout.index, layout.hub)
+        except CnvzooError as error:  # what was trained is worth keeping, whatever else is in the folder
+            say(f"the index of published checkpoints stays as it was: {error}")
         survey = records.survey(entries.values(), layout)
         lines = rows(entries.values(), survey, references)
         write_text(layout.page, render.page(lines, survey))
@@ -120,9 +145,14 @@ def _reproduce(arguments: argparse.Namespace, layout: Layout, train: Callable[..
             layout=layout,
             deadline=deadline,
             say=say,
-            on_finished=publish,
+            on_finished=keep,
         )
-    publish()
+    keep()
+    verified: list[Verification] = []
+    in_time = outcome.stopped is None and (deadline is None or time.monotonic() < deadline)
+    if in_time and arguments.epochs is None and PUBLISHED_SEED in seeds:
+        names = [folder.name for entry in selected if (folder := checkpoint_folder(entry, layout)).is_dir()]
+        verified = verify(names, hub=layout.hub, device=arguments.device)
 
     console, survey = Console(), records.survey(entries.values(), layout)
     for table in TABLES:
@@ -130,15 +160,25 @@ def _reproduce(arguments: argparse.Namespace, layout: Layout, train: Callable[..
             members = [entry for entry in entries.values() if entry.table == table]
             render.print_table(console, table, rows(members, survey, references))
     render.print_trials(console, records.trials(selected, seeds, layout, arguments.epochs))
-    return _conclude(outcome, say, arguments.retrain)
+    if arguments.publish is not None and outcome.stopped in (None, "time limit"):
+        if any(result.problem for result in verified):
+            say("nothing is published: see below")
+        else:
+            publish_checkpoints(selected, layout, arguments.publish, tag=arguments.tag, dry_run=False, say=say)
+    return _conclude(outcome, verified, say, arguments.retrain)
 
 
-def _conclude(outcome: Outcome, say: Callable[[str], None], retrain: bool) -> int:
-    """Say what is not there, if anything, and what to do about it; returns the exit status."""
+def _conclude(outcome: Outcome, verified: Sequence[Verification], say: Callable[[str], None], retrain: bool) -> int:
+    """Say what is not there, or not as it should be, and what to do about it; returns the exit status."""
     if outcome.failed:
         say(f"failed, see above: {', '.join(map(str, outcome.failed))}")
+    different = [result for result in verified if result.problem]
+    for result in different:
+        say(f"{result.name}: not as published: {result.problem}")
+    if len(verified) > len(different):
+        say(f"{len(verified) - len(different)} checkpoints verified: their files, and their numbers on the test set")
     if outcome.stopped is None:
-        return 1 if outcome.failed else 0
+        return 1 if outcome.failed or different else 0
     again = ", after training the finished ones once more: choose with --entry and --seeds" if retrain else ""
     say(f"stopped ({outcome.stopped}); the same command goes on from here{again}. Left, {len(outcome.left)} in all:")
     for job in outcome.left[:_LEFT_SHOWN]:
@@ -186,6 +226,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where weights and the state of runs under way are kept (default: runs/ in the checkout)",
     )
+    add("--publish", metavar="TO", help="publish the checkpoints at the end: to a directory, or to hf://ORG")
+    add("--tag", help="with --publish: a tag to set at each, such as a release; it is never moved")
+    add("--dry-run", action="store_true", help="with --publish: train nothing, and only show what would go")
     add("--list", action="store_true", help="print the names of the entries and do nothing else")
     add(
         "--retrain",

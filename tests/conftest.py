@@ -13,14 +13,20 @@ import torch
 from safetensors.torch import save_file
 
 import cnvzoo
+import cnvzoo.hub.index
 from cnvzoo.data import cache, dataset_info, datasets, list_datasets
 from cnvzoo.files import sha256_of
-from cnvzoo.hub import CheckpointConfig, write_checkpoint
+from cnvzoo.hub import CheckpointFacts, SeedResult, write_checkpoint
 from cnvzoo.train import preprocessing_of
+from cnvzoo.zoo import Evaluation
 
 # dev.py, reproduce.py and its harness are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The Hub that tests speak to is for more of them than those beside it.
+sys.path.insert(0, str(Path(__file__).resolve().parent / "hub"))
+
+import harness.index
 
 import dev
 
@@ -69,24 +75,35 @@ def _arrays(name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """`make_checkpoint(hub, model, dataset, w_bits=, a_bits=)`: a checkpoint of untrained weights; its folder."""
+def make_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`make_checkpoint(hub, model, dataset, w_bits=, a_bits=)`: a checkpoint of untrained weights; its folder.
 
-    def make(hub: Path, model: str, dataset: str, **bits: int) -> Path:
+    Its number is made up, unless `scored`. What is in `hub` then is all that is published: the index of the package
+    says so for the time of the test.
+    """
+
+    def make(hub: Path, model: str, dataset: str, *, scored: bool = False, **bits: int) -> Path:
         info = dataset_info(dataset)
         arguments: dict[str, Any] = {"num_classes": info.num_classes, "in_chans": info.in_chans, **bits}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            state = cnvzoo.create_model(model, **arguments).state_dict()
+            built = cnvzoo.create_model(model, **arguments)
+        state = built.state_dict()
+        score = cnvzoo.evaluate(built, dataset, device="cpu") if scored else Evaluation(5, 50)
+        counts = {"seed": 0, "correct": score.correct, "total": score.total}
         weights = tmp_path / f"{model}.{dataset}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
         tag = f"{model}_w{bits['w_bits']}a{bits['a_bits']}" if bits else model
-        config = CheckpointConfig(
+        sha256 = sha256_of(weights)
+        facts = CheckpointFacts(
             name=f"{tag}.{dataset}", model={"name": model, **arguments}, dataset=dataset, classes=list(info.classes),
-            preprocessing=preprocessing_of(model, dataset).to_dict(), correct=5, total=50,
-            weights_sha256=sha256_of(weights), recipe={}, versions={}, device={}, commit=None,
+            preprocessing=preprocessing_of(model, dataset).to_dict(),
+            **counts, results=[SeedResult(**counts, weights_sha256=sha256)], weights_sha256=sha256,
+            recipe={}, versions={}, device={}, commit=None,
         )  # fmt: skip
-        write_checkpoint(hub / config.name, config, weights)
-        return hub / config.name
+        write_checkpoint(hub / facts.name, facts, weights)
+        monkeypatch.setattr(cnvzoo.hub.index, "INDEX", tmp_path / "index.json")
+        harness.index.update(tmp_path / "index.json", hub)
+        return hub / facts.name
 
     return make

@@ -67,7 +67,7 @@ def recipe(tmp_path) -> Callable[..., Path]:
 
 
 class TestHelp:
-    @pytest.mark.parametrize("command", ["list", "info", "train", "eval", "predict"])
+    @pytest.mark.parametrize("command", ["list", "info", "train", "eval", "verify", "publish", "predict"])
     def test_every_command_has_an_example_to_type(self, cnvzoo, command, monkeypatch):
         monkeypatch.setenv("COLUMNS", "200")
         result = cnvzoo(command, "--help")
@@ -76,7 +76,7 @@ class TestHelp:
 
     def test_no_command_shows_the_help(self, cnvzoo):
         said = cnvzoo().said
-        assert all(command in said for command in ("list", "info", "train", "eval", "predict"))
+        assert all(command in said for command in ("list", "info", "train", "eval", "verify", "publish", "predict"))
 
     def test_an_unknown_command_is_a_usage_error(self, cnvzoo):
         result = cnvzoo("trian")
@@ -260,7 +260,8 @@ class TestEval:
         monkeypatch.setenv("CNVZOO_HUB", str(tmp_path / "empty"))
         result = cnvzoo("eval", "cnv.mnist")
         assert result.status == 1
-        assert "CNVZOO_HUB" in result.err
+        assert str(tmp_path / "empty") in result.err
+        assert "cnv.mnist" in result.err
 
     def test_damaged_weights(self, cnvzoo, hub):
         weights = hub / "resnet20.mnist" / "model.safetensors"
@@ -271,6 +272,48 @@ class TestEval:
         assert result.status == 1
         assert "sha256" in result.err
         assert str(weights) in result.err
+
+
+class TestListCheckpoints:
+    def test_every_number(self, cnvzoo, hub):
+        lines = cnvzoo("list", "--checkpoints").out.splitlines()
+        quantized = next(line for line in lines if "quant_cnv_w4a4.cifar10" in line)
+        size = (hub / "quant_cnv_w4a4.cifar10" / "model.safetensors").stat().st_size
+        assert all(text in quantized for text in ("10.00", "4/4", "59,461,376", f"{size:,}"))
+        float_ = next(line for line in lines if "resnet20.mnist" in line)
+        assert all(text in float_ for text in ("float", "272,186"))  # 3 * 3 * 2 * 16 fewer than with 3 channels
+
+    def test_pattern(self, cnvzoo, hub):
+        assert "cifar10" not in cnvzoo("list", "--checkpoints", "*.mnist").out
+        result = cnvzoo("list", "--checkpoints", "*.cifar100")
+        assert (result.status, result.out) == (1, "")
+        assert "no published checkpoint matches '*.cifar100'" in result.err
+
+
+class TestVerify:
+    def test_what_is_as_published(self, cnvzoo, hub, small_datasets):
+        small_datasets()
+        table = cnvzoo("eval", "resnet20.mnist", "--device", "cpu").out
+        found = int(table.split("(")[1].split()[0])
+        result = cnvzoo("verify", "resnet20.mnist", "--device", "cpu")
+        assert f"│ resnet20.mnist │ 5 │ {found} │ 50 │ 5 │" in result.said
+        assert result.status == int(abs(found - 5) > 5)
+        assert "another kind of machine" in result.out
+
+    def test_all_and_a_difference(self, cnvzoo, hub, small_datasets):
+        small_datasets()
+        (hub / "resnet20.mnist" / "config.json").unlink()
+        result = cnvzoo("verify", "--all", "--hub", hub, "--device", "cpu")
+        assert result.status == 1
+        assert all(name in result.out for name in ("quant_cnv_w4a4.cifar10", "resnet20.mnist"))
+        assert f"resnet20.mnist: {hub / 'resnet20.mnist' / 'config.json'}: " in result.err
+        assert "Traceback" not in result.err
+
+    @pytest.mark.parametrize("arguments", [(), ("resnet20.mnist", "--all")])
+    def test_names_or_all(self, cnvzoo, hub, arguments):
+        result = cnvzoo("verify", *arguments)
+        assert result.status == 2
+        assert "give names of checkpoints, or --all" in result.said
 
 
 class TestPredict:

@@ -17,7 +17,7 @@ import cnvzoo
 from cnvzoo.data import Dataset, Preprocessing, dataset_info
 from cnvzoo.errors import ModelError
 from cnvzoo.files import sha256_of
-from cnvzoo.hub import CheckpointConfig, write_checkpoint
+from cnvzoo.hub import CheckpointFacts, SeedResult, write_checkpoint
 from cnvzoo.zoo import Evaluation
 
 # Weights of CNV: (3x3 filters, outputs along a side), then the linear layers, at 10 classes and 3 channels.
@@ -227,17 +227,21 @@ def test_quantize_starts_where_the_float_twin_is(tmp_path: Path) -> None:
     expected = logits_of(twin, preprocessing, images[:8])
 
     save_file(twin.state_dict(), tmp_path / "w.safetensors")
-    config: dict[str, Any] = {"versions": {}, "device": {}, "commit": None, "recipe": {}, "correct": 1, "total": 2}
+    sha256 = sha256_of(tmp_path / "w.safetensors")
+    facts: dict[str, Any] = {"versions": {}, "device": {}, "commit": None, "recipe": {}, "weights_sha256": sha256}
     write_checkpoint(
         tmp_path / "cnv.cifar10",
-        CheckpointConfig(
+        CheckpointFacts(
             name="cnv.cifar10",
             model={"name": "cnv", "num_classes": 5, "in_chans": 3},
             dataset="cifar10",
             classes=list("abcde"),
             preprocessing=preprocessing.to_dict(),
-            weights_sha256=sha256_of(tmp_path / "w.safetensors"),
-            **config,
+            seed=0,
+            correct=1,
+            total=2,
+            results=[SeedResult(seed=0, correct=1, total=2, weights_sha256=sha256)],
+            **facts,
         ),
         tmp_path / "w.safetensors",
     )

@@ -43,6 +43,11 @@ class Layout:
     def readme(self) -> Path:
         return self.home.parent / "README.md"
 
+    @property
+    def index(self) -> Path:
+        """The index of published checkpoints, which ships inside the package."""
+        return self.home.parent / "src" / "cnvzoo" / "hub" / "index.json"
+
     def record(self, entry: str, seed: int) -> Path:
         """The committed record of a run."""
         return self.results / entry / f"seed{seed}.json"

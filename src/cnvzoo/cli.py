@@ -13,9 +13,10 @@ from rich.table import Table
 
 import cnvzoo
 from cnvzoo.errors import CnvzooError
-from cnvzoo.hub import find_checkpoint, load_checkpoint, preprocessing_from
+from cnvzoo.hub import preprocessing_from
 from cnvzoo.models import model_spec
 from cnvzoo.train import RunInterrupted
+from cnvzoo.verify import ELSEWHERE
 from cnvzoo.zoo import ModelInfo
 
 app = typer.Typer(
@@ -36,14 +37,27 @@ DataRoot = Annotated[
 ]
 
 
+Hub = Annotated[
+    str | None,
+    typer.Option(help="Where checkpoints are: a directory or hf://ORG; default CNVZOO_HUB, else the checkout's hub/."),
+]
+
+
 @app.command("list")
-def list_(pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'resnet*'.")] = "*") -> None:
+def list_(
+    pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'resnet*'.")] = "*",
+    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="The published checkpoints instead.")] = False,
+) -> None:
     """List the models: parameters, multiply-accumulates and weight bytes at 32x32, 3 channels, 10 classes.
 
-    Quantized models are counted at 4 bits; `cnvzoo info` counts any model at any setting.
+    Quantized models are counted at 4 bits; `cnvzoo info` counts any model at any setting. With `--checkpoints`, what
+    is published: test accuracy in percent, bits of weights and activations, and bytes of the weights file.
 
-    Example: `cnvzoo list 'resnet*'`
+    Example: `cnvzoo list 'resnet*'`, or `cnvzoo list --checkpoints '*.cifar10'`
     """
+    if checkpoints:
+        _list_checkpoints(pattern)
+        return
     table = Table()
     for column in ("model", "parameters", "MACs", "weight bytes"):
         table.add_column(column, no_wrap=True)
@@ -54,6 +68,19 @@ def list_(pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'r
         table.add_row(info.name, f"{info.parameters:,}", f"{info.macs:,}", f"{info.weight_bytes:,}", info.summary)
     if not table.rows:
         raise CnvzooError(f"no model matches {pattern!r}: cnvzoo list shows them all")
+    _print(table)
+
+
+def _list_checkpoints(pattern: str) -> None:
+    table = Table()
+    for column in ("checkpoint", "accuracy", "W/A bits", "parameters", "MACs", "bytes"):
+        table.add_column(column, no_wrap=True, justify="left" if column == "checkpoint" else "right")
+    for found in cnvzoo.list_checkpoints(pattern):
+        bits = f"{found['w_bits']}/{found['a_bits']}" if found["w_bits"] else "float"
+        numbers = (f"{found[key]:,}" for key in ("parameters", "macs", "bytes"))
+        table.add_row(found["name"], f"{found['accuracy']:.2f}", bits, *numbers)
+    if not table.rows:
+        raise CnvzooError(f"no published checkpoint matches {pattern!r}: cnvzoo list --checkpoints shows them all")
     _print(table)
 
 
@@ -126,7 +153,8 @@ def train(
 
 @app.command("eval")
 def eval_(
-    checkpoint: Annotated[str, typer.Argument(help="Folder of a checkpoint, or its name in the hub folder.")],
+    checkpoint: Annotated[str, typer.Argument(help="Name of a checkpoint, or the path of its folder.")],
+    hub: Hub = None,
     device: Device = "auto",
     data_root: DataRoot = None,
 ) -> None:
@@ -134,7 +162,7 @@ def eval_(
 
     Example: `cnvzoo eval cnv.mnist`
     """
-    model, config = load_checkpoint(find_checkpoint(checkpoint))
+    model, config = cnvzoo.load_checkpoint(checkpoint, hub=hub)
     result = cnvzoo.evaluate(
         model, config.dataset, preprocessing=preprocessing_from(config), device=device, data_root=data_root
     )
@@ -145,10 +173,63 @@ def eval_(
 
 
 @app.command()
+def verify(
+    checkpoints: Annotated[list[str] | None, typer.Argument(help="Names, or paths of folders.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every published checkpoint.")] = False,
+    hub: Hub = None,
+    device: Device = "auto",
+    data_root: DataRoot = None,
+) -> None:
+    """Compare the files of checkpoints with the index, and their scores on the test set with the published ones.
+
+    The images classified right must be as many as published on the kind of machine that published them, and may be
+    a handful more or less on others. The exit status is 1 if anything differs.
+
+    Example: `cnvzoo verify cnv.mnist`, or `cnvzoo verify --all`
+    """
+    if bool(checkpoints) == all_:
+        raise typer.BadParameter("give names of checkpoints, or --all")
+    results = cnvzoo.verify(checkpoints or None, hub=hub, device=device, data_root=data_root)
+    table = Table()
+    for column in ("checkpoint", "published", "found", "of", "allowed", "verdict"):
+        table.add_column(column, no_wrap=column != "verdict", justify="left" if column == "checkpoint" else "right")
+    for result in results:
+        counts = (result.published, result.found, result.total, result.allowed)
+        shown = ["-" if count is None else f"{count:,}" for count in counts]
+        table.add_row(result.name, *shown, "differs" if result.problem else "as published")
+    _print(table)
+    if any(result.allowed for result in results):
+        typer.echo(f"on another kind of machine than the publisher's, {ELSEWHERE} images more or less are allowed")
+    if problems := [f"{result.name}: {result.problem}" for result in results if result.problem]:
+        raise CnvzooError("not as published:\n" + "\n".join(problems))
+
+
+@app.command()
+def publish(
+    checkpoints: Annotated[list[str], typer.Argument(help="Names in --hub, or paths of folders.")],
+    to: Annotated[str, typer.Option(help="Where to: a directory, or hf://ORG on the Hugging Face Hub.")],
+    hub: Annotated[
+        Path | None, typer.Option(help="Directory that has the names; default CNVZOO_HUB, else the checkout's hub/.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Tag to set at each, such as a release; never moved.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commits; default: name and accuracy.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+) -> None:
+    """Publish checkpoints: weights, config and model card, in one commit each; nothing where nothing changed.
+
+    For the Hub, log in first: `hf auth login`.
+
+    Example: `cnvzoo publish cnv.mnist --to hf://my-organisation --dry-run`
+    """
+    cnvzoo.publish(checkpoints, to, hub=hub, tag=tag, message=message, dry_run=dry_run, on_published=typer.echo)
+
+
+@app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files, of any size and format that Pillow reads.")],
-    checkpoint: Annotated[str, typer.Option(help="Folder of a checkpoint, or its name in the hub folder.")],
+    checkpoint: Annotated[str, typer.Option(help="Name of a checkpoint, or the path of its folder.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 3,
+    hub: Hub = None,
 ) -> None:
     """Classify images: the likeliest classes and their probabilities.
 
@@ -156,7 +237,7 @@ def predict(
     """
     from PIL import Image, UnidentifiedImageError
 
-    model, config = load_checkpoint(find_checkpoint(checkpoint))
+    model, config = cnvzoo.load_checkpoint(checkpoint, hub=hub)
     for path in images:
         try:
             with Image.open(path) as image:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 from cnvzoo.data import Dataset, DatasetInfo, Preprocessing, dataset_info, load_dataset
 from cnvzoo.data import transforms as data_transforms
 from cnvzoo.errors import ModelError
-from cnvzoo.hub import CheckpointConfig, load_checkpoint, preprocessing_from, write_checkpoint
+from cnvzoo.hub import (
+    CheckpointConfig,
+    CheckpointFacts,
+    SeedResult,
+    choose_checkpoint,
+    load_checkpoint,
+    parse_name,
+    preprocessing_from,
+)
 from cnvzoo.models import ModelSpec, build_model, model_names, model_spec
 from cnvzoo.train import (
     Recipe,
@@ -31,32 +40,60 @@ from cnvzoo.train.run import WEIGHTS as RUN_WEIGHTS
 def create_model(
     name: str,
     *,
-    num_classes: int = 10,
-    in_chans: int = 3,
+    pretrained: bool | str = False,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
     w_bits: int | None = None,
     a_bits: int | None = None,
+    hub: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a freshly initialised model, in training mode, on the CPU.
+    """Build a model on the CPU: freshly initialised and in training mode, or with published weights and in eval mode.
 
     Args:
-        name: one of `list_models()`.
-        num_classes: outputs, at least 1.
-        in_chans: image channels, at least 1.
+        name: one of `list_models()`; with bit widths `quant_cnv_w4a4`; with a dataset too, `quant_cnv_w4a4.cifar10`,
+            one of `list_checkpoints()`.
+        pretrained: True for the weights of the checkpoint that is named, or else of the only one that fits; the name
+            of a dataset for that of this dataset.
+        num_classes: outputs, at least 1. By default those of the checkpoint or of the dataset in `name`, else 10. A
+            checkpoint that is named gets a new head for other classes, to be trained; a warning says so.
+        in_chans: image channels, at least 1. By default those of the checkpoint or of the dataset in `name`, else 3.
+            The first convolution of a checkpoint that is named is adapted to others; a warning says so.
         w_bits, a_bits: bit widths of weights and activations, 1 to 8; quantized models need both, float models
             take neither.
+        hub: where checkpoints are, see `load_checkpoint`.
         **kwargs: options of one model: `first_w_bits` (default 8) of `quant_cnv`.
 
     Returns:
         A module from images [N, in_chans, H, W] to logits [N, num_classes]. Float models expect images as
-        `cnvzoo.transforms(dataset)` gives them, quantized ones the 8-bit image scaled to [0, 1].
+        `cnvzoo.transforms(dataset)` gives them, quantized ones the 8-bit image scaled to [0, 1]. One with published
+        weights has its preprocessing with it: `cnvzoo.transforms(model)`; `model.pretrained_cfg` is all that is known.
 
     Raises:
-        ModelError: an unknown name or option, bits out of range, missing, or given to a float model.
+        ModelError: an unknown name or option, bits out of range, missing, or given to a float model; no checkpoint
+            that fits, or more than one.
+        CheckpointError: a file of the checkpoint is missing or damaged.
     """
-    return build_model(
-        name, num_classes=num_classes, in_chans=in_chans, w_bits=w_bits, a_bits=a_bits, **kwargs
-    )  # fmt: skip
+    parsed = parse_name(name)
+    given = {"num_classes": num_classes, "in_chans": in_chans, "w_bits": w_bits, "a_bits": a_bits, **kwargs}
+    wanted = parsed.bits | {key: value for key, value in given.items() if value is not None}
+    if clash := [key for key, bits in parsed.bits.items() if wanted[key] != bits]:
+        raise ModelError(f"{name} and {clash[0]}={wanted[clash[0]]}: leave {clash[0]} out, or the bits in the name")
+    if not isinstance(pretrained, (bool, str)):
+        raise ModelError(f"pretrained={pretrained!r}: True, or the name of a dataset; load_checkpoint takes folders")
+    if not pretrained:
+        info = dataset_info(parsed.dataset) if parsed.dataset else None
+        shapes = {"num_classes": info.num_classes, "in_chans": info.in_chans} if info else {}
+        return build_model(parsed.model, **(shapes | wanted))
+    dataset = parsed.dataset
+    if isinstance(pretrained, str):
+        if dataset not in (None, pretrained):
+            raise ModelError(f"{name} with pretrained={pretrained!r}: name one dataset")
+        dataset = pretrained
+    # a checkpoint that is named may be adapted to other classes and channels; else they are part of the choice
+    adaptable = {key: wanted.pop(key) for key in ("num_classes", "in_chans") if dataset and key in wanted}
+    checkpoint = choose_checkpoint(parsed.model, wanted, dataset, hub)
+    return load_checkpoint(checkpoint, hub=hub, **adaptable)[0]
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -171,12 +208,34 @@ def quantize(
     return model
 
 
-def transforms(source: str | DatasetInfo | Preprocessing | CheckpointConfig) -> Any:
-    """The torchvision v2 preprocessing for a user's own images, of a dataset or a checkpoint's config.
+def transforms(source: str | DatasetInfo | Preprocessing | CheckpointConfig | nn.Module) -> Any:
+    """The torchvision v2 preprocessing for a user's own images: of a dataset, a checkpoint's config, or its model.
 
+    A model that was adapted to other channels, 1 or 3, gets images of these, normalised by the mean over the channels.
     See `cnvzoo.data.transforms`.
+
+    Raises:
+        ModelError: a model that has no published weights, or of neither 1 nor 3 channels.
     """
+    if isinstance(source, nn.Module):
+        source = _preprocessing_of_model(source)
     return data_transforms(preprocessing_from(source) if isinstance(source, CheckpointConfig) else source)
+
+
+def _preprocessing_of_model(model: nn.Module) -> Preprocessing:
+    config = getattr(model, "pretrained_cfg", None)
+    if not isinstance(config, CheckpointConfig):
+        raise ModelError(
+            f"{type(model).__name__} was not created with published weights: give the dataset that it is for"
+        )
+    preprocessing = preprocessing_from(config)
+    channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    if channels == preprocessing.in_chans:
+        return preprocessing
+    if channels not in (1, 3):
+        raise ModelError(f"the model takes {channels} channels, and images have 1 or 3: convert yours in your own way")
+    mean, std = ((sum(v) / len(v),) * channels for v in (preprocessing.mean, preprocessing.std))
+    return replace(preprocessing, mean=mean, std=std)
 
 
 @dataclass(frozen=True)
@@ -235,9 +294,11 @@ def train(
         record = run_recipe(recipe, run_dir=folder, float_start=float_start, **options)
         state = load_file(folder / RUN_WEIGHTS)
     info = dataset_info(recipe.dataset)
-    model = build_model(
-        recipe.model, num_classes=info.num_classes, in_chans=info.in_chans, w_bits=recipe.w_bits, a_bits=recipe.a_bits
-    )
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(
+            recipe.model, num_classes=info.num_classes, in_chans=info.in_chans,
+            w_bits=recipe.w_bits, a_bits=recipe.a_bits,
+        )  # fmt: skip
     model.load_state_dict(state, strict=True)
     return TrainResult(model.eval(), record)
 
@@ -288,30 +349,27 @@ def evaluate(
     return Evaluation(correct, len(data.test_labels))
 
 
-def checkpoint_config(record: RunRecord) -> CheckpointConfig:
-    """What the config.json of a finished run's checkpoint says."""
+def checkpoint_facts(record: RunRecord, others: Iterable[RunRecord] = ()) -> CheckpointFacts:
+    """What a checkpoint of a finished run says of itself; `others`: the records of the recipe's other seeds."""
     recipe = Recipe.model_validate(record.recipe)
     info = dataset_info(recipe.dataset)
     bits = {} if recipe.w_bits is None else {"w_bits": recipe.w_bits, "a_bits": recipe.a_bits}
-    return CheckpointConfig(
+    return CheckpointFacts(
         name=f"{recipe.tag}.{recipe.dataset}",
         model={"name": recipe.model, "num_classes": info.num_classes, "in_chans": info.in_chans, **bits},
         dataset=recipe.dataset,
         classes=list(info.classes),
         preprocessing=preprocessing_of(recipe.model, recipe.dataset).to_dict(),
+        seed=record.seed,
         correct=record.correct,
         total=record.total,
+        results=[
+            SeedResult(seed=r.seed, correct=r.correct, total=r.total, weights_sha256=r.weights_sha256)
+            for r in sorted((record, *others), key=lambda r: r.seed)
+        ],
         weights_sha256=record.weights_sha256,
         recipe=record.recipe,
         versions=record.versions,
         device=record.device,
         commit=record.commit,
     )
-
-
-def keep_checkpoint(record: RunRecord, run_dir: str | Path, hub: str | Path) -> Path:
-    """Write the checkpoint of a finished run to its folder under `hub`, and return that folder."""
-    config = checkpoint_config(record)
-    folder = Path(hub) / config.name
-    write_checkpoint(folder, config, Path(run_dir) / RUN_WEIGHTS)
-    return folder

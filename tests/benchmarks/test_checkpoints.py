@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+
 import pytest
 from workbench import Bench
 
-from cnvzoo.hub import read_config
+from cnvzoo.files import sha256_of
+from cnvzoo.hub import FileFacts, read_config, read_index
 
 NAME = "mnist_cnv"
 
@@ -48,7 +52,64 @@ def test_a_new_run_takes_the_place_of_the_old(run_once):
     run_once.training.accuracy = lambda name, seed: 95.0
     run_once.run("--table", "mnist", "--seeds", "0", "--retrain")
     assert read_config(run_once.hub / "cnv.mnist").correct == 9500
-    assert (run_once.hub / "cnv.mnist" / "model.safetensors").read_text().startswith("new ")
+    run = run_once.runs / NAME / "seed0"
+    kept = (run_once.hub / "cnv.mnist" / "model.safetensors").read_bytes()
+    assert kept == (run / "weights.safetensors").read_bytes()
+    assert b"new " in kept[:2000]
+
+
+def test_the_results_of_all_seeds_are_in_it(bench):
+    bench.recipe(NAME)
+    for seed in (2, 0):
+        bench.run("--table", "mnist", "--seeds", str(seed))
+    shutil.rmtree(bench.runs)  # the weights are not needed again, only the records
+    weights = bench.hub / "cnv.mnist" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    bench.put(NAME, 1, accuracy=95.5)
+    bench.run("--table", "mnist", "--time-limit", "0")
+    results = [(r.seed, r.correct, r.total) for r in read_config(bench.hub / "cnv.mnist").results]
+    assert results == [(0, 9000, 10000), (1, 9550, 10000), (2, 9200, 10000)]
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_the_index_follows(run_once):
+    index = read_index(run_once.home.parent / "src" / "cnvzoo" / "hub" / "index.json")
+    entry = index.checkpoints["cnv.mnist"]
+    assert (entry.correct, entry.total, entry.dataset, entry.parameters) == (9000, 10000, "mnist", 1_545_536)
+    for file in (run_once.hub / "cnv.mnist").iterdir():
+        content = file.read_bytes()
+        assert entry.files[file.name] == FileFacts(hashlib.sha256(content).hexdigest(), len(content))
+
+
+def test_quantized_weights_are_packed(bench):
+    bench.recipe("cifar10_quant_cnv_w2a2")
+    assert bench.run("--table", "cifar10", "--seeds", "0") == 0
+    folder = bench.hub / "quant_cnv_w2a2.cifar10"
+    run = bench.runs / "cifar10_quant_cnv_w2a2" / "seed0" / "weights.safetensors"
+    assert read_config(folder).weights_sha256 == sha256_of(run)
+    assert (folder / "model.safetensors").stat().st_size < run.stat().st_size / 14
+
+
+def test_a_stray_file_is_not_published(run_once, capsys):
+    (run_once.hub / "cnv.mnist" / "notes.txt").touch()
+    run_once.run("--table", "mnist", "--seeds", "0")
+    assert "index of published checkpoints stays as it was" in (said := capsys.readouterr().err)
+    assert "notes.txt: a checkpoint has" in said
+
+
+class TestVerification:
+    def test_follows_the_training(self, run_once):
+        assert run_once.verified == [["cnv.mnist"]]
+
+    def test_a_difference_fails(self, run_once, capsys):
+        run_once.problem = "model.safetensors: damaged"
+        assert run_once.run("--table", "mnist", "--seeds", "0") == 1
+        assert "cnv.mnist: not as published: model.safetensors: damaged" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("arguments", [["--time-limit", "0"], ["--seeds", "1"], ["--epochs", "2"]])
+    def test_not_where_nothing_was_asked_of_it(self, run_once, arguments):
+        run_once.run("--table", "mnist", *arguments)
+        assert len(run_once.verified) == 1
 
 
 def test_weights_that_are_not_those_of_the_record_are_not_kept(bench):

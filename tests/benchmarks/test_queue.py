@@ -7,7 +7,7 @@ import shutil
 import time
 
 import pytest
-from workbench import make_record
+from workbench import label_of, make_record
 
 from cnvzoo.files import sha256_of
 from cnvzoo.train import RunRecord
@@ -195,8 +195,8 @@ class TestRetrain:
         bench.training.flavour = "new "
         bench.run("--table", "mnist", "--seeds", "0", "--retrain")
         folder = bench.runs / "mnist_cnv"
-        assert (folder / "seed0" / "weights.safetensors").read_text().startswith("new ")
-        assert not (folder / "seed0.previous" / "weights.safetensors").read_text().startswith("new ")
+        assert label_of(folder / "seed0" / "weights.safetensors").startswith("new ")
+        assert not label_of(folder / "seed0.previous" / "weights.safetensors").startswith("new ")
 
     def test_is_for_the_entries_asked_for(self, pair):
         pair.run("--table", "cifar10", "--seeds", "0")
@@ -210,7 +210,7 @@ class TestRetrain:
         pair.training.flavour = "new "
         pair.run("--table", "cifar10", "--seeds", "0", "--retrain")
         assert pair.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
-        assert pair.training.options[-1]["float_start"].read_text().startswith("new ")
+        assert label_of(pair.training.options[-1]["float_start"]).startswith("new ")
 
 
 class TestFloatStart:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from harness.entries import load_entries
 from reproduce import main
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from cnvzoo.data import dataset_info
 from cnvzoo.files import sha256_of
+from cnvzoo.models import build_model
 from cnvzoo.train import RunError, RunInterrupted, RunRecord
+from cnvzoo.verify import Verification
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -42,6 +49,23 @@ def make_record(recipe: Any, seed: int = 0, /, *, accuracy: float = 90.0, **chan
         "history": [],
     }
     return RunRecord.model_validate(values | changes)
+
+
+@functools.cache
+def _state(model: str, dataset: str, w_bits: int | None, a_bits: int | None) -> dict[str, torch.Tensor]:
+    info = dataset_info(dataset)
+    bits = {} if w_bits is None else {"w_bits": w_bits, "a_bits": a_bits}
+    return build_model(model, num_classes=info.num_classes, in_chans=info.in_chans, **bits).state_dict()
+
+
+def write_weights(path: Path, recipe: Any, label: str) -> None:
+    """Weights of the recipe's model: any, but other bytes for another label."""
+    save_file(_state(recipe.model, recipe.dataset, recipe.w_bits, recipe.a_bits), path, metadata={"label": label})
+
+
+def label_of(weights: Path) -> str:
+    with safe_open(weights, "pt") as file:
+        return file.metadata()["label"]
 
 
 @dataclass
@@ -77,7 +101,7 @@ class FakeTraining:
         if reason := self.stop_at.pop(key, None):
             state.touch()
             raise RunInterrupted(f"{recipe.name}, seed {seed}", reason, 3, 10, run_dir)
-        weights.write_text(f"{self.flavour}{key}")
+        write_weights(weights, recipe, f"{self.flavour}{key}")
         record = make_record(
             recipe,
             seed,
@@ -98,6 +122,8 @@ class Bench:
         self.home, self.runs, self.hub = root / "benchmarks", root / "runs", root / "hub"
         self.training = FakeTraining()
         self.train: Callable[..., RunRecord] = self.training
+        self.verified: list[list[str]] = []
+        self.problem: str | None = None
         (self.home / "configs").mkdir(parents=True)
         self.write_references("")
 
@@ -130,7 +156,13 @@ class Bench:
 
     def run(self, *arguments: str) -> int:
         argv: Sequence[str] = ("--device", "cpu", "--runs", str(self.runs), "--at-once", "1", *arguments)
-        return main(argv, home=self.home, train=self.train)
+        return main(argv, home=self.home, train=self.train, verify=self.verify)
+
+    def verify(self, names: list[str], *, hub: Path, device: str) -> list[Verification]:
+        """In the place of cnvzoo.verify: remembers what it was asked, and finds `problem` in each."""
+        assert hub == self.hub
+        self.verified.append(names)
+        return [Verification(name, problem=self.problem) for name in names]
 
     @property
     def page(self) -> str:

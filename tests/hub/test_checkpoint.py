@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from samples import facts_of, publish, registered_tiny, trained
 from torch import Tensor, nn
 
 import cnvzoo
 from cnvzoo.files import sha256_of
 from cnvzoo.hub import (
-    CheckpointConfig,
     CheckpointError,
+    FileFacts,
     load_checkpoint,
     preprocessing_from,
     read_config,
+    read_model,
     write_checkpoint,
 )
-from cnvzoo.models import build_model
+from cnvzoo.models import register_model
 
 FLOAT = {"name": "resnet20", "num_classes": 10, "in_chans": 1}
 QUANTIZED = {"name": "quant_cnv", "num_classes": 7, "in_chans": 3, "w_bits": 2, "a_bits": 3, "first_w_bits": 4}
@@ -31,35 +35,27 @@ def images(in_chans: int) -> Tensor:
     return torch.randint(256, (4, in_chans, 32, 32), generator=torch.Generator().manual_seed(1)) / 255
 
 
-def written(folder: Path, arguments: dict[str, Any], changed: dict[str, Tensor | None] | None = None) -> nn.Module:
-    """Write a checkpoint of a fresh model, some of its tensors changed or (None) left out; returns the model."""
-    torch.manual_seed(0)
-    model = build_model(**arguments).eval()
-    tensors = {**model.state_dict(), **(changed or {})}
-    folder.parent.mkdir(exist_ok=True)
-    weights = folder.parent / "run.safetensors"
-    save_file({name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}, weights)
-    write_checkpoint(folder, config_of(arguments, sha256_of(weights)), weights)
-    weights.unlink()
+def written(folder: Path, arguments: dict[str, Any]) -> nn.Module:
+    model = trained(arguments)
+    publish(folder, model, arguments)
     return model
 
 
-def config_of(arguments: dict[str, Any], weights_sha256: str) -> CheckpointConfig:
-    channels = arguments["in_chans"]
-    return CheckpointConfig(
-        name=f"{arguments['name']}.shapes",
-        model=arguments,
-        dataset="shapes",
-        classes=[f"shape {i}" for i in range(arguments["num_classes"])],
-        preprocessing={"size": 32, "mean": [0.5] * channels, "std": [0.25] * channels, "image_size": 28},
-        correct=9123,
-        total=10_000,
-        weights_sha256=weights_sha256,
-        recipe={"name": "shapes_recipe", "epochs": 3, "seed": 0},
-        versions={"torch": "2.11.0"},
-        device={"kind": "cpu", "threads": 2},
-        commit=None,
-    )
+def rewritten(folder: Path, changed: dict[str, Tensor | None], metadata: dict[str, str] | None = None) -> None:
+    """Replace tensors of a checkpoint, or (None) leave them out; its config fits the new file."""
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() if metadata is None else metadata
+    tensors = {**load_file(path), **changed}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, metadata)
+    config = json.loads((folder / "config.json").read_text())
+    config["file"] = {"sha256": sha256_of(path), "size": path.stat().st_size}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def rewritten_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def refusal(folder: Path) -> str:
@@ -80,8 +76,9 @@ def test_round_trip(tmp_path: Path, arguments: dict[str, Any]) -> None:
         logits = model(images(arguments["in_chans"]))
         assert torch.equal(loaded(images(arguments["in_chans"])), logits)
     assert logits.std() > 0
-    assert config == config_of(arguments, sha256_of(folder / "model.safetensors"))
+    assert config.file.sha256 == sha256_of(folder / "model.safetensors")
     assert config.accuracy == 91.23
+    assert loaded.pretrained_cfg is config
     preprocessing = preprocessing_from(config)
     assert (preprocessing.size, preprocessing.native_size, preprocessing.in_chans) == (32, 28, arguments["in_chans"])
     assert set(preprocessing.mean) == {0.5}
@@ -107,11 +104,38 @@ def test_a_flipped_bit_is_refused(tmp_path: Path, where: int) -> None:
     assert "damaged" in message
 
 
-def test_half_a_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [-4, 4])
+def test_another_size_is_refused(tmp_path: Path, change: int) -> None:
     written(tmp_path / "c", FLOAT)
     path = tmp_path / "c" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-4])
-    assert str(path) in refusal(tmp_path / "c")
+    size = path.stat().st_size
+    path.write_bytes((path.read_bytes() + bytes(4))[: size + change])
+    message = refusal(tmp_path / "c")
+    assert str(path) in message
+    assert f"expected {size:,} bytes" in message
+
+
+def test_a_file_is_not_read_where_its_size_is_wrong(tmp_path: Path) -> None:
+    """A terabyte of zeros, of which the disk holds nothing, costs nothing to refuse; so does one that is no file."""
+    written(tmp_path / "c", FLOAT)
+    for name in ("model.safetensors", "config.json"):
+        path = tmp_path / "c" / name
+        with path.open("r+b") as file:
+            file.truncate(1 << 40)
+        assert str(path) in refusal(tmp_path / "c")
+        path.unlink()
+        os.mkfifo(path)
+        assert f"{path}: not a regular file" in refusal(tmp_path / "c")
+        path.unlink()
+        written(tmp_path / "c", FLOAT)
+
+
+def test_a_header_is_not_parsed_where_its_length_is_wrong(tmp_path: Path) -> None:
+    written(tmp_path / "c", FLOAT)
+    path = tmp_path / "c" / "model.safetensors"
+    path.write_bytes((100 << 20).to_bytes(8, "little") + b" " * (101 << 20))
+    rewritten_config(tmp_path / "c", file={"sha256": sha256_of(path), "size": path.stat().st_size})
+    assert "a header of 104,857,600 bytes" in refusal(tmp_path / "c")
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
@@ -123,6 +147,8 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     assert str(tmp_path / "c" / "config.json") in message
     assert "checkpoint folder" in message
     assert "no-such" in refusal(tmp_path / "no-such")
+    (tmp_path / "file").touch()
+    assert "file" in refusal(tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +158,16 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         ({"correct": -1}, "correct"),
         ({"weights_sha256": "abc"}, "weights_sha256"),
         ({"classes": None}, "classes"),
+        ({"classes": ["one"]}, "num_classes: 10, where classes and preprocessing have 1"),
         ({"acuracy": 99.0}, "acuracy"),
+        ({"correct": 9000}, "results: must have seed 1 once"),
+        ({"results": []}, "results"),
+        ({"format_version": 2}, "format_version: 2, and this cnvzoo reads 1: install a version that fits"),
+        ({"name": "../elsewhere"}, "name"),
+        ({"preprocessing": {"size": 32}}, "preprocessing"),
+        ({"preprocessing": {"size": "32", "mean": [0.0], "std": [1.0]}}, "preprocessing"),
+        ({"file": {"sha256": "0" * 64, "size": 1 << 40}}, "file.size"),
+        ({"file": {"sha256": "0" * 63 + "g", "size": 5}}, "file.sha256"),
     ],
 )
 def test_invalid_config_names_file_and_key(tmp_path: Path, change: dict[str, Any], names: str) -> None:
@@ -155,49 +190,129 @@ def test_config_that_is_no_json_object(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("changed", "names"),
     [
-        ({"extra.weight": torch.zeros(3)}, "extra.weight"),
-        ({"norm.bias": None}, "norm.bias"),
-        ({"fc.weight": torch.zeros(11, 64)}, "fc.weight"),
+        ({"extra.weight": torch.zeros(3)}, "unexpected extra.weight"),
+        ({"norm.bias": None}, "missing norm.bias"),
+        ({"fc.weight": torch.zeros(11, 64)}, "fc.weight: float32 [11, 64], not float32 [10, 64]"),
+        ({"fc.weight": torch.zeros(10, 64).half()}, "fc.weight: float16 [10, 64], not float32"),
+        ({"norm.num_batches_tracked": torch.tensor(3.0)}, "norm.num_batches_tracked: float32 [], not int64 []"),
+        ({"fc.bias": torch.full((10,), torch.nan)}, "fc.bias: values that are not finite"),
+        ({"norm.bias": None, "extra": torch.zeros(1)}, "missing norm.bias; unexpected extra"),
     ],
-    ids=["extra", "missing", "mis-shaped"],
 )
 def test_other_tensors_than_the_models_are_named(tmp_path: Path, changed: dict[str, Tensor | None], names: str) -> None:
-    written(tmp_path / "c", FLOAT, changed)
+    written(tmp_path / "c", FLOAT)
+    rewritten(tmp_path / "c", changed)
     message = refusal(tmp_path / "c")
     assert str(tmp_path / "c" / "model.safetensors") in message
     assert names in message
 
 
-def test_a_scale_that_is_missing_is_named(tmp_path: Path) -> None:
-    """Brevitas can be told to overlook missing keys: not here."""
-    torch.manual_seed(0)
-    (scale, *_) = (n for n in build_model(**QUANTIZED).state_dict() if n.endswith(".scale"))
-    written(tmp_path / "c", QUANTIZED, {scale: None})
-    assert scale in refusal(tmp_path / "c")
+PACKED = {
+    "conv.weight": {"bits": 3, "signed": True, "shape": [5, 1, 3, 3]},
+    "fc.weight": {"bits": 3, "signed": True, "shape": [3, 5]},
+}
+SCALE = "fc.weight_quant.tensor_quant.scale"
 
 
-def test_weights_that_are_no_safetensors_file(tmp_path: Path) -> None:
-    (tmp_path / "weights").write_bytes(b"\x80\x04 not safetensors")
-    write_checkpoint(tmp_path / "c", config_of(FLOAT, sha256_of(tmp_path / "weights")), tmp_path / "weights")
-    assert str(tmp_path / "c" / "model.safetensors") in refusal(tmp_path / "c")
+@pytest.mark.parametrize(
+    ("changed", "packed", "names"),
+    [
+        ({SCALE: None}, PACKED, f"missing {SCALE}"),
+        ({SCALE: torch.tensor(0.0)}, PACKED, f"{SCALE}: a scale below the least"),
+        ({SCALE: torch.tensor(-0.1)}, PACKED, f"{SCALE}: a scale below the least"),
+        ({"fc.weight": torch.zeros(3, 5)}, PACKED, "fc.weight: float32 [3, 5], not uint8 [6]"),
+        ({"fc.weight": torch.zeros(7, dtype=torch.uint8)}, PACKED, "fc.weight: uint8 [7], not uint8 [6]"),
+        ({"fc.weight": torch.full((6,), 255, dtype=torch.uint8)}, PACKED, "fc.weight: the bits after the last value"),
+        ({"fc.weight": torch.tensor([4, 0, 0, 0, 0, 0], dtype=torch.uint8)}, PACKED, "fc.weight: a value below -3"),
+        ({"norm.num_batches_tracked": torch.tensor(3)}, PACKED, "unexpected norm.num_batches_tracked"),
+        ({}, {}, "conv.weight: packed as nothing, not 3 bits [5, 1, 3, 3]"),
+        ({}, {**PACKED, "norm.bias": PACKED["fc.weight"]}, "norm.bias: packed as 3 bits [3, 5], not nothing"),
+        ({}, {**PACKED, "fc.weight": {"bits": 2, "signed": True, "shape": [3, 5]}}, "fc.weight: packed as 2 bits"),
+        ({}, {**PACKED, "fc.weight": {"bits": 3, "signed": True, "shape": [5, 3]}}, "not 3 bits [3, 5]"),
+        ({}, {**PACKED, "fc.weight": {"bits": 3, "signed": False, "shape": [3, 5]}}, "packed: fc.weight.signed"),
+        ({}, {**PACKED, "fc.weight": {"bits": 9, "signed": True, "shape": [3, 5]}}, "packed: fc.weight.bits"),
+        ({}, {**PACKED, "fc.weight": 3}, "packed: fc.weight"),
+    ],
+)
+def test_other_packed_tensors_are_named(
+    tmp_path: Path, changed: dict[str, Tensor | None], packed: dict[str, Any], names: str
+) -> None:
+    with registered_tiny() as arguments:
+        written(tmp_path / "c", arguments)
+        rewritten(tmp_path / "c", changed, {"packed": json.dumps(packed)})
+        message = refusal(tmp_path / "c")
+    assert str(tmp_path / "c" / "model.safetensors") in message
+    assert names in message
+
+
+def test_writing_is_as_strict(tmp_path: Path) -> None:
+    """What is published can be loaded: a run's weights that are not all of the model's are no checkpoint."""
+    model = trained(FLOAT)
+    model.norm.register_buffer("extra", torch.zeros(1))  # type: ignore[union-attr]
+    with pytest.raises(CheckpointError, match=r"run\.safetensors: not the weights of .*unexpected norm\.extra"):
+        publish(tmp_path / "c", model, FLOAT)
+    assert not (tmp_path / "c").exists()
 
 
 def test_writing_refuses_other_weights_and_leaves_the_old_checkpoint(tmp_path: Path) -> None:
-    model = written(tmp_path / "c", FLOAT)
+    written(tmp_path / "c", FLOAT)
     files = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
     save_file({"another": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"other\.safetensors"):
-        write_checkpoint(tmp_path / "c", config_of(FLOAT, "0" * 64), tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"other\.safetensors: sha256"):
+        write_checkpoint(tmp_path / "c", facts_of(FLOAT, "0" * 64), tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"none\.safetensors"):
+        write_checkpoint(tmp_path / "c", facts_of(FLOAT, "0" * 64), tmp_path / "none.safetensors")
     assert {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()} == files
-    stored = load_file(tmp_path / "c" / "model.safetensors")
-    assert all(torch.equal(stored[n], t) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [b"", b"1234567", b"\x80\x04 not safetensors", bytes(100), b"\xff" * 100])
+def test_weights_that_are_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
+    written(tmp_path / "c", FLOAT)
+    path = tmp_path / "c" / "model.safetensors"
+    path.write_bytes(content)
+    rewritten_config(tmp_path / "c", file={"sha256": sha256_of(path), "size": len(content)})
+    message = refusal(tmp_path / "c")
+    assert f"{path}: " in message
+    assert "not a safetensors file" in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_published_checkpoint_is_what_was_published(tmp_path: Path, name: str) -> None:
+    """A config and weights that fit each other are refused where the index knows others."""
+    written(tmp_path / "c", FLOAT)
+    files = {path.name: FileFacts.of(path.read_bytes()) for path in (tmp_path / "c").iterdir()}
+    read_model(tmp_path / "c", files)
+    rewritten(tmp_path / "c", {"fc.bias": torch.ones(10)})
+    load_checkpoint(tmp_path / "c")
+    with pytest.raises(CheckpointError, match=r"sha256|expected") as caught:
+        read_model(tmp_path / "c", files)
+    assert str(tmp_path / "c" / "config.json") in str(caught.value)
+
+
+def test_a_model_with_values_that_it_computes_when_it_is_built(tmp_path: Path) -> None:
+    """Shapes are compared on a model without values, where a builder that looks at some cannot run."""
+
+    class Looks(nn.Module):
+        def __init__(self, num_classes: int, in_chans: int) -> None:
+            super().__init__()
+            self.rates = [float(rate) for rate in torch.linspace(0, 1, 3)]
+            self.fc = nn.Linear(in_chans, num_classes)
+
+    with registered_tiny():
+        register_model("looks", summary="of tests")(Looks)
+        arguments = {"name": "looks", "num_classes": 2, "in_chans": 1}
+        model = written(tmp_path / "c", arguments)
+        assert torch.equal(
+            load_checkpoint(tmp_path / "c")[0].state_dict()["fc.weight"], model.state_dict()["fc.weight"]
+        )
 
 
 @pytest.mark.parametrize(
     ("model", "said"),
     [
         ({"num_classes": 10}, "name"),
-        ({**FLOAT, "num_classes": "ten"}, "cannot be built"),
+        ({**FLOAT, "num_classes": "ten"}, "num_classes: 'ten', where classes and preprocessing have 10"),
+        ({**FLOAT, "num_classes": 10.0}, "cannot be built: num_classes=10.0 is not a whole number"),
         ({**FLOAT, "name": "resnet21"}, "unknown model 'resnet21': did you mean"),
         ({**FLOAT, "w_bits": 4}, "is a float model"),
     ],

@@ -97,6 +97,12 @@ def test_unknown_options() -> None:
     assert "takes no options" in refusal("resnet20", first_w_bits=8)
 
 
+@pytest.mark.parametrize("argument", ["num_classes", "in_chans"])
+@pytest.mark.parametrize("count", [2.5, 3.0, True, "3", None, [1]])
+def test_counts_that_are_no_whole_numbers(argument: str, count: object) -> None:
+    assert f"{argument}={count!r} is not a whole number" in refusal("cnv", **{argument: count})
+
+
 def test_counts_below_one() -> None:
     assert "num_classes=0" in refusal("cnv", num_classes=0)
     assert "in_chans=0" in refusal("cnv", in_chans=0)

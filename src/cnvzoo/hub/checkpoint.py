@@ -1,35 +1,57 @@
 """A checkpoint: a folder `<model tag>.<dataset>/` with `model.safetensors` and `config.json`.
 
-The config says everything that is needed to build the model, feed it, and check the number that it is
-published with. Weights are read only after their sha256 was found to be the config's.
+The config says everything that is needed to build the model, feed it, and check the number that it is published with.
+No file is looked into before its size and sha256 were found to be those that it was published with.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import nn
 
 from cnvzoo.data import Preprocessing
-from cnvzoo.errors import CnvzooError, ModelError
-from cnvzoo.files import replacing, sha256_of, write_text
-from cnvzoo.models import build_model
+from cnvzoo.files import replacing, write_text
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+from .build import build_empty, build_skeleton
+from .errors import CheckpointError
+from .facts import LARGEST_FILE, FileFacts, explain, read_limited, read_verified
+from .index import CONFIG, WEIGHTS, Name
+from .tensors import fill, is_quantized, packed_file, read_plain, read_published
+
+FORMAT_VERSION = 1
+_LARGEST_CONFIG = 1 << 18  # bytes
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class CheckpointError(CnvzooError):
-    """A checkpoint that is missing, damaged or does not fit: names the file and what was expected."""
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class CheckpointConfig(BaseModel):
-    """config.json.
+class SeedResult(_Section):
+    """What one seed of the recipe came to: `correct` of `total` test images, and the sha256 of its run's weights."""
+
+    seed: int = Field(ge=0)
+    correct: int = Field(ge=0)
+    total: int = Field(gt=0)
+    weights_sha256: Sha256
+
+
+def _is_a_preprocessing(values: dict[str, Any]) -> dict[str, Any]:
+    try:
+        Preprocessing.from_dict(values)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    return values
+
+
+class CheckpointFacts(_Section):
+    """What is known of a checkpoint before its weights are laid out.
 
     Attributes:
         name: `<model tag>.<dataset>`, the folder's name.
@@ -37,26 +59,44 @@ class CheckpointConfig(BaseModel):
         dataset: what the model was trained on.
         classes: names of the outputs, in order.
         preprocessing: `Preprocessing.to_dict()`.
-        correct, total: test images classified right, of how many; accuracy is their ratio.
-        weights_sha256: of model.safetensors.
-        recipe: the whole recipe; `seed` included.
+        seed: of the run whose weights these are.
+        correct, total: test images that they classify right, of how many; accuracy is their ratio.
+        results: of every seed of the recipe that has been run, this one included.
+        weights_sha256: of the weights file of the run.
+        recipe: the whole recipe.
         versions, device, commit: of the run.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    name: str
+    name: Name
     model: dict[str, Any]
     dataset: str
     classes: list[str]
-    preprocessing: dict[str, Any]
+    preprocessing: Annotated[dict[str, Any], AfterValidator(_is_a_preprocessing)]
+    seed: int = Field(ge=0)
     correct: int = Field(ge=0)
     total: int = Field(gt=0)
-    weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    results: list[SeedResult]
+    weights_sha256: Sha256
     recipe: dict[str, Any]
     versions: dict[str, str]
     device: dict[str, Any]
     commit: str | None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CheckpointFacts:
+        own = SeedResult(
+            seed=self.seed, correct=self.correct, total=self.total, weights_sha256=self.weights_sha256
+        )  # fmt: skip
+        if self.results.count(own) != 1:
+            raise ValueError(f"results: must have seed {self.seed} once, with the numbers of this checkpoint")
+        if any(result.correct > result.total for result in self.results):
+            raise ValueError("results: more images right than there are")
+        if not isinstance(self.model.get("name"), str):
+            raise ValueError("model.name: must be the name of a model")
+        for key, count in (("num_classes", len(self.classes)), ("in_chans", len(self.preprocessing["mean"]))):
+            if self.model.get(key) != count:
+                raise ValueError(f"model.{key}: {self.model.get(key)!r}, where classes and preprocessing have {count}")
+        return self
 
     @property
     def accuracy(self) -> float:
@@ -64,62 +104,98 @@ class CheckpointConfig(BaseModel):
         return 100 * self.correct / self.total
 
 
-def write_checkpoint(folder: str | Path, config: CheckpointConfig, weights: str | Path) -> None:
-    """Lay out a checkpoint from a config and a safetensors file, weights first.
+class CheckpointConfig(CheckpointFacts):
+    """config.json: the facts, what model.safetensors has to be, and the version of the format of the two."""
+
+    format_version: int
+    file: FileFacts
+
+    @field_validator("format_version")
+    @classmethod
+    def _is_ours(cls, version: int) -> int:
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{version}, and this cnvzoo reads {FORMAT_VERSION}: install a version that fits")
+        return version
+
+
+def write_checkpoint(folder: str | Path, facts: CheckpointFacts, weights: str | Path) -> CheckpointConfig:
+    """Lay out a checkpoint from the weights file of a run, weights first; returns its config.
 
     Raises:
-        CheckpointError: the file is not the one that the config describes.
+        CheckpointError: the file is not the one that the facts describe, or does not hold exactly the model's tensors.
     """
-    folder = Path(folder)
-    with replacing(folder / WEIGHTS) as temporary:
-        shutil.copyfile(weights, temporary)
-        _check_weights(temporary, config, str(weights))
-    write_text(folder / CONFIG, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
-
-
-def read_config(folder: str | Path) -> CheckpointConfig:
-    """Read and validate the config of a checkpoint. Raises CheckpointError."""
-    path = Path(folder) / CONFIG
+    weights, folder = Path(weights), Path(folder)
+    content = read_limited(weights, LARGEST_FILE, f"more than {LARGEST_FILE:,} bytes: no small image classifier")
+    if (found := FileFacts.of(content).sha256) != facts.weights_sha256:
+        raise CheckpointError(f"{weights}: sha256 is {found[:16]}..., {facts.name} has {facts.weights_sha256[:16]}...")
     try:
-        return CheckpointConfig.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): is {folder} a checkpoint folder?") from None
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not a valid checkpoint config: {error}") from None
+        model = build_empty(facts.model)
+        model.load_state_dict(read_plain(content, model), strict=True)
+        if is_quantized(model):
+            content = packed_file(model.eval())
+    except CheckpointError as error:
+        raise CheckpointError(f"{weights}: not the weights of {facts.name}: {error}") from None
+    config = CheckpointConfig(**dict(facts), format_version=FORMAT_VERSION, file=FileFacts.of(content))
+    with replacing(folder / WEIGHTS) as temporary:
+        temporary.write_bytes(content)
+    write_config(folder, config)
+    return config
 
 
-def load_checkpoint(folder: str | Path) -> tuple[nn.Module, CheckpointConfig]:
+def write_config(folder: str | Path, config: CheckpointConfig) -> None:
+    """Write the config of a checkpoint whose weights are there."""
+    write_text(Path(folder) / CONFIG, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+
+
+def read_config(folder: str | Path, facts: FileFacts | None = None) -> CheckpointConfig:
+    """Read and validate the config of a checkpoint, which has to be the file that `facts` describe.
+
+    Raises:
+        CheckpointError: the file is missing, another, or not valid.
+    """
+    path = Path(folder) / CONFIG
+    if facts is None:
+        content = read_limited(path, _LARGEST_CONFIG, f"more than {_LARGEST_CONFIG:,} bytes: no checkpoint config")
+    else:
+        content = read_verified(path, facts)
+    try:
+        return CheckpointConfig.model_validate_json(content)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: not a valid checkpoint config: {explain(error)}") from None
+
+
+def check_weights(folder: str | Path, config: CheckpointConfig) -> None:
+    """Raise CheckpointError where model.safetensors is not the file that its config describes."""
+    read_verified(Path(folder) / WEIGHTS, config.file)
+
+
+def read_model(folder: str | Path, files: Mapping[str, FileFacts] | None = None) -> tuple[nn.Module, CheckpointConfig]:
     """Build the model of a checkpoint, in eval mode on the CPU, with its weights.
+
+    Args:
+        folder: of the checkpoint.
+        files: what config.json and model.safetensors have to be; by default config.json is taken as it is, and says
+            what model.safetensors has to be.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the tensors are not exactly the model's.
     """
-    config = read_config(folder)
-    path = Path(folder) / WEIGHTS
-    _check_weights(path, config, str(path))
+    folder = Path(folder)
+    config = read_config(folder, files[CONFIG] if files else None)
+    content = read_verified(folder / WEIGHTS, config.file)
     try:
-        model = build_model(**config.model)
-    except (TypeError, ModelError) as error:
-        raise CheckpointError(f"{Path(folder) / CONFIG}: its model cannot be built: {error}") from None
+        skeleton = build_skeleton(config.model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
     try:
-        model.load_state_dict(load_file(path), strict=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: the tensors are not those of {config.name}: {error}") from None
+        state = read_published(content, skeleton)
+        model = build_empty(config.model)
+        fill(model, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: not the weights of {config.name}: {error}") from None
     return model.eval(), config
 
 
 def preprocessing_from(config: CheckpointConfig) -> Preprocessing:
     """The way images reach the checkpoint's model."""
     return Preprocessing.from_dict(config.preprocessing)
-
-
-def _check_weights(path: Path, config: CheckpointConfig, shown: str) -> None:
-    try:
-        found = sha256_of(path)
-    except OSError as error:
-        raise CheckpointError(f"{shown}: cannot be read: {error.strerror}") from None
-    if found != config.weights_sha256:
-        raise CheckpointError(
-            f"{shown}: sha256 is {found[:16]}..., {config.name} has {config.weights_sha256[:16]}...: "
-            "the file is damaged or another: fetch or train it again"
-        )

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .initialization import skips_initialization
 from .norm_act import NormActSequential
 from .registry import check_bits, register_model
 
@@ -52,12 +53,14 @@ class FloatLayers:
 
     def conv(self, in_channels: int, out_channels: int, *, first: bool) -> nn.Module:
         layer = FullFieldMatmul(in_channels, out_channels, 3, bias=False)
-        init_weight(layer.weight)
+        if not skips_initialization():
+            init_weight(layer.weight)
         return layer
 
     def linear(self, in_features: int, out_features: int, *, last: bool) -> nn.Module:
         layer = nn.Linear(in_features, out_features, bias=False)
-        init_weight(layer.weight)
+        if not skips_initialization():
+            init_weight(layer.weight)
         return layer
 
     def relu(self) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .initialization import skips_initialization
 from .norm_act import NormActSequential
 from .registry import register_model
 
@@ -38,7 +39,7 @@ class MobileNetV1(nn.Module):
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and not skips_initialization():
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:

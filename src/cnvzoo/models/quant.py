@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .cnv import FullFieldMatmul, init_weight
 from .fake_quant import IntRange, fake_quantize, least_squares_scale
+from .initialization import skips_initialization
 from .norm_act import QuantizedActivation
 
 INPUT_SCALE = 1 / 255
@@ -86,8 +87,12 @@ class IntQuantizer(nn.Module):
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         return fake_quantize(x, scale, self.ints, dtype), scale, self.zero_point, self.bit_width  # type: ignore[return-value]
 
+    def effective_scale(self) -> Tensor:
+        """The scale that values are divided by, exactly: what was learned, or the floor where that is below it."""
+        return self.scale.clamp_min(_SCALE_FLOOR) if self.learned else self.scale
+
     def positive_scale(self, x: Tensor) -> Tensor:
-        """The scale, kept positive; its gradient is that of LSQ, section 2.2: divided by sqrt(values * levels).
+        """The effective scale; its gradient is that of LSQ, section 2.2: divided by sqrt(values * levels).
 
         `values` are those that share one scale: of the weights, or of the activations of one image. Without the
         division a scale's steps are larger than a weight's by orders of magnitude.
@@ -180,7 +185,8 @@ class QuantLayers:
     def relu(self) -> nn.Module:
         quantizer = IntQuantizer(self.a_bits, signed=False)
         layer = _ClampedQuantReLU(_injector(quantizer, ActQuantProxyFromInjector, signed=False))
-        quantizer.fit(_relu_of_normal(torch.ones(1), torch.zeros(1)))
+        if not skips_initialization():
+            quantizer.fit(_relu_of_normal(torch.ones(1), torch.zeros(1)))
         return _plain_tensors(layer, layer.act_quant)
 
 
@@ -189,8 +195,9 @@ def _weights(quantizer: IntQuantizer) -> type:
 
 
 def _fit_weights(layer: QuantConv2d | QuantLinear, quantizer: IntQuantizer) -> nn.Module:
-    init_weight(layer.weight)
-    quantizer.fit(layer.weight)
+    if not skips_initialization():
+        init_weight(layer.weight)
+        quantizer.fit(layer.weight)
     return _plain_tensors(layer, layer.weight_quant)
 
 

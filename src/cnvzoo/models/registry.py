@@ -87,10 +87,8 @@ def build_model(
 ) -> nn.Module:
     """Build a freshly initialised model; see `cnvzoo.create_model` for the arguments and errors."""
     spec = model_spec(name)
-    if num_classes < 1:
-        raise ModelError(f"num_classes={num_classes}: a classifier needs at least 1 class")
-    if in_chans < 1:
-        raise ModelError(f"in_chans={in_chans}: an image has at least 1 channel")
+    _check_count("num_classes", num_classes, "a classifier needs at least 1 class")
+    _check_count("in_chans", in_chans, "an image has at least 1 channel")
     unknown = [key for key in kwargs if key not in spec.options]
     if unknown:
         takes = nearest(unknown[0], spec.options) if spec.options else "it takes no options of its own"
@@ -118,6 +116,13 @@ def check_bits(argument: str, bits: int | None, model: str) -> int:
             f"the nearest that {model} can have is {argument}={close}"
         )
     return bits
+
+
+def _check_count(argument: str, count: int, remedy: str) -> None:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise ModelError(f"{argument}={count!r} is not a whole number: {remedy}")
+    if count < 1:
+        raise ModelError(f"{argument}={count}: {remedy}")
 
 
 def guard_input(model: nn.Module, spec: ModelSpec, in_chans: int) -> None:

@@ -8,19 +8,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import TYPE_CHECKING, TypeVar
 
 from .trainer import Trainer
+
+if TYPE_CHECKING:  # imported where progress is shown: loading a model does without
+    from rich.console import Console
+    from rich.progress import Progress
 
 _LINE_EVERY_SECONDS = 10.0
 T = TypeVar("T")
@@ -37,10 +31,10 @@ class TrainingProgress:
 
     def __init__(self, name: str, trainer: Trainer, quiet: bool = False) -> None:
         self._name = name
-        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._console = _console(quiet)
         self._epochs = trainer.total_steps // trainer.steps_per_epoch
         self._started, self._first_step = time.monotonic(), trainer.step
-        self._bar = _bar(self._console, TextColumn("{task.fields[status]}"))
+        self._bar = _bar(self._console, "{task.fields[status]}")
         self._task = self._bar.add_task(name, total=trainer.total_steps, completed=trainer.step, status="")
 
     def __enter__(self) -> TrainingProgress:
@@ -67,7 +61,7 @@ class TrainingProgress:
 
 def counted(items: Sequence[T], name: str, *, quiet: bool = False) -> Iterator[T]:
     """Yield the items; say how many are done, off a terminal only where it takes long."""
-    console = Console(stderr=True, quiet=quiet, highlight=False)
+    console = _console(quiet)
     started = said = time.monotonic()
     with _bar(console) as bar:
         task = bar.add_task(name, total=len(items))
@@ -81,14 +75,22 @@ def counted(items: Sequence[T], name: str, *, quiet: bool = False) -> Iterator[T
                 said = now
 
 
-def _bar(console: Console, *more: TextColumn) -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        *more,
+def _console(quiet: bool) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=quiet, highlight=False)
+
+
+def _bar(console: Console, *more: str) -> Progress:
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("[bold]{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(elapsed_when_finished=True),
+        *map(progress.TextColumn, more),
         console=console,
         disable=console.quiet or not _has_terminal(console),
     )

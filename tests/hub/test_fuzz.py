@@ -1,0 +1,28 @@
+"""Damaged checkpoints by the thousand: an error of ours or the very tensors, in bounded memory and time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CASES = int(os.environ.get("CNVZOO_FUZZ_CASES", "5000"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux'")
+def test_mutated_checkpoints() -> None:
+    """See fuzzing.py; CNVZOO_FUZZ_CASES runs more of them."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("fuzzing.py")), str(CASES)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 + CASES / 20)
+    assert done.returncode == 0, done.stderr[-5000:]
+    counts = json.loads(done.stdout)
+    assert sum(counts.values()) == CASES
+    # were the mutations too wild or too tame, they would not try much
+    assert counts["refused, own"] > CASES / 3
+    assert counts["refused, published"] > CASES / 5
+    assert counts["loaded as it is written"] > CASES / 30

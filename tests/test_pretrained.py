@@ -1,0 +1,248 @@
+"""Published weights by name: which checkpoint is meant, where it is looked for, and what comes with the model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import cnvzoo
+import cnvzoo.hub.index
+from cnvzoo.data import Preprocessing
+from cnvzoo.errors import ModelError
+from cnvzoo.hub import CheckpointConfig, CheckpointError, hub_location
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two datasets of one quantized model, a third of a float one; CNVZOO_HUB leads there."""
+    make_checkpoint(tmp_path / "hub", "quant_cnv", "cifar10", w_bits=4, a_bits=4)
+    make_checkpoint(tmp_path / "hub", "quant_cnv", "cifar100", w_bits=4, a_bits=4)
+    make_checkpoint(tmp_path / "hub", "resnet20", "mnist")
+    monkeypatch.setenv("CNVZOO_HUB", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def name_of(model: nn.Module) -> str:
+    config = model.pretrained_cfg
+    assert isinstance(config, CheckpointConfig)
+    return config.name
+
+
+class TestWhichCheckpoint:
+    @pytest.mark.parametrize(
+        ("name", "arguments", "expected"),
+        [
+            ("quant_cnv_w4a4.cifar10", {"pretrained": True}, "quant_cnv_w4a4.cifar10"),
+            ("quant_cnv_w4a4", {"pretrained": "cifar100"}, "quant_cnv_w4a4.cifar100"),
+            ("quant_cnv.cifar100", {"pretrained": True}, "quant_cnv_w4a4.cifar100"),
+            ("quant_cnv", {"pretrained": True, "w_bits": 4, "num_classes": 100}, "quant_cnv_w4a4.cifar100"),
+            ("quant_cnv", {"pretrained": True, "num_classes": 10, "first_w_bits": 8}, "quant_cnv_w4a4.cifar10"),
+            ("resnet20", {"pretrained": True}, "resnet20.mnist"),
+            ("resnet20.mnist", {"pretrained": "mnist"}, "resnet20.mnist"),
+        ],
+    )  # fmt: skip
+    def test_the_one_that_fits(self, hub: Path, name: str, arguments: dict[str, Any], expected: str) -> None:
+        model = cnvzoo.create_model(name, **arguments)
+        assert name_of(model) == expected
+        assert not model.training
+        own, _ = cnvzoo.load_checkpoint(hub / expected)
+        assert all(torch.equal(tensor, own.state_dict()[n]) for n, tensor in model.state_dict().items())
+
+    @pytest.mark.parametrize(
+        ("name", "arguments", "words"),
+        [
+            ("quant_cnv_w4a4", {}, "more than one.*quant_cnv_w4a4.cifar10, quant_cnv_w4a4.cifar100"),
+            ("quant_cnv", {"num_classes": 7}, "no checkpoint is of quant_cnv, num_classes=7: name one.*cifar10, "),
+            ("quant_cnv_w2a2.cifar10", {}, "no checkpoint is of quant_cnv, w_bits=2, a_bits=2, cifar10.*w4a4.cifar10"),
+            ("quant_cnv.cifar10", {"first_w_bits": 4}, "first_w_bits=4"),
+            ("resnet110", {}, "no checkpoint of resnet110 is published: pretrained=False"),
+            ("resnet20.cifar10", {}, "no checkpoint is of resnet20, cifar10.*resnet20.mnist"),
+            ("resnet20.mnist", {"pretrained": "cifar10"}, "name one dataset"),
+            ("resnet20", {"pretrained": Path("hub/resnet20.mnist")}, "load_checkpoint takes folders"),
+            ("resnet21.mnist", {}, "unknown model 'resnet21': did you mean"),
+            ("quant_cnv_w4a4.cifar10", {"w_bits": 2}, "w_bits=2: leave w_bits out"),
+        ],
+    )
+    def test_otherwise_the_choices(self, hub: Path, name: str, arguments: dict[str, Any], words: str) -> None:
+        with pytest.raises(ModelError, match=words):
+            cnvzoo.create_model(name, **{"pretrained": True, **arguments})
+
+    def test_one_that_is_named_is_adapted(self, hub: Path) -> None:
+        with pytest.warns(UserWarning, match="num_classes=7: fc is new"):
+            model = cnvzoo.create_model("resnet20", pretrained="mnist", num_classes=7)
+        assert model(torch.zeros(1, 1, 28, 28)).shape == (1, 7)
+
+    def test_names_without_weights(self, hub: Path) -> None:
+        """As timm takes names with a tag: the model that the weights are of, freshly initialised."""
+        model = cnvzoo.create_model("quant_cnv_w2a3.cifar100")
+        assert model.training
+        assert not hasattr(model, "pretrained_cfg")
+        assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 100)
+        assert cnvzoo.create_model("resnet20.mnist", num_classes=4).eval()(torch.zeros(1, 1, 28, 28)).shape == (1, 4)
+        with pytest.raises(cnvzoo.CnvzooError, match="unknown dataset 'imagenet'"):
+            cnvzoo.create_model("resnet20.imagenet")
+
+
+class TestWhere:
+    def test_argument_before_variable_before_checkout(self, hub: Path, tmp_path: Path, monkeypatch) -> None:
+        assert hub_location() == str(hub)
+        assert hub_location("hf://somebody") == "hf://somebody"
+        monkeypatch.delenv("CNVZOO_HUB")
+        assert hub_location() == ROOT / "hub"
+        monkeypatch.setattr("cnvzoo.hub.locate._CHECKOUT", tmp_path)  # the package is not in a checkout
+        assert hub_location() == "hf://cnvzoo"
+
+    def test_hub_argument(self, hub: Path, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setenv("CNVZOO_HUB", str(tmp_path / "nothing"))
+        assert name_of(cnvzoo.create_model("resnet20.mnist", pretrained=True, hub=hub)) == "resnet20.mnist"
+        with pytest.raises(CheckpointError, match="nothing"):
+            cnvzoo.create_model("resnet20.mnist", pretrained=True)
+
+    def test_the_published_ones_are_what_the_index_says(self, hub: Path) -> None:
+        """A folder in which everything fits together is refused under a published name, and taken by its path."""
+        shutil.copytree(hub / "quant_cnv_w4a4.cifar100", hub / "other")
+        path = hub / "resnet20.mnist" / "config.json"
+        path.write_text(path.read_text().replace('"correct": 5', '"correct": 6'))
+        with pytest.raises(CheckpointError, match=str(path)):
+            cnvzoo.load_checkpoint("resnet20.mnist")
+        assert cnvzoo.load_checkpoint(hub / "resnet20.mnist")[1].correct == 6
+
+    def test_one_of_your_own(self, hub: Path, tmp_path: Path) -> None:
+        """Not in the index: in a hub directory by name, anywhere by path, checked against its own config."""
+        own = hub / "resnet20.own"
+        shutil.copytree(hub / "resnet20.mnist", own)
+        for model in (
+            cnvzoo.load_checkpoint("resnet20.own")[0],
+            cnvzoo.load_checkpoint(str(own))[0],
+            cnvzoo.create_model("resnet20", pretrained="own"),
+        ):
+            assert name_of(model) == "resnet20.mnist"
+        with pytest.raises(ModelError, match=r"more than one.*resnet20\.mnist, resnet20\.own"):
+            cnvzoo.create_model("resnet20", pretrained=True)
+        weights = own / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[::-1])
+        with pytest.raises(CheckpointError, match="sha256"):
+            cnvzoo.load_checkpoint("resnet20.own")
+
+    @pytest.mark.parametrize("name", ["..", "nothing", "resnet20.mnist\x00", "", "resnet20.minst"])
+    def test_unknown_names(self, hub: Path, name: str) -> None:
+        with pytest.raises(CheckpointError, match=r"Choices: quant_cnv_w4a4\.cifar10"):
+            cnvzoo.load_checkpoint(name)
+
+    @pytest.mark.parametrize("path", ["../hub", "/nothing/at/all", "./resnet20.mnist"])
+    def test_paths_without_a_checkpoint(self, hub: Path, path: str) -> None:
+        with pytest.raises(CheckpointError, match=r"config\.json: cannot be read .*is .* a checkpoint folder\?"):
+            cnvzoo.load_checkpoint(path)
+
+
+class TestPreprocessing:
+    def test_comes_with_the_model(self, hub: Path) -> None:
+        model = cnvzoo.create_model("resnet20.mnist", pretrained=True)
+        digit = torch.randint(256, (1, 28, 28), dtype=torch.uint8)
+        expected = cnvzoo.transforms("mnist")(digit)
+        assert torch.equal(cnvzoo.transforms(model)(digit), expected)
+        quantized = cnvzoo.create_model("quant_cnv_w4a4.cifar10", pretrained=True)
+        image = Image.fromarray(np.full((32, 32, 3), 51, np.uint8))
+        torch.testing.assert_close(cnvzoo.transforms(quantized)(image), torch.full((3, 32, 32), 0.2))
+
+    def test_fits_an_adapted_model(self, hub: Path) -> None:
+        with pytest.warns(UserWarning, match="in_chans=3"):
+            model = cnvzoo.create_model("resnet20.mnist", pretrained=True, in_chans=3)
+        x = cnvzoo.transforms(model)(torch.full((3, 28, 28), 255, dtype=torch.uint8))
+        torch.testing.assert_close(x, torch.full((3, 28, 28), (1 - 0.1307) / 0.3081))
+        with pytest.warns(UserWarning, match="in_chans=1"):
+            model = cnvzoo.create_model("quant_cnv_w4a4.cifar10", pretrained=True, in_chans=1)
+        assert model(cnvzoo.transforms(model)(torch.zeros(3, 40, 40, dtype=torch.uint8))[None]).shape == (1, 10)
+        with pytest.warns(UserWarning, match="in_chans=2"):
+            model = cnvzoo.create_model("resnet20.mnist", pretrained=True, in_chans=2)
+        with pytest.raises(ModelError, match="takes 2 channels"):
+            cnvzoo.transforms(model)
+
+    def test_of_a_fresh_model_is_not_guessed(self) -> None:
+        with pytest.raises(ModelError, match="give the dataset"):
+            cnvzoo.transforms(cnvzoo.create_model("cnv"))
+
+    def test_is_the_one_of_its_numbers(self, hub: Path) -> None:
+        """What evaluation used and what users get are one thing."""
+        model = cnvzoo.create_model("quant_cnv_w4a4.cifar10", pretrained=True)
+        images = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+        expected = Preprocessing(32, (0.0,) * 3, (1.0,) * 3)(images)
+        found = torch.stack([cnvzoo.transforms(model)(image.permute(2, 0, 1)) for image in images])
+        assert torch.equal(found, expected)
+
+
+def test_in_no_time(hub: Path) -> None:
+    """Beyond the imports of torch and Brevitas, which take seconds, loading takes 0.3 s at most.
+
+    Where others are at the machine, and imports take longer, it may be 15 % of their time.
+    """
+    code = (
+        "import sys, time, pathlib; clock = time.process_time; begin = clock();"
+        "import torch, brevitas.nn; start = clock();"
+        "import cnvzoo, cnvzoo.hub.index; cnvzoo.hub.index.INDEX = pathlib.Path(sys.argv[1]);"
+        "model = cnvzoo.create_model('quant_cnv_w4a4.cifar10', pretrained=True);"
+        "print(start - begin, clock() - start)"
+    )
+    command = [sys.executable, "-c", code, str(cnvzoo.hub.index.INDEX)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    imports, loading = 0.0, math.inf
+    for _ in range(4):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        imports, loading = map(float, done.stdout.split())
+        if loading < max(0.3, 0.15 * imports):
+            return
+    pytest.fail(f"importing cnvzoo and loading took {loading:.2f} s, beyond {imports:.2f} s for torch and Brevitas")
+
+
+def test_list_checkpoints_has_the_bits(hub: Path) -> None:
+    found = {row["name"]: (row["model"], row["w_bits"], row["a_bits"]) for row in cnvzoo.list_checkpoints("quant*")}
+    assert found == {
+        "quant_cnv_w4a4.cifar10": ("quant_cnv", 4, 4),
+        "quant_cnv_w4a4.cifar100": ("quant_cnv", 4, 4),
+    }
+
+
+def test_collection_is_as_it_was() -> None:
+    code = (
+        "import gc, sys; getattr(gc, sys.argv[1])(); before = gc.isenabled();"
+        "import cnvzoo; cnvzoo.create_model('cnv.mnist', pretrained=True); assert gc.isenabled() == before"
+    )
+    for state in ("enable", "disable"):
+        subprocess.run([sys.executable, "-c", code, state], check=True)
+
+
+def test_training_leaves_the_random_numbers_alone(small_datasets) -> None:
+    small_datasets(train=64, test=10)
+    recipe = cnvzoo.Recipe.model_validate(
+        {"name": "mnist_resnet20", "model": "resnet20", "dataset": "mnist", "epochs": 2, "batch_size": 32,
+         "precision": "fp32", "optimizer": {"lr": 0.1}}
+    )  # fmt: skip
+    torch.manual_seed(7)
+    expected = torch.rand(4)
+    torch.manual_seed(7)
+    cnvzoo.train(recipe, quiet=True, device="cpu", epochs=1)
+    assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "hub").glob("*/config.json")), ids=lambda path: path.parent.name)
+def test_configs_say_how_their_numbers_came_about(path: Path) -> None:
+    config = json.loads(path.read_text())
+    record = ROOT / "benchmarks" / "results" / config["recipe"]["name"] / f"seed{config['seed']}.json"
+    values = json.loads(record.read_text())
+    for key in ("correct", "total", "weights_sha256", "recipe", "versions", "device", "commit", "seed"):
+        assert config[key] == values[key], key

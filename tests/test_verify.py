@@ -1,0 +1,135 @@
+"""Verification: a published checkpoint that still is what it was passes, and any difference is found and named."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness.index
+import pytest
+import torch
+
+import cnvzoo
+from cnvzoo.data import load_dataset
+from cnvzoo.hub import index, preprocessing_from, read_index
+from cnvzoo.train.device import describe_device
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = {"device": describe_device(torch.device("cpu")), "versions": {"torch": str(torch.__version__)}}
+ELSEWHERE: dict[str, Any] = {"device": {"kind": "cuda", "name": "Another"}, "versions": {"torch": "2.11.0"}}
+
+
+@pytest.fixture
+def published(tmp_path, make_checkpoint, small_datasets) -> Callable[..., Path]:
+    """`published(off_by, **facts)`: a checkpoint whose number is so many images off what it is; its folder."""
+    small_datasets(test=60)
+
+    def make(off_by: int = 0, **facts: Any) -> Path:
+        folder = make_checkpoint(tmp_path / "hub", "quant_cnv", "mnist", w_bits=2, a_bits=2)
+        model, config = cnvzoo.load_checkpoint(folder)
+        data, preprocessing = load_dataset("mnist"), preprocessing_from(config)
+        score = cnvzoo.evaluate(model, data, preprocessing=preprocessing, device="cpu")
+        correct = score.correct + off_by if score.correct + off_by <= 60 else score.correct - off_by
+        values = json.loads((folder / "config.json").read_text())
+        values |= {"correct": correct, "total": 60, **HERE, **facts}
+        values["results"][0] |= {"correct": correct, "total": values["total"]}
+        (folder / "config.json").write_text(json.dumps(values))
+        (folder / "README.md").write_text("# A model card\n")
+        harness.index.update(index.INDEX, folder.parent)
+        return folder
+
+    return make
+
+
+def verify(folder: Path, *names: str) -> list[Any]:
+    return cnvzoo.verify(names or None, hub=folder.parent, device="cpu")
+
+
+def test_as_published(published) -> None:
+    folder = published()
+    (result,) = verify(folder)
+    assert result.problem is None
+    assert result.name == folder.name
+    assert result.published == result.found
+    assert (result.total, result.allowed) == (60, 0)
+    (by_path,) = cnvzoo.verify([folder], device="cpu")
+    assert (by_path.problem, by_path.found) == (None, result.found)
+
+
+def test_one_image_is_a_difference_on_the_kind_of_machine_that_published_it(published) -> None:
+    (result,) = verify(published(off_by=1))
+    assert abs(result.published - result.found) == 1
+    assert f"{result.found} images right, published {result.published}, allowed difference 0" in result.problem
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        ELSEWHERE,
+        {"versions": {"torch": "2.11.0"}},
+        {"device": {**HERE["device"], "capability": "AVX9"}},
+        {"device": {**HERE["device"], "name": "Another"}},
+    ],
+)
+@pytest.mark.parametrize(("off_by", "fine"), [(5, True), (6, False)])
+def test_a_handful_of_images_are_allowed_elsewhere(published, facts: dict[str, Any], off_by: int, fine: bool) -> None:
+    (result,) = verify(published(off_by, **facts))
+    assert result.allowed == 5
+    assert (result.problem is None) == fine
+
+
+def test_threads_are_not_a_kind_of_machine(published) -> None:
+    (result,) = verify(published(device={**HERE["device"], "threads": 777, "fake_quantization": "eager"}))
+    assert result.allowed == 0
+
+
+def test_another_test_set(published) -> None:
+    (result,) = verify(published(total=61))
+    assert "published on 61 images, and the test set has 60" in result.problem
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
+def test_every_file_counts(published, name: str) -> None:
+    folder = published()
+    path = folder / name
+    content = path.read_bytes()
+    for damaged in (bytes([content[0] ^ 1]) + content[1:], content[:-1], content + b"\n"):
+        path.write_bytes(damaged)
+        (result,) = verify(folder)
+        assert str(path) in result.problem
+        assert result.found is None
+    path.unlink()
+    assert name in verify(folder)[0].problem
+
+
+def test_one_flipped_bit_in_any_published_file_is_found(tmp_path: Path) -> None:
+    hub, rng = tmp_path / "hub", random.Random(0)
+    shutil.copytree(ROOT / "hub", hub)
+    for name, entry in read_index().checkpoints.items():
+        for file in entry.files:
+            path = hub / name / file
+            content = path.read_bytes()
+            place = rng.randrange(len(content))
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :])
+            (result,) = cnvzoo.verify([name], hub=hub, device="cpu")
+            assert result.problem is not None
+            assert str(path) in result.problem
+            path.write_bytes(content)
+
+
+def test_the_others_are_verified_all_the_same(published) -> None:
+    folder = published()
+    results = verify(folder, "cnv.nothing", folder.name, "../hub")
+    assert [result.problem is None for result in results] == [False, True, False]
+    assert "no checkpoint 'cnv.nothing'" in results[0].problem
+
+
+def test_a_published_checkpoint(real_data) -> None:
+    (result,) = cnvzoo.verify(["cnv.mnist"], hub=ROOT / "hub", data_root=real_data("mnist"))
+    assert result.problem is None
+    assert result.found is not None
+    assert result.found > 9900
