@@ -189,7 +189,7 @@ class TestPreprocessing:
 def test_in_no_time(hub: Path) -> None:
     """Beyond the imports of torch and Brevitas, which take seconds, loading takes 0.3 s at most.
 
-    Where others are at the machine, and imports take longer, it may be 15 % of their time.
+    Where others are at the machine, and imports take longer, it may be 25 % of their time.
     """
     code = (
         "import sys, time, pathlib; clock = time.process_time; begin = clock();"
@@ -204,7 +204,7 @@ def test_in_no_time(hub: Path) -> None:
     for _ in range(4):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         imports, loading = map(float, done.stdout.split())
-        if loading < max(0.3, 0.15 * imports):
+        if loading < max(0.3, 0.25 * imports):
             return
     pytest.fail(f"importing cnvzoo and loading took {loading:.2f} s, beyond {imports:.2f} s for torch and Brevitas")
 
