@@ -4,18 +4,23 @@
     python benchmarks/reproduce.py --table mnist --entry mnist_cnv --seeds 0    one run
     python benchmarks/reproduce.py --table all --time-limit 0                   train nothing, show the tables
     python benchmarks/reproduce.py --table cifar10 --epochs 3                   a trial of everything, in no table
+    python benchmarks/reproduce.py --table cifar10 --at-once 4                  four runs at once
+    python benchmarks/reproduce.py --table cifar10 --publish hf://ORG           and publish the checkpoints at the end
 
 Like make: a run with a valid record under benchmarks/results/ is not trained again, one that was stopped goes on
-where it stopped, and a record of a recipe that has changed since is out of date. To merge the work of several
+where it stopped, and a record of a recipe that has changed since is out of date. Several runs go at once, by default
+as many as keep the machine busy: on a CPU each in a process of its own, with one thread, on a GPU in one process, each
+on a stream of its own. What goes beside a run changes none of its bits. To merge the work of several
 machines, copy their records into benchmarks/results/: the tables, printed and written to benchmarks/RESULTS.md and
 into README.md, are made of these alone.
 
 Once nothing is left to train, and before the time limit, the published checkpoints of the entries asked for are
-verified as `cnvzoo verify` does it: some seconds each.
+verified as `cnvzoo verify` does it: some seconds each. Then, with --publish, those that are there go to a directory or
+to the Hugging Face Hub, unless one of them was found to be other than published.
 
-Exit status: 0 every run asked for has its record; 1 a run failed, or a checkpoint is not as it was published; 2 wrong
-request, recipe or reference; 3 stopped at the time limit; 130 or 143 stopped by Ctrl-C or SIGTERM. After 3, 130 and
-143 the same command goes on.
+Exit status: 0 every run asked for has its record; 1 a run failed, a checkpoint is not as it was published, or could
+not be published; 2 wrong request, recipe or reference; 3 stopped at the time limit; 130 or 143 stopped by Ctrl-C or
+SIGTERM. After 3, 130 and 143 the same command goes on.
 """
 
 from __future__ import annotations
@@ -31,11 +36,14 @@ from harness import index, readme, records, render
 from harness.checkpoints import PUBLISHED_SEED, checkpoint_folder, keep_missing
 from harness.entries import SEEDS, TABLES, load_entries, select_entries
 from harness.errors import HarnessError
-from harness.execute import LocalRunner, Outcome, execute
+from harness.execute import Outcome, Runner, execute
 from harness.files import shown
 from harness.layout import Layout
 from harness.plan import make_plan
+from harness.processes import ProcessRunner
+from harness.publish import publish_checkpoints
 from harness.references import load_references
+from harness.runners import LocalRunner, at_once_by_default, settings
 from harness.tables import rows
 from rich.console import Console
 
@@ -53,7 +61,7 @@ def main(
     argv: Sequence[str] | None = None,
     *,
     home: Path = _HOME,
-    train: Callable[..., RunRecord] = run_recipe,
+    train: Callable[..., RunRecord] | None = None,
     verify: Callable[..., list[Verification]] = verify,
 ) -> int:
     """Run the command line and return its exit status.
@@ -61,7 +69,7 @@ def main(
     Args:
         argv: arguments; those of the process if None.
         home: the folder with configs/, references.yaml and results/.
-        train: what trains a run, called as cnvzoo.train.run_recipe.
+        train: in the place of cnvzoo.train.run_recipe, and in this process, in threads where several go at once.
         verify: what verifies checkpoints, called as cnvzoo.verify.
     """
     arguments = _parser().parse_args(argv)
@@ -78,7 +86,7 @@ def main(
 def _reproduce(
     arguments: argparse.Namespace,
     layout: Layout,
-    train: Callable[..., RunRecord],
+    train: Callable[..., RunRecord] | None,
     verify: Callable[..., list[Verification]],
 ) -> int:
     entries = load_entries(layout.configs)
@@ -88,15 +96,21 @@ def _reproduce(
         render.print_listing(Console(), selected, records.survey(selected, layout))
         return 0
 
+    if arguments.dry_run and arguments.publish is None:
+        raise HarnessError("--dry-run shows what --publish would send: give both")
+    if arguments.dry_run:
+        publish_checkpoints(selected, layout, arguments.publish, tag=arguments.tag, dry_run=True, say=print)
+        return 0
+
     references = load_references(layout.references, entries)
-    resolve_device(arguments.device)
+    device = resolve_device(arguments.device)
     deadline = None if arguments.time_limit is None else time.monotonic() + arguments.time_limit
     messages = Console(stderr=True)
 
     def say(text: str) -> None:
         messages.print(text, soft_wrap=True, highlight=False, markup=False)
 
-    def publish() -> None:
+    def keep() -> None:
         for folder in keep_missing(selected, layout):
             say(f"{shown(folder)}: checkpoint written")
         try:
@@ -115,9 +129,25 @@ def _reproduce(
     jobs = make_plan(
         selected, seeds, entries=entries, layout=layout, epochs=arguments.epochs, retrain=arguments.retrain
     )
-    runner = LocalRunner(train=train, device=arguments.device, deadline=deadline)
-    outcome = execute(jobs, runner, entries=entries, layout=layout, deadline=deadline, say=say, on_finished=publish)
-    publish()
+    threads = arguments.threads
+    at_once = min(arguments.at_once or at_once_by_default(device, threads), max(1, len(jobs)))
+    if train is None and device.type == "cpu" and at_once > 1:
+        runner: Runner = ProcessRunner(threads, deadline, say)
+    else:
+        own_stream = device.type == "cuda" and at_once > 1
+        runner = LocalRunner(train or run_recipe, device, deadline, own_stream=own_stream)
+    with settings(device, threads):
+        outcome = execute(
+            jobs,
+            runner,
+            at_once=at_once,
+            entries=entries,
+            layout=layout,
+            deadline=deadline,
+            say=say,
+            on_finished=keep,
+        )
+    keep()
     verified: list[Verification] = []
     in_time = outcome.stopped is None and (deadline is None or time.monotonic() < deadline)
     if in_time and arguments.epochs is None and PUBLISHED_SEED in seeds:
@@ -130,6 +160,11 @@ def _reproduce(
             members = [entry for entry in entries.values() if entry.table == table]
             render.print_table(console, table, rows(members, survey, references))
     render.print_trials(console, records.trials(selected, seeds, layout, arguments.epochs))
+    if arguments.publish is not None and outcome.stopped in (None, "time limit"):
+        if any(result.problem for result in verified):
+            say("nothing is published: see below")
+        else:
+            publish_checkpoints(selected, layout, arguments.publish, tag=arguments.tag, dry_run=False, say=say)
     return _conclude(outcome, verified, say, arguments.retrain)
 
 
@@ -164,18 +199,36 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is cuda where there is one")
     add(
         "--epochs",
-        type=_epochs,
+        type=_whole("epochs"),
         metavar="N",
         help="at most N epochs a run; a run that is cut short is a trial: it enters no table and lives under "
         "<runs>/trials",
     )
-    add("--time-limit", type=_seconds, metavar="SECONDS", help="stop then, with the run under way saved")
+    add("--time-limit", type=_seconds, metavar="SECONDS", help="stop then, with every run under way saved")
+    add(
+        "--at-once",
+        type=_whole("runs"),
+        metavar="N",
+        help="train N runs at once (default: on a CPU the usable cores divided by --threads, on a GPU 3); each needs "
+        "memory of its own, and its bits do not depend on N",
+    )
+    add(
+        "--threads",
+        type=_whole("threads"),
+        default=1,
+        metavar="N",
+        help="threads of one run on a CPU (default: 1). The bits of a run depend on it, so it is the same on every "
+        "machine unless you say otherwise; a record has the number that it was made with",
+    )
     add(
         "--runs",
         type=Path,
         metavar="DIR",
         help="where weights and the state of runs under way are kept (default: runs/ in the checkout)",
     )
+    add("--publish", metavar="TO", help="publish the checkpoints at the end: to a directory, or to hf://ORG")
+    add("--tag", help="with --publish: a tag to set at each, such as a release; it is never moved")
+    add("--dry-run", action="store_true", help="with --publish: train nothing, and only show what would go")
     add("--list", action="store_true", help="print the names of the entries and do nothing else")
     add(
         "--retrain",
@@ -185,10 +238,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _epochs(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of epochs: a whole number, 1 or more")
-    return int(text)
+def _whole(what: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) == 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what}: a whole number, 1 or more")
+        return int(text)
+
+    return parse
 
 
 def _seconds(text: str) -> float:

@@ -67,7 +67,7 @@ def recipe(tmp_path) -> Callable[..., Path]:
 
 
 class TestHelp:
-    @pytest.mark.parametrize("command", ["list", "info", "train", "eval", "verify", "predict"])
+    @pytest.mark.parametrize("command", ["list", "info", "train", "eval", "verify", "publish", "predict"])
     def test_every_command_has_an_example_to_type(self, cnvzoo, command, monkeypatch):
         monkeypatch.setenv("COLUMNS", "200")
         result = cnvzoo(command, "--help")
@@ -76,7 +76,7 @@ class TestHelp:
 
     def test_no_command_shows_the_help(self, cnvzoo):
         said = cnvzoo().said
-        assert all(command in said for command in ("list", "info", "train", "eval", "verify", "predict"))
+        assert all(command in said for command in ("list", "info", "train", "eval", "verify", "publish", "predict"))
 
     def test_an_unknown_command_is_a_usage_error(self, cnvzoo):
         result = cnvzoo("trian")

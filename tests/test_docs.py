@@ -15,12 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reproduce
+from fake_http import GOOD_TOKEN  # pyright: ignore[reportMissingImports]  (in tests/hub, see conftest.py)
+from fake_hub import FakeHub  # pyright: ignore[reportMissingImports]
 from harness import records, render
 from harness.entries import load_entries
 from harness.layout import Layout
 from harness.readme import END, START
 from harness.references import load_references
 from harness.tables import rows
+from huggingface_hub import close_session
 from PIL import Image
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -63,7 +66,20 @@ def commands() -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch, small_datasets, make_checkpoint) -> Path:
+def logged_in(tmp_path, monkeypatch) -> Iterator[FakeHub]:
+    """What hf:// leads to: a Hub on this machine, with a token that may write."""
+    with FakeHub() as hub:
+        for name, value in {
+            "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": GOOD_TOKEN, "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "NO_PROXY": "127.0.0.1",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        yield hub
+        close_session()
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch, small_datasets, make_checkpoint, logged_in) -> Path:
     """A folder of one's own, which has what the pages name: recipes, examples, checkpoints, weights and a photo."""
     small_datasets(train=5300, test=100)
     folder = tmp_path / "desk"
@@ -71,7 +87,9 @@ def desk(tmp_path, monkeypatch, small_datasets, make_checkpoint) -> Path:
     shutil.copy(ROOT / "hubconf.py", folder)
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     cnv = make_checkpoint(folder / "hub", "cnv", "mnist", scored=True)
-    make_checkpoint(folder / "hub", "quant_cnv", "cifar10", w_bits=4, a_bits=4)
+    quantized = make_checkpoint(folder / "hub", "quant_cnv", "cifar10", w_bits=4, a_bits=4)
+    for checkpoint in (cnv, quantized):
+        cnvzoo.write_card(checkpoint)
     (folder / "runs" / "mnist_cnv" / "seed0").mkdir(parents=True)
     shutil.copy(cnv / "model.safetensors", folder / "runs" / "mnist_cnv" / "seed0" / "weights.safetensors")
     pixels = np.arange(48 * 64 * 3, dtype=np.uint32).reshape(48, 64, 3) % 251
@@ -137,6 +155,7 @@ def _dev(arguments: list[str], desk: Path, monkeypatch: pytest.MonkeyPatch) -> i
     return status
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own upload
 @pytest.mark.parametrize(("place", "command"), commands(), ids=[place for place, _ in commands()])
 def test_command(place, command, perform):
     assert perform(command) == 0, f"{place}: {command}"
@@ -148,6 +167,15 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_lines_on_the_publishing_page_are_those_that_people_get(desk, perform, capsys):
+    page = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^    (\S+ to published: .*)$", page, re.MULTILINE)
+    assert perform("cnvzoo publish cnv.mnist --to published") == 0
+    capsys.readouterr()
+    assert perform("cnvzoo publish cnv.mnist quant_cnv_w4a4.cifar10 --to published") == 0
+    assert capsys.readouterr().out.splitlines() == shown
 
 
 def test_results_are_those_of_the_records():

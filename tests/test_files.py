@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from cnvzoo.files import replacing, sha256_of, write_text
+from cnvzoo.files import remove_leftovers, replacing, sha256_of, write_text
 
 
 def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -42,6 +44,38 @@ def test_a_failure_leaves_the_old_file_and_no_litter(
         fail()
     assert list(tmp_path.iterdir()) == ([path] if old else [])
     assert not old or path.read_bytes() == old
+
+
+def test_leftovers_of_a_path_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "state[1].bin"
+    path.touch()
+    others = [tmp_path / name for name in (".state[1].bin", "state[1].bin.tmp", ".state1.bin.x.tmp", ".lock")]
+    for other in others:
+        other.touch()
+    for _ in range(2):
+        with replacing(path) as temporary:
+            kept = temporary.read_bytes()
+        temporary.write_bytes(kept)  # as if the process had been killed inside
+    remove_leftovers(path)
+    assert set(tmp_path.iterdir()) == {path, *others}
+
+
+def test_threads_that_write_at_once_leave_the_umask_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    umask = os.umask
+
+    def slow_umask(mask: int) -> int:
+        before = umask(mask)
+        time.sleep(0.02)
+        return before
+
+    monkeypatch.setattr(os, "umask", slow_umask)
+    before = umask(0o027)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda n: write_text(tmp_path / str(n), ""), range(8)))
+        assert umask(0o027) == 0o027
+    finally:
+        umask(before)
 
 
 def test_parent_folders_are_made(tmp_path: Path) -> None:

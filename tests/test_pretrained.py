@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -186,20 +187,26 @@ class TestPreprocessing:
 
 
 def test_in_no_time(hub: Path) -> None:
-    """Beyond the imports of torch and Brevitas, which take seconds, loading takes a fraction of one."""
+    """Beyond the imports of torch and Brevitas, which take seconds, loading takes 0.3 s at most.
+
+    Where others are at the machine, and imports take longer, it may be 25 % of their time.
+    """
     code = (
-        "import sys, time, pathlib, torch, brevitas.nn; start = time.process_time();"
+        "import sys, time, pathlib; clock = time.process_time; begin = clock();"
+        "import torch, brevitas.nn; start = clock();"
         "import cnvzoo, cnvzoo.hub.index; cnvzoo.hub.index.INDEX = pathlib.Path(sys.argv[1]);"
         "model = cnvzoo.create_model('quant_cnv_w4a4.cifar10', pretrained=True);"
-        "print(time.process_time() - start)"
+        "print(start - begin, clock() - start)"
     )
     command = [sys.executable, "-c", code, str(cnvzoo.hub.index.INDEX)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    seconds = []
-    while len(seconds) < 4 and min(seconds, default=1.0) >= 0.3:  # others may be at the machine too
+    imports, loading = 0.0, math.inf
+    for _ in range(4):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        seconds.append(float(done.stdout))
-    assert min(seconds) < 0.3
+        imports, loading = map(float, done.stdout.split())
+        if loading < max(0.3, 0.25 * imports):
+            return
+    pytest.fail(f"importing cnvzoo and loading took {loading:.2f} s, beyond {imports:.2f} s for torch and Brevitas")
 
 
 def test_list_checkpoints_has_the_bits(hub: Path) -> None:

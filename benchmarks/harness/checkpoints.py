@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from cnvzoo import write_card
 from cnvzoo.hub import (
     CheckpointConfig,
     CheckpointError,
@@ -30,7 +31,7 @@ def keep_missing(entries: Iterable[Entry], layout: Layout) -> list[Path]:
     """Write the checkpoint of every finished run that should have one and has not; returns the folders written.
 
     Only weights that are those of the record in the table are kept. Where they are there already and only the facts
-    are others, because another seed has finished since, the config alone is written.
+    are others, because another seed has finished since, the config alone is written, and the model card made of it.
     """
     kept = []
     for entry in entries:
@@ -42,14 +43,15 @@ def keep_missing(entries: Iterable[Entry], layout: Layout) -> list[Path]:
         published = _published(folder, facts)
         if published is not None:
             config = published.model_copy(update=dict(facts))
-            if config == published:
-                continue
-            write_config(folder, config)
-        elif proven(weights, record):
+            is_new = config != published
+            if is_new:
+                write_config(folder, config)
+        elif is_new := proven(weights, record) is not None:
             write_checkpoint(folder, facts, weights)
         else:
             continue
-        kept.append(folder)
+        if write_card(folder) or is_new:
+            kept.append(folder)
     return kept
 
 

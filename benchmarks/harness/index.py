@@ -42,7 +42,7 @@ def _entry(folder: Path) -> IndexEntry:
         raise HarnessError(f"{strange[0]}: a checkpoint has {', '.join(_FILES)} and nothing else: move it elsewhere")
     if config.name != folder.name:
         raise HarnessError(f"{folder}: its config is that of {config.name}: name the folder so")
-    cost = _cost(json.dumps(config.model))
+    cost = _cost(json.dumps(config.model | {"input_size": config.preprocessing["size"]}))
     return IndexEntry(
         model=config.model,
         dataset=config.dataset,

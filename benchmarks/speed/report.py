@@ -23,7 +23,7 @@ def rows(result: Result) -> list[tuple[str, ...]]:
     for name, figures in result["models"].items():
         rate = figures["images_per_second"]
         ours = rate["ours"]
-        twin = result["models"].get("cnv") if name.startswith("quant_cnv") else None
+        twin = rate.get("ours, float twin")
         lines.append(
             (
                 name,
@@ -31,7 +31,7 @@ def rows(result: Result) -> list[tuple[str, ...]]:
                 f"{ours / rate['textbook']:.2f}",
                 f"{ours / rate['tuned textbook']:.2f}",
                 f"{100 * figures['share_of_matmul_peak']:.0f} %",
-                f"{twin['images_per_second']['ours'] / ours:.2f}" if twin else "",
+                f"{twin / ours:.2f}" if twin else "",
             )
         )
     return lines
@@ -70,9 +70,9 @@ Machine: {machine(result)}.
   layers of torch.nn and Brevitas.
 - *tuned textbook*: the same with bfloat16 autocast and channels_last.
 - *ours*: the trainer of this library.
-- *of bf16 matmul*: operations of the step, six for each multiply-accumulate of the forward pass, beside those of a large
-  bfloat16 matrix product on the same machine.
-- */ float*: time of a quantized step in steps of the float net.
+- *of bf16 matmul*: operations of the step, six for each multiply-accumulate of the forward pass, beside those of
+  a large bfloat16 matrix product on the same machine.
+- */ float*: time of a quantized step in steps of its float twin, which takes turns with it.
 
 ![Images a second of each net, three ways](train.svg)
 """

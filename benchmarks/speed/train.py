@@ -11,9 +11,9 @@ textbook        torchvision transforms on PIL images in a DataLoader with worker
 tuned textbook  the same with bfloat16 autocast and channels_last
 ours            the trainer of this library, as reproduce.py runs it
 
-Each way takes turns of a few seconds, so that all see the same machine; a figure is the median over the turns. The
-operations of a step are counted as six for each multiply-accumulate of its forward pass, and put beside those of a
-large bfloat16 matrix product on the same machine.
+Each way takes turns of a few seconds, and a quantized net's float twin takes turns with it, so that all see the same
+machine; a figure is the median over the turns. The operations of a step are counted as six for each multiply-accumulate
+of its forward pass, and put beside those of a large bfloat16 matrix product on the same machine.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ from cnvzoo.train.device import deterministic, keep_freed_memory
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = ("resnet20", "resnet56", "cnv", "quant_cnv_w8a8", "quant_cnv_w4a4", "quant_cnv_w2a2", "mobilenet_v1")
 WAYS = ("textbook", "tuned textbook", "ours")
+FLOAT_TWIN = "ours, float twin"
 _WARM_UP_STEPS = 4
+_REST_SECONDS = 0.7  # in which loaders that have had their turn fill their queues
+_UNCOUNTED_STEPS = 5  # of a turn: a loader's queue is used up, and caches hold what they hold
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,6 +79,8 @@ def measure(models: list[str], device: torch.device, data: Dataset, *, turns: in
     for number, name in enumerate(models):
         recipe = _recipe(name)
         ways = {way: _start(way, recipe, device, data) for way in WAYS}
+        if twin := model_spec(recipe.model).float_twin:
+            ways[FLOAT_TWIN] = _start("ours", _recipe(twin), device, data)
         with deterministic(device):
             rates = _take_turns(ways, recipe.batch_size, device, turns, seconds)
         info = cnvzoo.model_info(recipe.model, w_bits=recipe.w_bits, a_bits=recipe.a_bits)
@@ -133,7 +138,9 @@ def _take_turns(
     rates: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(turns):
         for way, step in ways.items():
-            step()  # what the other ways left in caches, and the loader in its queue, is not counted
+            time.sleep(_REST_SECONDS)
+            for _ in range(_UNCOUNTED_STEPS):
+                step()
             wait(device)
             began, steps = time.perf_counter(), 0
             while time.perf_counter() - began < seconds:
@@ -151,8 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is cuda where there is one")
-    add("--turns", type=int, default=7, help="turns of each way (default: 7)")
-    add("--seconds", type=float, default=3.0, help="length of a turn (default: 3)")
+    add("--turns", type=int, default=5, help="turns of each way (default: 5)")
+    add("--seconds", type=float, default=2.0, help="length of a turn (default: 2)")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--keep", action="store_true", help="write them, a page and a plot beside this file")
     add("--data-root", type=Path, metavar="DIR", help="where datasets are cached")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cnvzoo.errors import CnvzooError
     from cnvzoo.hub import list_checkpoints, load_checkpoint
     from cnvzoo.models import register_model
+    from cnvzoo.publishing import publish, write_card
     from cnvzoo.train import Recipe, load_recipe
     from cnvzoo.verify import verify
     from cnvzoo.zoo import create_model, evaluate, list_models, model_info, predict, quantize, train, transforms
@@ -40,11 +41,13 @@ __all__ = [
     "load_recipe",
     "model_info",
     "predict",
+    "publish",
     "quantize",
     "register_model",
     "train",
     "transforms",
     "verify",
+    "write_card",
 ]
 
 
@@ -52,13 +55,15 @@ def _import_public_names() -> None:
     from cnvzoo.collection import without_collection
 
     with without_collection():
-        from cnvzoo import data, deployment, errors, hub, models, zoo
+        from cnvzoo import data, deployment, errors, hub, models, publishing, zoo
         from cnvzoo.train import Recipe, load_recipe
         from cnvzoo.verify import verify
     found = {"Recipe": Recipe, "load_recipe": load_recipe, "verify": verify, "export": deployment.export}
     for name in __all__:
         if name not in found:
-            found[name] = next(getattr(m, name) for m in (zoo, hub, data, models, errors) if hasattr(m, name))
+            found[name] = next(
+                getattr(m, name) for m in (zoo, hub, publishing, data, models, errors) if hasattr(m, name)
+            )
     globals().update(found)
 
 

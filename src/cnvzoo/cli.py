@@ -240,6 +240,26 @@ def export(
 
 
 @app.command()
+def publish(
+    checkpoints: Annotated[list[str], typer.Argument(help="Names in --hub, or paths of folders.")],
+    to: Annotated[str, typer.Option(help="Where to: a directory, or hf://ORG on the Hugging Face Hub.")],
+    hub: Annotated[
+        Path | None, typer.Option(help="Directory that has the names; default CNVZOO_HUB, else the checkout's hub/.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Tag to set at each, such as a release; never moved.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commits; default: name and accuracy.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+) -> None:
+    """Publish checkpoints: weights, config and model card, in one commit each; nothing where nothing changed.
+
+    For the Hub, log in first: `hf auth login`.
+
+    Example: `cnvzoo publish cnv.mnist --to hf://my-organisation --dry-run`
+    """
+    cnvzoo.publish(checkpoints, to, hub=hub, tag=tag, message=message, dry_run=dry_run, on_published=typer.echo)
+
+
+@app.command()
 def predict(
     images: Annotated[
         list[Path],

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# it can only be read by changing it, for the whole process: two threads at once could leave it at 0
+_asking_for_the_umask = threading.Lock()
 
 
 @contextmanager
@@ -31,6 +36,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(path: str | Path) -> None:
+    """Delete what processes that were killed within `replacing(path)` left behind.
+
+    For a path that no other process writes at the time: what it is writing would be deleted too.
+    """
+    path = Path(path)
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` (UTF-8) to `path`, whole or not at all."""
     with replacing(path) as temporary:
@@ -47,6 +62,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _asking_for_the_umask:
+        mask = os.umask(0)
+        os.umask(mask)
     return mask

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import replace
 from functools import partial
 
 import pytest
-import torch
+from tiny import tiny
 from workbench import Bench
 
-from cnvzoo.data import Dataset, dataset_info
 from cnvzoo.files import sha256_of
 from cnvzoo.train import RunRecord, run_recipe, trainer
 from cnvzoo.train.schedule import lr_factor
@@ -19,20 +17,8 @@ from cnvzoo.train.schedule import lr_factor
 
 @pytest.fixture
 def real(bench: Bench) -> Bench:
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(below: int, *shape: int) -> torch.Tensor:
-        return torch.randint(below, shape, generator=generator, dtype=torch.uint8)
-
-    tiny = Dataset(
-        info=replace(dataset_info("mnist"), train_size=64, test_size=20),
-        train_images=noise(256, 64, 28, 28, 1),
-        train_labels=noise(10, 64),
-        test_images=noise(256, 20, 28, 28, 1),
-        test_labels=noise(10, 20),
-    )
     bench.recipe("mnist_resnet20", epochs=3, batch_size=16, precision="fp32")
-    bench.train = partial(run_recipe, dataset=tiny, quiet=True)
+    bench.train = partial(run_recipe, dataset=tiny(), quiet=True)
     return bench
 
 

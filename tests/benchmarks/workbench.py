@@ -155,7 +155,7 @@ class Bench:
         return record
 
     def run(self, *arguments: str) -> int:
-        argv: Sequence[str] = ("--device", "cpu", "--runs", str(self.runs), *arguments)
+        argv: Sequence[str] = ("--device", "cpu", "--runs", str(self.runs), "--at-once", "1", *arguments)
         return main(argv, home=self.home, train=self.train, verify=self.verify)
 
     def verify(self, names: list[str], *, hub: Path, device: str) -> list[Verification]:

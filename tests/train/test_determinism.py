@@ -110,5 +110,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(
             step = json.loads(file.metadata()["values"])["step"]
         assert step == (STEPS if moment == ["record"] else moment[1] - 1)
         assert not (tmp_path / "record.json").exists()
+        leftovers = [path.name.split(".")[1] for path in tmp_path.glob(".*.tmp")]
+        assert leftovers == {"step": [], "save": ["state"], "record": []}[moment[0]]
     assert finish(job) == [uninterrupted]
-    assert not state.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "record.json", "weights.safetensors"]

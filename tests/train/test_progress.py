@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -67,6 +68,19 @@ def test_a_terminal_gets_a_bar_with_step_loss_and_time(
     assert NAME in last
     assert "4/6" in last
     assert "loss 2.469" in last
+
+
+def test_a_thread_gets_plain_lines_on_a_terminal_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bars of several runs at once would overwrite each other."""
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+    thread = threading.Thread(target=show, args=(monkeypatch,))
+    thread.start()
+    thread.join()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[1] for line in lines] == [f" seed 2: epoch {epoch}/3" for epoch in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("quiet", [True, False])

@@ -75,7 +75,7 @@ def integer_graph(net: IntegerNet) -> onnx.ModelProto:
     x = graph.add("Flatten", [x], "flat")
     head = graph.add_weight("head", np.ascontiguousarray(net.head.T))
     graph.add("MatMulInteger", [x, head], ACCUMULATORS)
-    graph.add("Constant", [], SCALE, value=numpy_helper.from_array(np.float32(net.scale)))
+    graph.add("Constant", [], SCALE, value=numpy_helper.from_array(np.array(net.scale, np.float32)))
     make = helper.make_tensor_value_info
     model = helper.make_model(
         helper.make_graph(

@@ -17,6 +17,8 @@ from .index import CheckpointInfo, Index, IndexEntry, read_index
 from .load import load_checkpoint
 from .locate import Located, choose_checkpoint, find_checkpoint, hub_location, is_path, list_checkpoints
 from .names import ModelName, parse_name
+from .publication import Publication, StoreError
+from .store import Store, open_store
 
 __all__ = [
     "CheckpointConfig",
@@ -28,7 +30,10 @@ __all__ = [
     "IndexEntry",
     "Located",
     "ModelName",
+    "Publication",
     "SeedResult",
+    "Store",
+    "StoreError",
     "check_weights",
     "choose_checkpoint",
     "find_checkpoint",
@@ -36,6 +41,7 @@ __all__ = [
     "is_path",
     "list_checkpoints",
     "load_checkpoint",
+    "open_store",
     "parse_name",
     "preprocessing_from",
     "read_config",

@@ -50,15 +50,19 @@ def deterministic(device: torch.device) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
+    fills: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, cudnn.allow_tf32
+    filled = fills.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     cudnn.benchmark, cudnn.allow_tf32 = False, False
+    fills.fill_uninitialized_memory = False  # every kernel here writes all of its result: filling it first is lost time
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
         cudnn.benchmark, cudnn.allow_tf32 = before[1:]
+        fills.fill_uninitialized_memory = filled
 
 
 def keep_freed_memory() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 
 @contextmanager
-def caught_signals() -> Iterator[list[str]]:
-    """Collect the names of SIGINT and SIGTERM as they come; a second one of a kind acts as ever.
+def caught_signals(second: Any = None) -> Iterator[list[str]]:
+    """Collect the names of SIGINT and SIGTERM as they come; a second one of a kind acts as ever, or by `second`.
 
     Outside the main thread, where Python handles no signals, the list stays empty.
     """
@@ -23,7 +23,7 @@ def caught_signals() -> Iterator[list[str]]:
 
     def handler(number: int, _frame: object) -> None:
         caught.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
+        signal.signal(number, before[number] if second is None else second)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, handler)

@@ -1,7 +1,11 @@
-"""How work tells how far it is: a bar with the time left on a terminal, plain lines elsewhere, all on stderr."""
+"""How work tells how far it is: a bar with the time left on a terminal, plain lines elsewhere, all on stderr.
+
+Work in a thread that is not the main one may not be alone on the terminal, and has plain lines there too.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -44,7 +48,7 @@ class TrainingProgress:
         at_epoch_end = trainer.step % trainer.steps_per_epoch == 0
         status = f"loss {trainer.history[-1]['loss']:.3f}" if trainer.history else ""
         self._bar.update(self._task, completed=trainer.step, status=status)
-        if at_epoch_end and not self._console.is_terminal:
+        if at_epoch_end and not _has_terminal(self._console):
             last = trainer.history[-1]
             rate = (time.monotonic() - self._started) / (trainer.step - self._first_step)
             left = rate * (trainer.total_steps - trainer.step)
@@ -65,7 +69,7 @@ def counted(items: Sequence[T], name: str, *, quiet: bool = False) -> Iterator[T
             yield item
             bar.update(task, completed=done)
             now = time.monotonic()
-            if not console.is_terminal and now - said >= _LINE_EVERY_SECONDS:
+            if not _has_terminal(console) and now - said >= _LINE_EVERY_SECONDS:
                 left = (now - started) / done * (len(items) - done)
                 console.print(f"{name}: {done}/{len(items)}, {left:.0f} s left")
                 said = now
@@ -88,5 +92,9 @@ def _bar(console: Console, *more: str) -> Progress:
         progress.TimeRemainingColumn(elapsed_when_finished=True),
         *map(progress.TextColumn, more),
         console=console,
-        disable=console.quiet or not console.is_terminal,
+        disable=console.quiet or not _has_terminal(console),
     )
+
+
+def _has_terminal(console: Console) -> bool:
+    return console.is_terminal and threading.current_thread() is threading.main_thread()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cnvzoo.data import Dataset, Preprocessing, TrainBatches, dataset_info, load_dataset
-from cnvzoo.files import replacing, sha256_of
+from cnvzoo.files import remove_leftovers, replacing, sha256_of
 from cnvzoo.models import build_model, model_spec
 from cnvzoo.models.compiled import compiles
 
@@ -43,6 +44,8 @@ from .trainer import Trainer
 SAVE_EVERY_SECONDS = 60.0
 STATE, RECORD, WEIGHTS = "state.safetensors", "record.json", "weights.safetensors"
 
+_initialising = threading.Lock()  # the random numbers of initialisation come from the generator of the whole process
+
 
 def preprocessing_of(model: str, dataset: str) -> Preprocessing:
     """How images of `dataset` reach `model`: quantized models take the 8-bit image, others a normalised one."""
@@ -59,6 +62,7 @@ def run_recipe(
     epochs: int | None = None,
     holdout: int = 0,
     deadline: float | None = None,
+    stop: Callable[[], str | None] | None = None,
     dataset: Dataset | None = None,
     data_root: str | Path | None = None,
     float_start: str | Path | None = None,
@@ -75,6 +79,8 @@ def run_recipe(
         epochs: instead of the recipe's; fewer make the run a trial.
         holdout: score on this many training images, which are not trained on, and leave the test set alone.
         deadline: `time.monotonic()` at which to stop.
+        stop: asked before every step; a text is the reason to stop for. A thread that is not the main one, where
+            Python handles no signals, is stopped by it.
         dataset: instead of loading the recipe's from `data_root`.
         float_start: safetensors file of the float twin's weights; needed if the recipe has a float_start.
         quiet: no progress.
@@ -84,7 +90,7 @@ def run_recipe(
         The record, also written to `run_dir` beside the weights.
 
     Raises:
-        RunInterrupted: at the deadline, on SIGINT or SIGTERM; the state is saved.
+        RunInterrupted: at the deadline, on SIGINT or SIGTERM, or where `stop` says so; the state is saved.
         RunError: the float start is missing or does not fit, or the saved state cannot be read.
         TrainingDiverged: the loss is not finite.
     """
@@ -121,7 +127,7 @@ def run_recipe(
         conditions = {**machine, "torch": torch.__version__}
         resume(trainer, run_dir / STATE, identity, conditions)
         save = functools.partial(save_state, trainer, run_dir / STATE, identity, conditions)
-        if reason := _train(trainer, save, deadline, quiet, save_every):
+        if reason := _train(trainer, save, deadline, stop, quiet, save_every):
             name = f"{recipe.name}, seed {recipe.seed}"
             raise RunInterrupted(name, reason, trainer.step, trainer.total_steps, run_dir)
         trainer.finish()
@@ -161,6 +167,8 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run_dir / ".lock", timeout=0):
+            for name in (STATE, RECORD, WEIGHTS):
+                remove_leftovers(run_dir / name)
             yield
     except Timeout:
         raise RunError(
@@ -169,7 +177,7 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
 
 
 def _fresh_model(recipe: Recipe, data: Dataset, float_start: str | Path | None) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
+    with _initialising, torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = build_model(
             recipe.model, num_classes=data.info.num_classes, in_chans=data.info.in_chans,
@@ -210,14 +218,21 @@ def _finished(run_dir: Path, identity: RunIdentity) -> RunRecord | None:
 
 
 def _train(
-    trainer: Trainer, save: Callable[[], None], deadline: float | None, quiet: bool, save_every: float
+    trainer: Trainer,
+    save: Callable[[], None],
+    deadline: float | None,
+    stop: Callable[[], str | None] | None,
+    quiet: bool,
+    save_every: float,
 ) -> str | None:
-    """Train to the end, or to a signal or the deadline, whose name is returned; the state is saved at either."""
+    """Train to the end, or to a reason to stop, which is returned; the state is saved at either."""
     saved = time.monotonic()
     name = f"{trainer.recipe.name}, seed {trainer.recipe.seed}"
     with caught_signals() as caught, TrainingProgress(name, trainer, quiet) as progress:
 
         def should_stop() -> bool:
+            if stop is not None and (reason := stop()):
+                caught.append(reason)
             return bool(caught) or (deadline is not None and time.monotonic() >= deadline)
 
         def after_step(trainer: Trainer) -> None:

@@ -7,6 +7,7 @@ places on the device before it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 _WARM_UP_STEPS = 3  # compilers, cuDNN and allocator settle before a capture
+_one_capture = threading.Lock()
 
 
 class Steps:
@@ -124,6 +126,7 @@ def _capture_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may train other runs
+    # other threads may train other runs, and capture theirs
+    with _one_capture, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         step()
     return graph.replay

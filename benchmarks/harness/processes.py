@@ -1,0 +1,143 @@
+"""Runs on the CPU in processes of their own, so that each has its threads, and a crash takes one run along."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cnvzoo.errors import CnvzooError
+from cnvzoo.train import Recipe, RunError, RunInterrupted, RunRecord, TrainingDiverged
+from cnvzoo.train.run import RECORD
+
+WORKER = Path(__file__).with_name("worker.py")
+_LOOK_EVERY_SECONDS = 0.1
+_LINES_KEPT = 5
+_ERRORS = {"RunError": RunError, "TrainingDiverged": TrainingDiverged}
+
+
+class WorkerEnded(RunInterrupted):
+    """A worker that a request to stop ended before it could say how far it came."""
+
+    def __init__(self, run: str, reason: str, run_dir: Path) -> None:
+        super().__init__(run, reason, 0, 0, run_dir)
+        self.run = run
+
+    def __str__(self) -> str:
+        return (
+            f"{self.run}: stopped ({self.reason}); the same command goes on from the last state saved, if there is one"
+        )
+
+
+@dataclass(frozen=True)
+class ProcessRunner:
+    """On the CPU of this machine, each run in a process that is started for it.
+
+    threads: of each run
+    say:     is called with each line that a worker prints, from the thread that runs it
+    """
+
+    threads: int
+    deadline: float | None
+    say: Callable[[str], None]
+
+    def run(
+        self,
+        recipe: Recipe,
+        seed: int,
+        *,
+        run_dir: Path,
+        epochs: int | None,
+        float_start: Path | None,
+        stop: Callable[[], str | None],
+    ) -> RunRecord:
+        name = f"{recipe.name}, seed {seed}"
+        order = {
+            "recipe": recipe.model_dump(mode="json"),
+            "seed": seed,
+            "run_dir": str(run_dir),
+            "epochs": epochs,
+            "float_start": None if float_start is None else str(float_start),
+            "device": "cpu",
+            "threads": self.threads,
+            "seconds_left": None if self.deadline is None else self.deadline - time.monotonic(),
+        }
+        with self._started(order, name) as (worker, last_lines):
+            _wait(worker, stop)
+            assert worker.stdout is not None
+            report = worker.stdout.read()  # a line that fits into the pipe: the worker never waits for a reader
+        if not report.endswith("\n"):
+            raise _ended(name, worker.returncode, stop(), last_lines, run_dir)
+        outcome = json.loads(report)
+        if "stopped" in outcome:
+            raise RunInterrupted(name, outcome["stopped"], outcome["step"], outcome["total_steps"], run_dir)
+        if "failed" in outcome:
+            raise _ERRORS.get(outcome["failed"], CnvzooError)(outcome["message"])
+        return RunRecord.read(run_dir / RECORD)
+
+    @contextmanager
+    def _started(
+        self, order: dict[str, object], name: str
+    ) -> Iterator[tuple[subprocess.Popen[str], collections.deque[str]]]:
+        """The worker, and the last of its lines; the end of its stdin stops it where this process goes first."""
+        # a stream that is no terminal gets plain lines, unless these say otherwise
+        environment = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
+        environment["OMP_NUM_THREADS"] = str(self.threads)
+        command = [sys.executable, str(WORKER), json.dumps(order)]
+        lines, written = os.pipe()
+        try:
+            worker = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=written, text=True, env=environment
+            )
+        except OSError as error:
+            os.close(lines)
+            raise RunError(f"its worker process cannot be started: {error}") from None
+        finally:
+            os.close(written)
+        last_lines: collections.deque[str] = collections.deque(maxlen=_LINES_KEPT)
+        reader = threading.Thread(target=self._hand_on, args=(lines, name, last_lines), daemon=True)
+        reader.start()
+        with worker:
+            yield worker, last_lines
+        reader.join(timeout=1)  # not for ever: a process that the worker left behind would hold the pipe open
+
+    def _hand_on(self, lines: int, name: str, last_lines: collections.deque[str]) -> None:
+        with open(lines, errors="replace") as stream:
+            for line in map(str.rstrip, stream):
+                last_lines.append(line)
+                self.say(line if line.startswith(name) else f"{name}: {line}")
+
+
+def _wait(worker: subprocess.Popen[str], stop: Callable[[], str | None]) -> None:
+    """Wait for the worker's end; ask it to stop, once, when `stop` says so."""
+    told = False
+    while worker.poll() is None:
+        if not told and (reason := stop()):
+            assert worker.stdin is not None
+            with suppress(OSError):  # it has ended just now; a buffer would be flushed again when it is closed
+                os.write(worker.stdin.fileno(), f"{reason}\n".encode())
+            told = True
+        with suppress(subprocess.TimeoutExpired):
+            worker.wait(timeout=_LOOK_EVERY_SECONDS)
+
+
+def _ended(name: str, status: int, reason: str | None, last_lines: Iterable[str], run_dir: Path) -> CnvzooError:
+    """What to raise for a worker that left no report."""
+    by = -status if status < 0 else None
+    if reason is None and by in (signal.SIGINT, signal.SIGTERM):
+        reason = signal.Signals(by).name
+    if reason is not None:
+        return WorkerEnded(name, reason, run_dir)
+    cause = f"ended with status {status}" if by is None else f"was killed by signal {by} ({signal.strsignal(by)})"
+    if by == signal.SIGKILL:
+        cause += ", as the kernel does where memory runs out: fewer --at-once need less"
+    return RunError("\n  ".join([f"its worker process {cause}. Its last lines:", *last_lines]))

@@ -1,0 +1,155 @@
+"""Asking the Hub again when it makes sense, and saying in words what came back when it does not.
+
+huggingface_hub raises its HfHubHTTPError for an answer that is an error. Whatever else can go wrong on the way (no
+connection, an answer cut short, JSON that is none) comes up as an exception of the transport, of json or of Python.
+All of it ends here as a StoreError.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TypeVar
+
+from .publication import StoreError
+
+T = TypeVar("T")
+_DISK_PROBLEMS = frozenset((errno.EROFS, errno.ENOSPC, errno.EDQUOT))
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for the Hub, and how often to ask it again.
+
+    Attributes:
+        tries: requests in all.
+        first_wait: seconds before the second; each further wait is twice as long.
+        longest_wait: seconds; where the Hub asks for a longer wait (Retry-After), that is said instead.
+        in_all: seconds after which nothing is tried again.
+        read_timeout, write_timeout: seconds without a byte after which an answer is given up, of downloads and of
+            uploads.
+    """
+
+    tries: int = 4
+    first_wait: float = 1.0
+    longest_wait: float = 60.0
+    in_all: float = 60.0
+    read_timeout: float = 10.0
+    write_timeout: float = 60.0
+
+    def ask(self, asked: str, request: Callable[[], T], *, again_on: Collection[int] = ()) -> T:
+        """Return what `request` returns; call it again where it fails in a way that may pass.
+
+        Args:
+            asked: what is asked and of whom, for the message.
+            request: safe to repeat; its StoreErrors are passed on.
+            again_on: HTTP statuses to try again on besides 408, 429 and 5xx.
+
+        Raises:
+            StoreError: it failed for good, or once too often.
+        """
+        started, wait = time.monotonic(), self.first_wait
+        for left in reversed(range(self.tries)):
+            try:
+                return request()
+            except StoreError:
+                raise
+            except Exception as error:  # the client's own, the transport's, and whatever an answer's shape provokes
+                failure = _Failure.of(error)
+                pause = max(wait, failure.retry_after or 0.0)
+                late = time.monotonic() - started + pause > self.in_all
+                if not left or late or pause > self.longest_wait or not failure.may_pass(again_on):
+                    raise StoreError(f"{asked}: {failure}") from error
+            time.sleep(pause)
+            wait *= 2
+        raise AssertionError("tries is at least 1")
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a request failed: the HTTP status, if there was an answer, and what to do."""
+
+    came_back: str
+    remedy: str
+    status: int | None = None
+    retry_after: float | None = None
+    is_final: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.came_back}. {self.remedy}"
+
+    def may_pass(self, again_on: Collection[int]) -> bool:
+        if self.status is None:
+            return not self.is_final
+        return self.status in (408, 429) or self.status >= 500 or self.status in again_on
+
+    @classmethod
+    def of(cls, error: BaseException) -> _Failure:
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+        for cause in _causes(error):
+            if isinstance(cause, HfHubHTTPError):
+                return cls._of_answer(cause)
+            if isinstance(cause, OfflineModeIsEnabled):
+                return cls(
+                    "HF_HUB_OFFLINE is set, and what is needed is not in the cache",
+                    "Unset it, or choose a directory with hub= or CNVZOO_HUB",
+                    is_final=True,
+                )
+            if isinstance(cause, OSError) and (cause.errno in _DISK_PROBLEMS or cause.filename is not None):
+                where = f" ({cause.filename})" if cause.filename else ""
+                return cls(
+                    f"this machine's disk refused: {cause.strerror}{where}",
+                    "Make room or allow writing there, or choose another folder with HF_HUB_CACHE",
+                    is_final=True,
+                )
+        *_, origin = _causes(error)
+        said = " ".join(str(origin).split())[:300]
+        return cls(
+            f"no answer came back, or not a whole one ({type(origin).__name__}{': ' + said if said else ''})",
+            "Check the network and its proxy, then try again; where there is none, choose a directory with hub= or "
+            "CNVZOO_HUB",
+        )
+
+    @classmethod
+    def _of_answer(cls, error: object) -> _Failure:
+        response = error.response  # type: ignore[attr-defined]
+        status = response.status_code
+        code = response.headers.get("X-Error-Code")
+        phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "unknown"
+        said = f": {error.server_message}" if error.server_message else ""  # type: ignore[attr-defined]
+        after = response.headers.get("Retry-After", "")
+        wait = float(after) if after.isdigit() else None
+        return cls(f"the answer was {status} ({phrase}{said})", _remedy(status, code, wait), status, wait)
+
+
+def _remedy(status: int, code: str | None, wait: float | None) -> str:
+    if code == "RepoNotFound" and status in (401, 404):
+        return "There is no such repository, or it is private: check the name, or log in with 'hf auth login'"
+    if status == 401:
+        return "No token was sent, or one that is not valid: log in with 'hf auth login'"
+    if status == 403:
+        return "The account may not do this: log in with 'hf auth login' as one that may, with a token that can write"
+    if status == 404:
+        return "It is not there under this name or revision: check both"
+    if status in (409, 412):
+        return "Somebody else is publishing to the same place: try again when they are done"
+    if status == 429:
+        when = f"in {wait:.0f} seconds" if wait else "in some minutes"
+        return f"Too many requests came from here: try again {when}; logged in ('hf auth login') more are allowed"
+    if status >= 500:
+        return "The Hub has a problem of its own: try again in some minutes"
+    return "The request itself was refused: try again, and if it stays so, update huggingface_hub"
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from, in this order."""
+    causes: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in causes:
+        causes.append(current)
+        current = current.__cause__
+    return causes

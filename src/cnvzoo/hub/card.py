@@ -1,0 +1,186 @@
+"""The model card of a checkpoint: README.md of its folder, with the metadata that the Hub indexes.
+
+A pure function of config.json and of what the model costs: the same checkpoint has the same card, byte for byte.
+"""
+
+from __future__ import annotations
+
+from statistics import fmean, stdev
+from typing import Any
+
+import yaml
+
+from .checkpoint import CheckpointConfig, preprocessing_from
+
+_HUB_DATASETS = {
+    "mnist": "ylecun/mnist",
+    "fashion_mnist": "zalando-datasets/fashion_mnist",
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+}
+_TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+
+
+def render_card(config: CheckpointConfig, summary: str, parameters: int, macs: int) -> str:
+    """The text of a checkpoint's card.
+
+    Args:
+        config: of the checkpoint.
+        summary: what the topology is, in a line, with its source.
+        parameters, macs: as `cnvzoo.model_info` counts them, at the size that the preprocessing gives.
+    """
+    from huggingface_hub import ModelCard  # takes a while to import, and loading a checkpoint does without
+
+    sections = [
+        _opening(config, summary),
+        _accuracy(config),
+        _use(config),
+        _preprocessing(config),
+        _cost(config, parameters, macs),
+        *([_recipe(config)] if config.recipe else []),
+        _limits(config),
+    ]
+    return str(ModelCard(f"---\n{_metadata(config)}\n---\n\n" + "\n".join(sections)))
+
+
+def _metadata(config: CheckpointConfig) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    dataset = _HUB_DATASETS.get(config.dataset, config.dataset)
+    bits = ["quantization", "quantization-aware-training", "brevitas", _bits(config)] if _is_quantized(config) else []
+    result = EvalResult(
+        task_type="image-classification",
+        task_name="Image Classification",
+        dataset_type=dataset,
+        dataset_name=_title(config),
+        dataset_split="test",
+        metric_type="accuracy",
+        metric_name="Top-1 accuracy",
+        metric_value=config.correct / config.total,
+    )
+    return ModelCardData(
+        license="apache-2.0",
+        library_name="cnvzoo",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "pytorch", config.model["name"], *bits],
+        datasets=[dataset],
+        metrics=["accuracy"],
+        model_name=config.name,
+        eval_results=[result],
+    ).to_yaml()
+
+
+def _opening(config: CheckpointConfig, summary: str) -> str:
+    kind = "A float model"
+    if _is_quantized(config):
+        bits = {"first_w_bits": 8} | config.model
+        kind = (
+            f"Here with weights of {bits['w_bits']} bits (first layer {bits['first_w_bits']}) and activations of "
+            f"{bits['a_bits']} bits"
+        )
+    return (
+        f"# {config.name}\n\n{summary.rstrip('.')}. {kind}, trained on {_title(config)} by cnvzoo, with recipe, record "
+        "and checks behind every number.\n"
+    )
+
+
+def _accuracy(config: CheckpointConfig) -> str:
+    accuracies = [100 * result.correct / result.total for result in config.results]
+    lines = [
+        f"| {result.seed} | {accuracy:.2f} | {result.correct:,} of {result.total:,} | `{result.weights_sha256[:16]}` |"
+        for result, accuracy in zip(config.results, accuracies, strict=True)
+    ]
+    spread = f", standard deviation {stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+    weights = "the average of its weights" if config.recipe.get("ema") else "the weights of its last epoch"
+    seeds = f"{len(accuracies)} seeds" if len(accuracies) > 1 else "one seed"
+    return (
+        f"## Accuracy\n\n{config.accuracy:.2f} % top-1 on the test set of {_title(config)}: {config.correct:,} of "
+        f"{config.total:,} images, by the weights of this repository, which are those of seed {config.seed}, whatever "
+        "came of the others.\n\n| seed | top-1, % | images right | sha256 of the run's weights |\n"
+        "| --: | --: | --: | --- |\n" + "\n".join(lines) + f"\n\nMean over {seeds}: {fmean(accuracies):.2f} %{spread}. "
+        f"The test set is read once, at the end of a run, with {weights}; single crop, float32.\n"
+    )
+
+
+def _use(config: CheckpointConfig) -> str:
+    return (
+        "## Use\n\n```python\nimport cnvzoo\nfrom PIL import Image\n\n"
+        f'model = cnvzoo.create_model("{config.name}", pretrained=True)\n'
+        'for guess in cnvzoo.predict(model, model.pretrained_cfg, Image.open("photo.png")):\n'
+        '    print(f"{guess.label}: {guess.probability:.1%}")\n```\n\n'
+        "The sha256 of every file is compared with the one inside the package before anything in it is read.\n"
+        f"`cnvzoo verify {config.name}` scores it again on the test set.\n"
+    )
+
+
+def _preprocessing(config: CheckpointConfig) -> str:
+    preprocessing = preprocessing_from(config)
+    native, size = preprocessing.native_size, preprocessing.size
+    padded = f", padded with black to {size}x{size}" if native != size else ""
+    scaled = "scaled to [0, 1]"
+    if preprocessing.normalizes:
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (preprocessing.mean, preprocessing.std))
+        scaled += f", then mean {mean} subtracted and divided by standard deviation {std}"
+    colour = "RGB" if preprocessing.in_chans == 3 else "grey"
+    return (
+        f"## Preprocessing\n\nImages of {native}x{native} pixels, {colour}{padded}, {scaled}. "
+        "`cnvzoo.transforms(model)` is the pipeline for your own.\n\n"
+        f"Classes, in the order of the outputs: {', '.join(config.classes)}.\n"
+    )
+
+
+def _cost(config: CheckpointConfig, parameters: int, macs: int) -> str:
+    size, channels = config.preprocessing["size"], len(config.preprocessing["mean"])
+    bits = _bits(config) if _is_quantized(config) else "float"
+    packed = "; quantized weights are packed integers with their scales" if _is_quantized(config) else ""
+    return (
+        f"## Size\n\n| parameters | multiply-accumulates at {channels}x{size}x{size} | weights | model.safetensors |\n"
+        f"| --: | --: | --: | --: |\n| {parameters:,} | {macs:,} | {bits} | {config.file.size:,} bytes |\n\n"
+        f"The file is safetensors, never a pickle{packed}.\n"
+    )
+
+
+def _recipe(config: CheckpointConfig) -> str:
+    recipe = yaml.safe_dump(config.recipe, sort_keys=False, width=110)
+    device, versions = _listed(config.device), _listed(config.versions)
+    commit = f" at commit `{config.commit}`" if config.commit else ""
+    return (
+        f"## Recipe\n\n```yaml\n{recipe}```\n\n## Reproduce\n\nFrom a checkout of cnvzoo{commit}:\n\n"
+        f"```sh\npython benchmarks/reproduce.py --table {config.dataset} --entry {config.recipe.get('name')} "
+        f"--seeds {config.seed} --retrain\n```\n\nOn the machine and with the versions of the run, the weights come "
+        f"out with the same sha256, `{config.weights_sha256}`:\n\n- {device}\n- {versions}\n\n"
+        "Elsewhere sums are added up in another order: expect an accuracy within the spread of seeds.\n"
+    )
+
+
+def _limits(config: CheckpointConfig) -> str:
+    lines = [
+        f"It knows the {len(config.classes)} classes of {_title(config)} and images like those of its training set. "
+        "Any other image gets one of these labels too, often with confidence.",
+        "The probabilities are not calibrated.",
+        "It was tested on the test set of its own dataset and nothing else: not for changes of light, camera or style, "
+        "and not against attacks.",
+        f"{_title(config)} has terms and biases of its own.",
+    ]
+    if _is_quantized(config):
+        lines.append(
+            "The number above is of fake quantization in float32. A graph in integers on other hardware rounds in its "
+            "own way: score it there again."
+        )
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _is_quantized(config: CheckpointConfig) -> bool:
+    return config.model.get("w_bits") is not None
+
+
+def _bits(config: CheckpointConfig) -> str:
+    return f"w{config.model['w_bits']}a{config.model['a_bits']}"
+
+
+def _title(config: CheckpointConfig) -> str:
+    return _TITLES.get(config.dataset, config.dataset)
+
+
+def _listed(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in facts.items())

@@ -1,0 +1,287 @@
+"""Several runs at once: what starts when, what one run's end means for the others, and who brings records home."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from harness import runners
+from harness.execute import execute
+from harness.layout import Layout
+from harness.plan import make_plan
+from harness.runners import LocalRunner, at_once_by_default, settings
+from tiny import tiny
+from workbench import Bench, FakeTraining
+
+from cnvzoo.train import RunInterrupted, RunRecord, run_recipe
+from cnvzoo.train.device import deterministic
+
+FLOAT, QUANTIZED, OTHER = "cifar10_cnv", "cifar10_quant_cnv_w4a4", "cifar10_resnet20"
+TIMEOUT = 60
+
+
+class Play:
+    """In the place of run_recipe: FakeTraining, with a scene in front of each run, and a count of those under way."""
+
+    def __init__(self, scene: Callable[[tuple[str, int], Callable[[], str | None]], object]) -> None:
+        self.scene, self.fake = scene, FakeTraining()
+        self.under_way = self.most = 0
+        self._counting = threading.Lock()
+
+    def __call__(self, recipe: Any, **arguments: Any) -> RunRecord:
+        with self._counting:
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+        try:
+            if reason := self.scene((recipe.name, arguments["seed"]), arguments["stop"]):
+                self.fake.stop_at[recipe.name, arguments["seed"]] = str(reason)
+            return self.fake(recipe, **arguments)
+        finally:
+            with self._counting:
+                self.under_way -= 1
+
+
+def until_stopped(stop: Callable[[], str | None]) -> str:
+    end = time.monotonic() + TIMEOUT
+    while (reason := stop()) is None:
+        assert time.monotonic() < end, "nobody asked this run to stop"
+        time.sleep(0.01)
+    return reason
+
+
+@pytest.fixture
+def trio(bench):
+    """Two float entries and a quantized one; in the order of the table FLOAT, OTHER, QUANTIZED."""
+    bench.recipe(FLOAT)
+    bench.recipe(OTHER)
+    bench.recipe(QUANTIZED, float_start=FLOAT)
+    return bench
+
+
+def left(message: str) -> list[str]:
+    return [line.strip().split(":")[0] for line in message.splitlines() if line.startswith("  ")]
+
+
+def test_as_many_as_asked_for_go_at_once_and_no_more(bench):
+    for name in ("mnist_resnet20", "mnist_cnv"):
+        bench.recipe(name)
+    meeting = threading.Barrier(3)
+    bench.train = play = Play(lambda key, stop: meeting.wait(TIMEOUT) and None)
+    assert bench.run("--table", "mnist", "--at-once", "3") == 0
+    assert play.most == 3
+    assert sorted(play.fake.calls[:3]) == [("mnist_cnv", 0), ("mnist_resnet20", 0), ("mnist_resnet20", 1)]
+    for name in ("mnist_resnet20", "mnist_cnv"):
+        assert [RunRecord.read(bench.result(name, seed)).accuracy for seed in (0, 1, 2)] == [90, 91, 92]
+
+
+def test_a_run_waits_for_its_float_start_and_those_behind_it_do_not(trio):
+    order: list[tuple[str, int]] = []
+    next_seed = threading.Event()
+
+    def scene(key: tuple[str, int], _: object) -> None:
+        order.append(key)
+        if key == (FLOAT, 1):
+            next_seed.set()
+        if key == (FLOAT, 0):
+            assert next_seed.wait(TIMEOUT)
+            assert (QUANTIZED, 0) not in order
+
+    trio.train = play = Play(scene)
+    assert trio.run("--table", "cifar10", "--seeds", "0", "1", "--at-once", "2") == 0
+    assert sorted(order[:2]) == [(FLOAT, 0), (OTHER, 0)]
+    assert order[2] == (FLOAT, 1)
+    assert set(order[3:]) == {(QUANTIZED, 0), (OTHER, 1), (QUANTIZED, 1)}
+    starts = [options["float_start"] for options in play.fake.options if options["float_start"]]
+    assert sorted(starts) == [trio.runs / FLOAT / f"seed{seed}" / "weights.safetensors" for seed in (0, 1)]
+
+
+def test_a_failed_run_takes_along_only_what_starts_from_it(trio, capsys):
+    trio.training.fail_at.add((FLOAT, 0))
+    assert trio.run("--table", "cifar10", "--seeds", "0", "1", "--at-once", "3") == 1
+    calls = [(FLOAT, 0), (OTHER, 0), (FLOAT, 1), (OTHER, 1), (QUANTIZED, 1)]
+    assert sorted(trio.training.calls) == sorted(calls)
+    message = capsys.readouterr().err
+    assert f"{QUANTIZED} seed 0 failed: it starts from the weights of {FLOAT} seed 0, which are not there" in message
+    assert f"failed, see above: {FLOAT} seed 0, {QUANTIZED} seed 0\n" in message
+
+
+def test_all_but_the_runs_happens_in_the_calling_thread(trio):
+    entries = {name: trio.entry(name) for name in (FLOAT, OTHER, QUANTIZED)}
+    layout = Layout.of(trio.home, trio.runs)
+    jobs = make_plan(list(entries.values()), (0, 1, 2), entries=entries, layout=layout)
+    here: list[bool] = []
+    there: list[bool] = []
+
+    def note(*_: object) -> None:
+        here.append(threading.current_thread() is threading.main_thread())
+
+    play = Play(lambda key, stop: there.append(threading.current_thread() is threading.main_thread()))
+    outcome = execute(
+        jobs,
+        LocalRunner(play, torch.device("cpu"), None),
+        at_once=4,
+        entries=entries,
+        layout=layout,
+        deadline=None,
+        say=note,
+        on_finished=note,
+    )
+    assert (outcome.failed, outcome.left, outcome.stopped) == ([], [], None)
+    assert here == [True] * 27  # of 9 runs each its start, its end and the pages
+    assert there == [False] * 9
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_all_that_are_under_way(trio, capsys, number, status):
+    meeting = threading.Barrier(3, action=lambda: os.kill(os.getpid(), number))
+
+    def scene(key: tuple[str, int], stop: Callable[[], str | None]) -> str | None:
+        if key == (FLOAT, 0):
+            return None
+        meeting.wait(TIMEOUT)
+        return until_stopped(stop)
+
+    trio.train = Play(scene)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    assert trio.run("--table", "cifar10", "--seeds", "0", "1", "--at-once", "3") == status
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    message = capsys.readouterr().err
+    assert f"stopped ({number.name})" in message
+    assert left(message) == [
+        f"{OTHER} seed 0",
+        f"{QUANTIZED} seed 0",
+        f"{FLOAT} seed 1",
+        f"{OTHER} seed 1",
+        f"{QUANTIZED} seed 1",
+    ]
+    assert message.count("state in") == 3
+    assert message.count("not started") == 2
+    assert trio.result(FLOAT).exists()
+
+
+def test_a_run_that_stops_by_itself_stops_the_others(trio, capsys):
+    trio.train = Play(lambda key, stop: "time limit" if key == (OTHER, 0) else until_stopped(stop))
+    assert trio.run("--table", "cifar10", "--seeds", "0", "--at-once", "2") == 3
+    assert left(capsys.readouterr().err) == [f"{FLOAT} seed 0", f"{OTHER} seed 0", f"{QUANTIZED} seed 0"]
+
+
+def test_no_run_starts_after_the_time_limit_and_what_ends_after_it_counts(trio, capsys):
+    end = time.monotonic() + 4
+    trio.train = play = Play(lambda key, stop: time.sleep(max(0, end - time.monotonic())))
+    assert trio.run("--table", "cifar10", "--seeds", "0", "--at-once", "2", "--time-limit", "3") == 3
+    assert sorted(play.fake.calls) == [(FLOAT, 0), (OTHER, 0)]
+    assert trio.result(FLOAT).exists()
+    assert trio.result(OTHER).exists()
+    assert left(capsys.readouterr().err) == [f"{QUANTIZED} seed 0"]
+
+
+def test_an_error_that_is_not_of_one_run_ends_it_all_with_the_others_saved(trio):
+    asked: list[str] = []
+
+    def scene(key: tuple[str, int], stop: Callable[[], str | None]) -> str:
+        if key == (FLOAT, 0):
+            raise KeyError("a bug")
+        asked.append(until_stopped(stop))
+        return asked[0]
+
+    trio.train = Play(scene)
+    with pytest.raises(KeyError, match="a bug"):
+        trio.run("--table", "cifar10", "--seeds", "0", "--at-once", "2")
+    assert asked == ["an error"]
+    assert (trio.runs / OTHER / "seed0" / "state.safetensors").exists()
+
+
+def test_runs_in_threads_give_the_weights_of_runs_alone(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "none")  # compiling would take most of the time
+    bench.recipe("mnist_resnet20", epochs=3, batch_size=16)
+    bench.train = partial(run_recipe, dataset=tiny(), quiet=True)
+    assert bench.run("--table", "mnist") == 0
+    alone = [RunRecord.read(bench.result("mnist_resnet20", seed)).weights_sha256 for seed in (0, 1, 2)]
+    assert len(set(alone)) == 3
+    again = ("--table", "mnist", "--retrain", "--at-once", "3", "--runs", str(tmp_path / "again"))
+    assert bench.run(*again) == 0
+    records = [RunRecord.read(bench.result("mnist_resnet20", seed)) for seed in (0, 1, 2)]
+    assert [record.weights_sha256 for record in records] == alone
+    assert {record.device["threads"] for record in records} == {1}
+
+
+def test_a_run_in_a_thread_can_be_asked_to_stop(tmp_path, bench, monkeypatch):
+    monkeypatch.setenv("CXX", "none")
+    bench.recipe("mnist_resnet20", epochs=3, batch_size=16)
+    recipe = bench.entry("mnist_resnet20").recipe
+    asked = iter([None] * 5)
+    with pytest.raises(RunInterrupted) as caught:
+        run_recipe(recipe, run_dir=tmp_path, dataset=tiny(), quiet=True, stop=lambda: next(asked, "SIGTERM"))
+    assert (caught.value.reason, caught.value.step, caught.value.total_steps) == ("SIGTERM", 5, 12)
+    assert (tmp_path / "state.safetensors").exists()
+
+
+def test_threads_are_set_for_the_runs_and_put_back(bench):
+    before = torch.get_num_threads()
+    seen: list[int] = []
+    bench.recipe("mnist_cnv")
+    bench.train = Play(lambda key, stop: seen.append(torch.get_num_threads()))
+    assert bench.run("--table", "mnist", "--seeds", "0", "--threads", str(before + 1)) == 0
+    assert bench.run("--table", "mnist", "--seeds", "1") == 0
+    assert seen == [before + 1, 1]
+    assert torch.get_num_threads() == before
+
+
+def test_deterministic_kernels_stay_on_when_a_run_ends_beside_others():
+    def switches() -> tuple[bool, bool]:
+        return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
+
+    gpu, before = torch.device("cuda"), switches()
+    with settings(gpu, 1):
+        first, second = deterministic(gpu), deterministic(gpu)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert switches() == (True, False)
+        second.__exit__(None, None, None)
+        assert switches() == (True, False)
+    assert switches() == before
+
+
+def test_a_run_on_a_gpu_beside_others_has_a_stream_of_its_own(trio, monkeypatch):
+    made: list[str] = []
+    current: list[str] = []
+
+    @contextmanager
+    def stream(name: str) -> Iterator[None]:
+        current.append(name)
+        yield
+        current.remove(name)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(f"{device} {len(made)}") or made[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    play = Play(lambda key, stop: seen.append(list(current)))
+    seen: list[list[str]] = []
+    recipe = trio.entry(FLOAT).recipe
+    runner = LocalRunner(play, torch.device("cuda", 1), None, own_stream=True)
+    for seed in (0, 1):
+        folder = trio.runs / str(seed)
+        runner.run(recipe, seed, run_dir=folder, epochs=None, float_start=None, stop=lambda: None)
+    assert seen == [["cuda:1 0"], ["cuda:1 1"]]
+
+
+@pytest.mark.parametrize(("cores", "threads", "runs"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])
+def test_the_cores_of_this_process_are_used_and_no_more(monkeypatch, cores, threads, runs):
+    monkeypatch.setattr(runners.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert at_once_by_default(torch.device("cpu"), threads) == runs
+    assert at_once_by_default(torch.device("cuda"), threads) == 3
+
+
+@pytest.mark.parametrize("wrong", [["--at-once", "0"], ["--threads", "1.5"]])
+def test_impossible_numbers_are_refused(bench: Bench, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.run("--table", "mnist", *wrong)
+    assert "a whole number, 1 or more" in capsys.readouterr().err

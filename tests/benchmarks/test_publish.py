@@ -1,0 +1,81 @@
+"""`reproduce.py --publish`: which checkpoints go, when, and what is said about it."""
+
+from __future__ import annotations
+
+import pytest
+from workbench import Bench
+
+from cnvzoo.hub import read_config
+
+FILES = "model.safetensors, README.md, config.json"
+
+
+@pytest.fixture
+def trained(bench: Bench) -> Bench:
+    bench.recipe("mnist_cnv")
+    bench.recipe("mnist_resnet20")
+    assert bench.run("--table", "mnist", "--entry", "mnist_cnv", "--seeds", "0") == 0
+    return bench
+
+
+def test_it_trains_what_is_missing_and_publishes_the_table(trained, tmp_path, capsys):
+    store = tmp_path / "store"
+    capsys.readouterr()
+    assert trained.run("--table", "mnist", "--seeds", "0", "--publish", str(store)) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"resnet20.mnist to {store}: published new {FILES}",
+        f"cnv.mnist to {store}: published new {FILES}",
+    ]
+    for name in ("cnv.mnist", "resnet20.mnist"):
+        assert read_config(store / name) == read_config(trained.hub / name)
+    assert trained.run("--table", "mnist", "--seeds", "0", "--publish", str(store)) == 0
+    assert f"cnv.mnist to {store}: unchanged" in capsys.readouterr().out
+
+
+def test_the_card_is_written_with_the_checkpoint_and_again_with_another_seed(trained):
+    card = trained.hub / "cnv.mnist" / "README.md"
+    assert "Mean over one seed: 90.00 %" in card.read_text()
+    trained.run("--table", "mnist", "--entry", "mnist_cnv", "--seeds", "0", "1")
+    assert "Mean over 2 seeds: 90.50 %, standard deviation 0.71" in card.read_text()
+    card.unlink()
+    trained.run("--table", "mnist", "--time-limit", "0")
+    assert "Mean over 2 seeds" in card.read_text()
+
+
+def test_a_dry_run_trains_nothing_and_writes_nothing(trained, tmp_path, capsys):
+    calls, store = len(trained.training.calls), tmp_path / "store"
+    capsys.readouterr()
+    assert trained.run("--table", "mnist", "--publish", str(store), "--dry-run") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "no checkpoint to publish yet: mnist_resnet20",
+        f"cnv.mnist to {store}: would publish new {FILES}",
+    ]
+    assert len(trained.training.calls) == calls
+    assert not store.exists()
+
+
+def test_a_dry_run_of_nothing_is_refused(trained, capsys):
+    assert trained.run("--table", "mnist", "--dry-run") == 2
+    assert "--dry-run shows what --publish would send: give both" in capsys.readouterr().err
+
+
+def test_with_no_time_to_train_it_publishes_what_is_there(trained, tmp_path, capsys):
+    store = tmp_path / "store"
+    assert trained.run("--table", "mnist", "--time-limit", "0", "--publish", str(store)) == 3
+    assert f"cnv.mnist to {store}: published new {FILES}" in capsys.readouterr().out
+
+
+def test_nothing_is_published_after_an_interrupt_or_what_was_found_to_differ(trained, tmp_path, capsys):
+    store = tmp_path / "store"
+    trained.training.stop_at[("mnist_resnet20", 0)] = "SIGINT"
+    assert trained.run("--table", "mnist", "--seeds", "0", "--publish", str(store)) == 130
+    assert not store.exists()
+    trained.problem = "17 images right, published 9000"
+    assert trained.run("--table", "mnist", "--seeds", "0", "--publish", str(store)) == 1
+    assert "nothing is published" in capsys.readouterr().err
+    assert not store.exists()
+
+
+def test_a_store_that_refuses_is_an_error_in_words(trained, capsys):
+    assert trained.run("--table", "mnist", "--seeds", "0", "--publish", "s3://bucket") == 1
+    assert "'s3://bucket' is no place for checkpoints" in capsys.readouterr().err

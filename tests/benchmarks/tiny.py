@@ -1,0 +1,64 @@
+"""reproduce.py and its workers on a few random images.
+
+    python tiny.py HOME ARGUMENT ...    as reproduce.py, with HOME in the place of benchmarks/
+    python tiny.py '<a run as JSON>'    as harness/worker.py; reproduce.py finds this file in its place
+
+TINY_EPOCH_SECONDS are added to every epoch, at its end: time to be stopped in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from cnvzoo.data import Dataset, dataset_info
+from cnvzoo.train import Trainer, run
+
+TINY = Path(__file__).resolve()
+
+
+def tiny() -> Dataset:
+    """MNIST of noise: four steps of 16 images an epoch."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(below: int, *shape: int) -> torch.Tensor:
+        return torch.randint(below, shape, generator=generator, dtype=torch.uint8)
+
+    return Dataset(
+        info=replace(dataset_info("mnist"), train_size=64, test_size=20),
+        train_images=noise(256, 64, 28, 28, 1),
+        train_labels=noise(10, 64),
+        test_images=noise(256, 20, 28, 28, 1),
+        test_labels=noise(10, 20),
+    )
+
+
+class SlowProgress(run.TrainingProgress):
+    def __call__(self, trainer: Trainer) -> None:
+        super().__call__(trainer)
+        if trainer.step % trainer.steps_per_epoch == 0:
+            time.sleep(float(os.environ.get("TINY_EPOCH_SECONDS", "0")))
+
+
+def main(arguments: list[str]) -> int:
+    sys.path[0] = str(TINY.parents[2] / "benchmarks")
+    import reproduce
+    from harness import processes, worker
+
+    run.load_dataset = lambda name, root=None: tiny()
+    run.TrainingProgress = SlowProgress
+    processes.WORKER = TINY
+    if len(arguments) > 1:
+        return reproduce.main(arguments[1:], home=Path(arguments[0]))
+    worker.main(json.loads(arguments[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,144 @@
+"""Publishing as people do it: from Python and with `cnvzoo publish`."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import cnvzoo
+from cnvzoo.cli import main
+from cnvzoo.hub import CheckpointError, FileFacts, Publication, StoreError, read_config, write_config
+
+FILES = ("model.safetensors", "README.md", "config.json")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of two checkpoints, which is where names are looked for."""
+    for model in ("resnet20", "cnv"):
+        cnvzoo.write_card(make_checkpoint(tmp_path / "hub", model, "mnist"))
+    monkeypatch.setenv("CNVZOO_HUB", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`command(*arguments)`: status, output and errors of `cnvzoo publish`."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cnvzoo", "publish", *map(str, arguments)])
+        try:
+            main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return call
+
+
+def test_names_and_folders_go_to_a_store(hub: Path, tmp_path: Path) -> None:
+    seen: list[Publication] = []
+    store = tmp_path / "store"
+    published = cnvzoo.publish(["resnet20.mnist", hub / "cnv.mnist"], store, on_published=seen.append)
+    assert seen == published
+    assert [(p.name, p.new) for p in published] == [("resnet20.mnist", FILES), ("cnv.mnist", FILES)]
+    assert sorted(path.name for path in store.iterdir() if not path.name.startswith(".")) == [
+        "cnv.mnist",
+        "resnet20.mnist",
+    ]
+    for path in hub.rglob("*.*"):
+        if path.is_file():
+            assert (store / path.relative_to(hub)).read_bytes() == path.read_bytes()
+    (again,) = cnvzoo.publish("cnv.mnist", store)
+    assert again.unchanged == FILES
+
+
+def test_what_was_published_loads_from_there(hub: Path, tmp_path: Path) -> None:
+    cnvzoo.publish("cnv.mnist", tmp_path / "store")
+    model = cnvzoo.create_model("cnv.mnist", pretrained=True, hub=tmp_path / "store")
+    assert model.state_dict().keys() == cnvzoo.create_model("cnv.mnist", pretrained=True).state_dict().keys()
+
+
+def test_one_that_is_not_whole_stops_all_before_the_first_is_sent(hub: Path, tmp_path: Path) -> None:
+    (hub / "cnv.mnist" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"cnv.mnist/model.safetensors"):
+        cnvzoo.publish(["resnet20.mnist", "cnv.mnist"], tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_weights_that_no_model_can_take_are_not_published(hub: Path, tmp_path: Path) -> None:
+    folder = hub / "resnet20.mnist"
+    tensors = load_file(folder / "model.safetensors")
+    name = next(iter(tensors))
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, folder / "model.safetensors")
+    facts = FileFacts.of((folder / "model.safetensors").read_bytes())
+    write_config(folder, read_config(folder).model_copy(update={"file": facts}))
+    with pytest.raises(CheckpointError, match=name):
+        cnvzoo.publish("resnet20.mnist", tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_folder_without_a_card_is_told_how_to_get_one(hub: Path, tmp_path: Path) -> None:
+    (hub / "cnv.mnist" / "README.md").unlink()
+    with pytest.raises(StoreError, match=r"README.md missing.*write the card with cnvzoo.write_card"):
+        cnvzoo.publish("cnv.mnist", tmp_path / "store")
+
+
+def test_a_name_that_is_not_there(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'cnv.mnst' in .*hub: did you mean 'cnv.mnist'"):
+        cnvzoo.publish("cnv.mnst", tmp_path / "store")
+    monkeypatch.setenv("CNVZOO_HUB", "hf://zoo")
+    with pytest.raises(CheckpointError, match=r"to be read from hf://zoo: give a directory with hub= or CNVZOO_HUB"):
+        cnvzoo.publish("cnv.mnist", tmp_path / "store")
+
+
+def test_the_command_says_a_line_for_each(
+    hub: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    store, files = tmp_path / "store", ", ".join(FILES)
+    status, out, err = command("cnv.mnist", "resnet20.mnist", "--to", store, "--dry-run")
+    assert (status, err) == (0, "")
+    assert out.splitlines() == [
+        f"cnv.mnist to {store}: would publish new {files}",
+        f"resnet20.mnist to {store}: would publish new {files}",
+    ]
+    assert not store.exists()
+    assert command("cnv.mnist", "--to", store) == (0, f"cnv.mnist to {store}: published new {files}\n", "")
+    assert command("cnv.mnist", "--to", store) == (0, f"cnv.mnist to {store}: unchanged\n", "")
+    assert command("cnv.mnist", "--to", store, "--dry-run") == (0, f"cnv.mnist to {store}: nothing to publish\n", "")
+
+
+def test_the_command_says_what_was_done_before_it_failed(
+    hub: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    (store / "resnet20.mnist").symlink_to(tmp_path)
+    status, out, err = command("cnv.mnist", "resnet20.mnist", "--to", store)
+    assert status == 1
+    assert out == f"cnv.mnist to {store}: published new {', '.join(FILES)}\n"
+    assert err.startswith(f"error: {store / 'resnet20.mnist'}: a symbolic link")
+
+
+@pytest.mark.parametrize("to", ["https://127.0.0.1/zoo", "hf://zoo/cnv.mnist"])
+def test_a_place_that_is_none(hub: Path, to: str, command: Callable[..., tuple[int, str, str]]) -> None:
+    status, out, err = command("cnv.mnist", "--to", to)
+    assert (status, out) == (1, "")
+    assert err == f"error: {to!r} is no place for checkpoints: give a directory, hf://ORG or hf://ORG@REVISION\n"
+
+
+def test_a_copy_of_a_folder_is_published_by_its_path(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(hub / "cnv.mnist", tmp_path / "desk" / "cnv.mnist")
+    monkeypatch.chdir(tmp_path / "desk" / "cnv.mnist")
+    (published,) = cnvzoo.publish(Path("."), "../../store")
+    assert published.name == "cnv.mnist"
+    assert (tmp_path / "store" / "cnv.mnist" / "config.json").is_file()
