@@ -7,12 +7,13 @@ from pathlib import Path
 
 from torch import nn
 
-from cnvzoo.data import DatasetInfo, Preprocessing, dataset_info, load_dataset
+from cnvzoo.data import DatasetInfo, dataset_info, load_dataset
 from cnvzoo.deploy import DeployedModel, Metadata
 from cnvzoo.deploy.export import write_model
 from cnvzoo.errors import ModelError
 from cnvzoo.hub import CheckpointConfig, load_checkpoint, preprocessing_from
 from cnvzoo.models import ModelSpec
+from cnvzoo.train import preprocessing_of
 from cnvzoo.zoo import Evaluation
 
 
@@ -46,8 +47,7 @@ def _facts(model: nn.Module, dataset: str | None) -> Metadata:
         raise ModelError(f"{type(model).__name__} is not a model of cnvzoo, whose models can be exported")
     if dataset is not None:
         info = dataset_info(dataset)
-        preprocessing = Preprocessing.for_dataset(info, size=spec.input_size, normalize=not spec.quantized)
-        name, classes = f"{spec.name}.{dataset}", info.classes
+        preprocessing, name, classes = preprocessing_of(spec.name, dataset), f"{spec.name}.{dataset}", info.classes
     elif isinstance(config, CheckpointConfig):
         preprocessing, name, classes, dataset = preprocessing_from(config), config.name, config.classes, config.dataset
     else:
