@@ -36,13 +36,14 @@ from harness import index, readme, records, render
 from harness.checkpoints import PUBLISHED_SEED, checkpoint_folder, keep_missing
 from harness.entries import SEEDS, TABLES, load_entries, select_entries
 from harness.errors import HarnessError
-from harness.execute import Outcome, Runner, execute
+from harness.execute import Outcome, execute
 from harness.files import shown
 from harness.layout import Layout
 from harness.plan import make_plan
 from harness.processes import ProcessRunner
 from harness.publish import publish_checkpoints
 from harness.references import load_references
+from harness.runner import Runner
 from harness.runners import LocalRunner, at_once_by_default, settings
 from harness.tables import rows
 from rich.console import Console

@@ -13,9 +13,9 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExec
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from cnvzoo.train import Recipe, RunError, RunInterrupted, RunRecord, TrainingDiverged
+from cnvzoo.train import RunError, RunInterrupted, RunRecord, TrainingDiverged
 from cnvzoo.train.interrupts import caught_signals
 from cnvzoo.train.run import RECORD
 
@@ -27,32 +27,9 @@ from .layout import Layout
 from .plan import Job
 from .records import misplaced, standing
 from .render import duration
+from .runner import Run, Runner
 
 _LOOK_EVERY_SECONDS = 0.2
-
-
-class Runner(Protocol):
-    """Trains one run, or goes on with it."""
-
-    def run(
-        self,
-        recipe: Recipe,
-        seed: int,
-        *,
-        run_dir: Path,
-        epochs: int | None,
-        float_start: Path | None,
-        stop: Callable[[], str | None],
-    ) -> RunRecord:
-        """Return the record, with `record.json` and `weights.safetensors` in `run_dir`.
-
-        Called in several threads at once where several runs go at once. `stop()` is to be asked often; once it gives
-        a reason, the run is to stop with its state saved.
-
-        Raises RunInterrupted where it stops before the end, its state in `run_dir`; RunError or TrainingDiverged
-        where this run cannot be had, which says nothing about others.
-        """
-        ...
 
 
 @dataclass
@@ -186,12 +163,8 @@ class _Work:
                 continue
             future = self.pool.submit(
                 self.runner.run,
-                job.entry.recipe,
-                job.seed,
-                run_dir=job.run_dir,
-                epochs=job.trial_epochs,
-                float_start=float_start,
-                stop=self.stop,
+                Run(job.entry.recipe, job.seed, job.run_dir, job.trial_epochs, float_start),
+                self.stop,
             )
             self.under_way[future] = ready
 

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cnvzoo.errors import CnvzooError
-from cnvzoo.train import Recipe, RunError, RunInterrupted, RunRecord, TrainingDiverged
+from cnvzoo.train import RunError, RunInterrupted, RunRecord, TrainingDiverged
 from cnvzoo.train.run import RECORD
+
+from .runner import Run
 
 WORKER = Path(__file__).with_name("worker.py")
 _LOOK_EVERY_SECONDS = 0.1
@@ -50,23 +52,14 @@ class ProcessRunner:
     deadline: float | None
     say: Callable[[str], None]
 
-    def run(
-        self,
-        recipe: Recipe,
-        seed: int,
-        *,
-        run_dir: Path,
-        epochs: int | None,
-        float_start: Path | None,
-        stop: Callable[[], str | None],
-    ) -> RunRecord:
-        name = f"{recipe.name}, seed {seed}"
+    def run(self, run: Run, stop: Callable[[], str | None]) -> RunRecord:
+        name = f"{run.recipe.name}, seed {run.seed}"
         order = {
-            "recipe": recipe.model_dump(mode="json"),
-            "seed": seed,
-            "run_dir": str(run_dir),
-            "epochs": epochs,
-            "float_start": None if float_start is None else str(float_start),
+            "recipe": run.recipe.model_dump(mode="json"),
+            "seed": run.seed,
+            "run_dir": str(run.run_dir),
+            "epochs": run.epochs,
+            "float_start": None if run.float_start is None else str(run.float_start),
             "device": "cpu",
             "threads": self.threads,
             "seconds_left": None if self.deadline is None else self.deadline - time.monotonic(),
@@ -76,13 +69,13 @@ class ProcessRunner:
             assert worker.stdout is not None
             report = worker.stdout.read()  # a line that fits into the pipe: the worker never waits for a reader
         if not report.endswith("\n"):
-            raise _ended(name, worker.returncode, stop(), last_lines, run_dir)
+            raise _ended(name, worker.returncode, stop(), last_lines, run.run_dir)
         outcome = json.loads(report)
         if "stopped" in outcome:
-            raise RunInterrupted(name, outcome["stopped"], outcome["step"], outcome["total_steps"], run_dir)
+            raise RunInterrupted(name, outcome["stopped"], outcome["step"], outcome["total_steps"], run.run_dir)
         if "failed" in outcome:
             raise _ERRORS.get(outcome["failed"], CnvzooError)(outcome["message"])
-        return RunRecord.read(run_dir / RECORD)
+        return RunRecord.read(run.run_dir / RECORD)
 
     @contextmanager
     def _started(

@@ -10,12 +10,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from cnvzoo.train import Recipe, RunRecord
+from cnvzoo.train import RunRecord
 from cnvzoo.train.device import deterministic
+
+from .runner import Run
 
 _AT_ONCE_ON_A_GPU = 3
 
@@ -32,27 +33,18 @@ class LocalRunner:
     deadline: float | None
     own_stream: bool = False
 
-    def run(
-        self,
-        recipe: Recipe,
-        seed: int,
-        *,
-        run_dir: Path,
-        epochs: int | None,
-        float_start: Path | None,
-        stop: Callable[[], str | None],
-    ) -> RunRecord:
+    def run(self, run: Run, stop: Callable[[], str | None]) -> RunRecord:
         stream = torch.cuda.stream(torch.cuda.Stream(self.device)) if self.own_stream else nullcontext()
         with stream:
             return self.train(
-                recipe,
-                run_dir=run_dir,
-                seed=seed,
+                run.recipe,
+                run_dir=run.run_dir,
+                seed=run.seed,
                 device=self.device,
-                epochs=epochs,
+                epochs=run.epochs,
                 deadline=self.deadline,
                 stop=stop,
-                float_start=float_start,
+                float_start=run.float_start,
             )
 
 

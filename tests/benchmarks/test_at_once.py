@@ -17,6 +17,7 @@ from harness import runners
 from harness.execute import execute
 from harness.layout import Layout
 from harness.plan import make_plan
+from harness.runner import Run
 from harness.runners import LocalRunner, at_once_by_default, settings
 from tiny import tiny
 from workbench import Bench, FakeTraining
@@ -269,7 +270,7 @@ def test_a_run_on_a_gpu_beside_others_has_a_stream_of_its_own(trio, monkeypatch)
     runner = LocalRunner(play, torch.device("cuda", 1), None, own_stream=True)
     for seed in (0, 1):
         folder = trio.runs / str(seed)
-        runner.run(recipe, seed, run_dir=folder, epochs=None, float_start=None, stop=lambda: None)
+        runner.run(Run(recipe, seed, folder), lambda: None)
     assert seen == [["cuda:1 0"], ["cuda:1 1"]]
 
 

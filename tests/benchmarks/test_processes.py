@@ -23,6 +23,7 @@ from harness.execute import Outcome, execute
 from harness.layout import Layout
 from harness.plan import make_plan
 from harness.processes import ProcessRunner
+from harness.runner import Run
 from tiny import TINY, tiny
 from workbench import Bench, make_record
 
@@ -64,7 +65,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], N
 def run(bench: Bench, seed: int = 0, *, stop: Callable[[], str | None] = lambda: None, **options: Any) -> RunRecord:
     runner = ProcessRunner(**{"threads": 1, "deadline": None, "say": lambda line: None} | options)
     folder = bench.runs / ENTRY / f"seed{seed}"
-    return runner.run(bench.entry(ENTRY).recipe, seed, run_dir=folder, epochs=None, float_start=None, stop=stop)
+    return runner.run(Run(bench.entry(ENTRY).recipe, seed, folder), stop)
 
 
 def test_a_worker_is_told_which_run_and_its_record_is_read(entry, worker):
@@ -193,7 +194,7 @@ def test_the_worker_finds_the_library_and_says_what_is_missing(bench):
     recipe, folder = bench.entry("mnist_quant_cnv_w4a4").recipe, bench.runs / "run"
     runner = ProcessRunner(threads=1, deadline=None, say=print)
     with pytest.raises(RunError, match="starts from the weights of mnist_cnv, seed 1, and no file was given"):
-        runner.run(recipe, 1, run_dir=folder, epochs=None, float_start=None, stop=lambda: None)
+        runner.run(Run(recipe, 1, folder), lambda: None)
 
 
 def all_of_it(bench: Bench, say: Callable[[str], None], deadline: float | None = None) -> Outcome:
