@@ -3,7 +3,8 @@
 A trained layer gives level round(multiplier * acc + offset) of its activation quantizer for the integer accumulator
 `acc`. The integer graph gives round(float32(gain * acc + bias) * float32 multiplier): its bias is a whole number. Both
 are staircases in acc, so they are equal exactly where their steps are at the same accumulators. Here the bias and the
-multiplier are chosen by that, and the accumulators where the staircases differ are counted.
+multiplier are chosen by that, and the accumulators where the staircases differ are counted. Where some have to differ,
+those that images seldom give are the ones: BatchNorm says how its output is distributed.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ Ints = NDArray[np.int64]
 
 _LARGEST_BIAS = 1 << 30
 _LEAST_MULTIPLIER = 1e-12  # of a channel whose level no input can change
-_BIASES = np.arange(-3, 4)  # tried around the rounded bias
-_SHIFTS = np.linspace(-1, 1, 9)  # of the multiplier: by how many accumulators the middle step moves
+_BIASES = (0, -1, 1, -2, 2, -3, 3)  # tried around the rounded bias
+_NEAR_BIASES = _BIASES[:3]  # where none of them puts every step in its place
+_ALIGNED = np.linspace(-1, 3, 13)  # steps that are then put in their place, in deviations from the mean
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Staircase:
         offset: [channels].
         low_acc, high_acc: [channels], the least and the largest accumulator that any input can give.
         high: the highest level.
+        mean, spread: [channels], mean and standard deviation of multiplier * acc + offset over the images of training.
     """
 
     multiplier: Floats
@@ -39,6 +42,19 @@ class Staircase:
     low_acc: Ints
     high_acc: Ints
     high: int
+    mean: Floats
+    spread: Floats
+
+    def part(self, rows: NDArray[Any]) -> Staircase:
+        """Some of the channels."""
+        vectors = {name: value[rows] for name, value in vars(self).items() if name != "high"}
+        return Staircase(high=self.high, **vectors)
+
+    def density(self) -> Floats:
+        """[channels, high]: of values at an accumulator beside each step, if they are distributed normally."""
+        spread = np.maximum(self.spread, 1e-6)[:, None]
+        deviations = (np.arange(1, self.high + 1) - 0.5 - self.mean[:, None]) / spread
+        return self.multiplier[:, None] * np.exp(-0.5 * deviations**2) / (spread * np.sqrt(2 * np.pi))
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,7 @@ class Requantization:
         multiplier: float32 [channels].
         differing: int64 [channels], reachable accumulators whose level is not that of the exact layer.
         reachable: int64 [channels], how many there are.
+        expected: [channels], share of values that one of the differing accumulators gives.
     """
 
     gain: int
@@ -58,6 +75,7 @@ class Requantization:
     multiplier: NDArray[np.float32]
     differing: Ints
     reachable: Ints
+    expected: Floats
 
 
 def levels(acc: NDArray[Any], bias: NDArray[Any], multiplier: NDArray[np.float32], high: int) -> NDArray[np.uint8]:
@@ -70,40 +88,44 @@ def levels(acc: NDArray[Any], bias: NDArray[Any], multiplier: NDArray[np.float32
 
 
 def requantization(exact: Staircase, gain: int) -> Requantization:
-    """Choose bias and multiplier for weights that are scaled up by `gain`: those by which the fewest levels differ."""
-    wanted = _steps(exact)
+    """Choose bias and multiplier for weights that are scaled up by `gain`: those by which the fewest values differ."""
+    wanted, density = _steps(exact), exact.density()
     multiplier = np.maximum(exact.multiplier, _LEAST_MULTIPLIER)
-    center = np.clip(np.rint(gain * exact.offset / multiplier), -_LARGEST_BIAS, _LARGEST_BIAS)
+    ideal = np.clip(gain * exact.offset / multiplier, -_LARGEST_BIAS, _LARGEST_BIAS)
+    channels = len(ideal)
     best = Requantization(
-        gain, np.zeros(len(center), np.int32), np.zeros(len(center), np.float32),
-        np.full(len(center), np.iinfo(np.int64).max), exact.high_acc - exact.low_acc + 1,
+        gain, np.zeros(channels, np.int32), np.zeros(channels, np.float32), np.full(channels, np.iinfo(np.int64).max),
+        exact.high_acc - exact.low_acc + 1, np.full(channels, np.inf),
     )  # fmt: skip
-    for nudge in sorted(_BIASES, key=abs):
-        bias = np.clip(center + nudge, -_LARGEST_BIAS, _LARGEST_BIAS)
-        _keep_better(best, exact, wanted, bias, _between_steps(exact, wanted, bias, gain))
+
+    def keep_better(bias: Floats, tried: Floats) -> None:
+        """Let channels have this bias and multiplier where fewer values differ, or as many and fewer accumulators."""
+        rows = np.flatnonzero(best.differing)
+        narrow = tried.astype(np.float32)[rows]
+        moved = np.abs(_integer_steps(exact.part(rows), gain, bias[rows], narrow) - wanted[rows])
+        differing, expected = moved.sum(1), (moved * density[rows]).sum(1)
+        better = (expected < best.expected[rows]) | (
+            (expected == best.expected[rows]) & (differing < best.differing[rows])
+        )
+        rows = rows[better]
+        best.bias[rows], best.multiplier[rows] = bias[rows].astype(np.int32), narrow[better]
+        best.differing[rows], best.expected[rows] = differing[better], expected[better]
+
+    for nudge in _BIASES:
+        bias = np.clip(np.rint(ideal) + nudge, -_LARGEST_BIAS, _LARGEST_BIAS)
+        keep_better(bias, _between_steps(exact, wanted, bias, gain))
         if not best.differing.any():
             return best
-    middle = np.maximum(exact.high / 2 / multiplier, 1)
-    for nudge in _BIASES:
-        bias = np.clip(center + nudge, -_LARGEST_BIAS, _LARGEST_BIAS)
-        for shift in _SHIFTS:
-            _keep_better(best, exact, wanted, bias, multiplier / gain * (1 + shift / middle))
+    for nudge in _NEAR_BIASES:
+        bias = np.clip(np.rint(ideal) + nudge, -_LARGEST_BIAS, _LARGEST_BIAS)
+        for deviations in _ALIGNED:
+            aligned = np.clip(exact.mean + deviations * exact.spread, 0.5, exact.high - 0.5)
+            start = aligned / multiplier * gain - ideal  # the accumulator, times the gain, that gives this value
+            with np.errstate(divide="ignore", invalid="ignore"):
+                tried = aligned / (start + bias)
+            plain = multiplier / gain
+            keep_better(bias, np.where((tried > plain / 2) & (tried < plain * 2), tried, plain))
     return best
-
-
-def _keep_better(best: Requantization, exact: Staircase, wanted: Ints, bias: Floats, multiplier: Floats) -> None:
-    """Let channels of `best` have this bias and multiplier where fewer levels differ."""
-    rows = np.flatnonzero(best.differing)
-    tried = multiplier.astype(np.float32)[rows]
-    part = Staircase(
-        exact.multiplier[rows], exact.offset[rows], exact.low_acc[rows], exact.high_acc[rows], exact.high
-    )  # fmt: skip
-    steps = _integer_steps(part, best.gain, bias[rows], tried)
-    differing = np.abs(steps - wanted[rows]).sum(1)
-    better = differing < best.differing[rows]
-    rows = rows[better]
-    best.bias[rows], best.multiplier[rows] = bias[rows].astype(np.int32), tried[better]
-    best.differing[rows] = differing[better]
 
 
 def _between_steps(exact: Staircase, wanted: Ints, bias: Floats, gain: int) -> Floats:
