@@ -15,7 +15,8 @@ machines, copy their records into benchmarks/results/: the tables, printed and w
 into README.md, are made of these alone.
 
 Once nothing is left to train, and before the time limit, the published checkpoints of the entries asked for are
-verified as `cnvzoo verify` does it: some seconds each. Then, with --publish, those that are there go to a directory or
+measured as integer graphs, if they are quantized and have not been, and verified as `cnvzoo verify` does it: a minute
+and some seconds each. Then, with --publish, those that are there go to a directory or
 to the Hugging Face Hub, unless one of them was found to be other than published.
 
 Exit status: 0 every run asked for has its record; 1 a run failed, a checkpoint is not as it was published, or could
@@ -34,6 +35,7 @@ from pathlib import Path
 
 from harness import index, readme, records, render
 from harness.checkpoints import PUBLISHED_SEED, checkpoint_folder, keep_missing
+from harness.deployments import measure_missing
 from harness.entries import SEEDS, TABLES, load_entries, select_entries
 from harness.errors import HarnessError
 from harness.execute import Outcome, execute
@@ -47,9 +49,12 @@ from harness.runner import Runner
 from harness.runners import LocalRunner, at_once_by_default, settings
 from harness.tables import rows
 from rich.console import Console
+from torch import nn
 
+from cnvzoo.deployment import measure_integer
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import write_text
+from cnvzoo.hub import IntegerResult
 from cnvzoo.train import RecipeError, RunRecord, resolve_device, run_recipe
 from cnvzoo.verify import Verification, verify
 
@@ -64,6 +69,7 @@ def main(
     home: Path = _HOME,
     train: Callable[..., RunRecord] | None = None,
     verify: Callable[..., list[Verification]] = verify,
+    measure: Callable[[nn.Module, str], IntegerResult] = measure_integer,
 ) -> int:
     """Run the command line and return its exit status.
 
@@ -72,10 +78,11 @@ def main(
         home: the folder with configs/, references.yaml and results/.
         train: in the place of cnvzoo.train.run_recipe, and in this process, in threads where several go at once.
         verify: what verifies checkpoints, called as cnvzoo.verify.
+        measure: what measures the integer graph of a quantized model, called as cnvzoo.deployment.measure_integer.
     """
     arguments = _parser().parse_args(argv)
     try:
-        return _reproduce(arguments, Layout.of(home, arguments.runs), train, verify)
+        return _reproduce(arguments, Layout.of(home, arguments.runs), train, verify, measure)
     except CnvzooError as error:
         print(f"reproduce.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (HarnessError, RecipeError)) else 1
@@ -89,6 +96,7 @@ def _reproduce(
     layout: Layout,
     train: Callable[..., RunRecord] | None,
     verify: Callable[..., list[Verification]],
+    measure: Callable[[nn.Module, str], IntegerResult],
 ) -> int:
     entries = load_entries(layout.configs)
     selected = select_entries(entries, arguments.table, arguments.entry)
@@ -152,6 +160,8 @@ def _reproduce(
     verified: list[Verification] = []
     in_time = outcome.stopped is None and (deadline is None or time.monotonic() < deadline)
     if in_time and arguments.epochs is None and PUBLISHED_SEED in seeds:
+        if measure_missing(selected, layout, measure, say):
+            index.update(layout.index, layout.hub)
         names = [folder.name for entry in selected if (folder := checkpoint_folder(entry, layout)).is_dir()]
         verified = verify(names, hub=layout.hub, device=arguments.device)
 

@@ -16,7 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cnvzoo.data import dataset_info
+from cnvzoo.deploy import DeployError
 from cnvzoo.files import sha256_of
+from cnvzoo.hub import IntegerResult
 from cnvzoo.models import build_model
 from cnvzoo.train import RunError, RunInterrupted, RunRecord
 from cnvzoo.verify import Verification
@@ -123,6 +125,8 @@ class Bench:
         self.training = FakeTraining()
         self.train: Callable[..., RunRecord] = self.training
         self.verified: list[list[str]] = []
+        self.measured: list[tuple[str, str]] = []
+        self.unmeasurable: str | None = None
         self.problem: str | None = None
         (self.home / "configs").mkdir(parents=True)
         self.write_references("")
@@ -156,13 +160,20 @@ class Bench:
 
     def run(self, *arguments: str) -> int:
         argv: Sequence[str] = ("--device", "cpu", "--runs", str(self.runs), "--at-once", "1", *arguments)
-        return main(argv, home=self.home, train=self.train, verify=self.verify)
+        return main(argv, home=self.home, train=self.train, verify=self.verify, measure=self.measure)
 
     def verify(self, names: list[str], *, hub: Path, device: str) -> list[Verification]:
         """In the place of cnvzoo.verify: remembers what it was asked, and finds `problem` in each."""
         assert hub == self.hub
         self.verified.append(names)
         return [Verification(name, problem=self.problem) for name in names]
+
+    def measure(self, model: Any, dataset: str) -> IntegerResult:
+        """In the place of cnvzoo.deployment.measure_integer: remembers what it was asked."""
+        self.measured.append((model.pretrained_cfg.name, dataset))
+        if self.unmeasurable:
+            raise DeployError(self.unmeasurable)
+        return IntegerResult(correct=8990, agreeing=9991, differing=2, reachable=1000, bytes=500)
 
     @property
     def page(self) -> str:

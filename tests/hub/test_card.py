@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
 import cnvzoo
-from cnvzoo.hub import CheckpointConfig, SeedResult, read_config, write_config
+from cnvzoo.hub import CheckpointConfig, IntegerResult, SeedResult, read_config, write_config
 from cnvzoo.hub.card import render_card
 
 HUB = Path(__file__).resolve().parents[2] / "hub"
@@ -77,6 +77,17 @@ def test_it_has_preprocessing_recipe_size_and_limits(folder: Path) -> None:
     assert "at commit `abc123`" in card
     assert "- kind cpu, threads 2\n- torch 2.15.0" in card
     assert "A graph in integers on other hardware rounds in its own way" in card
+
+
+def test_it_says_what_the_integer_graph_came_to(folder: Path) -> None:
+    assert "ONNX" not in (folder / "README.md").read_text()  # nothing was measured yet
+    result = IntegerResult(correct=9118, agreeing=9995, differing=3, reachable=58_297_860, bytes=810_000)
+    write_config(folder, read_config(folder).model_copy(update={"integer": result}))
+    cnvzoo.write_card(folder)
+    card = (folder / "README.md").read_text()
+    assert "| 91.18 | 9,118 of 10,000 | 9,995 | 3 of 58,297,860 |" in card
+    assert "`cnvzoo export quant_cnv_w4a4.cifar10 -o model.onnx` writes an ONNX file" in card
+    assert "810,000 bytes" in card
 
 
 def test_a_float_model_of_grey_images(tmp_path: Path, make_checkpoint: Callable[..., Path]) -> None:

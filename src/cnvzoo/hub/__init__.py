@@ -3,6 +3,7 @@
 from .checkpoint import (
     CheckpointConfig,
     CheckpointFacts,
+    IntegerResult,
     SeedResult,
     check_weights,
     preprocessing_from,
@@ -28,6 +29,7 @@ __all__ = [
     "FileFacts",
     "Index",
     "IndexEntry",
+    "IntegerResult",
     "Located",
     "ModelName",
     "Publication",

@@ -104,11 +104,35 @@ class CheckpointFacts(_Section):
         return 100 * self.correct / self.total
 
 
+class IntegerResult(_Section):
+    """What the integer graph of a quantized checkpoint came to on the whole test set, in ONNX Runtime.
+
+    Its outputs were those of the slow reference bit for bit, or there would be no result.
+
+    Attributes:
+        correct: test images that it classifies right; the same on every machine.
+        agreeing: test images to which it gives the class that the checkpoint's model gives in PyTorch.
+        differing, reachable: of the accumulators that inputs can reach, summed over all channels, how many give another
+            level than exact arithmetic, and how many there are.
+        bytes: of the ONNX file.
+    """
+
+    correct: int = Field(ge=0)
+    agreeing: int = Field(ge=0)
+    differing: int = Field(ge=0)
+    reachable: int = Field(gt=0)
+    bytes: int = Field(gt=0)
+
+
 class CheckpointConfig(CheckpointFacts):
-    """config.json: the facts, what model.safetensors has to be, and the version of the format of the two."""
+    """config.json: the facts, what model.safetensors has to be, and the version of the format of the two.
+
+    `integer` is what its integer graph came to, where that was measured.
+    """
 
     format_version: int
     file: FileFacts
+    integer: IntegerResult | None = None
 
     @field_validator("format_version")
     @classmethod
