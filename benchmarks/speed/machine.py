@@ -18,7 +18,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {**describe_device(device), "torch": torch.__version__}
 
 
-def matmul_peak(device: torch.device, repeats: int = 15) -> float:
+def matmul_rate(device: torch.device, repeats: int = 15) -> float:
     """Of the product of two large square bfloat16 matrices: operations a second, the median of `repeats`."""
     size = _SIZES[device.type]
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))

@@ -1,4 +1,4 @@
-"""What a training step costs: this library beside what tutorials do, in one process, taking turns.
+"""What a training step costs: this library beside what tutorials do, taking turns.
 
     python benchmarks/speed/train.py                                  all nets on this machine, about ten minutes
     python benchmarks/speed/train.py --models cnv quant_cnv_w4a4      some
@@ -11,9 +11,10 @@ textbook        torchvision transforms on PIL images in a DataLoader with worker
 tuned textbook  the same with bfloat16 autocast and channels_last
 ours            the trainer of this library, as reproduce.py runs it
 
-Each way takes turns of a few seconds, and a quantized net's float twin takes turns with it, so that all see the same
-machine; a figure is the median over the turns. The operations of a step are counted as six for each multiply-accumulate
-of its forward pass, and put beside those of a large bfloat16 matrix product on the same machine.
+Each way is a process of its own and takes turns of a few seconds with the others, and so do a quantized net's float
+twin and a large bfloat16 matrix product, so that all see the same machine; a figure is the median over the turns. The
+operations of a step are counted as six for each multiply-accumulate of its forward pass, and put beside those of the
+matrix product.
 """
 
 from __future__ import annotations
@@ -23,31 +24,28 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import report
-import textbook
 import torch
-from machine import describe, matmul_peak, wait
+import train_report
+from machine import describe, matmul_rate
 from rich.console import Console
+from ways import WAYS, Way
 
 import cnvzoo
-from cnvzoo.data import Dataset, TrainBatches, load_dataset
+from cnvzoo.data import Dataset, load_dataset
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import write_text
-from cnvzoo.models import build_model, model_spec
-from cnvzoo.train import Recipe, Trainer, load_recipe, preprocessing_of, resolve_device
-from cnvzoo.train.device import deterministic, keep_freed_memory
+from cnvzoo.models import model_spec
+from cnvzoo.train import Recipe, load_recipe, resolve_device
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = ("resnet20", "resnet56", "cnv", "quant_cnv_w8a8", "quant_cnv_w4a4", "quant_cnv_w2a2", "mobilenet_v1")
-WAYS = ("textbook", "tuned textbook", "ours")
 FLOAT_TWIN = "ours, float twin"
-_WARM_UP_STEPS = 4
+_MATMUL = "matmul"
 _REST_SECONDS = 0.7  # in which loaders that have had their turn fill their queues
-_UNCOUNTED_STEPS = 5  # of a turn: a loader's queue is used up, and caches hold what they hold
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,37 +61,37 @@ def main(argv: list[str] | None = None) -> int:
     except CnvzooError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
-    report.print_table(Console(), result)
+    train_report.print_table(Console(), result)
     if arguments.json:
         write_text(arguments.json, json.dumps(result, indent=1) + "\n")
     if arguments.keep:
-        report.keep(result)
+        train_report.keep(result)
     return 0
 
 
 def measure(models: list[str], device: torch.device, data: Dataset, *, turns: int, seconds: float) -> dict[str, Any]:
     """Images a second of every way to train every net: {"machine", "matmul_peak", "models": {name: {...}}}."""
-    keep_freed_memory()
     progress = Console(stderr=True, highlight=False)
-    peak, figures, began = matmul_peak(device), {}, time.monotonic()
+    figures, peaks, began = {}, [], time.monotonic()
     for number, name in enumerate(models):
         recipe = _recipe(name)
-        ways = {way: _start(way, recipe, device, data) for way in WAYS}
-        if twin := model_spec(recipe.model).float_twin:
-            ways[FLOAT_TWIN] = _start("ours", _recipe(twin), device, data)
-        with deterministic(device):
-            rates = _take_turns(ways, recipe.batch_size, device, turns, seconds)
+        with ExitStack() as stack:
+            ways = {way: stack.enter_context(Way(way, recipe, device, data)) for way in WAYS}
+            if twin := model_spec(recipe.model).float_twin:
+                ways[FLOAT_TWIN] = stack.enter_context(Way("ours", _recipe(twin), device, data))
+            rates = _take_turns(ways, device, turns, seconds)
+        peaks += (matmul := rates.pop(_MATMUL))
         info = cnvzoo.model_info(recipe.model, w_bits=recipe.w_bits, a_bits=recipe.a_bits)
-        ours = statistics.median(rates["ours"])
+        share = 6 * info.macs * statistics.median(rates["ours"]) / statistics.median(matmul)
         figures[name] = {
             "batch_size": recipe.batch_size,
             "images_per_second": {way: round(statistics.median(r), 1) for way, r in rates.items()},
             "spread": {way: [round(min(r), 1), round(max(r), 1)] for way, r in rates.items()},
-            "share_of_matmul_peak": round(6 * info.macs * ours / peak, 4),
+            "share_of_matmul_peak": round(share, 4),
         }
         left = (time.monotonic() - began) / (number + 1) * (len(models) - number - 1)
         progress.print(f"{name}: {figures[name]['images_per_second']}, {left / 60:.1f} min left", soft_wrap=True)
-    return {"machine": describe(device), "matmul_peak": round(peak), "models": figures}
+    return {"machine": describe(device), "matmul_peak": round(statistics.median(peaks)), "models": figures}
 
 
 def _recipe(name: str) -> Recipe:
@@ -104,50 +102,16 @@ def _recipe(name: str) -> Recipe:
     return Recipe.model_validate(recipe.model_dump() | changes | plain)
 
 
-def _start(way: str, recipe: Recipe, device: torch.device, data: Dataset) -> Callable[[], object]:
-    """A function that takes one step."""
-    if way == "ours":
-        return _ours(recipe, device, data)
-    model = textbook.build(recipe.model, recipe.w_bits)
-    batches = textbook.loader(data, recipe.batch_size)
-    steps: Iterator[None] = textbook.training(model, batches, device, tuned=way == "tuned textbook")
-    return lambda: next(steps)
-
-
-def _ours(recipe: Recipe, device: torch.device, data: Dataset) -> Callable[[], object]:
-    model = build_model(
-        recipe.model, num_classes=data.info.num_classes, in_chans=data.info.in_chans,
-        w_bits=recipe.w_bits, a_bits=recipe.a_bits,
-    ).to(device)  # fmt: skip
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    batches = TrainBatches(
-        data.train_images, data.train_labels, num_classes=data.info.num_classes,
-        preprocessing=preprocessing_of(recipe.model, recipe.dataset), augmentation=recipe.augmentation,
-        batch_size=recipe.batch_size, seed=0, device=device,
-    )  # fmt: skip
-    return Trainer(model.train(), batches, recipe, recipe.epochs).take_step
-
-
-def _take_turns(
-    ways: dict[str, Callable[[], object]], batch_size: int, device: torch.device, turns: int, seconds: float
-) -> dict[str, list[float]]:
-    """Images a second in each turn of each way."""
-    for step in ways.values():
-        for _ in range(_WARM_UP_STEPS):
-            step()
-    rates: dict[str, list[float]] = {way: [] for way in ways}
+def _take_turns(ways: dict[str, Way], device: torch.device, turns: int, seconds: float) -> dict[str, list[float]]:
+    """What each way came to in each turn, in images a second, and a matrix product, in operations a second."""
+    for way in ways.values():
+        way.wait()
+    rates: dict[str, list[float]] = {name: [] for name in (*ways, _MATMUL)}
     for _ in range(turns):
-        for way, step in ways.items():
+        for name, way in ways.items():
             time.sleep(_REST_SECONDS)
-            for _ in range(_UNCOUNTED_STEPS):
-                step()
-            wait(device)
-            began, steps = time.perf_counter(), 0
-            while time.perf_counter() - began < seconds:
-                step()
-                steps += 1
-            wait(device)
-            rates[way].append(steps * batch_size / (time.perf_counter() - began))
+            rates[name].append(way.take_turn(seconds))
+        rates[_MATMUL].append(matmul_rate(device))
     return rates
 
 

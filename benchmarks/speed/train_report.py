@@ -1,4 +1,4 @@
-"""The figures of train.py as a table, a page and a plot."""
+"""The figures of train.py as a table, a section of the page, and a plot."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import page
 from rich.console import Console
-from rich.table import Table
 
-from cnvzoo.files import replacing, write_text
+from cnvzoo.files import write_text
 
-_HERE = Path(__file__).resolve().parent
 _COLUMNS = ("net", "textbook", "tuned textbook", "ours", "ours / textbook", "ours / tuned", "of bf16 matmul", "/ float")
 
 Result = dict[str, Any]
@@ -45,29 +44,23 @@ def machine(result: Result) -> str:
 
 
 def print_table(console: Console, result: Result) -> None:
-    table = Table(title=f"Training, images a second: {machine(result)}")
-    for number, column in enumerate(_COLUMNS):
-        table.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
-    for line in rows(result):
-        table.add_row(*line)
-    console.print(table)
+    page.print_table(console, f"Training, images a second: {machine(result)}", _COLUMNS, rows(result))
 
 
-def page(result: Result) -> str:
-    """README.md of this folder."""
-    lines = [f"| {' | '.join(_COLUMNS)} |", f"|---{'|---:' * (len(_COLUMNS) - 1)}|"]
-    lines += [f"| {' | '.join(line)} |" for line in rows(result)]
-    return f"""# What a training step costs
+def section(result: Result) -> str:
+    """The part of the page about training."""
+    return f"""## Training
 
 Images a second of a full training step on CIFAR-10 images, augmentation included, at each recipe's batch size; medians
-of turns taken in one process. `python benchmarks/speed/train.py --keep` measures again and writes this page.
+of turns that processes take, one for each way. `python benchmarks/speed/train.py --keep` measures again and writes this
+part.
 
-{chr(10).join(lines)}
+{page.markdown(_COLUMNS, rows(result))}
 
 Machine: {machine(result)}.
 
 - *textbook*: torchvision transforms on PIL images in a DataLoader with two workers, float32, contiguous tensors, plain
-  layers of torch.nn and Brevitas.
+  layers of torch.nn and Brevitas, memory as the C library hands it out.
 - *tuned textbook*: the same with bfloat16 autocast and channels_last.
 - *ours*: the trainer of this library.
 - *of bf16 matmul*: operations of the step, six for each multiply-accumulate of the forward pass, beside those of
@@ -80,32 +73,20 @@ Machine: {machine(result)}.
 
 def plot(result: Result, path: Path) -> None:
     """Bars of images a second, three for each net."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
     names, ways = list(result["models"]), ("textbook", "tuned textbook", "ours")
-    with plt.rc_context({"svg.hashsalt": "cnvzoo", "font.size": 9}):
-        figure, axes = plt.subplots(figsize=(9, 3.6))
-        for number, (way, colour) in enumerate(zip(ways, ("#b8c0cc", "#7a8ba6", "#d1495b"), strict=True)):
+    with page.figure(path, (9, 3.6)) as (axes,):
+        for number, (way, colour) in enumerate(zip(ways, (page.PLAIN, page.OTHER, page.OURS), strict=True)):
             heights = [result["models"][name]["images_per_second"][way] for name in names]
-            bars = axes.bar(
-                [x + 0.27 * (number - 1) for x in range(len(names))], heights, 0.25, label=way, color=colour
-            )
+            at = [x + 0.27 * (number - 1) for x in range(len(names))]
+            bars = axes.bar(at, heights, 0.25, label=way, color=colour)
             axes.bar_label(bars, [f"{h:,.0f}" for h in heights], fontsize=6, padding=1)
         axes.set_xticks(range(len(names)), names)
         axes.set_ylabel("training, images a second")
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-        figure.tight_layout()
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="svg", metadata={"Date": None})
-        plt.close(figure)
 
 
 def keep(result: Result) -> None:
-    """Write train.json, train.svg and README.md of this folder."""
-    plot(result, _HERE / "train.svg")
-    write_text(_HERE / "train.json", json.dumps(result, indent=1) + "\n")
-    write_text(_HERE / "README.md", page(result))
+    """Write train.json and train.svg of this folder, and its page anew."""
+    plot(result, page.HERE / "train.svg")
+    write_text(page.HERE / "train.json", json.dumps(result, indent=1) + "\n")
+    page.update()
