@@ -108,7 +108,7 @@ def assert_same(model: nn.Module, wrapped: ModelWrapper, images: torch.Tensor) -
                 continue
             wanted = expected.pop(0)
             levels = np.abs(context[name] - wanted) / constant(wrapped, node.input[1])
-            assert levels.max() < 1.5
+            np.testing.assert_allclose(levels, levels > 0.5, atol=1e-3)  # none off, or one whole level
             off, total = off + (levels > 0.5).sum(), total + levels.size
             context[name] = wanted
         assert not weights
