@@ -23,8 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cnvzoo.models.cnv import CNV
-
+from .checks import quantized_cnv
 from .errors import DeployError
 from .requantize import Requantization, Staircase, requantization
 
@@ -106,21 +105,12 @@ def integer_net(model: nn.Module) -> IntegerNet:
     Raises:
         DeployError: a float model, a layer that the integer graph cannot express, or a parameter that is not finite.
     """
-    if not isinstance(model, CNV):
-        raise DeployError(
-            f"the integer graph is made of a quant_cnv, not of {type(model).__name__}: "
-            "use format='onnx' for float models"
-        )
-    if isinstance(model.input, nn.Identity):
-        raise DeployError("this CNV is a float model: quantize it (cnvzoo.quantize, then train), or use format='onnx'")
+    net = quantized_cnv(model, "the integer graph")
     from cnvzoo.models.quant import quantizer_of  # Brevitas takes a second to import
 
-    bad = [name for name, value in model.state_dict().items() if not bool(torch.isfinite(value).all())]
-    if bad:
-        raise DeployError(f"{', '.join(bad[:3])}: not finite numbers; train the model again from an earlier state")
-    layers = [(f"features.{n}", m) for n, m in model.features.named_children()]
-    layers += [(f"classifier.{n}", m) for n, m in model.classifier.named_children()]
-    in_scale, in_high = float(quantizer_of(model.input).effective_scale()), _PIXEL_HIGH
+    layers = [(f"features.{n}", m) for n, m in net.features.named_children()]
+    layers += [(f"classifier.{n}", m) for n, m in net.classifier.named_children()]
+    in_scale, in_high = float(quantizer_of(net.input).effective_scale()), _PIXEL_HIGH
     hidden: list[HiddenLayer] = []
     position = 0
     while position < len(layers) - 1:

@@ -120,7 +120,7 @@ def _injector(quantizer: IntQuantizer, proxy: type, *, signed: bool) -> type:
             "signed": signed,
             "narrow_range": signed,
             "quant_type": "int",
-            "float_to_int_impl_type": "round",
+            "float_to_int_impl_type": "ROUND",  # in the letters of QONNX, whose older readers know no others
         },
     )
 

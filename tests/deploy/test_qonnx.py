@@ -1,0 +1,275 @@
+"""QONNX: the qonnx package computes from the file what PyTorch computes, and FINN's first steps get what they ask for.
+
+What FINN asks for is in its sources (Xilinx/finn, src/finn/transformation/qonnx and src/finn/builder); it is no
+dependency, and so the steps that are its own are not run here.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from brevitas.nn import QuantConv2d, QuantLinear, QuantReLU
+from qonnx.core.modelwrapper import ModelWrapper
+from qonnx.core.onnx_exec import execute_node, execute_onnx
+from qonnx.custom_op.registry import getCustomOp
+from qonnx.transformation.batchnorm_to_affine import BatchNormToAffine
+from qonnx.transformation.extract_conv_bias import ExtractBiasFromConv
+from qonnx.transformation.fold_constants import FoldConstants
+from qonnx.transformation.gemm_to_matmul import GemmToMatMul
+from qonnx.transformation.general import (
+    ConvertDivToMul,
+    ConvertSubToAdd,
+    GiveReadableTensorNames,
+    GiveUniqueNodeNames,
+    RemoveStaticGraphInputs,
+    RemoveUnusedTensors,
+)
+from qonnx.transformation.infer_data_layouts import InferDataLayouts
+from qonnx.transformation.infer_datatypes import InferDataTypes
+from qonnx.transformation.infer_shapes import InferShapes
+from qonnx.transformation.insert_topk import InsertTopK
+from qonnx.transformation.quant_constant_folding import FoldTransposeIntoQuantInit
+from qonnx.util.cleanup import cleanup_model
+from qonnx.util.inference_cost import inference_cost
+from torch import nn
+
+import cnvzoo
+import cnvzoo.deploy
+from cnvzoo.deploy import DeployError
+from cnvzoo.models import quant
+
+HUB = Path(__file__).resolve().parents[2] / "hub"
+QUANTIZERS = ("Quant", "BipolarQuant")
+
+
+def export(model: nn.Module, folder: Path, dataset: str = "cifar10") -> ModelWrapper:
+    cnvzoo.export(model, folder / "m.onnx", format="qonnx", dataset=dataset)
+    return ModelWrapper(str(folder / "m.onnx"))
+
+
+def logits(wrapped: ModelWrapper, image: torch.Tensor) -> np.ndarray:
+    """Of one uint8 image [1, C, H, W]."""
+    return execute_onnx(wrapped, {"global_in": image.float().numpy()})[wrapped.graph.output[0].name]
+
+
+def constant(wrapped: ModelWrapper, name: str) -> np.ndarray:
+    value = wrapped.get_initializer(name)
+    assert isinstance(value, np.ndarray)
+    return value
+
+
+@torch.no_grad()
+def weights_of(model: nn.Module) -> list[np.ndarray]:
+    """As PyTorch quantizes them, in ONNX's layout."""
+    layers = [layer for layer in model.modules() if isinstance(layer, (QuantConv2d, QuantLinear))]
+    weights = [quant.quantizer_of(layer)(layer.weight)[0].numpy() for layer in layers]
+    return [weight.T if weight.ndim == 2 else weight for weight in weights]
+
+
+@torch.no_grad()
+def activations_of(model: nn.Module, image: torch.Tensor) -> tuple[list[np.ndarray], np.ndarray]:
+    """What PyTorch computes of one uint8 image: all activations, and the logits."""
+    found, hooks = [], []
+    for layer in model.modules():
+        if isinstance(layer, QuantReLU):
+            hooks.append(layer.register_forward_hook(lambda _layer, _inputs, output: found.append(output.numpy())))
+    output = model(image / 255).numpy()
+    for hook in hooks:
+        hook.remove()
+    return found, output
+
+
+def assert_same(model: nn.Module, wrapped: ModelWrapper, images: torch.Tensor) -> None:
+    """Layer by layer, each given PyTorch's own activations, so that no difference hides behind another.
+
+    The weights are the same. Two float32 kernels need not agree on which side of a rounding border a sum is: one value
+    in 10,000 may be one level off. Where it is, the logits of the whole net move a little.
+    """
+    opsets = wrapped.get_opset_imports()
+    off = total = 0
+    for image in images.split(1):
+        weights, (expected, output) = weights_of(model), activations_of(model, image)
+        assert np.abs(logits(wrapped, image) - output).max() <= 0.1 * output.std()
+        context: dict[str, Any] = wrapped.make_empty_exec_context() | {"global_in": image.float().numpy()}
+        for node in wrapped.graph.node:
+            execute_node(node, context, wrapped.graph, opsets[node.domain])
+            (name,) = node.output
+            if node.op_type not in QUANTIZERS:
+                continue
+            if wrapped.find_producer(node.input[0]) is None:
+                np.testing.assert_allclose(context[name], weights.pop(0), rtol=1e-6)
+                continue
+            wanted = expected.pop(0)
+            levels = np.abs(context[name] - wanted) / constant(wrapped, node.input[1])
+            np.testing.assert_allclose(levels, levels > 0.5, atol=1e-3)  # none off, or one whole level
+            off, total = off + (levels > 0.5).sum(), total + levels.size
+            context[name] = wanted
+        assert not weights
+        assert not expected
+        np.testing.assert_allclose(context["global_out"], output, rtol=1e-4, atol=1e-4 * output.std())
+    assert off <= 1e-4 * total
+
+
+@pytest.fixture(scope="module")
+def test_images(real_data) -> torch.Tensor:
+    """uint8 [32, 3, 32, 32]."""
+    data = cnvzoo.load_dataset("cifar10", root=real_data("cifar10"))
+    return data.test_images[:32].permute(0, 3, 1, 2).contiguous()
+
+
+def surest(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The two images whose class is farthest from the next, so that a level more or less does not change it."""
+    with torch.no_grad():
+        first, second = model(images / 255).topk(2).values.unbind(1)
+    return images[(first - second).argsort(descending=True)[:2]]
+
+
+@pytest.mark.parametrize("w_bits", range(1, 9))
+def test_real_images_at_every_bit_width(test_images, tmp_path, monkeypatch, w_bits):
+    monkeypatch.setattr(quant, "_NORMAL_SAMPLES", 1 << 10)  # scales need not be the best, and are found much faster
+    model = cnvzoo.quantize(HUB / "cnv.cifar10", w_bits=w_bits, a_bits=max(2, w_bits)).eval()
+    images = surest(model, test_images)
+    wrapped = export(model, tmp_path)
+    assert_same(model, wrapped, images)
+    with torch.no_grad():
+        expected = model(images / 255).argmax(1).tolist()
+    assert [int(logits(wrapped, image).argmax()) for image in images.split(1)] == expected
+
+
+def test_real_images_of_a_published_checkpoint(test_images, tmp_path):
+    model, _ = cnvzoo.load_checkpoint(HUB / "quant_cnv_w4a4.cifar10")
+    wrapped = export(model, tmp_path)
+    assert_same(model, wrapped, test_images[:2])
+    labels = [3, 8, 8, 0, 6, 6, 1, 6]  # the first of the test set: cat, ship, ship, airplane, frog, frog, car, frog
+    assert [int(logits(wrapped, image).argmax()) for image in test_images[:8].split(1)] == labels
+
+
+@pytest.mark.parametrize(("w_bits", "a_bits", "in_chans"), [(4, 3, 3), (1, 2, 3), (3, 8, 1)])
+def test_noise_and_batch_norms_of_every_kind(make_net, noise, tmp_path, w_bits, a_bits, in_chans):
+    model = make_net(w_bits, a_bits, in_chans)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wrapped = export(model, tmp_path, "cifar10" if in_chans == 3 else "mnist")
+    assert_same(model, wrapped, noise(3, in_chans))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 3), (1, 2)])
+def test_the_graph_is_one_that_finn_converts(make_net, tmp_path, w_bits, a_bits):
+    wrapped = export(make_net(w_bits, a_bits), tmp_path)
+    graph = wrapped.graph
+    kinds = [node.op_type for node in graph.node if node.op_type not in QUANTIZERS]
+    hidden = ["BatchNormalization", "Relu"]
+    assert kinds == [
+        "Conv", "Mul", *hidden, "Conv", *hidden, "MaxPool", "Conv", *hidden, "Conv", *hidden, "MaxPool",
+        "Conv", *hidden, "Conv", *hidden, "Flatten", "MatMul", *hidden, "MatMul", *hidden, "MatMul",
+    ]  # fmt: skip
+    assert [(entry.domain, entry.version) for entry in wrapped.model.opset_import] == [
+        ("", 13), ("qonnx.custom_op.general", 1),
+    ]  # fmt: skip
+    assert [(tensor.name, wrapped.get_tensor_shape(tensor.name)) for tensor in (*graph.input, *graph.output)] == [
+        ("global_in", [1, 3, 32, 32]), ("global_out", [1, 10]),
+    ]  # fmt: skip
+    assert wrapped.get_tensor_datatype("global_in").name == "UINT8"
+    assert wrapped.get_tensor_layout("global_in") == ["N", "C", "H", "W"]
+    assert wrapped.check_all_tensor_shapes_specified()
+    onnx.checker.check_model(wrapped.model)
+
+    types = []
+    for node in (node for node in graph.node if node.op_type in QUANTIZERS):
+        operator, producer = cast(Any, getCustomOp(node)), wrapped.find_producer(node.input[0])
+        scale = constant(wrapped, node.input[1])
+        types.append(operator.get_integer_datatype(wrapped).name)
+        if node.op_type == "Quant":
+            assert constant(wrapped, node.input[2]) == 0
+            assert operator.get_nodeattr("rounding_mode") == "ROUND"
+            is_weight = producer is None
+            assert [operator.get_nodeattr(name) for name in ("signed", "narrow")] == [is_weight, is_weight]
+        if producer is not None:
+            assert (producer.op_type, scale.size) == ("Relu", 1)
+            continue
+        (consumer,) = wrapped.find_consumers(node.output[0])
+        shape = constant(wrapped, node.input[0]).shape
+        channels = {"Conv": (shape[0], 1, 1, 1), "MatMul": (1, shape[-1])}[consumer.op_type]
+        assert scale.shape == (() if consumer.output[0] == "global_out" else channels)
+    weights = "BIPOLAR" if w_bits == 1 else f"INT{w_bits}"
+    assert types == ["INT8", *[weights] * 8, *[f"UINT{a_bits}"] * 8]
+
+
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 3), (1, 2)])
+def test_the_first_steps_of_finn_that_are_those_of_qonnx(make_net, noise, tmp_path, w_bits, a_bits):
+    wrapped = export(make_net(w_bits, a_bits), tmp_path)
+    image = noise(3)[2:]
+    expected = logits(wrapped, image)
+    wrapped = cleanup_model(wrapped)  # of step_qonnx_to_finn, with what ConvertQONNXtoFINN has of qonnx
+    for step in (ExtractBiasFromConv(), GemmToMatMul(), FoldTransposeIntoQuantInit(), InferDataTypes()):
+        wrapped = wrapped.transform(step)
+    for step in (  # step_tidy_up
+        InferShapes(), FoldConstants(), GiveUniqueNodeNames(), GiveReadableTensorNames(), InferDataTypes(),
+        RemoveStaticGraphInputs(),
+    ):  # fmt: skip
+        wrapped = wrapped.transform(step)
+    np.testing.assert_array_equal(logits(wrapped, image), expected)
+    # how step_streamline begins and ends
+    for step in (ConvertSubToAdd(), ConvertDivToMul(), BatchNormToAffine(), InferDataLayouts(), RemoveUnusedTensors()):
+        wrapped = wrapped.transform(step)
+    np.testing.assert_allclose(logits(wrapped, image), expected, rtol=1e-4, atol=0.1 * expected.std())
+    assert wrapped.get_tensor_datatype("global_in").name == "UINT8"
+    layouts = {kind: wrapped.get_tensor_layout(wrapped.get_nodes_by_op_type(kind)[-1].output[0]) for kind in _LAYOUTS}
+    assert layouts == _LAYOUTS
+    wrapped = wrapped.transform(InsertTopK(k=1)).transform(InferShapes())
+    assert logits(wrapped, image).item() == expected.argmax()
+
+
+_LAYOUTS = {"Conv": ["N", "C", "H", "W"], "MaxPool": ["N", "C", "H", "W"], "Flatten": ["N", "C"], "MatMul": ["N", "C"]}
+
+
+def test_qonnx_counts_the_cost_that_model_info_does(make_net, tmp_path):
+    found = inference_cost(export(make_net(4, 3), tmp_path), discount_sparsity=False)["total_cost"]
+    info = cnvzoo.model_info("quant_cnv", w_bits=4, a_bits=3)
+    assert found["total_macs"] == info.macs
+    assert found["total_mem_w_bits"] == 8 * info.weight_bytes
+    first = 30 * 30 * 64 * 27
+    macs = {name: value for name, value in found.items() if name.startswith("op_mac")}
+    assert macs == {"op_mac_UINT8_SCALEDINT<8>": first, "op_mac_SCALEDINT<3>_SCALEDINT<4>": info.macs - first}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.features.__setitem__(2, nn.ReLU()), "features.2: ReLU is not quantized"),
+        (lambda m: m.classifier.__setitem__(6, nn.Linear(512, 10)), "classifier.6: Linear is not quantized"),
+        (lambda m: m.features[1].bias.data.fill_(float("nan")), "features.1.bias: not finite"),
+    ],
+)
+def test_what_cannot_be_said_is_refused_and_nothing_is_written(make_net, tmp_path, change, message):
+    model = copy.deepcopy(make_net(2, 2))
+    change(model)
+    with pytest.raises(DeployError, match=message):
+        export(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_models_and_one_bit_activations_are_refused(make_net, tmp_path, monkeypatch):
+    with pytest.raises(DeployError, match="1-bit activations"):
+        export(make_net(1, 1), tmp_path)
+    with pytest.raises(DeployError, match="is a float model"):
+        export(cnvzoo.create_model("cnv"), tmp_path)
+    with pytest.raises(DeployError, match="not of ResNet"):
+        export(cnvzoo.create_model("resnet20"), tmp_path)
+    monkeypatch.setitem(sys.modules, "qonnx.util.cleanup", None)
+    with pytest.raises(DeployError, match="needs the qonnx package: pip install"):
+        export(make_net(2, 2), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_qonnx_is_not_for_the_runner(make_net, tmp_path):
+    export(make_net(2, 2), tmp_path)
+    with pytest.raises(DeployError, match="QONNX is for FINN"):
+        cnvzoo.deploy.load(tmp_path / "m.onnx")
