@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from brevitas.nn import QuantReLU
+from onnx import numpy_helper
 from torch import nn
 
 import cnvzoo
@@ -162,6 +165,24 @@ def test_packing_round_trip(values, per_byte):
     content, table = packed
     assert content.size == -(-weight.size // per_byte)
     np.testing.assert_array_equal(table[content].reshape(-1)[: weight.size], weight.reshape(-1))
+
+
+def test_packed_weights_are_int8_once_a_session_is_loaded(make_net, tmp_path):
+    """So that a session is as fast as with int8 weights in the file."""
+    model = make_net(2, 2)
+    cnvzoo.export(model, tmp_path / "m.onnx", dataset="cifar10")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), options, providers=["CPUExecutionProvider"])
+    stored, loaded = (onnx.load(tmp_path / name).graph for name in ("m.onnx", "optimized.onnx"))
+    assert "Gather" in {node.op_type for node in stored.node}
+    assert not {"Gather", "Cast", "Reshape", "Slice"} & {node.op_type for node in loaded.node}
+    weights = {c.name: numpy_helper.to_array(c) for c in loaded.initializer}
+    for layer, node in zip(
+        integer_net(model).hidden, (n for n in loaded.node if n.op_type == "QLinearConv"), strict=True
+    ):
+        np.testing.assert_array_equal(weights[node.input[3]], layer.scaled_weight)
 
 
 def test_eight_bit_weights_are_not_packed():
