@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from harness import index, readme, records, render
+from harness import index, plot, readme, records, render
 from harness.checkpoints import PUBLISHED_SEED, checkpoint_folder, keep_missing
 from harness.deployments import measure_missing
 from harness.entries import SEEDS, TABLES, load_entries, select_entries
@@ -119,6 +119,8 @@ def _reproduce(
     def say(text: str) -> None:
         messages.print(text, soft_wrap=True, highlight=False, markup=False)
 
+    told: set[str] = set()
+
     def keep() -> None:
         for folder in keep_missing(selected, layout):
             say(f"{shown(folder)}: checkpoint written")
@@ -126,6 +128,10 @@ def _reproduce(
             index.update(layout.index, layout.hub)
         except CnvzooError as error:  # what was trained is worth keeping, whatever else is in the folder
             say(f"the index of published checkpoints stays as it was: {error}")
+        else:
+            if (problem := plot.update(layout.plot, layout.index)) and problem not in told:
+                told.add(problem)
+                say(problem)
         survey = records.survey(entries.values(), layout)
         lines = rows(entries.values(), survey, references)
         write_text(layout.page, render.page(lines, survey))

@@ -40,6 +40,11 @@ class Layout:
         return self.home / "RESULTS.md"
 
     @property
+    def plot(self) -> Path:
+        """Accuracy against bytes, on the page and on the README."""
+        return self.home / "accuracy.svg"
+
+    @property
     def readme(self) -> Path:
         return self.home.parent / "README.md"
 

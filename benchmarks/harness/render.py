@@ -21,6 +21,11 @@ from .tables import Row
 _HEADER = ("entry", "mean", "std", f"runs (seeds {', '.join(map(str, SEEDS))})", "reference", "difference")
 _TRIAL_HEADER = ("entry", "seed", "epochs", "accuracy")
 _NONE = "-"
+_PICTURE = (
+    "![Test accuracy against the size of the weights file of every published checkpoint, by dataset](accuracy.svg)\n\n"
+    "Every published checkpoint: the test accuracy of its own weights, which are those of seed 0 and not the mean over "
+    "the seeds, against the bytes of its `model.safetensors`. A line joins the bit widths of one graph.\n"
+)
 
 
 def page(rows: Sequence[Row], survey: Survey) -> str:
@@ -33,6 +38,8 @@ def page(rows: Sequence[Row], survey: Survey) -> str:
         "reference's, in points.\n",
     ]
     parts += [f"Reference: {source}.\n" for source in sources]
+    if any(row.runs[0] is not None for row in rows):  # then there are checkpoints to show
+        parts.append(_PICTURE)
     for table in TABLES:
         members = [row for row in rows if row.entry.table == table]
         lines = [_cells(row, name=f"[{row.entry.name}](configs/{row.entry.path.name})") for row in members]

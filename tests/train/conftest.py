@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from synthetic import StepHook
 
 from cnvzoo.train import Trainer
 from cnvzoo.train.progress import TrainingProgress
-
-StepHook = Callable[[Callable[[Trainer], object] | None], None]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from cnvzoo.data import Dataset, dataset_info
-from cnvzoo.train import Recipe, recipe_from_dict
+from cnvzoo.train import Recipe, Trainer, recipe_from_dict
+
+StepHook = Callable[[Callable[[Trainer], object] | None], None]  # the fixture `each_step`
 
 EVERY_AUGMENTATION = {
     "crop_padding": 2,

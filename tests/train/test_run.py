@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import StepHook
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from synthetic import CNV_BITS, EVERY_AUGMENTATION, coloured, noise, recipe
+from synthetic import CNV_BITS, EVERY_AUGMENTATION, StepHook, coloured, noise, recipe
 
 from cnvzoo import CnvzooError
 from cnvzoo.data import Dataset

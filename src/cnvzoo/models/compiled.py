@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import shutil
+import signal
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,12 +34,14 @@ _FUSE_EVERYTHING: dict[str, Any] = {
 
 def compiles(device: torch.device) -> bool:
     """Whether training on `device` runs the loops of this library compiled, for all but small tensors."""
-    return device.type == "cpu" and _has_compiler(os.environ.get("CXX"))
+    return device.type == "cpu" and _compiler(os.environ.get("CXX")) is not None
 
 
 @functools.cache
-def _has_compiler(named: str | None) -> bool:
-    return any(map(shutil.which, [named] if named else ["g++", "clang++"]))
+def _compiler(named: str | None) -> str | None:
+    """The C++ compiler on this machine: the command that is named, which may have arguments, else the usual ones."""
+    candidates = [named] if named and named.strip() else ["g++", "clang++"]
+    return next((command for command in candidates if shutil.which(shlex.split(command)[0])), None)
 
 
 def runs_compiled(x: Tensor) -> bool:
@@ -52,6 +57,26 @@ def compiled_for(function: Callable[..., Any], *example: Any) -> Callable[..., A
     """
     code = function.__code__.replace(co_name=f"{function.__name__.strip('_')}_kernel")
     own = types.FunctionType(code, function.__globals__, closure=function.__closure__)
-    compiled = torch.compile(own, dynamic=True, options=_FUSE_EVERYTHING)
-    compiled(*example)
+    # by itself torch takes g++, or what CXX was when its compiler was loaded, which may be long ago
+    options: dict[str, Any] = _FUSE_EVERYTHING | {"cpp.cxx": (None, _compiler(os.environ.get("CXX")))}
+    compiled = torch.compile(own, dynamic=True, options=options)
+    with _sparing_the_compiler():
+        compiled(*example)
     return compiled
+
+
+@contextmanager
+def _sparing_the_compiler() -> Iterator[None]:
+    """Have the processes that this thread starts not see SIGINT.
+
+    A terminal sends Ctrl-C to them too. A C++ compiler that it ends is an error in the middle of a step or, where torch
+    tries what the CPU can do, means loops for an older CPU, and so other bits.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

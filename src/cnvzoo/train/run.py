@@ -242,7 +242,14 @@ def _train(
                 save()
                 saved = time.monotonic()
 
-        trainer.train(should_stop, after_step)
+        try:
+            trainer.train(should_stop, after_step)
+        except RuntimeError:
+            if not caught:
+                raise
+            # a signal to a whole group of processes ends the compiler too that a step may wait for; half a step is not
+            # to be saved, and what was saved before it stays
+            return caught[0]
     save()
     if caught:
         return caught[0]

@@ -1,0 +1,86 @@
+"""How loops are compiled: by a compiler that is on the machine, and that Ctrl-C does not end."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cnvzoo.models import compiled
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], dict[str, Any]]:
+    """`compiling(act)`: compile a loop, for which `act` is called in the place of torch's compiler; what that gets."""
+
+    def call(act: Callable[[], object]) -> dict[str, Any]:
+        given: dict[str, Any] = {}
+        monkeypatch.setattr(torch, "compile", lambda function, **options: given.update(options) or (lambda *_: act()))
+        compiled.compiled_for(double, torch.ones(3))
+        return given["options"]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("there", "named", "chosen"),
+    [
+        (["g++", "clang++"], None, "g++"),
+        (["clang++"], None, "clang++"),
+        (["clang++"], "", "clang++"),
+        (["g++", "mine"], "mine", "mine"),
+        (["g++", "cache"], "cache g++ -v", "cache g++ -v"),
+        (["g++"], "none", None),
+        ([], None, None),
+    ],
+)
+def test_the_compiler_is_one_that_is_there(monkeypatch, tmp_path, compiling, there, named, chosen):
+    for name in there:
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CXX", named)
+    compiled._compiler.cache_clear()
+    try:
+        assert compiled.compiles(torch.device("cpu")) == (chosen is not None)
+        assert compiling(lambda: None)["cpp.cxx"] == (None, chosen)
+    finally:
+        compiled._compiler.cache_clear()
+
+
+@pytest.mark.skipif(not compiled.compiles(torch.device("cpu")), reason="no C++ compiler here to compile with")
+def test_a_compiler_named_before_torchs_was_loaded_is_not_remembered(monkeypatch):
+    """One test without a compiler, or one cell of a notebook, must not spoil what comes after it in the process."""
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "none"))
+    loop = compiled.compiled_for(double, torch.ones(30, 40))
+    assert torch.equal(loop(torch.full((50, 60), 3.0)), torch.full((50, 60), 6.0))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_spares_the_compiler_and_nothing_else(compiling):
+    def interrupted() -> None:
+        ended.append(subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode)
+
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    ended: list[int] = []
+    # a shell's background jobs ignore SIGINT, and so would what they start
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        compiling(interrupted)
+        interrupted()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended[0] == 0
+    assert ended[1] != 0
