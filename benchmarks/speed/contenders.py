@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -78,7 +79,10 @@ def float_contenders(checkpoint: str, calibration: Images, threads: int, folder:
 
 
 def quantized_contenders(checkpoint: str, threads: int, folder: Path) -> Iterator[Contender]:
-    """Of a quantized net: Brevitas' layers, Brevitas' QCDQ export in two runtimes, and the integer graph in both."""
+    """Of a quantized net: Brevitas' layers, Brevitas' QCDQ export in two runtimes, and the integer graph.
+
+    OpenVINO reads no QLinearConv with a multiplier for each channel (2026.4 does not come back), so not that graph.
+    """
     model, config = cnvzoo.load_checkpoint(checkpoint)
     net = config.name.split(".")[0]
     scale = np.float32(1 / 255)
@@ -94,11 +98,8 @@ def quantized_contenders(checkpoint: str, threads: int, folder: Path) -> Iterato
     if openvino := _openvino_session(qcdq, threads):
         yield Contender("Brevitas QCDQ, OpenVINO", net, size, prepare, openvino)
     cnvzoo.export(model, integer)
-    size = integer.stat().st_size
-    if openvino := _openvino_session(integer, threads):
-        yield Contender("ours, OpenVINO", net, size, np.ascontiguousarray, openvino)
-    deployed = cnvzoo.deploy.load(integer, threads=threads)
-    yield Contender("ours, ONNX Runtime", net, size, np.ascontiguousarray, _first_output(deployed.session))
+    session = cnvzoo.deploy.load(integer, threads=threads).session
+    yield Contender("ours, ONNX Runtime", net, integer.stat().st_size, np.ascontiguousarray, _first_output(session))
 
 
 def _weight_bytes(config: CheckpointConfig) -> int:
@@ -142,6 +143,7 @@ def _first_output(session: Any) -> Callable[[Any], NDArray[Any]]:
 
 def _openvino_session(path: Path, threads: int) -> Callable[[Any], NDArray[Any]] | None:
     """A file in OpenVINO, for each batch size anew, which is how it is fastest; None where it is not installed."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  (it would send figures of use)
     try:
         import openvino
     except ImportError:

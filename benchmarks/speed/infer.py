@@ -6,9 +6,9 @@
 
 The published float CNV in PyTorch (float32, bfloat16, compiled) and in ONNX Runtime (float32, and int8 by its static
 quantization without training), and the published quantized ones as Brevitas' layers, as Brevitas' QCDQ export in ONNX
-Runtime and in OpenVINO, and as the integer graph in both. All are in one process, with the same number of threads, and
-take turns; a figure is the median over the runs of all turns. Making float images of 8-bit ones, which all but
-the integer graph need, is left out. Accuracy is that of each on the whole test set.
+Runtime and in OpenVINO, and as the integer graph in ONNX Runtime. All are in one process, with the same number of
+threads, and take turns; a figure is the median over the runs of all turns. Making float images of 8-bit ones, which all
+but the integer graph need, is left out. Accuracy is that of each on the whole test set.
 """
 
 from __future__ import annotations

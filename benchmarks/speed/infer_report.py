@@ -80,7 +80,7 @@ def plot(result: Result, path: Path) -> None:
     """Bars: images a second at the compared batch size, and milliseconds of one image."""
     rows = result["contenders"]
     labels = [f"{row['net']}, {row['runtime']}" for row in rows]
-    colours = [page.OURS if row["runtime"].startswith("ours") else _colour(row) for row in rows]
+    colours = [page.OURS if row["runtime"] == OURS else _colour(row) for row in rows]
     panels = [
         (f"images a second, batch {_COMPARED}", [images_per_second(row, _COMPARED) for row in rows], "{:,.0f}"),
         ("milliseconds for one image", [row["milliseconds"]["1"] for row in rows], "{:.2f}"),

@@ -149,8 +149,7 @@ def test_every_runtime_says_what_the_model_says(small_datasets, make_checkpoint,
         "ONNX Runtime static PTQ int8",
     ]  # fmt: skip
     assert [c.runtime for c in quantized] == [
-        "Brevitas eager", "Brevitas QCDQ, ONNX Runtime", "Brevitas QCDQ, OpenVINO", "ours, OpenVINO",
-        "ours, ONNX Runtime",
+        "Brevitas eager", "Brevitas QCDQ, ONNX Runtime", "Brevitas QCDQ, OpenVINO", "ours, ONNX Runtime",
     ]  # fmt: skip
     for group in (floats, quantized):
         expected = group[0].run(group[0].prepare(batch))
