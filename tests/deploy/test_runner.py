@@ -16,7 +16,7 @@ from PIL import Image
 import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.data import Preprocessing, dataset_info
-from cnvzoo.deploy import DeployError
+from cnvzoo.deploy import DeployError, runner
 from cnvzoo.deploy.images import normalised, prepare
 
 _WITHOUT = """
@@ -171,3 +171,28 @@ def test_a_foreign_file_is_refused(tmp_path):
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "f.onnx")
     with pytest.raises(DeployError, match="not one that cnvzoo exported"):
         cnvzoo.deploy.load(tmp_path / "f.onnx")
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "exact"),
+    [
+        ("x86_64", "flags : avx512f avx512_vnni amx_tile", True),
+        ("x86_64", "flags : fma avx2 avx_vnni", True),
+        ("x86_64", "flags : fma avx2 avx512f", False),
+        ("AMD64", None, False),
+        ("aarch64", None, True),
+    ],
+)
+def test_sums_are_exact_on_every_cpu(monkeypatch, tmp_path, machine, flags, exact):
+    """Without VNNI, ONNX Runtime's x86 kernels may saturate unless they are told not to."""
+    monkeypatch.setattr(runner.platform, "machine", lambda: machine)
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(flags)
+    assert runner._sums_products_exactly(tmp_path / "cpuinfo") is exact
+
+
+def test_exact_kernels_give_the_same(exported, noise, monkeypatch):
+    images = noise(4).numpy()
+    fast = cnvzoo.deploy.load(exported, threads=1).accumulators(images)
+    monkeypatch.setattr(runner, "_sums_products_exactly", lambda: False)
+    np.testing.assert_array_equal(cnvzoo.deploy.load(exported, threads=1).accumulators(images), fast)
