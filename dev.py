@@ -2,7 +2,8 @@
 """From a machine with nothing but Python 3.10 or newer to tests, checks and reproduced numbers, in one command.
 
     python3 dev.py reproduce --table mnist --entry mnist_cnv --seeds 0    as benchmarks/reproduce.py
-    python3 dev.py test [ARGUMENT ...]                                    as pytest
+    python3 dev.py test                                                   every test, on all cores
+    python3 dev.py test ARGUMENT ...                                      as pytest
     python3 dev.py lint                                                   ruff and pyright
     python3 dev.py setup                                                  only make the environment
 
@@ -24,6 +25,8 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "installed.sha256"
 OLDEST = (3, 10)
+# a worker on each core, with tests that stand together kept together; a few tests are sooner done in one process
+EVERY_TEST = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")
 DATASETS = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 
 
@@ -39,7 +42,7 @@ def main(argv: list[str]) -> int:
         return status
     if command == "test":
         os.chdir(ROOT)
-        return become("-m", "pytest", *arguments)
+        return become("-m", "pytest", *(arguments or EVERY_TEST))
     if command == "lint":
         return lint()
     if command == "reproduce":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it: the cores are shared out already
+
 import torch
 from safetensors.torch import save_file
 
@@ -74,8 +80,24 @@ def _arrays(name: str) -> dict[str, torch.Tensor]:
     return arrays
 
 
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`untrained(model, dataset, ...)`: a checkpoint for `make_checkpoint` to copy, made once for all tests."""
+    made: dict[Any, Path] = {}
+
+    def give(model: str, dataset: str, scored: bool, bits: dict[str, int]) -> Path:
+        key = (model, dataset_info(dataset), scored, *sorted(bits.items()))
+        if key not in made:
+            made[key] = _write_untrained(tmp_path_factory.mktemp("untrained"), model, dataset, scored, bits)
+        return made[key]
+
+    return give
+
+
 @pytest.fixture
-def make_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def make_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: Callable[..., Path]
+) -> Callable[..., Path]:
     """`make_checkpoint(hub, model, dataset, w_bits=, a_bits=)`: a checkpoint of untrained weights; its folder.
 
     Its number is made up, unless `scored`. What is in `hub` then is all that is published: the index of the package
@@ -83,27 +105,33 @@ def make_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
     """
 
     def make(hub: Path, model: str, dataset: str, *, scored: bool = False, **bits: int) -> Path:
-        info = dataset_info(dataset)
-        arguments: dict[str, Any] = {"num_classes": info.num_classes, "in_chans": info.in_chans, **bits}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            built = cnvzoo.create_model(model, **arguments)
-        state = built.state_dict()
-        score = cnvzoo.evaluate(built, dataset, device="cpu") if scored else Evaluation(5, 50)
-        counts = {"seed": 0, "correct": score.correct, "total": score.total}
-        weights = tmp_path / f"{model}.{dataset}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
-        tag = f"{model}_w{bits['w_bits']}a{bits['a_bits']}" if bits else model
-        sha256 = sha256_of(weights)
-        facts = CheckpointFacts(
-            name=f"{tag}.{dataset}", model={"name": model, **arguments}, dataset=dataset, classes=list(info.classes),
-            preprocessing=preprocessing_of(model, dataset).to_dict(),
-            **counts, results=[SeedResult(**counts, weights_sha256=sha256)], weights_sha256=sha256,
-            recipe={}, versions={}, device={}, commit=None,
-        )  # fmt: skip
-        write_checkpoint(hub / facts.name, facts, weights)
+        checkpoint = untrained(model, dataset, scored, bits)
+        folder = shutil.copytree(checkpoint, hub / checkpoint.name)
         monkeypatch.setattr(cnvzoo.hub.index, "INDEX", tmp_path / "index.json")
         harness.index.update(tmp_path / "index.json", hub)
-        return hub / facts.name
+        return folder
 
     return make
+
+
+def _write_untrained(place: Path, model: str, dataset: str, scored: bool, bits: dict[str, int]) -> Path:
+    info = dataset_info(dataset)
+    arguments: dict[str, Any] = {"num_classes": info.num_classes, "in_chans": info.in_chans, **bits}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        built = cnvzoo.create_model(model, **arguments)
+    state = built.state_dict()
+    score = cnvzoo.evaluate(built, dataset, device="cpu") if scored else Evaluation(5, 50)
+    counts = {"seed": 0, "correct": score.correct, "total": score.total}
+    weights = place / "weights.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
+    tag = f"{model}_w{bits['w_bits']}a{bits['a_bits']}" if bits else model
+    sha256 = sha256_of(weights)
+    facts = CheckpointFacts(
+        name=f"{tag}.{dataset}", model={"name": model, **arguments}, dataset=dataset, classes=list(info.classes),
+        preprocessing=preprocessing_of(model, dataset).to_dict(),
+        **counts, results=[SeedResult(**counts, weights_sha256=sha256)], weights_sha256=sha256,
+        recipe={}, versions={}, device={}, commit=None,
+    )  # fmt: skip
+    write_checkpoint(place / facts.name, facts, weights)
+    return place / facts.name

@@ -91,7 +91,7 @@ def test_after_a_failure_the_same_command_tries_again(machine, capsys, step):
     machine.failing = {}
     assert dev.main(["test"]) == 0
     assert dev.is_ready()
-    assert machine.commands[-1] == [dev.python(), "-m", "pytest"]
+    assert machine.commands[-1] == [dev.python(), "-m", "pytest", *dev.EVERY_TEST]
 
 
 def test_python_without_venv(machine, monkeypatch, capsys):
