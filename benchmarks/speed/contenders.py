@@ -49,7 +49,7 @@ class Contender:
 
 
 def float_contenders(checkpoint: str, calibration: Images, threads: int, folder: Path) -> Iterator[Contender]:
-    """Of a float net: PyTorch three ways, ONNX Runtime, and ONNX Runtime after static quantization without training.
+    """Of a float net: PyTorch four ways, ONNX Runtime, and ONNX Runtime after static quantization without training.
 
     Args:
         checkpoint: its name.
@@ -64,12 +64,14 @@ def float_contenders(checkpoint: str, calibration: Images, threads: int, folder:
     def prepare(images: Images) -> NDArray[np.float32]:
         return normalised(images, mean, std)
 
-    yield Contender("PyTorch float32", net, size, _channels_last(prepare), _eager(model))
+    plain_layout = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    yield Contender("PyTorch float32", net, size, lambda x: torch.from_numpy(prepare(x)), _run(plain_layout))
+    yield Contender("PyTorch float32, channels_last", net, size, _channels_last(prepare), _eager(model))
     half = copy.deepcopy(model).bfloat16()
-    yield Contender("PyTorch bfloat16", net, size, _channels_last(prepare, torch.bfloat16), _eager(half))
+    yield Contender("PyTorch bfloat16, channels_last", net, size, _channels_last(prepare, torch.bfloat16), _eager(half))
     compiled = copy.deepcopy(model)
     compiled.compile(dynamic=False)
-    yield Contender("torch.compile float32", net, size, _channels_last(prepare), _eager(compiled))
+    yield Contender("torch.compile float32, channels_last", net, size, _channels_last(prepare), _eager(compiled))
     plain, quantized = folder / f"{net}.onnx", folder / f"{net}_ptq.onnx"
     cnvzoo.export(model, plain, format="onnx")
     yield Contender("ONNX Runtime float32", net, plain.stat().st_size, prepare, onnxruntime_session(plain, threads))
@@ -116,8 +118,12 @@ def _channels_last(
 
 
 def _eager(model: nn.Module) -> Callable[[Tensor], NDArray[Any]]:
-    layout: Any = model.eval()
-    layout.to(memory_format=torch.channels_last)
+    layout: Any = model
+    return _run(layout.to(memory_format=torch.channels_last))
+
+
+def _run(model: nn.Module) -> Callable[[Tensor], NDArray[Any]]:
+    model.eval()
 
     @torch.inference_mode()
     def run(images: Tensor) -> NDArray[Any]:

@@ -4,11 +4,12 @@
     python benchmarks/speed/infer.py --bits 4 --batches 1 64          some
     python benchmarks/speed/infer.py --keep                           and replace the figures and plot of this folder
 
-The published float CNV in PyTorch (float32, bfloat16, compiled) and in ONNX Runtime (float32, and int8 by its static
-quantization without training), and the published quantized ones as Brevitas' layers, as Brevitas' QCDQ export in ONNX
-Runtime and in OpenVINO, and as the integer graph in ONNX Runtime. All are in one process, with the same number of
-threads, and take turns; a figure is the median over the runs of all turns. Making float images of 8-bit ones, which all
-but the integer graph need, is left out. Accuracy is that of each on the whole test set.
+The published float CNV in PyTorch (as it comes; channels_last in float32, bfloat16 and compiled) and in ONNX Runtime
+(float32, and int8 by its static quantization without training), and the published quantized ones as Brevitas' layers,
+as Brevitas' QCDQ export in ONNX Runtime and in OpenVINO, and as the integer graph in ONNX Runtime. All are in one
+process, with the same number of threads, and take turns; a figure is the median over the runs of all turns. Making
+float images of 8-bit ones, which all but the integer graph need, is left out. Accuracy is that of each on the whole
+test set.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ Machine: {machine(result)}.
 
 - *file bytes*: of the ONNX file, or of the published `model.safetensors` where PyTorch runs it.
 - *top-1*: of that very file in that runtime, on all {result["contenders"][0]["total"]:,} test images.
-- *PyTorch*: channels_last, inference mode; *static PTQ int8*: ONNX Runtime's own quantization without training, of the
+- *PyTorch*: in inference mode; *static PTQ int8*: ONNX Runtime's own quantization without training, of the
   float net, per channel, calibrated on 512 training images; *QCDQ*: Brevitas' export for runtimes.
 - *ours*: the integer graph, `cnvzoo.export(model, path)`. It takes 8-bit pixels as they are; the time that the others
   need to make float images of these is not counted.

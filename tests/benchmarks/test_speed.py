@@ -145,8 +145,8 @@ def test_every_runtime_says_what_the_model_says(small_datasets, make_checkpoint,
     floats = list(contenders.float_contenders("cnv.cifar10", calibration, 1, tmp_path))
     quantized = list(contenders.quantized_contenders("quant_cnv_w4a4.cifar10", 1, tmp_path))
     assert [c.runtime for c in floats] == [
-        "PyTorch float32", "PyTorch bfloat16", "torch.compile float32", "ONNX Runtime float32",
-        "ONNX Runtime static PTQ int8",
+        "PyTorch float32", "PyTorch float32, channels_last", "PyTorch bfloat16, channels_last",
+        "torch.compile float32, channels_last", "ONNX Runtime float32", "ONNX Runtime static PTQ int8",
     ]  # fmt: skip
     assert [c.runtime for c in quantized] == [
         "Brevitas eager", "Brevitas QCDQ, ONNX Runtime", "Brevitas QCDQ, OpenVINO", "ours, ONNX Runtime",
