@@ -167,7 +167,7 @@ def _reproduce(
     in_time = outcome.stopped is None and (deadline is None or time.monotonic() < deadline)
     if in_time and arguments.epochs is None and PUBLISHED_SEED in seeds:
         if measure_missing(selected, layout, measure, say):
-            index.update(layout.index, layout.hub)
+            keep()
         names = [folder.name for entry in selected if (folder := checkpoint_folder(entry, layout)).is_dir()]
         verified = verify(names, hub=layout.hub, device=arguments.device)
 

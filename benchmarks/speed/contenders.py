@@ -161,7 +161,9 @@ def _openvino_session(path: Path, threads: int) -> Callable[[Any], NDArray[Any]]
         if request is None:
             graph = core.read_model(path)
             graph.reshape({graph.inputs[0]: images.shape})
-            compiled = core.compile_model(graph, "CPU", {"INFERENCE_NUM_THREADS": threads})
+            compiled = core.compile_model(
+                graph, "CPU", {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+            )
             request = requests[images.shape] = compiled.create_infer_request()
         return request.infer([images], share_inputs=True, share_outputs=False)[0]
 

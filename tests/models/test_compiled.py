@@ -59,12 +59,12 @@ def test_the_compiler_is_one_that_is_there(monkeypatch, tmp_path, compiling, the
 
 
 @pytest.mark.skipif(not compiled.compiles(torch.device("cpu")), reason="no C++ compiler here to compile with")
-def test_a_compiler_named_before_torchs_was_loaded_is_not_remembered(monkeypatch):
+def test_a_compiler_named_before_torchs_was_loaded_is_not_remembered():
     """One test without a compiler, or one cell of a notebook, must not spoil what comes after it in the process."""
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "none"))
-    loop = compiled.compiled_for(double, torch.ones(30, 40))
+    with config.patch({"cpp.cxx": (None, "none")}):  # monkeypatch would leave the setting hidden behind it
+        loop = compiled.compiled_for(double, torch.ones(30, 40))
     assert torch.equal(loop(torch.full((50, 60), 3.0)), torch.full((50, 60), 6.0))
 
 
