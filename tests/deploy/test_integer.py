@@ -76,6 +76,12 @@ def test_a_first_layer_repeats_the_image_for_a_finer_bias(make_net, monkeypatch)
     assert first.requantization.expected.sum() < 0.5 * once.requantization.expected.sum()
 
 
+def test_eight_bit_levels_are_not_worth_a_copy(make_net):
+    first = integer_net(make_net(8, 8)).hidden[0]
+    assert first.copies == first.requantization.gain == 1
+    assert first.requantization.expected.sum() > 0
+
+
 def test_low_bit_first_weights_need_no_copies():
     """Two bits leave room in int8 for a gain of 127."""
     model = cnvzoo.create_model("quant_cnv", w_bits=2, a_bits=2, first_w_bits=2).eval()

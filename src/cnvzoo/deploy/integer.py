@@ -9,7 +9,8 @@ which is round(multiplier * acc + offset) of the integer accumulator. The weight
 where gamma is negative, those of the channel and the multiplier change their signs, so that all multipliers are
 positive and max pooling keeps its meaning. Weights that leave room in int8 are multiplied by a whole number, the gain,
 which makes the unit of the int32 bias as much finer. The 8-bit weights of a first layer leave none: there the few
-channels of the image are there twice instead, with their weights, where that puts more steps right.
+channels of the image are there twice instead, with their weights, where that puts more steps right. Not where levels
+have 8 bits: one level more or less is little there.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .requantize import Requantization, Staircase, requantization
 INT8_HIGH = 127
 _PIXEL_HIGH = 255
 _COPIES = (1, 2)  # of the image's channels: more would be finer still, at 5 % of the net's time each
+_FEW_LEVELS = 127  # or fewer: one level more or less is much
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def _hidden(
     )  # fmt: skip
     gain = gain_for(quantizer.bits)
     tried = []
-    for count in copies:
+    for count in copies if act.ints.high <= _FEW_LEVELS else (1,):
         tried.append((*_without_constant(weight, exact, count * gain), count))
         if not tried[-1][1].differing.any():
             break
