@@ -193,20 +193,21 @@ class TestTrain:
         assert "expected 1 to 299, got 300" in result.err
         assert "Traceback" not in result.err
 
-    def test_a_float_start_is_asked_for_and_used(self, cnvzoo, recipe, small_datasets):
+    @pytest.mark.parametrize(("purpose", "says"), [("float_start", "starts from"), ("teacher", "learns from")])
+    def test_weights_are_asked_for_and_used(self, cnvzoo, recipe, small_datasets, purpose, says):
         small_datasets(train=64, test=10)
         one_epoch = ("--epochs", 1, "--device", "cpu", "--run-dir")
         assert cnvzoo("train", recipe("cnv", "schedule: {warmup_epochs: 0}"), *one_epoch, "cnv").status == 0
-        quant = recipe("quant_cnv", "w_bits: 4", "a_bits: 4", "float_start: mnist_cnv")
+        quant = recipe("quant_cnv", "w_bits: 4", "a_bits: 4", f"{purpose}: mnist_cnv")
 
         refused = cnvzoo("train", quant, *one_epoch, "quant")
         assert refused.status == 1
-        assert "starts from the weights of mnist_cnv" in refused.err
-        start = Path("cnv") / "weights.safetensors"
-        assert cnvzoo("train", quant, *one_epoch, "quant", "--float-start", start).status == 0
-        record = RunRecord.read(Path("quant") / "record.json")
-        assert record.float_start is not None
-        assert record.float_start["weights_sha256"] == sha256_of(start)
+        assert f"{says} the weights of mnist_cnv" in refused.err
+        weights = Path("cnv") / "weights.safetensors"
+        option = "--" + purpose.replace("_", "-")
+        assert cnvzoo("train", quant, *one_epoch, "quant", option, weights).status == 0
+        facts = getattr(RunRecord.read(Path("quant") / "record.json"), purpose)
+        assert facts["weights_sha256"] == sha256_of(weights)
 
     def test_no_recipe(self, cnvzoo):
         result = cnvzoo("train", "nothing.yaml")

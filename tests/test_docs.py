@@ -31,7 +31,7 @@ from pydantic.fields import FieldInfo
 import cnvzoo.cli
 import dev
 from cnvzoo.data import Augmentation
-from cnvzoo.train import Optimizer, Recipe, Schedule
+from cnvzoo.train import Distillation, Optimizer, Recipe, Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -196,7 +196,9 @@ def test_recipes_page_has_every_key_with_its_default():
         if line.startswith("| `"):
             names, default, _ = (cell.strip() for cell in line.strip("|").split("|"))
             keys |= {name: default.strip("`") for name in re.findall(r"`(\w+)`", names)}
-    fields = dict(key for section in (Optimizer, Schedule, Augmentation, Recipe) for key in _written(section))
+    fields = dict(
+        key for section in (Optimizer, Schedule, Augmentation, Distillation, Recipe) for key in _written(section)
+    )
     assert keys.keys() == fields.keys() | {"extends", "name"}
     for name, field in fields.items():
         if field.is_required():
@@ -209,7 +211,7 @@ def test_recipes_page_has_every_key_with_its_default():
 
 def _written(section: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
     """The keys of a section that people write; `name` of an optimizer and of a schedule differ in their default."""
-    filled_in = {Recipe: ("name", "float_start_sha256"), Optimizer: ("name",), Schedule: ("name",)}
+    filled_in = {Recipe: ("name", "float_start_sha256", "teacher_sha256"), Optimizer: ("name",), Schedule: ("name",)}
     keys = section.model_fields.items()
     return [(name, field) for name, field in keys if name not in filled_in.get(section, ())]
 

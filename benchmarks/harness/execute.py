@@ -22,8 +22,8 @@ from cnvzoo.train.run import RECORD
 from .entries import Entry
 from .errors import HarnessError
 from .files import set_aside, shown
-from .float_start import resolve_float_start
 from .layout import Layout
+from .needs import resolve_weights
 from .plan import Job
 from .records import misplaced, standing
 from .render import duration
@@ -54,7 +54,7 @@ def execute(
 ) -> Outcome:
     """Train `jobs`, `at_once` of them at a time, and bring each record to its place when its run is finished.
 
-    They start in order, but a run that starts from the weights of another waits for it, and those behind it need not.
+    They start in order, but a run that needs the weights of another waits for it, and those behind it need not.
     All but the runs themselves happens in the calling thread, one thing at a time; with one run at a time that does
     too. A run that fails does not hold up those that can do without it. At the `deadline` (of time.monotonic()) or a
     signal, all that is done is kept, every run under way saves its state, and the rest is left as it was planned.
@@ -157,45 +157,44 @@ class _Work:
             job = self.jobs[ready]
             self.say(f"[{ready + 1}/{len(self.jobs)}] {job}: {job.reason}")
             try:
-                float_start = self._prepare(job)
+                weights = self._prepare(job)
             except RunError as error:
                 self._fail(ready, error)
                 continue
             future = self.pool.submit(
                 self.runner.run,
-                Run(job.entry.recipe, job.seed, job.run_dir, job.trial_epochs, float_start),
+                Run(job.entry.recipe, job.seed, job.run_dir, job.trial_epochs, weights),
                 self.stop,
             )
             self.under_way[future] = ready
 
     def _ready(self) -> int | None:
-        """The first in the queue whose float start is not still to come."""
+        """The first in the queue that needs no weights that are still to come."""
         coming = {self.jobs[number].run_dir for number in (*self.waiting, *self.under_way.values())}
-        return next((number for number in self.waiting if self._float_run(self.jobs[number]) not in coming), None)
+        return next((number for number in self.waiting if not coming & self._needed_runs(self.jobs[number])), None)
 
-    def _float_run(self, job: Job) -> Path | None:
-        """The folder of the run whose weights `job` starts from."""
-        if job.entry.recipe.float_start is None:
-            return None
-        start = self.entries[job.entry.recipe.float_start]
-        return self.layout.run_dir(start.name, job.seed, start.trial_epochs(job.trial_epochs))
+    def _needed_runs(self, job: Job) -> set[Path]:
+        """The folders of the runs whose weights `job` needs."""
+        needed = map(self.entries.__getitem__, job.entry.recipe.needs.values())
+        return {self.layout.run_dir(e.name, job.seed, e.trial_epochs(job.trial_epochs)) for e in needed}
 
-    def _prepare(self, job: Job) -> Path | None:
-        """Make way in the run's folder; returns the weights that it starts from, if it does."""
-        float_start = None
-        if job.entry.recipe.float_start is not None:
-            start = self.entries[job.entry.recipe.float_start]
-            trial_epochs = start.trial_epochs(job.trial_epochs)
-            float_start = resolve_float_start(start, job.seed, self.layout, trial_epochs=trial_epochs)
-            if float_start is None:
-                raise RunError(f"it starts from the weights of {start.name} seed {job.seed}, which are not there")
+    def _prepare(self, job: Job) -> dict[str, Path]:
+        """Make way in the run's folder; returns the weights that it needs, by what it needs them as."""
+        weights = {}
+        for purpose, name in job.entry.recipe.needs.items():
+            needed = self.entries[name]
+            trial_epochs = needed.trial_epochs(job.trial_epochs)
+            found = resolve_weights(needed, job.seed, self.layout, trial_epochs=trial_epochs)
+            if found is None:
+                raise RunError(f"it needs the weights of {name} seed {job.seed}, which are not there")
+            weights[purpose] = found
         trial = job.trial_epochs is not None
         if standing(job.entry, job.seed, job.run_dir / RECORD, trial=trial).record is not None:
             # The runner would hand back the run that is finished there already.
             self.say(f"the finished run is set aside in {shown(set_aside(job.run_dir))}")
         elif job.started:
             self.say(f"going on from the state in {shown(job.run_dir)}")
-        return float_start
+        return weights
 
     def _conclude(self, number: int, future: Future[RunRecord]) -> None:
         try:

@@ -10,8 +10,8 @@ from cnvzoo.train.run import RECORD, STATE
 
 from .entries import Entry
 from .files import shown
-from .float_start import resolve_float_start
 from .layout import Layout
+from .needs import resolve_weights
 from .records import Status, standing
 
 _REASONS = {
@@ -57,9 +57,9 @@ def make_plan(
 ) -> list[Job]:
     """The runs of `selected` that are not there yet, all of the first seed before any of the next.
 
-    So every row has a number early. A run that starts from float weights comes after the run that makes them, which
-    is put in its place in the queue if its weights are nowhere to be found, asked for or not. `epochs` caps the
-    epochs of every run; `retrain` puts every selected run in the queue.
+    So every row has a number early. A run that starts or learns from float weights comes after the run that makes
+    them, which is put in its place in the queue if its weights are nowhere to be found, asked for or not. `epochs` caps
+    the epochs of every run; `retrain` puts every selected run in the queue.
     """
     wanted = {entry.name for entry in selected}
     jobs: dict[Path, Job] = {}  # by the folder of the run, in the order of the queue
@@ -75,14 +75,13 @@ def make_plan(
         run_dir = layout.run_dir(entry.name, seed, trial_epochs)
         if run_dir in jobs:
             return
-        if entry.recipe.float_start is not None:
-            start = entries[entry.recipe.float_start]
-            start_epochs = start.trial_epochs(trial_epochs)  # a run of the table never starts from a trial
-            why = reason_to_run(start, seed, start_epochs) if start.name in wanted else None
-            if why is None and resolve_float_start(start, seed, layout, trial_epochs=start_epochs) is None:
-                why = f"{entry.name} starts from its weights, which are not under {shown(layout.runs)}"
+        for needed in map(entries.__getitem__, entry.recipe.needs.values()):
+            needed_epochs = needed.trial_epochs(trial_epochs)  # a run of the table never needs a trial
+            why = reason_to_run(needed, seed, needed_epochs) if needed.name in wanted else None
+            if why is None and resolve_weights(needed, seed, layout, trial_epochs=needed_epochs) is None:
+                why = f"{entry.name} needs its weights, which are not under {shown(layout.runs)}"
             if why is not None:
-                add(start, seed, start_epochs, why)
+                add(needed, seed, needed_epochs, why)
         # A record that stands is replaced only on request: a run for the sake of its weights leaves it alone.
         recorded = standing(entry, seed, layout.record(entry.name, seed)).status is Status.DONE
         keep = trial_epochs is not None or (recorded and not (retrain and entry.name in wanted))

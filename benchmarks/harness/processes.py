@@ -59,7 +59,7 @@ class ProcessRunner:
             "seed": run.seed,
             "run_dir": str(run.run_dir),
             "epochs": run.epochs,
-            "float_start": None if run.float_start is None else str(run.float_start),
+            "weights": {purpose: str(path) for purpose, path in run.weights.items()},
             "device": "cpu",
             "threads": self.threads,
             "seconds_left": None if self.deadline is None else self.deadline - time.monotonic(),

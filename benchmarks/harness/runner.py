@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -14,15 +14,15 @@ from cnvzoo.train import Recipe, RunRecord
 class Run:
     """One run to be trained, or to be gone on with.
 
-    epochs:      its length where that is less than the recipe's, else None
-    float_start: weights of the float twin, for recipes that start from one
+    epochs:  its length where that is less than the recipe's, else None
+    weights: files that the recipe needs, by what run_recipe calls them: float_start and teacher
     """
 
     recipe: Recipe
     seed: int
     run_dir: Path
     epochs: int | None = None
-    float_start: Path | None = None
+    weights: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Runner(Protocol):

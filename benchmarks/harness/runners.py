@@ -44,7 +44,7 @@ class LocalRunner:
                 epochs=run.epochs,
                 deadline=self.deadline,
                 stop=stop,
-                float_start=run.float_start,
+                **run.weights,
             )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 
 def main(run: dict[str, Any]) -> None:
-    """Train a run: `recipe`, `seed`, `run_dir`, `epochs`, `float_start`, `device`, `threads` and `seconds_left`."""
+    """Train a run: `recipe`, `seed`, `run_dir`, `epochs`, `weights`, `device`, `threads` and `seconds_left`."""
     deadline = None if run["seconds_left"] is None else time.monotonic() + run["seconds_left"]
     # a terminal sends Ctrl-C to every process in front, and who asked for this run passes it on
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -42,7 +42,7 @@ def main(run: dict[str, Any]) -> None:
             epochs=run["epochs"],
             deadline=deadline,
             stop=lambda: next(iter(reasons), None),
-            float_start=run["float_start"],
+            **run["weights"],
         )
         outcome = {"finished": record.weights_sha256}
     except RunInterrupted as stop:

@@ -98,7 +98,8 @@ def _recipe(name: str) -> Recipe:
     """The recipe of the CIFAR-10 table, with the optimizer and augmentation of all ways."""
     recipe = load_recipe(_CONFIGS / f"cifar10_{name}.yaml")
     changes = {"optimizer": {"lr": 0.01}, "augmentation": {"crop_padding": 4, "flip": True}, "epochs": 10**6}
-    plain = {"ema": None, "label_smoothing": 0.0, "float_start": None, "float_start_sha256": None}
+    alone = dict.fromkeys(("float_start", "float_start_sha256", "teacher", "teacher_sha256"))
+    plain = {"ema": None, "label_smoothing": 0.0, "distillation": {}, **alone}
     return Recipe.model_validate(recipe.model_dump() | changes | plain)
 
 

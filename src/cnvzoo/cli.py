@@ -131,6 +131,9 @@ def train(
     float_start: Annotated[
         Path | None, typer.Option(help="weights.safetensors of the float model that the recipe starts from.")
     ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="weights.safetensors of the float model that the recipe learns from.")
+    ] = None,
     device: Device = "auto",
     time_limit: Annotated[float | None, typer.Option(min=0, help="Stop after this many seconds, resumable.")] = None,
     data_root: DataRoot = None,
@@ -146,7 +149,7 @@ def train(
     deadline = None if time_limit is None else time.monotonic() + time_limit
     record = cnvzoo.train(
         loaded, run_dir=folder, seed=seed, epochs=epochs, holdout=holdout, float_start=float_start,
-        device=device, deadline=deadline, data_root=data_root,
+        teacher=teacher, device=device, deadline=deadline, data_root=data_root,
     ).record  # fmt: skip
     scored_on = f"{holdout:,} held-out training images" if holdout else f"the test set of {loaded.dataset}"
     trial = ", a trial" if record.trial else ""

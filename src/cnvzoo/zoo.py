@@ -274,6 +274,7 @@ def train(
     *,
     run_dir: str | Path | None = None,
     float_start: str | Path | None = None,
+    teacher: str | Path | None = None,
     **options: Any,
 ) -> TrainResult:
     """Train a recipe and score it.
@@ -283,6 +284,7 @@ def train(
         run_dir: where state, weights and record go, and from where an interrupted run goes on. Without it
             nothing is kept and nothing can be resumed.
         float_start: safetensors weights of the float twin, for recipes that start from one.
+        teacher: safetensors weights of the teacher, for recipes that have one.
         **options: seed, device, epochs, holdout, dataset, data_root, deadline, quiet: as for
             `cnvzoo.train.run_recipe`, whose errors it raises.
     """
@@ -291,7 +293,7 @@ def train(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(run_dir or temporary)
-        record = run_recipe(recipe, run_dir=folder, float_start=float_start, **options)
+        record = run_recipe(recipe, run_dir=folder, float_start=float_start, teacher=teacher, **options)
         state = load_file(folder / RUN_WEIGHTS)
     info = dataset_info(recipe.dataset)
     with torch.random.fork_rng(devices=[]):

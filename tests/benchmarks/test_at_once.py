@@ -110,7 +110,7 @@ def test_a_failed_run_takes_along_only_what_starts_from_it(trio, capsys):
     calls = [(FLOAT, 0), (OTHER, 0), (FLOAT, 1), (OTHER, 1), (QUANTIZED, 1)]
     assert sorted(trio.training.calls) == sorted(calls)
     message = capsys.readouterr().err
-    assert f"{QUANTIZED} seed 0 failed: it starts from the weights of {FLOAT} seed 0, which are not there" in message
+    assert f"{QUANTIZED} seed 0 failed: it needs the weights of {FLOAT} seed 0, which are not there" in message
     assert f"failed, see above: {FLOAT} seed 0, {QUANTIZED} seed 0\n" in message
 
 

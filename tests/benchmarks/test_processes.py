@@ -86,7 +86,7 @@ def test_a_worker_is_told_which_run_and_its_record_is_read(entry, worker):
         "seed": 2,
         "run_dir": str(folder),
         "epochs": None,
-        "float_start": None,
+        "weights": {},
         "device": "cpu",
         "threads": 3,
         "OMP_NUM_THREADS": "3",

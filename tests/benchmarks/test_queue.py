@@ -225,7 +225,7 @@ class TestFloatStart:
         assert pair.run("--table", "cifar10", "--seeds", "0") == 0
         assert pair.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
         message = capsys.readouterr().err
-        assert f"{QUANTIZED} starts from its weights, which are not under" in message
+        assert f"{QUANTIZED} needs its weights, which are not under" in message
         assert "its weights are not those of" in message
         assert RunRecord.read(pair.result(FLOAT)) == kept
 
@@ -271,6 +271,44 @@ class TestFloatStart:
         self.publish(pair, "published", config)
         assert pair.run("--table", "cifar10", "--seeds", "0") == 0
         assert pair.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
+
+
+class TestTeacher:
+    @pytest.fixture
+    def school(self, bench):
+        """Of the order of the table: a student, its float start, and a teacher that was taught itself."""
+        bench.recipe("cifar10_cnv", teacher="cifar10_resnet20")
+        bench.recipe("cifar10_resnet20", teacher="cifar10_resnet56")
+        bench.recipe("cifar10_resnet56")
+        bench.recipe(QUANTIZED, float_start="cifar10_cnv", teacher="cifar10_resnet56")
+        return bench
+
+    def test_is_trained_first_with_the_same_seed(self, school):
+        assert school.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "2") == 0
+        names = ["cifar10_resnet56", "cifar10_resnet20", "cifar10_cnv", QUANTIZED]
+        assert school.training.calls == [(name, 2) for name in names]
+        weights = {name: school.runs / name / "seed2" / "weights.safetensors" for name in names}
+        given = [(options["float_start"], options["teacher"]) for options in school.training.options]
+        resnet56, resnet20, cnv, _ = weights.values()
+        assert given == [(None, None), (None, resnet56), (None, resnet20), (cnv, resnet56)]
+
+    def test_is_waited_for(self, school):
+        assert school.run("--table", "cifar10", "--seeds", "0", "--at-once", "4") == 0
+        order = [name for name, _ in school.training.calls]
+        assert order == ["cifar10_resnet56", "cifar10_resnet20", "cifar10_cnv", QUANTIZED]
+
+    def test_that_fails_takes_its_students_along(self, school, capsys):
+        school.training.fail_at.add(("cifar10_resnet56", 0))
+        assert school.run("--table", "cifar10", "--seeds", "0") == 1
+        assert [name for name, _ in school.training.calls] == ["cifar10_resnet56"]
+        assert "it needs the weights of cifar10_resnet20 seed 0, which are not there" in capsys.readouterr().err
+
+    def test_with_another_recipe_makes_the_student_out_of_date(self, school):
+        assert school.run("--table", "cifar10", "--seeds", "0") == 0
+        school.training.calls.clear()
+        school.recipe("cifar10_resnet56", epochs=12)
+        assert school.run("--table", "cifar10", "--seeds", "0") == 0
+        assert len(school.training.calls) == 4
 
 
 class TestTrial:

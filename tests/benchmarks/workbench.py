@@ -82,14 +82,13 @@ class FakeTraining:
     options: list[dict[str, Any]] = field(default_factory=list)
     resumed: list[tuple[str, int]] = field(default_factory=list)
 
-    def __call__(
-        self, recipe: Any, *, run_dir: Path, seed: int, epochs: int | None, float_start: Path | None, **options: Any
-    ) -> RunRecord:
+    def __call__(self, recipe: Any, *, run_dir: Path, seed: int, epochs: int | None, **options: Any) -> RunRecord:
+        handed_in = {"float_start": None, "teacher": None} | {k: options.pop(k) for k in recipe.needs if k in options}
         key = (recipe.name, seed)
         self.calls.append(key)
-        self.options.append({"epochs": epochs, "float_start": float_start, "run_dir": run_dir, **options})
-        if recipe.float_start is not None and float_start is None:
-            raise RunError("no float start was handed in")
+        self.options.append({"epochs": epochs, "run_dir": run_dir, **handed_in, **options})
+        if any(handed_in[purpose] is None for purpose in recipe.needs):
+            raise RunError("not all weights were handed in")
         record_path, weights, state = (run_dir / n for n in ("record.json", "weights.safetensors", "state.safetensors"))
         if record_path.exists() and weights.exists():
             record = RunRecord.read(record_path)

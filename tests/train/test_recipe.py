@@ -342,6 +342,79 @@ def test_a_float_start_at_itself_is_refused(tmp_path: Path) -> None:
     assert "can only start from its float twin, cnv on cifar10" in said
 
 
+# --- teachers
+
+RESNET56 = RESNET.replace("resnet20", "resnet56")
+
+
+def taught_by(teacher: str, text: str = RESNET) -> str:
+    return f"{text}teacher: {teacher}\n"
+
+
+def test_a_teacher_is_part_of_what_decides_the_weights(tmp_path: Path) -> None:
+    teacher = write(tmp_path, RESNET56, "cifar10_resnet56")
+    alone = load_recipe(write(tmp_path, RESNET))
+    path = write(tmp_path, taught_by("cifar10_resnet56"))
+    recipe = load_recipe(path)
+    assert recipe.teacher_sha256 == load_recipe(teacher).fingerprint()
+    assert recipe.teacher_model == "resnet56"
+    found = {alone.fingerprint(), recipe.fingerprint()}
+    write(tmp_path, taught_by("cifar10_resnet56") + "distillation: {temperature: 2}\n")
+    found.add(load_recipe(path).fingerprint())
+    write(tmp_path, taught_by("cifar10_resnet56"))
+    teacher.write_text(teacher.read_text().replace("epochs: 10", "epochs: 11"))
+    found.add(load_recipe(path).fingerprint())
+    assert len(found) == 4
+
+
+def test_what_a_float_start_learned_from_counts_too(tmp_path: Path) -> None:
+    write(tmp_path, RESNET56, "cifar10_resnet56")
+    write(tmp_path, taught_by("cifar10_resnet56", RESNET.replace("resnet20", "cnv")), "cifar10_cnv")
+    path = write(tmp_path, quant_from("cifar10_cnv"))
+    before = load_recipe(path).fingerprint()
+    write(tmp_path, RESNET56.replace("epochs: 10", "epochs: 11"), "cifar10_resnet56")
+    assert load_recipe(path).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("teacher", "says"),
+    [
+        ("cifar100_resnet56", "a teacher is an entry of the same dataset, cifar10_<model>"),
+        ("resnet56", "a teacher is an entry of the same dataset, cifar10_<model>"),
+        ("cifar10_resnet57", "unknown model 'resnet57': did you mean 'resnet56'"),
+        ("cifar10_quant_cnv", "quant_cnv is quantized: only float models teach"),
+        ("cifar10_resnet32", "no recipe 'cifar10_resnet32' beside this one: did you mean 'cifar10_resnet56'"),
+        ("cifar10_resnet44", "cifar10_resnet44.yaml is of resnet56 on cifar10: resnet44 is what its name says"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_refused(tmp_path: Path, teacher: str, says: str) -> None:
+    write(tmp_path, RESNET56, "cifar10_resnet56")
+    write(tmp_path, RESNET56, "cifar10_resnet44")
+    text = taught_by(teacher)
+    said = error(path := write(tmp_path, text))
+    assert said.startswith(f"{path}:{line_of(text, f'teacher: {teacher}')}: teacher: ")
+    assert says in said
+
+
+def test_a_teacher_that_takes_larger_images_is_refused(tmp_path: Path) -> None:
+    """CNV pads the images of MNIST to 32 x 32; a ResNet takes them as they are."""
+    said = error(write(tmp_path, taught_by("mnist_cnv", RESNET.replace("cifar10", "mnist"))))
+    assert "teacher: cnv takes images of another size than resnet20" in said
+
+
+def test_nobody_learns_from_himself(tmp_path: Path) -> None:
+    write(tmp_path, taught_by("cifar10_resnet20", RESNET56), "cifar10_resnet56")
+    path = write(tmp_path, taught_by("cifar10_resnet56"), "cifar10_resnet20")
+    said = error(path)
+    assert "cifar10_resnet20 -> cifar10_resnet56 -> cifar10_resnet20: no net learns from itself" in said
+
+
+def test_distillation_goes_with_a_teacher(tmp_path: Path) -> None:
+    text = RESNET + (line := "distillation: {temperature: 2}") + "\n"
+    said = error(path := write(tmp_path, text))
+    assert said.startswith(f"{path}:{line_of(text, line)}: distillation: goes with a teacher")
+
+
 def test_the_fingerprint_of_the_float_start_is_not_for_people_to_write(tmp_path: Path) -> None:
     text = QUANT + "float_start_sha256: abc\n"
     said = error(path := write(tmp_path, text))
@@ -364,6 +437,8 @@ def base_recipe(**changes: Any) -> Recipe:
         "optimizer": {"name": "muon", "lr": 0.1, "sgd_lr": 0.1},
         "float_start": "cifar10_cnv",
         "float_start_sha256": "1" * 64,
+        "teacher": "cifar10_resnet56",
+        "teacher_sha256": "1" * 64,
     }
     return recipe_from_dict(values | changes, "this test")
 
@@ -380,6 +455,9 @@ OTHER: dict[str, Any] = {
     "precision": "fp32",
     "float_start": "cifar100_cnv",
     "float_start_sha256": "0" * 64,
+    "teacher": "cifar100_resnet56",
+    "teacher_sha256": "0" * 64,
+    "distillation": {"temperature": 2.0, "weight": 0.5},
     "optimizer": {"name": "sgd", "lr": 0.2, "momentum": 0.8, "weight_decay": 1e-4, "sgd_lr": 0.2},
     "schedule": {"name": "linear", "warmup_epochs": 2.0, "final": 0.1},
     "augmentation": {
@@ -409,6 +487,13 @@ def test_the_fingerprint_depends_on_every_field_but_seed_and_name() -> None:
             assert OTHER[field].keys() == type(value).model_fields.keys()
     assert len(seen) == 1 + changes
     assert recipe.model_copy(update={"seed": 7, "name": "other"}).fingerprint() == recipe.fingerprint()
+
+
+def test_recipes_without_a_teacher_have_the_fingerprint_that_their_records_know() -> None:
+    """Written before recipes could have one."""
+    configs = Path(__file__).resolve().parents[2] / "benchmarks" / "configs"
+    known = "f647691a68f91859b8c04ba4b00bce1bd1c785764531db6b89ecdef061dde8f5"
+    assert load_recipe(configs / "mnist_cnv.yaml").fingerprint() == known
 
 
 def test_the_fingerprint_is_of_the_values_and_not_of_how_they_are_written(tmp_path: Path) -> None:

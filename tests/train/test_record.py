@@ -29,6 +29,7 @@ def values(**changes: Any) -> dict[str, Any]:
         "versions": {"python": "3.11.1", "torch": "2.14.1"},
         "commit": None,
         "float_start": {"entry": "cifar10_cnv", "seed": 2, "weights_sha256": "b" * 64},
+        "teacher": {"entry": "cifar10_resnet56", "seed": 2, "weights_sha256": "c" * 64},
         "finished": "2026-01-02T03:04:05+00:00",
         "history": [{"epoch": 1, "loss": 2.25, "lr": 0.1, "seconds": 6.25}],
     } | changes
@@ -42,6 +43,12 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == values()
     assert path.read_text().endswith("}\n")
     assert [p.name for p in path.parent.iterdir()] == ["seed2.json"]
+
+
+def test_a_record_from_before_there_were_teachers_is_one_without(tmp_path: Path) -> None:
+    older = {key: value for key, value in values().items() if key != "teacher"}
+    (tmp_path / "seed2.json").write_text(json.dumps(older))
+    assert RunRecord.read(tmp_path / "seed2.json").teacher is None
 
 
 def test_writing_replaces_what_was_there(tmp_path: Path) -> None:

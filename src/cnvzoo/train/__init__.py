@@ -1,14 +1,15 @@
-"""From a recipe to weights and a record. Needs neither hub nor network: a float start is handed in."""
+"""From a recipe to weights and a record. Needs neither hub nor network: a float start or teacher is handed in."""
 
 from .device import resolve_device
 from .errors import RunError, RunInterrupted
 from .evaluation import count_correct
-from .recipe import Optimizer, Recipe, RecipeError, Schedule, load_recipe, recipe_from_dict
+from .recipe import Distillation, Optimizer, Recipe, RecipeError, Schedule, load_recipe, recipe_from_dict
 from .record import RecordError, RunRecord
 from .run import preprocessing_of, run_recipe
 from .trainer import Trainer, TrainingDiverged
 
 __all__ = [
+    "Distillation",
     "Optimizer",
     "Recipe",
     "RecipeError",

@@ -26,6 +26,7 @@ Where = dict[tuple[str, ...], str]  # key path -> "file:line"
 _FILLED_IN = {
     "name": "a recipe is named after its file",
     "float_start_sha256": "it follows from float_start",
+    "teacher_sha256": "it follows from teacher",
 }
 
 
@@ -76,6 +77,18 @@ class Schedule(_Section):
     final: float = Field(default=0.0, ge=0, le=1)
 
 
+class Distillation(_Section):
+    """How a student learns from its teacher's outputs beside the labels.
+
+    Attributes:
+        temperature: what both nets' logits are divided by before they are compared.
+        weight: of that comparison in the loss; the labels have the rest.
+    """
+
+    temperature: float = Field(default=4.0, gt=0)
+    weight: float = Field(default=0.9, gt=0, le=1)
+
+
 class Recipe(_Section):
     """One training run, seed included.
 
@@ -90,6 +103,10 @@ class Recipe(_Section):
         float_start: the entry of the float twin whose weights, of the same seed, this run starts from: the name
             of a recipe in the same folder.
         float_start_sha256: fingerprint of that recipe, which decides these weights too; filled in by load_recipe.
+        teacher: the entry of a float model of the same dataset that teaches this one, with its weights of the same
+            seed: the name of a recipe in the same folder, which is `<dataset>_<model>`.
+        distillation: how it teaches.
+        teacher_sha256: fingerprint of its recipe; filled in by load_recipe.
         seed: of initialisation, shuffling and augmentation.
     """
 
@@ -108,6 +125,9 @@ class Recipe(_Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     float_start: str | None = None
     float_start_sha256: str | None = None
+    teacher: str | None = None
+    distillation: Distillation = Distillation()
+    teacher_sha256: str | None = None
     seed: int = Field(default=0, ge=0)
 
     @field_validator("model")
@@ -130,9 +150,38 @@ class Recipe(_Section):
             for key, value in {**bits, "float_start": self.float_start}.items():
                 if value is not None:
                     raise _at(key, f"{self.model} is a float model: leave out w_bits, a_bits and float_start")
+        if self.teacher is not None:
+            self._teacher_fits(self.teacher)
+        elif self.distillation != Distillation():
+            raise _at("distillation", "goes with a teacher: name one, or leave this out")
         if self.schedule.warmup_epochs >= self.epochs:
             raise _at("epochs", f"{self.epochs}: must be above schedule.warmup_epochs, {self.schedule.warmup_epochs}")
         return self
+
+    def _teacher_fits(self, teacher: str) -> None:
+        model = teacher.removeprefix(f"{self.dataset}_")
+        if model == teacher:
+            raise _at("teacher", f"{teacher!r}: a teacher is an entry of the same dataset, {self.dataset}_<model>")
+        try:
+            spec = model_spec(model)
+        except CnvzooError as error:
+            raise _at("teacher", str(error)) from None
+        if spec.quantized:
+            raise _at("teacher", f"{model} is quantized: only float models teach")
+        own = dataset_info(self.dataset).image_size
+        if (spec.input_size or own) != (model_spec(self.model).input_size or own):
+            raise _at("teacher", f"{model} takes images of another size than {self.model}")
+
+    @property
+    def teacher_model(self) -> str | None:
+        """The model of the teacher, as for `cnvzoo.create_model`."""
+        return None if self.teacher is None else self.teacher.removeprefix(f"{self.dataset}_")
+
+    @property
+    def needs(self) -> dict[str, str]:
+        """The entries whose weights of the same seed a run needs, by what it needs them as."""
+        needs = {"float_start": self.float_start, "teacher": self.teacher}
+        return {purpose: entry for purpose, entry in needs.items() if entry is not None}
 
     @property
     def tag(self) -> str:
@@ -144,22 +193,31 @@ class Recipe(_Section):
         values = self.model_dump(mode="json", exclude={"seed", "name"})
         if self.float_start is None:
             del values["float_start_sha256"]
+        if self.teacher is None:
+            del values["teacher"], values["distillation"], values["teacher_sha256"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read and validate a recipe file. Its `name` is the file's stem.
 
-    The recipe that a `float_start` names is read too.
+    The recipes that `float_start` and `teacher` name are read too.
 
     Raises:
         RecipeError: not readable, not YAML, an unknown key, a wrong type or an impossible value.
     """
-    path = Path(path)
+    return _load_with_needs(Path(path), ())
+
+
+def _load_with_needs(path: Path, taught: tuple[str, ...]) -> Recipe:
+    """A recipe with the fingerprints of those that it needs; `taught`: those that need this one."""
     recipe, where = _load(path)
-    if recipe.float_start is None:
-        return recipe
-    return recipe.model_copy(update={"float_start_sha256": _load_float_start(recipe, path, where).fingerprint()})
+    taught = (*taught, recipe.name)
+    fingerprints = {
+        f"{purpose}_sha256": _load_needed(recipe, purpose, entry, path, where, taught).fingerprint()
+        for purpose, entry in recipe.needs.items()
+    }
+    return recipe.model_copy(update=fingerprints)
 
 
 def _load(path: Path) -> tuple[Recipe, Where]:
@@ -170,20 +228,23 @@ def _load(path: Path) -> tuple[Recipe, Where]:
     return recipe_from_dict({**values, "name": path.stem}, str(path), where), where
 
 
-def _load_float_start(recipe: Recipe, path: Path, where: Where) -> Recipe:
-    place = f"{where['float_start',]}: float_start"
-    source = path.with_name(f"{recipe.float_start}.yaml")
+def _load_needed(recipe: Recipe, purpose: str, entry: str, path: Path, where: Where, taught: tuple[str, ...]) -> Recipe:
+    place = f"{where[purpose,]}: {purpose}"
+    source = path.with_name(f"{entry}.yaml")
     if not source.is_file():
         recipes = sorted(p.stem for p in path.parent.glob("*.yaml") if not p.stem.startswith("_"))
-        raise RecipeError(f"{place}: no recipe {recipe.float_start!r} beside this one: {nearest(source.stem, recipes)}")
-    start, _ = _load(source)  # of a float model, so without a float start of its own
-    needed = model_spec(recipe.model).float_twin, recipe.dataset
-    if (start.model, start.dataset) != needed:
-        raise RecipeError(
-            f"{place}: {source.name} is of {start.model} on {start.dataset}: {recipe.model} on {recipe.dataset} can "
-            f"only start from its float twin, {needed[0]} on {needed[1]}"
-        )
-    return start
+        raise RecipeError(f"{place}: no recipe {entry!r} beside this one: {nearest(source.stem, recipes)}")
+    found, _ = _load(source)
+    fits = f"{recipe.teacher_model} is what its name says"
+    model = recipe.teacher_model
+    if purpose == "float_start":
+        model = model_spec(recipe.model).float_twin
+        fits = f"{recipe.model} on {recipe.dataset} can only start from its float twin, {model} on {recipe.dataset}"
+    if (found.model, found.dataset) != (model, recipe.dataset):
+        raise RecipeError(f"{place}: {source.name} is of {found.model} on {found.dataset}: {fits}")
+    if entry in taught:
+        raise RecipeError(f"{place}: {' -> '.join((*taught, entry))}: no net learns from itself")
+    return _load_with_needs(source, taught)
 
 
 def recipe_from_dict(values: dict[str, Any], source: str, where: Where | None = None) -> Recipe:

@@ -39,10 +39,13 @@ from .progress import TrainingProgress
 from .recipe import Recipe
 from .record import RecordError, RunRecord
 from .state import RunIdentity, resume, save_state
+from .teacher import Teacher
 from .trainer import Trainer
 
 SAVE_EVERY_SECONDS = 60.0
 STATE, RECORD, WEIGHTS = "state.safetensors", "record.json", "weights.safetensors"
+
+_PURPOSES = {"float_start": "starts from", "teacher": "learns from"}
 
 _initialising = threading.Lock()  # the random numbers of initialisation come from the generator of the whole process
 
@@ -66,6 +69,7 @@ def run_recipe(
     dataset: Dataset | None = None,
     data_root: str | Path | None = None,
     float_start: str | Path | None = None,
+    teacher: str | Path | None = None,
     quiet: bool = False,
     save_every: float = SAVE_EVERY_SECONDS,
 ) -> RunRecord:
@@ -83,6 +87,8 @@ def run_recipe(
             Python handles no signals, is stopped by it.
         dataset: instead of loading the recipe's from `data_root`.
         float_start: safetensors file of the float twin's weights; needed if the recipe has a float_start.
+        teacher: safetensors file of the teacher's weights; needed if the recipe has a teacher. For a run with a
+            holdout, of a run that held out the same images, or it would know their labels.
         quiet: no progress.
         save_every: seconds between saved states.
 
@@ -91,7 +97,7 @@ def run_recipe(
 
     Raises:
         RunInterrupted: at the deadline, on SIGINT or SIGTERM, or where `stop` says so; the state is saved.
-        RunError: the float start is missing or does not fit, or the saved state cannot be read.
+        RunError: the float start or teacher is missing or does not fit, or the saved state cannot be read.
         TrainingDiverged: the loss is not finite.
     """
     run_dir = Path(run_dir)
@@ -100,8 +106,9 @@ def run_recipe(
     if epochs < 1:
         raise RunError(f"{recipe.name}: epochs={epochs}: a run has at least 1")
     target = resolve_device(device)
-    start = _float_start_facts(recipe, float_start)
-    identity = RunIdentity(recipe.fingerprint(), recipe.seed, epochs, holdout, start)
+    start = _facts_of(recipe, "float_start", float_start)
+    taught = _facts_of(recipe, "teacher", teacher)
+    identity = RunIdentity(recipe.fingerprint(), recipe.seed, epochs, holdout, start, taught)
     machine = _describe_machine(recipe, target, quiet)
     commit = current_commit()  # of the code that trains: the checkout may have moved by the end
     with _alone_in(run_dir), deterministic(target):
@@ -123,7 +130,7 @@ def run_recipe(
             seed=recipe.seed,
             device=target,
         )
-        trainer = Trainer(model, batches, recipe, epochs)
+        trainer = Trainer(model, batches, recipe, epochs, _teacher(recipe, data, teacher, target))
         conditions = {**machine, "torch": torch.__version__}
         resume(trainer, run_dir / STATE, identity, conditions)
         save = functools.partial(save_state, trainer, run_dir / STATE, identity, conditions)
@@ -153,6 +160,7 @@ def run_recipe(
             versions=_versions(recipe, target),
             commit=commit,
             float_start=start,
+            teacher=taught,
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             history=trainer.history,
         )
@@ -189,22 +197,42 @@ def _fresh_model(recipe: Recipe, data: Dataset, float_start: str | Path | None) 
         twin = model_spec(recipe.model).float_twin
         assert twin is not None
         normalisation = preprocessing_of(twin, recipe.dataset)
-        try:
+        with _naming(recipe, float_start):
             start_from_float(model, load_file(float_start), normalisation.mean, normalisation.std)
-        except (ValueError, SafetensorError) as error:
-            raise RunError(f"{recipe.name}: {float_start}: {error}") from None
     return model
 
 
-def _float_start_facts(recipe: Recipe, float_start: str | Path | None) -> dict[str, Any] | None:
-    if not recipe.float_start:
+def _teacher(recipe: Recipe, data: Dataset, weights: str | Path | None, device: torch.device) -> Teacher | None:
+    if recipe.teacher_model is None or weights is None:
         return None
-    if float_start is None or not Path(float_start).is_file():
+    with _initialising, torch.random.fork_rng(devices=[]):
+        model = build_model(recipe.teacher_model, num_classes=data.info.num_classes, in_chans=data.info.in_chans)
+    with _naming(recipe, weights):
+        model.load_state_dict(load_file(weights), strict=True)
+    own, student = (preprocessing_of(name, recipe.dataset) for name in (recipe.teacher_model, recipe.model))
+    return Teacher(model.to(device), own, student, recipe.distillation)
+
+
+@contextmanager
+def _naming(recipe: Recipe, weights: str | Path) -> Iterator[None]:
+    """Name the run and the file where its weights turn out not to be what they should."""
+    try:
+        yield
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise RunError(f"{recipe.name}: {weights}: {error}") from None
+
+
+def _facts_of(recipe: Recipe, purpose: str, weights: str | Path | None) -> dict[str, Any] | None:
+    """Which weights a run has been given as its float start or teacher."""
+    if purpose not in recipe.needs:
+        return None
+    entry = recipe.needs[purpose]
+    if weights is None or not Path(weights).is_file():
         raise RunError(
-            f"{recipe.name} starts from the weights of {recipe.float_start}, seed {recipe.seed}, and "
-            f"{float_start or 'no file'} was given: train that entry first and give its weights.safetensors"
+            f"{recipe.name} {_PURPOSES[purpose]} the weights of {entry}, seed {recipe.seed}, and "
+            f"{weights or 'no file'} was given: train that entry first and give its weights.safetensors"
         )
-    return {"entry": recipe.float_start, "seed": recipe.seed, "weights_sha256": sha256_of(float_start)}
+    return {"entry": entry, "seed": recipe.seed, "weights_sha256": sha256_of(weights)}
 
 
 def _finished(run_dir: Path, identity: RunIdentity) -> RunRecord | None:

@@ -25,7 +25,8 @@ class RunIdentity:
     Attributes:
         recipe: fingerprint of the recipe.
         seed, epochs, holdout: as in the record.
-        float_start: entry, seed and weights_sha256 of the float model that the run starts from.
+        float_start, teacher: entry, seed and weights_sha256 of the float models that the run starts from and is taught
+            by.
     """
 
     recipe: str
@@ -33,11 +34,12 @@ class RunIdentity:
     epochs: int
     holdout: int
     float_start: dict[str, Any] | None
+    teacher: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, record: RunRecord) -> RunIdentity:
         epochs = record.recipe.get("epochs", 0)
-        return cls(record.recipe_sha256, record.seed, epochs, record.holdout, record.float_start)
+        return cls(record.recipe_sha256, record.seed, epochs, record.holdout, record.float_start, record.teacher)
 
 
 def save_state(trainer: Trainer, path: Path, identity: RunIdentity, conditions: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from .optimizers import build_optimizers
 from .recipe import Recipe
 from .schedule import lr_factor
 from .steps import CapturedSteps, Steps
+from .teacher import Teacher
 
 
 class TrainingDiverged(CnvzooError):
@@ -54,15 +55,23 @@ class Trainer:
     The steps taken depend on the recipe, its seed and the step's number alone, so training that stopped at a
     step and goes on from its `state()` gives the bits that it would have given without the stop.
 
+    Args:
+        model, batches, recipe: what learns, what from, and how.
+        epochs: how many there are in all.
+        teacher: whom the model learns from beside the labels, if the recipe has one.
+
     Attributes:
         step: steps taken so far, of `total_steps`.
         history: one dict per finished epoch: epoch, loss, lr, seconds.
     """
 
-    def __init__(self, model: nn.Module, batches: TrainBatches, recipe: Recipe, epochs: int) -> None:
+    def __init__(
+        self, model: nn.Module, batches: TrainBatches, recipe: Recipe, epochs: int, teacher: Teacher | None = None
+    ) -> None:
         self.model = model
         self.batches = batches
         self.recipe = recipe
+        self.teacher = teacher
         self.steps_per_epoch = batches.steps_per_epoch
         self.total_steps = epochs * self.steps_per_epoch
         # a trial of fewer epochs warms up for the same share of its steps
@@ -106,15 +115,22 @@ class Trainer:
         """Move the weights by one batch: work for the device alone, which nothing here waits for."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+        with self._precision():
             logits = self._forward(images)
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
+        if self.teacher:
+            with self._precision():
+                loss = self.teacher.loss(images, logits, loss)
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
         self._loss_sum += loss.detach()
         if self.average:
             self.average.update(average_weight)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
 
     def scalars(self, step: int) -> tuple[float, float]:
         """What changes from step to step but is the same for all weights: the factor of the learning rates, and the

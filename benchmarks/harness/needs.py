@@ -1,4 +1,4 @@
-"""Where a quantized entry finds the float weights that it starts from: of the same seed, and those of a record."""
+"""Where a run finds the float weights that it starts or learns from: of the same seed, and those of a record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .layout import Layout
 from .records import standing
 
 
-def resolve_float_start(entry: Entry, seed: int, layout: Layout, *, trial_epochs: int | None = None) -> Path | None:
+def resolve_weights(entry: Entry, seed: int, layout: Layout, *, trial_epochs: int | None = None) -> Path | None:
     """The safetensors file of the finished run of float `entry` with `seed`, or None if it has to be trained.
 
     Looked for among the runs first, then among the published checkpoints, which hold one seed. `trial_epochs` lets

@@ -1,0 +1,66 @@
+"""Learning from a trained net's outputs beside the labels: knowledge distillation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cnvzoo.data import Preprocessing
+
+from .recipe import Distillation
+
+
+class Teacher:
+    """A trained net that tells a student, for each image that it is shown, how likely each class is.
+
+    The student is to give the teacher's probabilities, both softened by a temperature (Hinton et al. 2015, section
+    2), for the very images that it learns from, augmented and mixed as they are (Beyer et al. 2022).
+
+    Args:
+        model: of the library, on the student's device; frozen from now on.
+        own: preprocessing of the images that the teacher was trained with.
+        student: that of the images that it will be shown.
+        distillation: temperature, and weight of what the teacher says.
+    """
+
+    def __init__(
+        self, model: nn.Module, own: Preprocessing, student: Preprocessing, distillation: Distillation
+    ) -> None:
+        layout: Any = model.eval().requires_grad_(False)
+        layout.to(memory_format=torch.channels_last)
+        device = next(model.parameters()).device
+        self._model = torch.compile(model, fullgraph=True) if device.type == "cuda" else model  # as for the student
+        self._distillation = distillation
+        own_mean, own_std, mean, std = (
+            torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
+            for values in (own.mean, own.std, student.mean, student.std)
+        )
+        self._converts = own != student
+        self._factor = (std / own_std).to(device, torch.float32)
+        self._shift = ((mean - own_mean) / own_std).to(device, torch.float32)
+
+    def loss(self, images: Tensor, logits: Tensor, label_loss: Tensor) -> Tensor:
+        """What the student is to lower: `label_loss` and its distance from the teacher, weighed.
+
+        The distance is the mean Kullback-Leibler divergence of the softened probabilities times the squared
+        temperature, which keeps its gradients as large as those of the labels.
+
+        Args:
+            images: [N, C, H, W], as the student takes them.
+            logits: float32 [N, classes], the student's.
+            label_loss: scalar.
+        """
+        with torch.no_grad():
+            shown = images * self._factor + self._shift if self._converts else images
+            theirs = self._model(shown).float()
+        weight, temperature = self._distillation.weight, self._distillation.temperature
+        distance = F.kl_div(
+            F.log_softmax(logits / temperature, 1),
+            F.log_softmax(theirs / temperature, 1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return (1 - weight) * label_loss + weight * temperature**2 * distance

@@ -1,0 +1,158 @@
+"""Learning from a teacher: the loss that it makes, what it is shown, and runs that need its weights."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from synthetic import CNV_BITS, StepHook, coloured, noise, recipe
+from torch import Tensor, nn
+
+from cnvzoo.data import Dataset
+from cnvzoo.files import sha256_of
+from cnvzoo.models import build_model
+from cnvzoo.train import Distillation, Recipe, RunError, RunInterrupted, RunRecord, preprocessing_of, run_recipe
+from cnvzoo.train.teacher import Teacher
+
+PIXELS = preprocessing_of("quant_cnv", "cifar10")
+NORMALISED = preprocessing_of("cnv", "cifar10")
+TAUGHT = {"name": "mnist_resnet20", "teacher": "mnist_resnet32"}
+
+
+class Says(nn.Module):
+    """A net that gives these logits for every image."""
+
+    def __init__(self, *logits: float) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits.expand(len(images), -1)
+
+
+def run(wanted: Recipe, folder: Path, dataset: Dataset | None = None, **arguments: Any) -> RunRecord:
+    return run_recipe(wanted, run_dir=folder, dataset=dataset or noise(wanted.dataset), quiet=True, **arguments)
+
+
+# --- the loss
+
+
+def test_the_loss_of_a_case_done_by_hand() -> None:
+    """Softened by 2, the teacher says 3/4 and 1/4, the student 1/2 and 1/2."""
+    teacher = Teacher(Says(2 * math.log(3), 0), PIXELS, PIXELS, Distillation(temperature=2, weight=0.25))
+    found = teacher.loss(torch.zeros(5, 3, 32, 32), torch.zeros(5, 2), torch.tensor(2.0))
+    divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert float(found) == pytest.approx(0.75 * 2.0 + 0.25 * 4 * divergence, rel=1e-6)
+
+
+def test_its_gradient_is_the_difference_of_probabilities() -> None:
+    """Of KL(p || q) softened by T, times T^2: T (q - p), which Hinton et al. say keeps its size as T grows."""
+    logits = torch.tensor([[0.3, -1.0, 2.0]], requires_grad=True)
+    teacher = Teacher(Says(1.0, 0.5, -0.5), PIXELS, PIXELS, Distillation(temperature=3, weight=1))
+    teacher.loss(torch.zeros(1, 3, 32, 32), logits, torch.tensor(0.0)).backward()
+    student, other = (torch.softmax(x / 3, 1) for x in (logits.detach(), torch.tensor([[1.0, 0.5, -0.5]])))
+    torch.testing.assert_close(logits.grad, 3 * (student - other))
+
+
+@pytest.mark.parametrize(("own", "student"), [(NORMALISED, PIXELS), (PIXELS, NORMALISED), (PIXELS, PIXELS)])
+def test_a_teacher_sees_images_as_it_was_trained_to(own: Any, student: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 900, 10))
+    images = noise("cifar10").test_images
+    expected = model(own(images)).detach()
+    teacher = Teacher(model, own, student, Distillation(weight=1))
+    found = teacher.loss(student(images), expected, torch.tensor(9.0))
+    assert abs(float(found)) < 1e-6
+    assert float(teacher.loss(student(images), expected.roll(1, 1), torch.tensor(9.0))) > 1e-3
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunRecord]:
+    folder = tmp_path_factory.mktemp("teacher")
+    return folder / "weights.safetensors", run(recipe(name="mnist_resnet32", model="resnet32"), folder, epochs=1)
+
+
+def test_what_a_teacher_knows_is_learned_though_all_labels_are_wrong(tmp_path: Path) -> None:
+    optimizer = {"name": "adamw", "lr": 2e-3}
+    common = {"dataset": "cifar10", "epochs": 4, "batch_size": 16, "optimizer": optimizer, "model": "cnv"}
+    data = coloured(train=256, test=100)
+    run(recipe(**common | {"name": "cifar10_cnv"}), tmp_path / "teacher", data)
+    wrong = replace(data, train_labels=(data.train_labels + 1) % 10)
+    taught = recipe(**common | CNV_BITS | {"teacher": "cifar10_cnv", "distillation": {"weight": 1.0}})
+    record = run(taught, tmp_path / "student", wrong, teacher=tmp_path / "teacher" / "weights.safetensors")
+    assert record.accuracy > 60  # of the test set's right labels
+
+
+def test_a_record_says_who_taught(teacher_run: tuple[Path, RunRecord], tmp_path: Path) -> None:
+    weights, teacher = teacher_run
+    record = run(recipe(**TAUGHT), tmp_path / "taught", teacher=weights)
+    assert record.teacher == {"entry": "mnist_resnet32", "seed": 0, "weights_sha256": teacher.weights_sha256}
+    assert RunRecord.read(tmp_path / "taught" / "record.json") == record
+    assert sha256_of(weights) == teacher.weights_sha256
+    alone = run(recipe(), tmp_path / "alone")
+    assert alone.teacher is None
+    assert alone.weights_sha256 != record.weights_sha256
+
+
+def test_a_taught_run_that_was_stopped_ends_with_the_same_bits(
+    teacher_run: tuple[Path, RunRecord], tmp_path: Path, each_step: StepHook
+) -> None:
+    weights, _ = teacher_run
+    whole = run(recipe(**TAUGHT), tmp_path / "whole", teacher=weights)
+    each_step(lambda trainer: trainer.step == 4 and os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(RunInterrupted):
+        run(recipe(**TAUGHT), tmp_path / "stopped", teacher=weights)
+    each_step(None)
+    assert run(recipe(**TAUGHT), tmp_path / "stopped", teacher=weights).weights_sha256 == whole.weights_sha256
+
+
+def test_the_teachers_weights_are_part_of_which_run_it_is(teacher_run: tuple[Path, RunRecord], tmp_path: Path) -> None:
+    weights, _ = teacher_run
+    other = tmp_path / "other.safetensors"
+    save_file({name: t * 2 if t.is_floating_point() else t for name, t in load_file(weights).items()}, other)
+    first, second = (run(recipe(**TAUGHT), tmp_path / "run", teacher=path) for path in (weights, other))
+    assert first.weights_sha256 != second.weights_sha256
+    with pytest.raises(RunInterrupted) as caught:
+        run(recipe(**TAUGHT), tmp_path / "run", teacher=weights, deadline=time.monotonic())
+    assert caught.value.step == 0
+
+
+@pytest.mark.parametrize("given", [None, "nowhere.safetensors"])
+def test_without_its_weights_it_says_which_to_train(tmp_path: Path, given: str | None) -> None:
+    path = given and tmp_path / given
+    with pytest.raises(RunError, match="train that entry first and give its weights") as caught:
+        run(recipe(**TAUGHT), tmp_path, seed=2, teacher=path)
+    assert "mnist_resnet20 learns from the weights of mnist_resnet32, seed 2" in str(caught.value)
+    assert str(path or "no file") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (lambda path: save_file(build_model("resnet20", in_chans=1).state_dict(), path), "Missing key"),
+        (lambda path: save_file(build_model("resnet32").state_dict(), path), "size mismatch"),
+        (lambda path: path.write_bytes(b"half a file"), "header"),
+    ],
+    ids=["another model", "another dataset", "damaged"],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(
+    tmp_path: Path, write: Callable[[Path], object], says: str
+) -> None:
+    path = tmp_path / "teacher.safetensors"
+    write(path)
+    with pytest.raises(RunError, match=says) as caught:
+        run(recipe(**TAUGHT), tmp_path / "run", teacher=path)
+    assert str(path) in str(caught.value)
+    assert "mnist_resnet20" in str(caught.value)
