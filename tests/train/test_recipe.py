@@ -409,6 +409,15 @@ def test_nobody_learns_from_himself(tmp_path: Path) -> None:
     assert "cifar10_resnet20 -> cifar10_resnet56 -> cifar10_resnet20: no net learns from itself" in said
 
 
+def test_a_recipe_without_a_teacher_says_nothing_of_one(tmp_path: Path) -> None:
+    """Records and model cards have the whole recipe."""
+    write(tmp_path, RESNET56, "cifar10_resnet56")
+    alone, taught = (load_recipe(write(tmp_path, text)) for text in (RESNET, taught_by("cifar10_resnet56")))
+    more = taught.model_dump(mode="json").keys() - alone.model_dump(mode="json").keys()
+    assert more == {"teacher", "teacher_sha256", "distillation"}
+    assert recipe_from_dict(taught.model_dump(mode="json"), "a record") == taught
+
+
 def test_distillation_goes_with_a_teacher(tmp_path: Path) -> None:
     text = RESNET + (line := "distillation: {temperature: 2}") + "\n"
     said = error(path := write(tmp_path, text))

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from cnvzoo.data import Augmentation, dataset_info
@@ -172,6 +181,14 @@ class Recipe(_Section):
         if (spec.input_size or own) != (model_spec(self.model).input_size or own):
             raise _at("teacher", f"{model} takes images of another size than {self.model}")
 
+    @model_serializer(mode="wrap")
+    def _silent_about_distillation_without_a_teacher(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = serialize(self)
+        if self.teacher is None:
+            for key in ("teacher", "distillation", "teacher_sha256"):
+                values.pop(key, None)
+        return values
+
     @property
     def teacher_model(self) -> str | None:
         """The model of the teacher, as for `cnvzoo.create_model`."""
@@ -193,8 +210,6 @@ class Recipe(_Section):
         values = self.model_dump(mode="json", exclude={"seed", "name"})
         if self.float_start is None:
             del values["float_start_sha256"]
-        if self.teacher is None:
-            del values["teacher"], values["distillation"], values["teacher_sha256"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
