@@ -491,4 +491,5 @@ def test_the_state_says_which_run_it_is_of(tmp_path: Path, each_step: StepHook) 
         "epochs": 2,
         "holdout": 8,
         "float_start": None,
+        "teacher": None,
     }
