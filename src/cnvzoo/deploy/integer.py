@@ -125,9 +125,8 @@ def integer_net(model: nn.Module) -> IntegerNet:
             _check_pool(*layers[position])
             position += 1
         quantizer = quantizer_of(act)
-        layer, out_scale = _hidden(
-            name, weighted, norm, quantizer, in_scale, in_high, pooled=pooled, copies=(1,) if hidden else _COPIES
-        )
+        copies = _COPIES if not hidden and quantizer.ints.high <= _FEW_LEVELS else (1,)
+        layer, out_scale = _hidden(name, weighted, norm, quantizer, in_scale, in_high, pooled=pooled, copies=copies)
         hidden.append(layer)
         in_scale, in_high = out_scale, quantizer.ints.high
     name, last = layers[-1]
@@ -213,7 +212,7 @@ def _hidden(
     )  # fmt: skip
     gain = gain_for(quantizer.bits)
     tried = []
-    for count in copies if act.ints.high <= _FEW_LEVELS else (1,):
+    for count in copies:
         tried.append((*_without_constant(weight, exact, count * gain), count))
         if not tried[-1][1].differing.any():
             break
