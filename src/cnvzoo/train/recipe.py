@@ -160,16 +160,16 @@ class Recipe(_Section):
                 if value is not None:
                     raise _at(key, f"{self.model} is a float model: leave out w_bits, a_bits and float_start")
         if self.teacher is not None:
-            self._teacher_fits(self.teacher)
+            self._check_teacher(self.teacher)
         elif self.distillation != Distillation():
             raise _at("distillation", "goes with a teacher: name one, or leave this out")
         if self.schedule.warmup_epochs >= self.epochs:
             raise _at("epochs", f"{self.epochs}: must be above schedule.warmup_epochs, {self.schedule.warmup_epochs}")
         return self
 
-    def _teacher_fits(self, teacher: str) -> None:
-        model = teacher.removeprefix(f"{self.dataset}_")
-        if model == teacher:
+    def _check_teacher(self, teacher: str) -> None:
+        model = self.teacher_model
+        if model is None or model == teacher:
             raise _at("teacher", f"{teacher!r}: a teacher is an entry of the same dataset, {self.dataset}_<model>")
         try:
             spec = model_spec(model)
@@ -221,12 +221,12 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         RecipeError: not readable, not YAML, an unknown key, a wrong type or an impossible value.
     """
-    return _load_with_needs(Path(path), ())
+    path = Path(path)
+    return _with_needs(*_load(path), path, ())
 
 
-def _load_with_needs(path: Path, taught: tuple[str, ...]) -> Recipe:
-    """A recipe with the fingerprints of those that it needs; `taught`: those that need this one."""
-    recipe, where = _load(path)
+def _with_needs(recipe: Recipe, where: Where, path: Path, taught: tuple[str, ...]) -> Recipe:
+    """The recipe with the fingerprints of those that it needs; `taught`: those that need this one."""
     taught = (*taught, recipe.name)
     fingerprints = {
         f"{purpose}_sha256": _load_needed(recipe, purpose, entry, path, where, taught).fingerprint()
@@ -249,7 +249,7 @@ def _load_needed(recipe: Recipe, purpose: str, entry: str, path: Path, where: Wh
     if not source.is_file():
         recipes = sorted(p.stem for p in path.parent.glob("*.yaml") if not p.stem.startswith("_"))
         raise RecipeError(f"{place}: no recipe {entry!r} beside this one: {nearest(source.stem, recipes)}")
-    found, _ = _load(source)
+    found, found_where = _load(source)
     fits = f"{recipe.teacher_model} is what its name says"
     model = recipe.teacher_model
     if purpose == "float_start":
@@ -259,7 +259,7 @@ def _load_needed(recipe: Recipe, purpose: str, entry: str, path: Path, where: Wh
         raise RecipeError(f"{place}: {source.name} is of {found.model} on {found.dataset}: {fits}")
     if entry in taught:
         raise RecipeError(f"{place}: {' -> '.join((*taught, entry))}: no net learns from itself")
-    return _load_with_needs(source, taught)
+    return _with_needs(found, found_where, source, taught)
 
 
 def recipe_from_dict(values: dict[str, Any], source: str, where: Where | None = None) -> Recipe:
