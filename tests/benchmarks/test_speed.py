@@ -122,7 +122,7 @@ def test_all_ways_train() -> None:
     assert share == pytest.approx(6 * 40_813_184 * rates["ours"] / result["matmul_peak"], rel=0.02)
 
 
-def test_a_way_whose_process_ends_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_way_whose_process_ends_is_an_error() -> None:
     recipe = runpy.run_path(str(SPEED / "train.py"))["_recipe"]("resnet20")
     with (
         ways.Way(

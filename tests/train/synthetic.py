@@ -1,16 +1,20 @@
-"""Small stand-ins for the benchmark datasets, and recipes that train on them within a second or a few."""
+"""Small stand-ins for the benchmark datasets, and recipes and runs that train on them within a second or a few."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from cnvzoo.data import Dataset, dataset_info
-from cnvzoo.train import Recipe, Trainer, recipe_from_dict
+from cnvzoo.train import Recipe, RunInterrupted, RunRecord, Trainer, recipe_from_dict, run_recipe
 
 StepHook = Callable[[Callable[[Trainer], object] | None], None]  # the fixture `each_step`
 
@@ -68,3 +72,16 @@ def recipe(**changes: Any) -> Recipe:
         "precision": "fp32",
     }
     return recipe_from_dict(values | changes, "this test")
+
+
+def run(wanted: Recipe, folder: Path, dataset: Dataset | None = None, **arguments: Any) -> RunRecord:
+    return run_recipe(wanted, run_dir=folder, dataset=dataset or noise(wanted.dataset), quiet=True, **arguments)
+
+
+def interrupted(wanted: Recipe, folder: Path, each_step: StepHook, **arguments: Any) -> Path:
+    """A run that stopped at a step of its first epoch; the path of its state."""
+    each_step(lambda trainer: trainer.step == 4 and os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(RunInterrupted):
+        run(wanted, folder, **arguments)
+    each_step(None)
+    return folder / "state.safetensors"

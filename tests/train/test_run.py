@@ -16,14 +16,12 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from synthetic import CNV_BITS, EVERY_AUGMENTATION, StepHook, coloured, noise, recipe
+from synthetic import CNV_BITS, EVERY_AUGMENTATION, StepHook, coloured, interrupted, noise, recipe, run
 
 from cnvzoo import CnvzooError
-from cnvzoo.data import Dataset
 from cnvzoo.files import sha256_of
 from cnvzoo.models import build_model
 from cnvzoo.train import (
-    Recipe,
     RunError,
     RunInterrupted,
     RunRecord,
@@ -31,14 +29,9 @@ from cnvzoo.train import (
     TrainingDiverged,
     count_correct,
     preprocessing_of,
-    run_recipe,
 )
 
 STEPS = 12  # of `recipe()` on `noise()`: two epochs of six
-
-
-def run(recipe: Recipe, folder: Path, dataset: Dataset | None = None, **arguments: Any) -> RunRecord:
-    return run_recipe(recipe, run_dir=folder, dataset=dataset or noise(recipe.dataset), quiet=True, **arguments)
 
 
 def fail(_: Trainer) -> None:
@@ -283,15 +276,6 @@ def test_a_run_in_a_thread_trains_and_stops_too(tmp_path: Path) -> None:
 # --- what is in the folder already
 
 
-def interrupted(wanted: Recipe, folder: Path, each_step: StepHook, **arguments: Any) -> Path:
-    """A run that stopped at a step of its first epoch; the path of its state."""
-    each_step(lambda trainer: trainer.step == 4 and os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(RunInterrupted):
-        run(wanted, folder, **arguments)
-    each_step(None)
-    return folder / "state.safetensors"
-
-
 def test_a_finished_run_is_returned_and_not_trained_again(tmp_path: Path, each_step: StepHook) -> None:
     record = run(recipe(), tmp_path)
     before = {path: (path.stat().st_mtime_ns, sha256_of(path)) for path in tmp_path.iterdir() if path.suffix}
@@ -423,12 +407,28 @@ def test_the_float_weights_are_part_of_which_run_it_is(
     assert len(list((tmp_path / "run").glob("state-*.safetensors"))) == 1
 
 
+# --- weights that a run needs, as its float start or its teacher
+
+NEEDS = {
+    "float_start": recipe(**FLOAT_START),
+    "teacher": recipe(teacher="mnist_resnet32"),
+}
+
+
 @pytest.mark.parametrize("given", [None, "nowhere.safetensors"])
-def test_without_the_float_weights_it_says_which_to_train(tmp_path: Path, given: str | None) -> None:
+@pytest.mark.parametrize(
+    ("purpose", "says"),
+    [
+        ("float_start", "mnist_quant_cnv_w2a2 starts from the weights of mnist_cnv, seed 2"),
+        ("teacher", "mnist_resnet20 learns from the weights of mnist_resnet32, seed 2"),
+    ],
+)
+def test_without_the_weights_it_says_which_to_train(tmp_path: Path, given: str | None, purpose: str, says: str) -> None:
     path = given and tmp_path / given
+    weights: dict[str, Any] = {purpose: path}
     with pytest.raises(RunError, match="train that entry first and give its weights") as caught:
-        run(recipe(**FLOAT_START), tmp_path, seed=2, float_start=path)
-    assert "mnist_quant_cnv_w2a2 starts from the weights of mnist_cnv, seed 2" in str(caught.value)
+        run(NEEDS[purpose], tmp_path, seed=2, **weights)
+    assert says in str(caught.value)
     assert str(path or "no file") in str(caught.value)
 
 
@@ -436,24 +436,32 @@ def weights_of(model: str, **arguments: Any) -> dict[str, torch.Tensor]:
     return {name: t.contiguous() for name, t in build_model(model, **arguments).state_dict().items()}
 
 
+def damaged(path: Path) -> None:
+    path.write_bytes(b"half a file")
+
+
 @pytest.mark.parametrize(
-    ("write", "says"),
+    ("purpose", "write", "says"),
     [
-        (lambda path: save_file(weights_of("resnet20", in_chans=1), path), "features.0.weight"),
-        (lambda path: save_file(weights_of("cnv", in_chans=3), path), "features.0.weight"),
-        (lambda path: path.write_bytes(b"half a file"), "header"),
+        ("float_start", lambda path: save_file(weights_of("resnet20", in_chans=1), path), "features.0.weight"),
+        ("float_start", lambda path: save_file(weights_of("cnv", in_chans=3), path), "features.0.weight"),
+        ("float_start", damaged, "header"),
+        ("teacher", lambda path: save_file(weights_of("resnet20", in_chans=1), path), "Missing key"),
+        ("teacher", lambda path: save_file(weights_of("resnet32", in_chans=3), path), "size mismatch"),
+        ("teacher", damaged, "header"),
     ],
-    ids=["another model", "another dataset", "damaged"],
+    ids=[f"{purpose}-{what}" for purpose in NEEDS for what in ("another model", "another dataset", "damaged")],
 )
-def test_float_weights_that_do_not_fit_are_refused_by_name(
-    tmp_path: Path, write: Callable[[Path], object], says: str
+def test_weights_that_do_not_fit_are_refused_by_name(
+    tmp_path: Path, purpose: str, write: Callable[[Path], object], says: str
 ) -> None:
-    path = tmp_path / "float.safetensors"
+    path = tmp_path / "weights.safetensors"
+    weights: dict[str, Any] = {purpose: path}
     write(path)
     with pytest.raises(RunError, match=says) as caught:
-        run(recipe(**FLOAT_START), tmp_path / "run", float_start=path)
+        run(NEEDS[purpose], tmp_path / "run", **weights)
     assert str(path) in str(caught.value)
-    assert "mnist_quant_cnv_w2a2" in str(caught.value)
+    assert NEEDS[purpose].name in str(caught.value)
 
 
 # --- what goes wrong

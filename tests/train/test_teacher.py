@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from synthetic import CNV_BITS, StepHook, coloured, noise, recipe
+from synthetic import CNV_BITS, StepHook, coloured, interrupted, noise, recipe, run
 from torch import Tensor, nn
 
-from cnvzoo.data import Dataset
 from cnvzoo.files import sha256_of
-from cnvzoo.models import build_model
-from cnvzoo.train import Distillation, Recipe, RunError, RunInterrupted, RunRecord, preprocessing_of, run_recipe
+from cnvzoo.train import Distillation, RunInterrupted, RunRecord, preprocessing_of
 from cnvzoo.train.teacher import Teacher
 
 PIXELS = preprocessing_of("quant_cnv", "cifar10")
@@ -37,10 +32,6 @@ class Says(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.logits.expand(len(images), -1)
-
-
-def run(wanted: Recipe, folder: Path, dataset: Dataset | None = None, **arguments: Any) -> RunRecord:
-    return run_recipe(wanted, run_dir=folder, dataset=dataset or noise(wanted.dataset), quiet=True, **arguments)
 
 
 # --- the loss
@@ -111,10 +102,7 @@ def test_a_taught_run_that_was_stopped_ends_with_the_same_bits(
 ) -> None:
     weights, _ = teacher_run
     whole = run(recipe(**TAUGHT), tmp_path / "whole", teacher=weights)
-    each_step(lambda trainer: trainer.step == 4 and os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(RunInterrupted):
-        run(recipe(**TAUGHT), tmp_path / "stopped", teacher=weights)
-    each_step(None)
+    interrupted(recipe(**TAUGHT), tmp_path / "stopped", each_step, teacher=weights)
     assert run(recipe(**TAUGHT), tmp_path / "stopped", teacher=weights).weights_sha256 == whole.weights_sha256
 
 
@@ -127,32 +115,3 @@ def test_the_teachers_weights_are_part_of_which_run_it_is(teacher_run: tuple[Pat
     with pytest.raises(RunInterrupted) as caught:
         run(recipe(**TAUGHT), tmp_path / "run", teacher=weights, deadline=time.monotonic())
     assert caught.value.step == 0
-
-
-@pytest.mark.parametrize("given", [None, "nowhere.safetensors"])
-def test_without_its_weights_it_says_which_to_train(tmp_path: Path, given: str | None) -> None:
-    path = given and tmp_path / given
-    with pytest.raises(RunError, match="train that entry first and give its weights") as caught:
-        run(recipe(**TAUGHT), tmp_path, seed=2, teacher=path)
-    assert "mnist_resnet20 learns from the weights of mnist_resnet32, seed 2" in str(caught.value)
-    assert str(path or "no file") in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("write", "says"),
-    [
-        (lambda path: save_file(build_model("resnet20", in_chans=1).state_dict(), path), "Missing key"),
-        (lambda path: save_file(build_model("resnet32").state_dict(), path), "size mismatch"),
-        (lambda path: path.write_bytes(b"half a file"), "header"),
-    ],
-    ids=["another model", "another dataset", "damaged"],
-)
-def test_weights_that_do_not_fit_are_refused_by_name(
-    tmp_path: Path, write: Callable[[Path], object], says: str
-) -> None:
-    path = tmp_path / "teacher.safetensors"
-    write(path)
-    with pytest.raises(RunError, match=says) as caught:
-        run(recipe(**TAUGHT), tmp_path / "run", teacher=path)
-    assert str(path) in str(caught.value)
-    assert "mnist_resnet20" in str(caught.value)
