@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     from cnvzoo.publishing import publish, write_card
     from cnvzoo.train import Recipe, load_recipe
     from cnvzoo.verify import verify
-    from cnvzoo.zoo import create_model, evaluate, list_models, model_info, predict, quantize, train, transforms
+    from cnvzoo.zoo import (
+        create_model,
+        evaluate,
+        list_models,
+        model_info,
+        predict,
+        quantize,
+        quantize_bias,
+        train,
+        transforms,
+    )
 
 try:
     __version__ = version("cnvzoo")
@@ -43,6 +53,7 @@ __all__ = [
     "predict",
     "publish",
     "quantize",
+    "quantize_bias",
     "register_model",
     "train",
     "transforms",

@@ -21,6 +21,7 @@ from synthetic import CNV_BITS, EVERY_AUGMENTATION, StepHook, coloured, interrup
 from cnvzoo import CnvzooError
 from cnvzoo.files import sha256_of
 from cnvzoo.models import build_model
+from cnvzoo.models.integer_bias import quantize_bias
 from cnvzoo.train import (
     RunError,
     RunInterrupted,
@@ -378,6 +379,20 @@ FLOAT_START = CNV_BITS | {"name": "mnist_quant_cnv_w2a2", "float_start": "mnist_
 def float_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunRecord]:
     folder = tmp_path_factory.mktemp("float")
     return folder / "weights.safetensors", run(recipe(name="mnist_cnv", model="cnv"), folder, seed=5, epochs=1)
+
+
+def test_biases_are_quantized_before_the_model_is_scored(tmp_path: Path) -> None:
+    """And by no step of training: the weights are those of the run without, rounded."""
+    plain = run(recipe(**CNV_BITS), tmp_path / "plain")
+    record = run(recipe(**CNV_BITS, quantize_bias=True), tmp_path / "quantized")
+    model = build_model("quant_cnv", in_chans=1, num_classes=10, w_bits=2, a_bits=2)
+    model.load_state_dict(load_file(tmp_path / "plain" / "weights.safetensors"))
+    quantize_bias(model)
+    found = load_file(tmp_path / "quantized" / "weights.safetensors")
+    assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
+    assert record.weights_sha256 != plain.weights_sha256
+    data, preprocessing = noise(), preprocessing_of("quant_cnv", "mnist")
+    assert record.correct == count_correct(model.eval(), data.test_images, data.test_labels, preprocessing, quiet=True)
 
 
 def test_a_quantized_run_starts_from_the_weights_of_its_float_twin(

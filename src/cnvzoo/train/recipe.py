@@ -112,6 +112,8 @@ class Recipe(_Section):
         float_start: the entry of the float twin whose weights, of the same seed, this run starts from: the name
             of a recipe in the same folder.
         float_start_sha256: fingerprint of that recipe, which decides these weights too; filled in by load_recipe.
+        quantize_bias: whether what BatchNorm adds is rounded to whole accumulators at the end, before the model is
+            scored, so that it is an exact int32 bias.
         teacher: the entry of a float model of the same dataset that teaches this one, with its weights of the same
             seed: the name of a recipe in the same folder, which is `<dataset>_<model>`.
         distillation: how it teaches.
@@ -134,6 +136,7 @@ class Recipe(_Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     float_start: str | None = None
     float_start_sha256: str | None = None
+    quantize_bias: bool = False
     teacher: str | None = None
     distillation: Distillation = Distillation()
     teacher_sha256: str | None = None
@@ -156,9 +159,13 @@ class Recipe(_Section):
             if None in bits.values():
                 raise _at("model", f"{self.model} needs w_bits and a_bits")
         else:
-            for key, value in {**bits, "float_start": self.float_start}.items():
+            for key, value in {
+                **bits,
+                "float_start": self.float_start,
+                "quantize_bias": self.quantize_bias or None,
+            }.items():
                 if value is not None:
-                    raise _at(key, f"{self.model} is a float model: leave out w_bits, a_bits and float_start")
+                    raise _at(key, f"{self.model} is a float model: leave {key} out")
         if self.teacher is not None:
             self._check_teacher(self.teacher)
         elif self.distillation != Distillation():
@@ -182,12 +189,11 @@ class Recipe(_Section):
             raise _at("teacher", f"{model} takes images of another size than {self.model}")
 
     @model_serializer(mode="wrap")
-    def _silent_about_distillation_without_a_teacher(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values = serialize(self)
-        if self.teacher is None:
-            for key in ("teacher", "distillation", "teacher_sha256"):
-                values.pop(key, None)
-        return values
+    def _silent_about_what_is_not_used(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes keep the fingerprint that they had before there were these keys."""
+        unused = ["teacher", "distillation", "teacher_sha256"] if self.teacher is None else []
+        unused += [] if self.quantize_bias else ["quantize_bias"]
+        return {key: value for key, value in serialize(self).items() if key not in unused}
 
     @property
     def teacher_model(self) -> str | None:

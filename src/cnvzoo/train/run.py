@@ -138,6 +138,10 @@ def run_recipe(
             name = f"{recipe.name}, seed {recipe.seed}"
             raise RunInterrupted(name, reason, trainer.step, trainer.total_steps, run_dir)
         trainer.finish()
+        if recipe.quantize_bias:
+            from cnvzoo.models.integer_bias import quantize_bias
+
+            quantize_bias(model)
         correct = count_correct(model, data.test_images, data.test_labels, preprocessing, quiet=quiet)
         total = len(data.test_labels)
 
