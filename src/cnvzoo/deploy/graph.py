@@ -98,8 +98,6 @@ def integer_graph(net: IntegerNet) -> onnx.ModelProto:
 
 def _add_layer(graph: _Graph, x: str, layer: HiddenLayer) -> str:
     name, chosen = layer.name, layer.requantization
-    if layer.copies > 1:
-        x = graph.add("Concat", [x] * layer.copies, f"{name}.copies", axis=1)
     inputs = [
         x, "one", "zero",
         graph.add_weight(name, layer.scaled_weight),

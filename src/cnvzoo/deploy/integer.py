@@ -8,14 +8,12 @@ sigma and shift h, and an activation quantizer with scale s_a, the trained model
 which is round(multiplier * acc + offset) of the integer accumulator. The weights stay the integers that were trained;
 where gamma is negative, those of the channel and the multiplier change their signs, so that all multipliers are
 positive and max pooling keeps its meaning. Weights that leave room in int8 are multiplied by a whole number, the gain,
-which makes the unit of the int32 bias as much finer. The 8-bit weights of a first layer leave none: there the few
-channels of the image are there twice instead, with their weights, where that puts more steps right. Not where levels
-have 8 bits: one level more or less is little there.
+which makes the unit of the int32 bias as much finer. Nothing is left to be rounded in a model whose biases were
+quantized (`cnvzoo.quantize_bias`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +22,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from cnvzoo.models.integer_bias import int8_gain
+
 from .checks import quantized_cnv
 from .errors import DeployError
 from .requantize import Requantization, Staircase, requantization
 
-INT8_HIGH = 127
 _PIXEL_HIGH = 255
-_COPIES = (1, 2)  # of the image's channels: more would be finer still, at 5 % of the net's time each
-_FEW_LEVELS = 127  # or fewer: one level more or less is much
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,6 @@ class HiddenLayer:
         high: the highest level, 2^a_bits - 1.
         pooled: whether a 2x2 max pool with stride 2 follows.
         linear: whether it is a linear layer, so that the map in front of it is flattened.
-        copies: how many times the channels of its input are there, one behind the other.
     """
 
     name: str
@@ -56,13 +52,11 @@ class HiddenLayer:
     high: int
     pooled: bool
     linear: bool
-    copies: int
 
     @property
     def scaled_weight(self) -> NDArray[np.int8]:
-        """The weights that give accumulators times the gain: [out, copies * in, height, width]."""
-        each = self.weight * np.int8(self.requantization.gain // self.copies)
-        return np.tile(each.astype(np.int8), (1, self.copies, 1, 1))
+        """The weights that give accumulators times the gain: [out, in, height, width]."""
+        return self.weight * np.int8(self.requantization.gain)
 
 
 @dataclass(frozen=True)
@@ -95,11 +89,6 @@ class IntegerNet:
         return int(sum(layer.requantization.reachable.sum() for layer in self.hidden))
 
 
-def gain_for(w_bits: int) -> int:
-    """The largest whole number that w_bits integers can be multiplied by inside int8."""
-    return INT8_HIGH // max(1, 2 ** (w_bits - 1) - 1)
-
-
 @torch.no_grad()
 def integer_net(model: nn.Module) -> IntegerNet:
     """Take a quantized CNV apart into integers.
@@ -125,8 +114,7 @@ def integer_net(model: nn.Module) -> IntegerNet:
             _check_pool(*layers[position])
             position += 1
         quantizer = quantizer_of(act)
-        copies = _COPIES if not hidden and quantizer.ints.high <= _FEW_LEVELS else (1,)
-        layer, out_scale = _hidden(name, weighted, norm, quantizer, in_scale, in_high, pooled=pooled, copies=copies)
+        layer, out_scale = _hidden(name, weighted, norm, quantizer, in_scale, in_high, pooled=pooled)
         hidden.append(layer)
         in_scale, in_high = out_scale, quantizer.ints.high
     name, last = layers[-1]
@@ -189,12 +177,9 @@ def _integers(layer: Any) -> tuple[NDArray[np.int8], torch.Tensor]:
 
 
 def _hidden(
-    name: str, layer: Any, norm: Any, act: Any, in_scale: float, in_high: int, *, pooled: bool, copies: Sequence[int]
+    name: str, layer: Any, norm: Any, act: Any, in_scale: float, in_high: int, *, pooled: bool
 ) -> tuple[HiddenLayer, float]:
-    """One layer, with as few of `copies` as give the fewest differences, and the scale of its activations.
-
-    Float64: exact next to what float32 training could tell apart.
-    """
+    """One layer, and the scale of its activations. Float64: exact next to what float32 training could tell apart."""
     from cnvzoo.models.quant import quantizer_of
 
     weight, weight_scale = _integers(layer)
@@ -208,17 +193,11 @@ def _hidden(
     rows = weight.reshape(len(weight), -1).astype(np.int64)
     exact = Staircase(
         np.abs(multiplier), offset, in_high * np.minimum(rows, 0).sum(1), in_high * np.maximum(rows, 0).sum(1),
-        act.ints.high, _double(norm.bias) / out_scale, np.abs(_double(norm.weight)) / out_scale,
+        act.ints.high,
     )  # fmt: skip
-    gain = gain_for(quantizer.bits)
-    tried = []
-    for count in copies:
-        tried.append((*_without_constant(weight, exact, count * gain), count))
-        if not tried[-1][1].differing.any():
-            break
-    weight, chosen, count = min(tried, key=lambda found: found[1].expected.sum())
+    weight, chosen = _without_constant(weight, exact, int8_gain(quantizer.ints))
     linear = isinstance(layer, nn.Linear)
-    return HiddenLayer(name, weight, quantizer.bits, chosen, act.ints.high, pooled, linear, count), out_scale
+    return HiddenLayer(name, weight, quantizer.bits, chosen, act.ints.high, pooled, linear), out_scale
 
 
 def _without_constant(weight: NDArray[np.int8], exact: Staircase, gain: int) -> tuple[NDArray[np.int8], Requantization]:
@@ -232,7 +211,7 @@ def _without_constant(weight: NDArray[np.int8], exact: Staircase, gain: int) -> 
     constant = ends[:, 0] == ends[:, 1]
     chosen.bias[constant] = ends[constant, 0].astype(np.int32)
     chosen.multiplier[constant] = 1
-    chosen.differing[constant], chosen.expected[constant] = 0, 0
+    chosen.differing[constant] = 0
     weight = weight.copy()
     weight[constant] = 0
     return weight, chosen

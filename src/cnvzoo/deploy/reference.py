@@ -25,7 +25,7 @@ def run_reference(net: IntegerNet, images: NDArray[np.uint8]) -> NDArray[np.int3
         if layer.linear:
             x = x.reshape(len(x), -1, 1, 1)
         chosen = layer.requantization
-        acc = _convolution(np.tile(x, (1, layer.copies, 1, 1)), layer.scaled_weight)
+        acc = _convolution(x, layer.scaled_weight)
         x = levels(acc, chosen.bias[:, None, None], chosen.multiplier[:, None, None], layer.high)
         if layer.pooled:
             x = _max_pool(x)

@@ -3,8 +3,8 @@
 A trained layer gives level round(multiplier * acc + offset) of its activation quantizer for the integer accumulator
 `acc`. The integer graph gives round(float32(gain * acc + bias) * float32 multiplier): its bias is a whole number. Both
 are staircases in acc, so they are equal exactly where their steps are at the same accumulators. Here the bias and the
-multiplier are chosen by that, and the accumulators where the staircases differ are counted. Where some have to differ,
-those that images seldom give are the ones: BatchNorm says how its output is distributed.
+multiplier are chosen by that, and the accumulators where the staircases differ are counted: none, or next to none, if
+the model's biases were quantized.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ Ints = NDArray[np.int64]
 
 _LARGEST_BIAS = 1 << 30
 _LEAST_MULTIPLIER = 1e-12  # of a channel whose level no input can change
-_BIASES = (0, -1, 1, -2, 2, -3, 3)  # tried around the rounded bias
-_NEAR_BIASES = _BIASES[:3]  # where none of them puts every step in its place
-_ALIGNED = np.linspace(-1, 3, 13)  # steps that are then put in their place, in deviations from the mean
+_BIASES = (0, -1, 1)  # tried around the rounded bias
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,6 @@ class Staircase:
         offset: [channels].
         low_acc, high_acc: [channels], the least and the largest accumulator that any input can give.
         high: the highest level.
-        mean, spread: [channels], mean and standard deviation of multiplier * acc + offset over the images of training.
     """
 
     multiplier: Floats
@@ -42,19 +39,6 @@ class Staircase:
     low_acc: Ints
     high_acc: Ints
     high: int
-    mean: Floats
-    spread: Floats
-
-    def part(self, rows: NDArray[Any]) -> Staircase:
-        """Some of the channels."""
-        vectors = {name: value[rows] for name, value in vars(self).items() if name != "high"}
-        return Staircase(high=self.high, **vectors)
-
-    def density(self) -> Floats:
-        """[channels, high]: of values at an accumulator beside each step, if they are distributed normally."""
-        spread = np.maximum(self.spread, 1e-6)[:, None]
-        deviations = (np.arange(1, self.high + 1) - 0.5 - self.mean[:, None]) / spread
-        return self.multiplier[:, None] * np.exp(-0.5 * deviations**2) / (spread * np.sqrt(2 * np.pi))
 
 
 @dataclass(frozen=True)
@@ -67,7 +51,6 @@ class Requantization:
         multiplier: float32 [channels].
         differing: int64 [channels], reachable accumulators whose level is not that of the exact layer.
         reachable: int64 [channels], how many there are.
-        expected: [channels], share of values that one of the differing accumulators gives.
     """
 
     gain: int
@@ -75,7 +58,6 @@ class Requantization:
     multiplier: NDArray[np.float32]
     differing: Ints
     reachable: Ints
-    expected: Floats
 
 
 def levels(acc: NDArray[Any], bias: NDArray[Any], multiplier: NDArray[np.float32], high: int) -> NDArray[np.uint8]:
@@ -88,43 +70,24 @@ def levels(acc: NDArray[Any], bias: NDArray[Any], multiplier: NDArray[np.float32
 
 
 def requantization(exact: Staircase, gain: int) -> Requantization:
-    """Choose bias and multiplier for weights that are scaled up by `gain`: those by which the fewest values differ."""
-    wanted, density = _steps(exact), exact.density()
+    """Choose bias and multiplier for weights that are scaled up by `gain`, so that the fewest accumulators differ."""
+    wanted = _steps(exact)
     multiplier = np.maximum(exact.multiplier, _LEAST_MULTIPLIER)
     ideal = np.clip(gain * exact.offset / multiplier, -_LARGEST_BIAS, _LARGEST_BIAS)
     channels = len(ideal)
     best = Requantization(
         gain, np.zeros(channels, np.int32), np.zeros(channels, np.float32), np.full(channels, np.iinfo(np.int64).max),
-        exact.high_acc - exact.low_acc + 1, np.full(channels, np.inf),
+        exact.high_acc - exact.low_acc + 1,
     )  # fmt: skip
-
-    def keep_better(bias: Floats, tried: Floats) -> None:
-        """Let channels have this bias and multiplier where fewer values differ, or as many and fewer accumulators."""
-        rows = np.flatnonzero(best.differing)
-        narrow = tried.astype(np.float32)[rows]
-        moved = np.abs(_integer_steps(exact.part(rows), gain, bias[rows], narrow) - wanted[rows])
-        differing, expected = moved.sum(1), (moved * density[rows]).sum(1)
-        better = (expected < best.expected[rows]) | (
-            (expected == best.expected[rows]) & (differing < best.differing[rows])
-        )
-        rows = rows[better]
-        best.bias[rows], best.multiplier[rows] = bias[rows].astype(np.int32), narrow[better]
-        best.differing[rows], best.expected[rows] = differing[better], expected[better]
-
     for nudge in _BIASES:
         bias = np.clip(np.rint(ideal) + nudge, -_LARGEST_BIAS, _LARGEST_BIAS)
-        keep_better(bias, _between_steps(exact, wanted, bias, gain))
+        tried = _between_steps(exact, wanted, bias, gain).astype(np.float32)
+        differing = np.abs(_integer_steps(exact, gain, bias, tried) - wanted).sum(1)
+        better = differing < best.differing
+        best.bias[better], best.multiplier[better] = bias[better].astype(np.int32), tried[better]
+        best.differing[better] = differing[better]
         if not best.differing.any():
-            return best
-    for nudge in _NEAR_BIASES:
-        bias = np.clip(np.rint(ideal) + nudge, -_LARGEST_BIAS, _LARGEST_BIAS)
-        for deviations in _ALIGNED:
-            aligned = np.clip(exact.mean + deviations * exact.spread, 0.5, exact.high - 0.5)
-            start = aligned / multiplier * gain - ideal  # the accumulator, times the gain, that gives this value
-            with np.errstate(divide="ignore", invalid="ignore"):
-                tried = aligned / (start + bias)
-            plain = multiplier / gain
-            keep_better(bias, np.where((tried > plain / 2) & (tried < plain * 2), tried, plain))
+            break
     return best
 
 
