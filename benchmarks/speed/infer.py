@@ -26,6 +26,7 @@ from typing import Any
 
 import infer_report
 import numpy as np
+import page
 import torch
 from contenders import Contender, Images, float_contenders, quantized_contenders
 from machine import describe
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         write_text(arguments.json, json.dumps(result, indent=1) + "\n")
     if arguments.keep:
         infer_report.keep(result)
+        page.update()
     return 0
 
 

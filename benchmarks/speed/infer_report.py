@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import page
+import look
 from rich.console import Console
 
 from cnvzoo.files import write_text
@@ -51,7 +51,7 @@ def machine(result: Result) -> str:
 
 
 def print_table(console: Console, result: Result) -> None:
-    page.print_table(console, f"Inference: {machine(result)}", columns(result), rows(result), left=2)
+    look.print_table(console, f"Inference: {machine(result)}", columns(result), rows(result), left=2)
 
 
 def section(result: Result) -> str:
@@ -61,7 +61,7 @@ def section(result: Result) -> str:
 A trained CNV on CIFAR-10 images, medians over the runs of contenders that take turns in one process, each with the
 same number of threads. `python benchmarks/speed/infer.py --keep` measures again and writes this part.
 
-{page.markdown(columns(result), rows(result), left=2)}
+{look.markdown(columns(result), rows(result), left=2)}
 
 Machine: {machine(result)}.
 
@@ -80,12 +80,12 @@ def plot(result: Result, path: Path) -> None:
     """Bars: images a second at the compared batch size, and milliseconds of one image."""
     rows = result["contenders"]
     labels = [f"{row['net']}, {row['runtime']}" for row in rows]
-    colours = [page.OURS if row["runtime"] == OURS else _colour(row) for row in rows]
+    colours = [look.OURS if row["runtime"] == OURS else _colour(row) for row in rows]
     panels = [
         (f"images a second, batch {_COMPARED}", [images_per_second(row, _COMPARED) for row in rows], "{:,.0f}"),
         ("milliseconds for one image", [row["milliseconds"]["1"] for row in rows], "{:.2f}"),
     ]
-    with page.figure(path, (10, 0.24 * len(rows) + 1), columns=len(panels)) as axes:
+    with look.figure(path, (10, 0.24 * len(rows) + 1), columns=len(panels)) as axes:
         for panel, (title, values, form) in zip(axes, panels, strict=True):
             bars = panel.barh(range(len(rows)), values, 0.75, color=colours)
             panel.bar_label(bars, [form.format(value) for value in values], fontsize=7, padding=2)
@@ -96,11 +96,10 @@ def plot(result: Result, path: Path) -> None:
 
 
 def _colour(row: dict[str, Any]) -> str:
-    return page.PLAIN if row["net"] == "cnv" else page.OTHER
+    return look.PLAIN if row["net"] == "cnv" else look.OTHER
 
 
 def keep(result: Result) -> None:
-    """Write infer.json and infer.svg of this folder, and its page anew."""
-    plot(result, page.HERE / "infer.svg")
-    write_text(page.HERE / "infer.json", json.dumps(result, indent=1) + "\n")
-    page.update()
+    """Write infer.json and infer.svg of this folder."""
+    plot(result, look.HERE / "infer.svg")
+    write_text(look.HERE / "infer.json", json.dumps(result, indent=1) + "\n")

@@ -1,20 +1,15 @@
-"""README.md of this folder, made of the figures that were kept; and how tables and plots here look."""
+"""README.md of this folder, made of the figures that were kept."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import infer_report
+import train_report
+from look import HERE
 
-from cnvzoo.files import replacing, write_text
-
-HERE = Path(__file__).resolve().parent
-PLAIN, OTHER, OURS = "#b8c0cc", "#7a8ba6", "#d1495b"  # colours
+from cnvzoo.files import write_text
 
 
 def update() -> None:
@@ -24,48 +19,8 @@ def update() -> None:
 
 def render(train: dict[str, Any], infer: dict[str, Any]) -> str:
     """The text of README.md for two sets of figures."""
-    import infer_report
-    import train_report
-
     return f"# What training and inference cost\n\n{train_report.section(train)}\n{infer_report.section(infer)}"
 
 
 def _kept(name: str) -> dict[str, Any]:
     return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """A table whose first `left` columns are aligned left, the others right."""
-    ruler = ["---" if number < left else "--:" for number in range(len(columns))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ruler, *rows))
-
-
-def print_table(
-    console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
-) -> None:
-    """The same on a terminal."""
-    table = Table(title=title)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right", no_wrap=number < left)
-    for cells in rows:
-        table.add_row(*cells)
-    console.print(table)
-
-
-@contextmanager
-def figure(path: Path, size: tuple[float, float], *, columns: int = 1) -> Iterator[list[Any]]:
-    """Axes side by side to draw on, written to `path` as SVG: the same bytes for the same drawing."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context({"svg.hashsalt": "cnvzoo", "font.size": 9}):
-        drawn, axes = plt.subplots(1, columns, figsize=size, squeeze=False)
-        yield list(axes[0])
-        for axis in axes[0]:
-            axis.spines[["top", "right"]].set_visible(False)
-        drawn.tight_layout()
-        with replacing(path) as temporary:
-            drawn.savefig(temporary, format="svg", metadata={"Date": None})
-        plt.close(drawn)

@@ -28,6 +28,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import page
 import torch
 import train_report
 from machine import describe, matmul_rate
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         write_text(arguments.json, json.dumps(result, indent=1) + "\n")
     if arguments.keep:
         train_report.keep(result)
+        page.update()
     return 0
 
 

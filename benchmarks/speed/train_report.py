@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import page
+import look
 from rich.console import Console
 
 from cnvzoo.files import write_text
@@ -44,7 +44,7 @@ def machine(result: Result) -> str:
 
 
 def print_table(console: Console, result: Result) -> None:
-    page.print_table(console, f"Training, images a second: {machine(result)}", _COLUMNS, rows(result))
+    look.print_table(console, f"Training, images a second: {machine(result)}", _COLUMNS, rows(result))
 
 
 def section(result: Result) -> str:
@@ -55,7 +55,7 @@ Images a second of a full training step on CIFAR-10 images, augmentation include
 of turns that processes take, one for each way. `python benchmarks/speed/train.py --keep` measures again and writes this
 part.
 
-{page.markdown(_COLUMNS, rows(result))}
+{look.markdown(_COLUMNS, rows(result))}
 
 Machine: {machine(result)}.
 
@@ -74,8 +74,8 @@ Machine: {machine(result)}.
 def plot(result: Result, path: Path) -> None:
     """Bars of images a second, three for each net."""
     names, ways = list(result["models"]), ("textbook", "tuned textbook", "ours")
-    with page.figure(path, (9, 3.6)) as (axes,):
-        for number, (way, colour) in enumerate(zip(ways, (page.PLAIN, page.OTHER, page.OURS), strict=True)):
+    with look.figure(path, (9, 3.6)) as (axes,):
+        for number, (way, colour) in enumerate(zip(ways, (look.PLAIN, look.OTHER, look.OURS), strict=True)):
             heights = [result["models"][name]["images_per_second"][way] for name in names]
             at = [x + 0.27 * (number - 1) for x in range(len(names))]
             bars = axes.bar(at, heights, 0.25, label=way, color=colour)
@@ -86,7 +86,6 @@ def plot(result: Result, path: Path) -> None:
 
 
 def keep(result: Result) -> None:
-    """Write train.json and train.svg of this folder, and its page anew."""
-    plot(result, page.HERE / "train.svg")
-    write_text(page.HERE / "train.json", json.dumps(result, indent=1) + "\n")
-    page.update()
+    """Write train.json and train.svg of this folder."""
+    plot(result, look.HERE / "train.svg")
+    write_text(look.HERE / "train.json", json.dumps(result, indent=1) + "\n")
