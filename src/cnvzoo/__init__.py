@@ -16,21 +16,11 @@ if TYPE_CHECKING:
     from cnvzoo.deployment import export
     from cnvzoo.errors import CnvzooError
     from cnvzoo.hub import list_checkpoints, load_checkpoint
-    from cnvzoo.models import register_model
+    from cnvzoo.models import quantize_bias, register_model
     from cnvzoo.publishing import publish, write_card
     from cnvzoo.train import Recipe, load_recipe
     from cnvzoo.verify import verify
-    from cnvzoo.zoo import (
-        create_model,
-        evaluate,
-        list_models,
-        model_info,
-        predict,
-        quantize,
-        quantize_bias,
-        train,
-        transforms,
-    )
+    from cnvzoo.zoo import create_model, evaluate, list_models, model_info, predict, quantize, train, transforms
 
 try:
     __version__ = version("cnvzoo")

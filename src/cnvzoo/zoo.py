@@ -208,20 +208,6 @@ def quantize(
     return model
 
 
-def quantize_bias(model: nn.Module) -> None:
-    """Make an int32 bias of what each BatchNorm of a trained quantized model adds: in place, at the end of training.
-
-    Score the model after it. Its integer graph then computes, but for the rounding of floats, exactly what the model
-    does; without it some activations differ by one level. Recipes have `quantize_bias: true`.
-
-    Raises:
-        ModelError: a model without quantized layers.
-    """
-    from cnvzoo.models.integer_bias import quantize_bias
-
-    quantize_bias(model)
-
-
 def transforms(source: str | DatasetInfo | Preprocessing | CheckpointConfig | nn.Module) -> Any:
     """The torchvision v2 preprocessing for a user's own images: of a dataset, a checkpoint's config, or its model.
 

@@ -35,6 +35,9 @@ def quantize_bias(model: nn.Module) -> None:
     In the terms of Jacob et al. 2018 (section 2.2), where a bias is an int32 number of input scale times weight scale;
     here of weights that are scaled up to fill int8. Channels whose input is multiplied by zero stay as they are.
 
+    Call it at the end of training and score the model after it: its integer graph then computes, but for the rounding
+    of floats, exactly what the model does. Recipes have `quantize_bias: true`.
+
     Raises:
         ModelError: a model without quantized layers.
     """

@@ -27,7 +27,7 @@ from torch import nn
 
 from cnvzoo.data import Dataset, Preprocessing, TrainBatches, dataset_info, load_dataset
 from cnvzoo.files import remove_leftovers, replacing, sha256_of
-from cnvzoo.models import build_model, model_spec
+from cnvzoo.models import build_model, model_spec, quantize_bias
 from cnvzoo.models.compiled import compiles
 
 from .commit import current_commit
@@ -139,8 +139,6 @@ def run_recipe(
             raise RunInterrupted(name, reason, trainer.step, trainer.total_steps, run_dir)
         trainer.finish()
         if recipe.quantize_bias:
-            from cnvzoo.models.integer_bias import quantize_bias
-
             quantize_bias(model)
         correct = count_correct(model, data.test_images, data.test_labels, preprocessing, quiet=quiet)
         total = len(data.test_labels)
