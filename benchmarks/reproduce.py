@@ -34,7 +34,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harness import index, plot, readme, records, render
-from harness.checkpoints import PUBLISHED_SEED, checkpoint_folder, keep_missing
+from harness.checkpoints import checkpoint_folder, keep_missing
 from harness.deployments import measure_missing
 from harness.entries import SEEDS, TABLES, load_entries, select_entries
 from harness.errors import HarnessError
@@ -55,7 +55,7 @@ from cnvzoo.deployment import measure_integer
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import write_text
 from cnvzoo.hub import IntegerResult
-from cnvzoo.train import RecipeError, RunRecord, resolve_device, run_recipe
+from cnvzoo.train import PUBLISHED_SEED, RecipeError, RunRecord, resolve_device, run_recipe
 from cnvzoo.verify import Verification, verify
 
 _HOME = Path(__file__).resolve().parent

@@ -1,4 +1,4 @@
-"""The published checkpoint of an entry: that of its first seed, whatever came of the others."""
+"""The published checkpoint of an entry: that of PUBLISHED_SEED, whatever came of the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cnvzoo.hub import (
     write_checkpoint,
     write_config,
 )
-from cnvzoo.train import RunRecord
+from cnvzoo.train import PUBLISHED_SEED, RunRecord
 from cnvzoo.train.run import WEIGHTS
 from cnvzoo.zoo import checkpoint_facts
 
@@ -23,8 +23,6 @@ from .entries import SEEDS, Entry
 from .layout import Layout
 from .needs import proven
 from .records import standing
-
-PUBLISHED_SEED = SEEDS[0]
 
 
 def keep_missing(entries: Iterable[Entry], layout: Layout) -> list[Path]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnvzoo.train import RunError, RunInterrupted, RunRecord, TrainingDiverged
+from cnvzoo.train import PUBLISHED_SEED, RunError, RunInterrupted, RunRecord, TrainingDiverged
 from cnvzoo.train.interrupts import caught_signals
 from cnvzoo.train.run import RECORD
 
@@ -176,7 +176,7 @@ class _Work:
     def _needed_runs(self, job: Job) -> set[Path]:
         """The folders of the runs whose weights `job` needs."""
         needed = map(self.entries.__getitem__, job.entry.recipe.needs.values())
-        return {self.layout.run_dir(e.name, job.seed, e.trial_epochs(job.trial_epochs)) for e in needed}
+        return {self.layout.run_dir(e.name, PUBLISHED_SEED, e.trial_epochs(job.trial_epochs)) for e in needed}
 
     def _prepare(self, job: Job) -> dict[str, Path]:
         """Make way in the run's folder; returns the weights that it needs, by what it needs them as."""
@@ -184,9 +184,9 @@ class _Work:
         for purpose, name in job.entry.recipe.needs.items():
             needed = self.entries[name]
             trial_epochs = needed.trial_epochs(job.trial_epochs)
-            found = resolve_weights(needed, job.seed, self.layout, trial_epochs=trial_epochs)
+            found = resolve_weights(needed, self.layout, trial_epochs=trial_epochs)
             if found is None:
-                raise RunError(f"it needs the weights of {name} seed {job.seed}, which are not there")
+                raise RunError(f"it needs the weights of {name} seed {PUBLISHED_SEED}, which are not there")
             weights[purpose] = found
         trial = job.trial_epochs is not None
         if standing(job.entry, job.seed, job.run_dir / RECORD, trial=trial).record is not None:

@@ -1,4 +1,4 @@
-"""Where a run finds the float weights that it starts or learns from: of the same seed, and those of a record."""
+"""Where a run finds the float weights that it starts or learns from: the published ones, those of a record."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from cnvzoo.files import sha256_of
-from cnvzoo.train import RunRecord
+from cnvzoo.train import PUBLISHED_SEED, RunRecord
 from cnvzoo.train.run import RECORD, WEIGHTS
 
 from .entries import Entry
@@ -14,26 +14,26 @@ from .layout import Layout
 from .records import standing
 
 
-def resolve_weights(entry: Entry, seed: int, layout: Layout, *, trial_epochs: int | None = None) -> Path | None:
-    """The safetensors file of the finished run of float `entry` with `seed`, or None if it has to be trained.
+def resolve_weights(entry: Entry, layout: Layout, *, trial_epochs: int | None = None) -> Path | None:
+    """The safetensors file of the finished run of float `entry` with PUBLISHED_SEED, or None if it is to be trained.
 
-    Looked for among the runs first, then among the published checkpoints, which hold one seed. `trial_epochs` lets
-    a trial of that length serve if neither has it. Weights count only if their sha256 is the one in their record.
+    Looked for among the runs first, then among the published checkpoints. `trial_epochs` lets a trial of that
+    length serve if neither has it. Weights count only if their sha256 is the one in their record.
     """
-    found = _from_run(entry, seed, layout) or _from_hub(entry, seed, layout)
+    found = _from_run(entry, layout) or _from_hub(entry, layout)
     if found is None and trial_epochs is not None:
-        found = _from_run(entry, seed, layout, trial_epochs)
+        found = _from_run(entry, layout, trial_epochs)
     return found
 
 
-def _from_run(entry: Entry, seed: int, layout: Layout, trial_epochs: int | None = None) -> Path | None:
-    folder = layout.run_dir(entry.name, seed, trial_epochs)
-    record = standing(entry, seed, folder / RECORD, trial=trial_epochs is not None).record
+def _from_run(entry: Entry, layout: Layout, trial_epochs: int | None = None) -> Path | None:
+    folder = layout.run_dir(entry.name, PUBLISHED_SEED, trial_epochs)
+    record = standing(entry, PUBLISHED_SEED, folder / RECORD, trial=trial_epochs is not None).record
     return proven(folder / WEIGHTS, record)
 
 
-def _from_hub(entry: Entry, seed: int, layout: Layout) -> Path | None:
-    record = standing(entry, seed, layout.record(entry.name, seed)).record
+def _from_hub(entry: Entry, layout: Layout) -> Path | None:
+    record = standing(entry, PUBLISHED_SEED, layout.record(entry.name, PUBLISHED_SEED)).record
     folder = layout.hub / f"{entry.recipe.tag}.{entry.recipe.dataset}"
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

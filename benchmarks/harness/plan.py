@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cnvzoo.train import PUBLISHED_SEED
 from cnvzoo.train.run import RECORD, STATE
 
 from .entries import Entry
@@ -48,7 +49,7 @@ class Job:
 
 def make_plan(
     selected: Sequence[Entry],
-    seeds: Iterable[int],
+    seeds: Sequence[int],
     *,
     entries: Mapping[str, Entry],
     layout: Layout,
@@ -61,7 +62,7 @@ def make_plan(
     them, which is put in its place in the queue if its weights are nowhere to be found, asked for or not. `epochs` caps
     the epochs of every run; `retrain` puts every selected run in the queue.
     """
-    wanted = {entry.name for entry in selected}
+    wanted = {(entry.name, seed) for entry in selected for seed in seeds}
     jobs: dict[Path, Job] = {}  # by the folder of the run, in the order of the queue
 
     def reason_to_run(entry: Entry, seed: int, trial_epochs: int | None) -> str | None:
@@ -69,7 +70,7 @@ def make_plan(
         now = standing(entry, seed, path, trial=trial_epochs is not None)
         if now.status is not Status.DONE:
             return _REASONS[now.status]
-        return "to be trained again" if retrain and entry.name in wanted else None
+        return "to be trained again" if retrain and (entry.name, seed) in wanted else None
 
     def add(entry: Entry, seed: int, trial_epochs: int | None, reason: str) -> None:
         run_dir = layout.run_dir(entry.name, seed, trial_epochs)
@@ -77,14 +78,15 @@ def make_plan(
             return
         for needed in map(entries.__getitem__, entry.recipe.needs.values()):
             needed_epochs = needed.trial_epochs(trial_epochs)  # a run of the table never needs a trial
-            why = reason_to_run(needed, seed, needed_epochs) if needed.name in wanted else None
-            if why is None and resolve_weights(needed, seed, layout, trial_epochs=needed_epochs) is None:
+            is_wanted = (needed.name, PUBLISHED_SEED) in wanted
+            why = reason_to_run(needed, PUBLISHED_SEED, needed_epochs) if is_wanted else None
+            if why is None and resolve_weights(needed, layout, trial_epochs=needed_epochs) is None:
                 why = f"{entry.name} needs its weights, which are not under {shown(layout.runs)}"
             if why is not None:
-                add(needed, seed, needed_epochs, why)
+                add(needed, PUBLISHED_SEED, needed_epochs, why)
         # A record that stands is replaced only on request: a run for the sake of its weights leaves it alone.
         recorded = standing(entry, seed, layout.record(entry.name, seed)).status is Status.DONE
-        keep = trial_epochs is not None or (recorded and not (retrain and entry.name in wanted))
+        keep = trial_epochs is not None or (recorded and not (retrain and (entry.name, seed) in wanted))
         jobs[run_dir] = Job(
             entry=entry,
             seed=seed,

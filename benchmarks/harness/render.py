@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from cnvzoo.train import RunRecord
+from cnvzoo.train import PUBLISHED_SEED, RunRecord
 
 from .entries import SEEDS, TABLES, Entry
 from .records import Survey
@@ -35,7 +35,8 @@ def page(rows: Sequence[Row], survey: Survey) -> str:
         "<!-- Generated: edits are lost. See the end of the page. -->\n# Results\n",
         "Accuracy on the test set in percent, read once, at the end of a run: the mean over the runs, their sample "
         "standard deviation, and every run. The entry's name leads to its recipe. The difference is our mean minus the "
-        "reference's, in points.\n",
+        "reference's, in points. Where an entry starts or learns from another's weights, all of its runs have the "
+        f"published ones, of seed {PUBLISHED_SEED}: how those vary is not part of its deviation.\n",
     ]
     parts += [f"Reference: {source}.\n" for source in sources]
     if any(row.runs[0] is not None for row in rows):  # then there are checkpoints to show

@@ -193,7 +193,7 @@ def test_the_worker_finds_the_library_and_says_what_is_missing(bench):
     bench.recipe("mnist_quant_cnv_w4a4", float_start="mnist_cnv")
     recipe, folder = bench.entry("mnist_quant_cnv_w4a4").recipe, bench.runs / "run"
     runner = ProcessRunner(threads=1, deadline=None, say=print)
-    with pytest.raises(RunError, match="starts from the weights of mnist_cnv, seed 1, and no file was given"):
+    with pytest.raises(RunError, match="starts from the weights of mnist_cnv, seed 0, and no file was given"):
         runner.run(Run(recipe, 1, folder), lambda: None)
 
 

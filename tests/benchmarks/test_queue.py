@@ -160,10 +160,8 @@ def test_a_failed_run_does_not_hold_up_the_others(pair, capsys):
     pair.recipe("cifar10_resnet20")
     pair.training.fail_at.add((FLOAT, 0))
     assert pair.run("--table", "cifar10", "--seeds", "0", "1") == 1
-    assert pair.training.calls == [
-        (FLOAT, 0), ("cifar10_resnet20", 0), (FLOAT, 1), ("cifar10_resnet20", 1), (QUANTIZED, 1),
-    ]  # fmt: skip
-    assert f"{FLOAT} seed 0, {QUANTIZED} seed 0" in capsys.readouterr().err
+    assert pair.training.calls == [(FLOAT, 0), ("cifar10_resnet20", 0), (FLOAT, 1), ("cifar10_resnet20", 1)]
+    assert f"{FLOAT} seed 0, {QUANTIZED} seed 0, {QUANTIZED} seed 1" in capsys.readouterr().err
     assert not pair.result(QUANTIZED, 0).exists()
 
 
@@ -214,11 +212,18 @@ class TestRetrain:
 
 
 class TestFloatStart:
-    def test_is_trained_before_the_run_that_needs_it_with_its_seed(self, pair):
-        assert pair.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "1") == 0
+    def test_is_trained_before_the_runs_that_need_it_with_the_seed_that_is_published(self, pair):
+        assert pair.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "1", "2") == 0
+        assert pair.training.calls == [(FLOAT, 0), (QUANTIZED, 1), (QUANTIZED, 2)]
+        weights = pair.runs / FLOAT / "seed0" / "weights.safetensors"
+        assert [options["float_start"] for options in pair.training.options] == [None, weights, weights]
+        assert pair.result(FLOAT, 0).exists()
+
+    def test_is_not_trained_again_with_runs_of_other_seeds_that_are(self, pair):
+        pair.run("--table", "cifar10", "--seeds", "0", "1")
+        pair.training.calls.clear()
+        assert pair.run("--table", "cifar10", "--seeds", "1", "--retrain") == 0
         assert pair.training.calls == [(FLOAT, 1), (QUANTIZED, 1)]
-        assert pair.training.options[1]["float_start"] == pair.runs / FLOAT / "seed1" / "weights.safetensors"
-        assert pair.result(FLOAT, 1).exists()
 
     def test_is_trained_for_its_weights_though_its_record_is_there(self, pair, capsys):
         kept = pair.put(FLOAT, accuracy=91.5)
@@ -283,11 +288,11 @@ class TestTeacher:
         bench.recipe(QUANTIZED, float_start="cifar10_cnv", teacher="cifar10_resnet56")
         return bench
 
-    def test_is_trained_first_with_the_same_seed(self, school):
+    def test_is_trained_first_with_the_seed_that_is_published(self, school):
         assert school.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "2") == 0
         names = ["cifar10_resnet56", "cifar10_resnet20", "cifar10_cnv", QUANTIZED]
-        assert school.training.calls == [(name, 2) for name in names]
-        weights = {name: school.runs / name / "seed2" / "weights.safetensors" for name in names}
+        assert school.training.calls == [*((name, 0) for name in names[:3]), (QUANTIZED, 2)]
+        weights = {name: school.runs / name / "seed0" / "weights.safetensors" for name in names}
         given = [(options["float_start"], options["teacher"]) for options in school.training.options]
         resnet56, resnet20, cnv, _ = weights.values()
         assert given == [(None, None), (None, resnet56), (None, resnet20), (cnv, resnet56)]

@@ -400,7 +400,7 @@ def test_a_quantized_run_starts_from_the_weights_of_its_float_twin(
 ) -> None:
     weights, float_record = float_run
     record = run(recipe(**FLOAT_START), tmp_path, seed=5, epochs=1, float_start=weights)
-    expected = {"entry": "mnist_cnv", "seed": 5, "weights_sha256": float_record.weights_sha256}
+    expected = {"entry": "mnist_cnv", "seed": 0, "weights_sha256": float_record.weights_sha256}
     assert record.float_start == expected
     assert "brevitas" in record.versions
     # of a learning rate that moves nothing: all filters but the first, which takes up the normalisation
@@ -434,8 +434,8 @@ NEEDS = {
 @pytest.mark.parametrize(
     ("purpose", "says"),
     [
-        ("float_start", "mnist_quant_cnv_w2a2 starts from the weights of mnist_cnv, seed 2"),
-        ("teacher", "mnist_resnet20 learns from the weights of mnist_resnet32, seed 2"),
+        ("float_start", "mnist_quant_cnv_w2a2 starts from the weights of mnist_cnv, seed 0"),
+        ("teacher", "mnist_resnet20 learns from the weights of mnist_resnet32, seed 0"),
     ],
 )
 def test_without_the_weights_it_says_which_to_train(tmp_path: Path, given: str | None, purpose: str, says: str) -> None:

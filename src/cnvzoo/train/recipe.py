@@ -31,6 +31,8 @@ from cnvzoo.models import model_spec
 
 Where = dict[tuple[str, ...], str]  # key path -> "file:line"
 
+PUBLISHED_SEED = 0  # of the run whose weights an entry publishes, and gives to those that start or learn from it
+
 
 _FILLED_IN = {
     "name": "a recipe is named after its file",
@@ -109,13 +111,13 @@ class Recipe(_Section):
         label_smoothing: 0 to below 1.
         ema: decay per step of the averaged weights, which are then the ones evaluated and kept; None for none.
         precision: of the training step. Evaluation is in float32 always.
-        float_start: the entry of the float twin whose weights, of the same seed, this run starts from: the name
-            of a recipe in the same folder.
+        float_start: the entry of the float twin whose published weights this run starts from, whatever its own
+            seed: the name of a recipe in the same folder.
         float_start_sha256: fingerprint of that recipe, which decides these weights too; filled in by load_recipe.
         quantize_bias: whether what BatchNorm adds is rounded to whole accumulators at the end, before the model is
             scored, so that it is an exact int32 bias.
-        teacher: the entry of a float model of the same dataset that teaches this one, with its weights of the same
-            seed: the name of a recipe in the same folder, which is `<dataset>_<model>`.
+        teacher: the entry of a float model of the same dataset that teaches this one, with its published weights:
+            the name of a recipe in the same folder, which is `<dataset>_<model>`.
         distillation: how it teaches.
         teacher_sha256: fingerprint of its recipe; filled in by load_recipe.
         seed: of initialisation, shuffling and augmentation.
@@ -202,7 +204,7 @@ class Recipe(_Section):
 
     @property
     def needs(self) -> dict[str, str]:
-        """The entries whose weights of the same seed a run needs, by what it needs them as."""
+        """The entries whose weights of PUBLISHED_SEED a run needs, by what it needs them as."""
         needs = {"float_start": self.float_start, "teacher": self.teacher}
         return {purpose: entry for purpose, entry in needs.items() if entry is not None}
 

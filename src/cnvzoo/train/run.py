@@ -36,7 +36,7 @@ from .errors import RunError, RunInterrupted
 from .evaluation import count_correct
 from .interrupts import caught_signals
 from .progress import TrainingProgress
-from .recipe import Recipe
+from .recipe import PUBLISHED_SEED, Recipe
 from .record import RecordError, RunRecord
 from .state import RunIdentity, resume, save_state
 from .teacher import Teacher
@@ -231,10 +231,10 @@ def _facts_of(recipe: Recipe, purpose: str, weights: str | Path | None) -> dict[
     entry = recipe.needs[purpose]
     if weights is None or not Path(weights).is_file():
         raise RunError(
-            f"{recipe.name} {_PURPOSES[purpose]} the weights of {entry}, seed {recipe.seed}, and "
+            f"{recipe.name} {_PURPOSES[purpose]} the weights of {entry}, seed {PUBLISHED_SEED}, and "
             f"{weights or 'no file'} was given: train that entry first and give its weights.safetensors"
         )
-    return {"entry": entry, "seed": recipe.seed, "weights_sha256": sha256_of(weights)}
+    return {"entry": entry, "seed": PUBLISHED_SEED, "weights_sha256": sha256_of(weights)}
 
 
 def _finished(run_dir: Path, identity: RunIdentity) -> RunRecord | None:
