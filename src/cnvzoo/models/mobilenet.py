@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .depthwise import DepthwiseConv2d
 from .initialization import skips_initialization
 from .norm_act import NormActSequential
 from .registry import register_model
@@ -17,12 +18,8 @@ from .registry import register_model
 _BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
 
 
-def _conv_norm_relu(in_channels: int, out_channels: int, kernel: int, stride: int, groups: int = 1) -> nn.Module:
-    return NormActSequential(
-        nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    )
+def _norm_relu(conv: nn.Conv2d) -> nn.Module:
+    return NormActSequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True))
 
 
 class MobileNetV1(nn.Module):
@@ -31,10 +28,10 @@ class MobileNetV1(nn.Module):
     def __init__(self, num_classes: int, in_chans: int) -> None:
         super().__init__()
         channels = 32
-        layers: list[nn.Module] = [_conv_norm_relu(in_chans, channels, 3, 1)]
+        layers = [_norm_relu(nn.Conv2d(in_chans, channels, 3, padding=1, bias=False))]
         for out_channels, stride in _BLOCKS:
-            layers.append(_conv_norm_relu(channels, channels, 3, stride, groups=channels))
-            layers.append(_conv_norm_relu(channels, out_channels, 1, 1))
+            layers.append(_norm_relu(DepthwiseConv2d(channels, stride)))
+            layers.append(_norm_relu(nn.Conv2d(channels, out_channels, 1, bias=False)))
             channels = out_channels
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(channels, num_classes)
