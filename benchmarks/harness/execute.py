@@ -23,7 +23,7 @@ from .entries import Entry
 from .errors import HarnessError
 from .files import set_aside, shown
 from .layout import Layout
-from .needs import resolve_weights
+from .needs import needed_entries, resolve_weights
 from .plan import Job
 from .records import misplaced, standing
 from .render import duration
@@ -175,19 +175,15 @@ class _Work:
 
     def _needed_runs(self, job: Job) -> set[Path]:
         """The folders of the runs whose weights `job` needs."""
-        needed = map(self.entries.__getitem__, job.entry.recipe.needs.values())
+        needed = needed_entries(job.entry, self.entries)
         return {self.layout.run_dir(e.name, PUBLISHED_SEED, e.trial_epochs(job.trial_epochs)) for e in needed}
 
-    def _prepare(self, job: Job) -> dict[str, Path]:
+    def _prepare(self, job: Job) -> dict[str, Path | list[Path]]:
         """Make way in the run's folder; returns the weights that it needs, by what it needs them as."""
-        weights = {}
-        for purpose, name in job.entry.recipe.needs.items():
-            needed = self.entries[name]
-            trial_epochs = needed.trial_epochs(job.trial_epochs)
-            found = resolve_weights(needed, self.layout, trial_epochs=trial_epochs)
-            if found is None:
-                raise RunError(f"it needs the weights of {name} seed {PUBLISHED_SEED}, which are not there")
-            weights[purpose] = found
+        weights: dict[str, Path | list[Path]] = {}
+        for purpose, names in job.entry.recipe.needs.items():
+            found = [self._weights_of(self.entries[name], job) for name in names]
+            weights[purpose] = found if purpose == "teacher" else found[0]
         trial = job.trial_epochs is not None
         if standing(job.entry, job.seed, job.run_dir / RECORD, trial=trial).record is not None:
             # The runner would hand back the run that is finished there already.
@@ -195,6 +191,12 @@ class _Work:
         elif job.started:
             self.say(f"going on from the state in {shown(job.run_dir)}")
         return weights
+
+    def _weights_of(self, needed: Entry, job: Job) -> Path:
+        found = resolve_weights(needed, self.layout, trial_epochs=needed.trial_epochs(job.trial_epochs))
+        if found is None:
+            raise RunError(f"it needs the weights of {needed.name} seed {PUBLISHED_SEED}, which are not there")
+        return found
 
     def _conclude(self, number: int, future: Future[RunRecord]) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from cnvzoo.files import sha256_of
@@ -12,6 +13,11 @@ from cnvzoo.train.run import RECORD, WEIGHTS
 from .entries import Entry
 from .layout import Layout
 from .records import standing
+
+
+def needed_entries(entry: Entry, entries: Mapping[str, Entry]) -> list[Entry]:
+    """The entries whose weights a run of `entry` needs, whatever for; one of them may be there twice."""
+    return [entries[name] for names in entry.recipe.needs.values() for name in names]
 
 
 def resolve_weights(entry: Entry, layout: Layout, *, trial_epochs: int | None = None) -> Path | None:

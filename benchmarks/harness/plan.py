@@ -12,7 +12,7 @@ from cnvzoo.train.run import RECORD, STATE
 from .entries import Entry
 from .files import shown
 from .layout import Layout
-from .needs import resolve_weights
+from .needs import needed_entries, resolve_weights
 from .records import Status, standing
 
 _REASONS = {
@@ -76,7 +76,7 @@ def make_plan(
         run_dir = layout.run_dir(entry.name, seed, trial_epochs)
         if run_dir in jobs:
             return
-        for needed in map(entries.__getitem__, entry.recipe.needs.values()):
+        for needed in needed_entries(entry, entries):
             needed_epochs = needed.trial_epochs(trial_epochs)  # a run of the table never needs a trial
             is_wanted = (needed.name, PUBLISHED_SEED) in wanted
             why = reason_to_run(needed, PUBLISHED_SEED, needed_epochs) if is_wanted else None

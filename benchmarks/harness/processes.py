@@ -57,9 +57,9 @@ class ProcessRunner:
         order = {
             "recipe": run.recipe.model_dump(mode="json"),
             "seed": run.seed,
-            "run_dir": str(run.run_dir),
+            "run_dir": run.run_dir,
             "epochs": run.epochs,
-            "weights": {purpose: str(path) for purpose, path in run.weights.items()},
+            "weights": run.weights,
             "device": "cpu",
             "threads": self.threads,
             "seconds_left": None if self.deadline is None else self.deadline - time.monotonic(),
@@ -85,7 +85,7 @@ class ProcessRunner:
         # a stream that is no terminal gets plain lines, unless these say otherwise
         environment = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
         environment["OMP_NUM_THREADS"] = str(self.threads)
-        command = [sys.executable, str(WORKER), json.dumps(order)]
+        command = [sys.executable, str(WORKER), json.dumps(order, default=str)]
         lines, written = os.pipe()
         try:
             worker = subprocess.Popen(

@@ -15,14 +15,14 @@ class Run:
     """One run to be trained, or to be gone on with.
 
     epochs:  its length where that is less than the recipe's, else None
-    weights: files that the recipe needs, by what run_recipe calls them: float_start and teacher
+    weights: files that the recipe needs, by what run_recipe calls them: one as float_start, any number as teacher
     """
 
     recipe: Recipe
     seed: int
     run_dir: Path
     epochs: int | None = None
-    weights: Mapping[str, Path] = field(default_factory=dict)
+    weights: Mapping[str, Path | list[Path]] = field(default_factory=dict)
 
 
 class Runner(Protocol):

@@ -132,7 +132,10 @@ def train(
         Path | None, typer.Option(help="weights.safetensors of the float model that the recipe starts from.")
     ] = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="weights.safetensors of the float model that the recipe learns from.")
+        list[Path] | None,
+        typer.Option(
+            help="weights.safetensors of the float model that the recipe learns from; once for each, in its order."
+        ),
     ] = None,
     device: Device = "auto",
     time_limit: Annotated[float | None, typer.Option(min=0, help="Stop after this many seconds, resumable.")] = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -274,7 +274,7 @@ def train(
     *,
     run_dir: str | Path | None = None,
     float_start: str | Path | None = None,
-    teacher: str | Path | None = None,
+    teacher: str | Path | Sequence[str | Path] | None = None,
     **options: Any,
 ) -> TrainResult:
     """Train a recipe and score it.
@@ -284,7 +284,7 @@ def train(
         run_dir: where state, weights and record go, and from where an interrupted run goes on. Without it
             nothing is kept and nothing can be resumed.
         float_start: safetensors weights of the float twin, for recipes that start from one.
-        teacher: safetensors weights of the teacher, for recipes that have one.
+        teacher: safetensors weights of the teacher, for recipes that have one; one file for each if they have several.
         **options: seed, device, epochs, holdout, dataset, data_root, deadline, quiet: as for
             `cnvzoo.train.run_recipe`, whose errors it raises.
     """

@@ -295,7 +295,15 @@ class TestTeacher:
         weights = {name: school.runs / name / "seed0" / "weights.safetensors" for name in names}
         given = [(options["float_start"], options["teacher"]) for options in school.training.options]
         resnet56, resnet20, cnv, _ = weights.values()
-        assert given == [(None, None), (None, resnet56), (None, resnet20), (cnv, resnet56)]
+        assert given == [(None, None), (None, [resnet56]), (None, [resnet20]), (cnv, [resnet56])]
+
+    def test_may_be_several_which_are_all_waited_for(self, school):
+        school.recipe(QUANTIZED, float_start="cifar10_cnv", teacher=["cifar10_resnet20", "cifar10_cnv"])
+        assert school.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "1", "--at-once", "4") == 0
+        order = [name for name, _ in school.training.calls]
+        assert order == ["cifar10_resnet56", "cifar10_resnet20", "cifar10_cnv", QUANTIZED]
+        weights = [school.runs / f"cifar10_{name}" / "seed0" / "weights.safetensors" for name in ("resnet20", "cnv")]
+        assert school.training.options[-1]["teacher"] == weights
 
     def test_is_waited_for(self, school):
         assert school.run("--table", "cifar10", "--seeds", "0", "--at-once", "4") == 0

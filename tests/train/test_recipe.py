@@ -357,8 +357,8 @@ def test_a_teacher_is_part_of_what_decides_the_weights(tmp_path: Path) -> None:
     alone = load_recipe(write(tmp_path, RESNET))
     path = write(tmp_path, taught_by("cifar10_resnet56"))
     recipe = load_recipe(path)
-    assert recipe.teacher_sha256 == load_recipe(teacher).fingerprint()
-    assert recipe.teacher_model == "resnet56"
+    assert recipe.teacher_sha256 == (load_recipe(teacher).fingerprint(),)
+    assert recipe.teacher_models == ("resnet56",)
     found = {alone.fingerprint(), recipe.fingerprint()}
     write(tmp_path, taught_by("cifar10_resnet56") + "distillation: {temperature: 2}\n")
     found.add(load_recipe(path).fingerprint())
@@ -366,6 +366,27 @@ def test_a_teacher_is_part_of_what_decides_the_weights(tmp_path: Path) -> None:
     teacher.write_text(teacher.read_text().replace("epochs: 10", "epochs: 11"))
     found.add(load_recipe(path).fingerprint())
     assert len(found) == 4
+
+
+def test_several_teachers_each_decide_the_weights(tmp_path: Path) -> None:
+    resnet56 = write(tmp_path, RESNET56, "cifar10_resnet56")
+    resnet32 = write(tmp_path, RESNET.replace("resnet20", "resnet32"), "cifar10_resnet32")
+
+    def fingerprint(teacher: str) -> str:
+        return load_recipe(write(tmp_path, taught_by(teacher))).fingerprint()
+
+    recipe = load_recipe(write(tmp_path, taught_by("[cifar10_resnet56, cifar10_resnet32]")))
+    assert recipe.needs == {"teacher": ("cifar10_resnet56", "cifar10_resnet32")}
+    assert recipe.teacher_sha256 == tuple(load_recipe(path).fingerprint() for path in (resnet56, resnet32))
+    assert recipe_from_dict(recipe.model_dump(mode="json"), "a record") == recipe
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+    both, one = recipe.fingerprint(), fingerprint("cifar10_resnet56")
+    assert both not in (one, fingerprint("cifar10_resnet32"))
+    assert one == fingerprint("[cifar10_resnet56]")
+    assert fingerprint("[]") == fingerprint("null") == load_recipe(write(tmp_path, RESNET)).fingerprint()
+    resnet32.write_text(resnet32.read_text().replace("epochs: 10", "epochs: 11"))
+    assert fingerprint("[cifar10_resnet56, cifar10_resnet32]") != both
 
 
 def test_what_a_float_start_learned_from_counts_too(tmp_path: Path) -> None:
@@ -386,6 +407,9 @@ def test_what_a_float_start_learned_from_counts_too(tmp_path: Path) -> None:
         ("cifar10_quant_cnv", "quant_cnv is quantized: only float models teach"),
         ("cifar10_resnet32", "no recipe 'cifar10_resnet32' beside this one: did you mean 'cifar10_resnet56'"),
         ("cifar10_resnet44", "cifar10_resnet44.yaml is of resnet56 on cifar10: resnet44 is what its name says"),
+        ("[cifar10_resnet56, cifar10_resnet57]", "unknown model 'resnet57': did you mean 'resnet56'"),
+        ("[cifar10_resnet56, cifar10_resnet32]", "no recipe 'cifar10_resnet32' beside this one"),
+        ("[cifar10_resnet56, cifar10_resnet56]", "cifar10_resnet56 is named twice: every teacher counts the same"),
     ],
 )
 def test_a_teacher_that_cannot_teach_is_refused(tmp_path: Path, teacher: str, says: str) -> None:

@@ -10,13 +10,15 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
@@ -54,6 +56,22 @@ def _at(key: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("at_key", "{message}", {"key": key, "message": message})
 
 
+def _as_tuple(value: Any) -> Any:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+# in YAML and JSON a text, a list of texts, or null; one is always written as a text
+_OneOrMore = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_as_tuple),
+    PlainSerializer(lambda texts: texts[0] if len(texts) == 1 else list(texts), return_type=str | list[str]),
+]
+
+
 class Optimizer(_Section):
     """How weights move.
 
@@ -89,7 +107,7 @@ class Schedule(_Section):
 
 
 class Distillation(_Section):
-    """How a student learns from its teacher's outputs beside the labels.
+    """How a student learns from its teachers' outputs beside the labels.
 
     Attributes:
         temperature: what both nets' logits are divided by before they are compared.
@@ -116,10 +134,10 @@ class Recipe(_Section):
         float_start_sha256: fingerprint of that recipe, which decides these weights too; filled in by load_recipe.
         quantize_bias: whether what BatchNorm adds is rounded to whole accumulators at the end, before the model is
             scored, so that it is an exact int32 bias.
-        teacher: the entry of a float model of the same dataset that teaches this one, with its published weights:
-            the name of a recipe in the same folder, which is `<dataset>_<model>`.
-        distillation: how it teaches.
-        teacher_sha256: fingerprint of its recipe; filled in by load_recipe.
+        teacher: the entries of float models of the same dataset that teach this one together, with their published
+            weights: names of recipes in the same folder, which are `<dataset>_<model>`. In YAML a name or a list.
+        distillation: how they teach.
+        teacher_sha256: fingerprints of their recipes; filled in by load_recipe.
         seed: of initialisation, shuffling and augmentation.
     """
 
@@ -139,9 +157,9 @@ class Recipe(_Section):
     float_start: str | None = None
     float_start_sha256: str | None = None
     quantize_bias: bool = False
-    teacher: str | None = None
+    teacher: _OneOrMore = ()
     distillation: Distillation = Distillation()
-    teacher_sha256: str | None = None
+    teacher_sha256: _OneOrMore = ()
     seed: int = Field(default=0, ge=0)
 
     @field_validator("model")
@@ -168,18 +186,20 @@ class Recipe(_Section):
             }.items():
                 if value is not None:
                     raise _at(key, f"{self.model} is a float model: leave {key} out")
-        if self.teacher is not None:
-            self._check_teacher(self.teacher)
-        elif self.distillation != Distillation():
+        for teacher in self.teacher:
+            self._check_teacher(teacher)
+        if not self.teacher and self.distillation != Distillation():
             raise _at("distillation", "goes with a teacher: name one, or leave this out")
         if self.schedule.warmup_epochs >= self.epochs:
             raise _at("epochs", f"{self.epochs}: must be above schedule.warmup_epochs, {self.schedule.warmup_epochs}")
         return self
 
     def _check_teacher(self, teacher: str) -> None:
-        model = self.teacher_model
-        if model is None or model == teacher:
+        model = teacher.removeprefix(f"{self.dataset}_")
+        if model == teacher:
             raise _at("teacher", f"{teacher!r}: a teacher is an entry of the same dataset, {self.dataset}_<model>")
+        if self.teacher.count(teacher) > 1:
+            raise _at("teacher", f"{teacher} is named twice: every teacher counts the same")
         try:
             spec = model_spec(model)
         except CnvzooError as error:
@@ -193,20 +213,20 @@ class Recipe(_Section):
     @model_serializer(mode="wrap")
     def _silent_about_what_is_not_used(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Recipes keep the fingerprint that they had before there were these keys."""
-        unused = ["teacher", "distillation", "teacher_sha256"] if self.teacher is None else []
+        unused = ["teacher", "distillation", "teacher_sha256"] if not self.teacher else []
         unused += [] if self.quantize_bias else ["quantize_bias"]
         return {key: value for key, value in serialize(self).items() if key not in unused}
 
     @property
-    def teacher_model(self) -> str | None:
-        """The model of the teacher, as for `cnvzoo.create_model`."""
-        return None if self.teacher is None else self.teacher.removeprefix(f"{self.dataset}_")
+    def teacher_models(self) -> tuple[str, ...]:
+        """The models of the teachers, as for `cnvzoo.create_model`."""
+        return tuple(teacher.removeprefix(f"{self.dataset}_") for teacher in self.teacher)
 
     @property
-    def needs(self) -> dict[str, str]:
+    def needs(self) -> dict[str, tuple[str, ...]]:
         """The entries whose weights of PUBLISHED_SEED a run needs, by what it needs them as."""
-        needs = {"float_start": self.float_start, "teacher": self.teacher}
-        return {purpose: entry for purpose, entry in needs.items() if entry is not None}
+        needs = {"float_start": (self.float_start,) if self.float_start else (), "teacher": self.teacher}
+        return {purpose: entries for purpose, entries in needs.items() if entries}
 
     @property
     def tag(self) -> str:
@@ -237,10 +257,11 @@ def _with_needs(recipe: Recipe, where: Where, path: Path, taught: tuple[str, ...
     """The recipe with the fingerprints of those that it needs; `taught`: those that need this one."""
     taught = (*taught, recipe.name)
     fingerprints = {
-        f"{purpose}_sha256": _load_needed(recipe, purpose, entry, path, where, taught).fingerprint()
-        for purpose, entry in recipe.needs.items()
+        purpose: tuple(_load_needed(recipe, purpose, entry, path, where, taught).fingerprint() for entry in entries)
+        for purpose, entries in recipe.needs.items()
     }
-    return recipe.model_copy(update=fingerprints)
+    start = fingerprints.get("float_start", (None,))[0]
+    return recipe.model_copy(update={"float_start_sha256": start, "teacher_sha256": fingerprints.get("teacher", ())})
 
 
 def _load(path: Path) -> tuple[Recipe, Where]:
@@ -258,8 +279,8 @@ def _load_needed(recipe: Recipe, purpose: str, entry: str, path: Path, where: Wh
         recipes = sorted(p.stem for p in path.parent.glob("*.yaml") if not p.stem.startswith("_"))
         raise RecipeError(f"{place}: no recipe {entry!r} beside this one: {nearest(source.stem, recipes)}")
     found, found_where = _load(source)
-    fits = f"{recipe.teacher_model} is what its name says"
-    model = recipe.teacher_model
+    model = entry.removeprefix(f"{recipe.dataset}_")
+    fits = f"{model} is what its name says"
     if purpose == "float_start":
         model = model_spec(recipe.model).float_twin
         fits = f"{recipe.model} on {recipe.dataset} can only start from its float twin, {model} on {recipe.dataset}"

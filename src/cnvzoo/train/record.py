@@ -32,7 +32,7 @@ class RunRecord(BaseModel):
         versions: of the libraries that decide the bits.
         commit: of the checkout that trained, if it is one; `+` at its end if it had changes.
         float_start: entry, seed and weights_sha256 of the float model that a quantized run started from.
-        teacher: entry, seed and weights_sha256 of the float model that taught this one.
+        teacher: entry, seed and weights_sha256 of the float model that taught this one, or a list of several.
         finished: UTC, ISO 8601.
         history: per epoch: epoch, loss (training), lr, seconds.
     """
@@ -55,7 +55,7 @@ class RunRecord(BaseModel):
     versions: dict[str, str]
     commit: str | None
     float_start: dict[str, Any] | None
-    teacher: dict[str, Any] | None = None
+    teacher: dict[str, Any] | list[dict[str, Any]] | None = None
     finished: str
     history: list[dict[str, float]]
 

@@ -8,11 +8,12 @@ whatever kills the process, the run goes on from a whole state and ends with the
 from __future__ import annotations
 
 import functools
+import itertools
 import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -69,7 +70,7 @@ def run_recipe(
     dataset: Dataset | None = None,
     data_root: str | Path | None = None,
     float_start: str | Path | None = None,
-    teacher: str | Path | None = None,
+    teacher: str | Path | Sequence[str | Path] | None = None,
     quiet: bool = False,
     save_every: float = SAVE_EVERY_SECONDS,
 ) -> RunRecord:
@@ -87,8 +88,8 @@ def run_recipe(
             Python handles no signals, is stopped by it.
         dataset: instead of loading the recipe's from `data_root`.
         float_start: safetensors file of the float twin's weights; needed if the recipe has a float_start.
-        teacher: safetensors file of the teacher's weights; needed if the recipe has a teacher. For a run with a
-            holdout, of a run that held out the same images, or it would know their labels.
+        teacher: safetensors file of the teacher's weights, or one for each of the recipe's teachers, in its order. For
+            a run with a holdout, of runs that held out the same images, or they would know their labels.
         quiet: no progress.
         save_every: seconds between saved states.
 
@@ -106,9 +107,11 @@ def run_recipe(
     if epochs < 1:
         raise RunError(f"{recipe.name}: epochs={epochs}: a run has at least 1")
     target = resolve_device(device)
-    start = _facts_of(recipe, "float_start", float_start)
-    taught = _facts_of(recipe, "teacher", teacher)
-    identity = RunIdentity(recipe.fingerprint(), recipe.seed, epochs, holdout, start, taught)
+    teachers = [teacher] if isinstance(teacher, (str, Path)) else teacher or []
+    start = next(iter(_facts_of(recipe, "float_start", [] if float_start is None else [float_start])), None)
+    taught = _facts_of(recipe, "teacher", teachers)
+    taught_by = taught[0] if len(taught) == 1 else taught or None
+    identity = RunIdentity(recipe.fingerprint(), recipe.seed, epochs, holdout, start, taught_by)
     machine = _describe_machine(recipe, target, quiet)
     commit = current_commit()  # of the code that trains: the checkout may have moved by the end
     with _alone_in(run_dir), deterministic(target):
@@ -130,7 +133,7 @@ def run_recipe(
             seed=recipe.seed,
             device=target,
         )
-        trainer = Trainer(model, batches, recipe, epochs, _teacher(recipe, data, teacher, target))
+        trainer = Trainer(model, batches, recipe, epochs, _teacher(recipe, data, teachers, target))
         conditions = {**machine, "torch": torch.__version__}
         resume(trainer, run_dir / STATE, identity, conditions)
         save = functools.partial(save_state, trainer, run_dir / STATE, identity, conditions)
@@ -162,7 +165,7 @@ def run_recipe(
             versions=_versions(recipe, target),
             commit=commit,
             float_start=start,
-            teacher=taught,
+            teacher=taught_by,
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             history=trainer.history,
         )
@@ -204,15 +207,15 @@ def _fresh_model(recipe: Recipe, data: Dataset, float_start: str | Path | None) 
     return model
 
 
-def _teacher(recipe: Recipe, data: Dataset, weights: str | Path | None, device: torch.device) -> Teacher | None:
-    if recipe.teacher_model is None or weights is None:
-        return None
-    with _initialising, torch.random.fork_rng(devices=[]):
-        model = build_model(recipe.teacher_model, num_classes=data.info.num_classes, in_chans=data.info.in_chans)
-    with _naming(recipe, weights):
-        model.load_state_dict(load_file(weights), strict=True)
-    own, student = (preprocessing_of(name, recipe.dataset) for name in (recipe.teacher_model, recipe.model))
-    return Teacher(model.to(device), own, student, recipe.distillation)
+def _teacher(recipe: Recipe, data: Dataset, files: Sequence[str | Path], device: torch.device) -> Teacher | None:
+    nets = []
+    for name, weights in zip(recipe.teacher_models, files, strict=True):
+        with _initialising, torch.random.fork_rng(devices=[]):
+            model = build_model(name, num_classes=data.info.num_classes, in_chans=data.info.in_chans)
+        with _naming(recipe, weights):
+            model.load_state_dict(load_file(weights), strict=True)
+        nets.append((model.to(device), preprocessing_of(name, recipe.dataset)))
+    return Teacher(nets, preprocessing_of(recipe.model, recipe.dataset), recipe.distillation) if nets else None
 
 
 @contextmanager
@@ -224,17 +227,21 @@ def _naming(recipe: Recipe, weights: str | Path) -> Iterator[None]:
         raise RunError(f"{recipe.name}: {weights}: {error}") from None
 
 
-def _facts_of(recipe: Recipe, purpose: str, weights: str | Path | None) -> dict[str, Any] | None:
+def _facts_of(recipe: Recipe, purpose: str, files: Sequence[str | Path]) -> list[dict[str, Any]]:
     """Which weights a run has been given as its float start or teacher."""
-    if purpose not in recipe.needs:
-        return None
-    entry = recipe.needs[purpose]
-    if weights is None or not Path(weights).is_file():
-        raise RunError(
-            f"{recipe.name} {_PURPOSES[purpose]} the weights of {entry}, seed {PUBLISHED_SEED}, and "
-            f"{weights or 'no file'} was given: train that entry first and give its weights.safetensors"
-        )
-    return {"entry": entry, "seed": PUBLISHED_SEED, "weights_sha256": sha256_of(weights)}
+    entries = recipe.needs.get(purpose, ())
+    facts = []
+    for entry, weights in itertools.zip_longest(entries, files):
+        if entry is None:
+            named = f"learns from {', '.join(entries)}" if entries else f"has no {purpose}"
+            raise RunError(f"{recipe.name} {named}: {weights} is one file too many for {purpose}: leave it out")
+        if weights is None or not Path(weights).is_file():
+            raise RunError(
+                f"{recipe.name} {_PURPOSES[purpose]} the weights of {entry}, seed {PUBLISHED_SEED}, and "
+                f"{weights or 'no file'} was given: train that entry first and give its weights.safetensors"
+            )
+        facts.append({"entry": entry, "seed": PUBLISHED_SEED, "weights_sha256": sha256_of(weights)})
+    return facts
 
 
 def _finished(run_dir: Path, identity: RunIdentity) -> RunRecord | None:

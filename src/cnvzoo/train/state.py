@@ -26,7 +26,7 @@ class RunIdentity:
         recipe: fingerprint of the recipe.
         seed, epochs, holdout: as in the record.
         float_start, teacher: entry, seed and weights_sha256 of the float models that the run starts from and is taught
-            by.
+            by, as in the record.
     """
 
     recipe: str
@@ -34,7 +34,7 @@ class RunIdentity:
     epochs: int
     holdout: int
     float_start: dict[str, Any] | None
-    teacher: dict[str, Any] | None = None
+    teacher: dict[str, Any] | list[dict[str, Any]] | None = None
 
     @classmethod
     def of(cls, record: RunRecord) -> RunIdentity:

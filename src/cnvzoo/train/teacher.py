@@ -1,7 +1,8 @@
-"""Learning from a trained net's outputs beside the labels: knowledge distillation."""
+"""Learning from the outputs of trained nets beside the labels: knowledge distillation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,33 +15,24 @@ from .recipe import Distillation
 
 
 class Teacher:
-    """A trained net that tells a student, for each image that it is shown, how likely each class is.
+    """Trained nets that tell a student, for each image that they are shown, how likely each class is.
 
     The student is to give the teacher's probabilities, both softened by a temperature (Hinton et al. 2015, section
-    2), for the very images that it learns from, augmented and mixed as they are (Beyer et al. 2022).
+    2), for the very images that it learns from, augmented and mixed as they are (Beyer et al. 2022). Several nets
+    speak as one, by the mean of their logits: the geometric mean of their probabilities (section 3).
 
     Args:
-        model: of the library, on the student's device; frozen from now on.
-        own: preprocessing of the images that the teacher was trained with.
-        student: that of the images that it will be shown.
+        nets: of the library, on the student's device, each with the preprocessing of the images that it was trained
+            with; frozen from now on.
+        student: preprocessing of the images that they will be shown.
         distillation: temperature, and weight of what the teacher says.
     """
 
     def __init__(
-        self, model: nn.Module, own: Preprocessing, student: Preprocessing, distillation: Distillation
+        self, nets: Sequence[tuple[nn.Module, Preprocessing]], student: Preprocessing, distillation: Distillation
     ) -> None:
-        layout: Any = model.eval().requires_grad_(False)
-        layout.to(memory_format=torch.channels_last)
-        device = next(model.parameters()).device
-        self._model = torch.compile(model, fullgraph=True) if device.type == "cuda" else model  # as for the student
+        self._nets = [_FrozenNet(model, own, student) for model, own in nets]
         self._distillation = distillation
-        own_mean, own_std, mean, std = (
-            torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
-            for values in (own.mean, own.std, student.mean, student.std)
-        )
-        self._converts = own != student
-        self._factor = (std / own_std).to(device, torch.float32)
-        self._shift = ((mean - own_mean) / own_std).to(device, torch.float32)
 
     def loss(self, images: Tensor, logits: Tensor, label_loss: Tensor) -> Tensor:
         """What the student is to lower: `label_loss` and its distance from the teacher, weighed.
@@ -54,8 +46,7 @@ class Teacher:
             label_loss: scalar.
         """
         with torch.no_grad():
-            shown = images * self._factor + self._shift if self._converts else images
-            theirs = self._model(shown).float()
+            theirs = torch.stack([net(images) for net in self._nets]).mean(0)
         weight, temperature = self._distillation.weight, self._distillation.temperature
         distance = F.kl_div(
             F.log_softmax(logits / temperature, 1),
@@ -64,3 +55,24 @@ class Teacher:
             log_target=True,
         )
         return (1 - weight) * label_loss + weight * temperature**2 * distance
+
+
+class _FrozenNet:
+    """Logits, float32, of a trained net for images as another takes them."""
+
+    def __init__(self, model: nn.Module, own: Preprocessing, student: Preprocessing) -> None:
+        layout: Any = model.eval().requires_grad_(False)
+        layout.to(memory_format=torch.channels_last)
+        device = next(model.parameters()).device
+        self._model = torch.compile(model, fullgraph=True) if device.type == "cuda" else model  # as for the student
+        own_mean, own_std, mean, std = (
+            torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
+            for values in (own.mean, own.std, student.mean, student.std)
+        )
+        self._converts = own != student
+        self._factor = (std / own_std).to(device, torch.float32)
+        self._shift = ((mean - own_mean) / own_std).to(device, torch.float32)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        shown = images * self._factor + self._shift if self._converts else images
+        return self._model(shown).float()
