@@ -3,16 +3,8 @@
 from .device import resolve_device
 from .errors import RunError, RunInterrupted
 from .evaluation import count_correct
-from .recipe import (
-    PUBLISHED_SEED,
-    Distillation,
-    Optimizer,
-    Recipe,
-    RecipeError,
-    Schedule,
-    load_recipe,
-    recipe_from_dict,
-)
+from .recipe import PUBLISHED_SEED, Distillation, Optimizer, Recipe, Schedule
+from .recipe_file import RecipeError, load_recipe, recipe_from_dict
 from .record import RecordError, RunRecord
 from .run import preprocessing_of, run_recipe
 from .trainer import Trainer, TrainingDiverged
