@@ -34,7 +34,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harness import index, plot, readme, records, render
-from harness.checkpoints import checkpoint_folder, keep_missing
+from harness.checkpoints import keep_missing
 from harness.deployments import measure_missing
 from harness.entries import SEEDS, TABLES, load_entries, select_entries
 from harness.errors import HarnessError
@@ -168,7 +168,7 @@ def _reproduce(
     if in_time and arguments.epochs is None and PUBLISHED_SEED in seeds:
         if measure_missing(selected, layout, measure, say):
             keep()
-        names = [folder.name for entry in selected if (folder := checkpoint_folder(entry, layout)).is_dir()]
+        names = [folder.name for entry in selected if (folder := layout.checkpoint(entry.recipe)).is_dir()]
         verified = verify(names, hub=layout.hub, device=arguments.device)
 
     console, survey = Console(), records.survey(entries.values(), layout)

@@ -37,7 +37,7 @@ def keep_missing(entries: Iterable[Entry], layout: Layout) -> list[Path]:
         if record is None:
             continue
         facts = checkpoint_facts(record, _other_records(entry, layout))
-        folder, weights = checkpoint_folder(entry, layout), layout.run_dir(entry.name, PUBLISHED_SEED) / WEIGHTS
+        folder, weights = layout.checkpoint(entry.recipe), layout.run_dir(entry.name, PUBLISHED_SEED) / WEIGHTS
         published = _published(folder, facts)
         if published is not None:
             config = published.model_copy(update=dict(facts))
@@ -51,11 +51,6 @@ def keep_missing(entries: Iterable[Entry], layout: Layout) -> list[Path]:
         if write_card(folder) or is_new:
             kept.append(folder)
     return kept
-
-
-def checkpoint_folder(entry: Entry, layout: Layout) -> Path:
-    """Where the checkpoint of an entry is, if it has one."""
-    return layout.hub / f"{entry.recipe.tag}.{entry.recipe.dataset}"
 
 
 def _published(folder: Path, facts: CheckpointFacts) -> CheckpointConfig | None:

@@ -11,7 +11,6 @@ from cnvzoo import write_card
 from cnvzoo.deploy import DeployError
 from cnvzoo.hub import CheckpointError, IntegerResult, load_checkpoint, read_config, write_config
 
-from .checkpoints import checkpoint_folder
 from .entries import Entry
 from .layout import Layout
 
@@ -28,7 +27,7 @@ def measure_missing(
     """
     written = []
     for entry in entries:
-        folder = checkpoint_folder(entry, layout)
+        folder = layout.checkpoint(entry.recipe)
         if entry.recipe.w_bits is None or not folder.is_dir():
             continue
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cnvzoo.train import Recipe
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -52,6 +54,10 @@ class Layout:
     def index(self) -> Path:
         """The index of published checkpoints, which ships inside the package."""
         return self.home.parent / "src" / "cnvzoo" / "hub" / "index.json"
+
+    def checkpoint(self, recipe: Recipe) -> Path:
+        """The published checkpoint of an entry, if it has one."""
+        return self.hub / f"{recipe.tag}.{recipe.dataset}"
 
     def record(self, entry: str, seed: int) -> Path:
         """The committed record of a run."""

@@ -40,7 +40,7 @@ def _from_run(entry: Entry, layout: Layout, trial_epochs: int | None = None) -> 
 
 def _from_hub(entry: Entry, layout: Layout) -> Path | None:
     record = standing(entry, PUBLISHED_SEED, layout.record(entry.name, PUBLISHED_SEED)).record
-    folder = layout.hub / f"{entry.recipe.tag}.{entry.recipe.dataset}"
+    folder = layout.checkpoint(entry.recipe)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

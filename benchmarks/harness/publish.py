@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 
 import cnvzoo
 
-from .checkpoints import checkpoint_folder
 from .entries import Entry
 from .layout import Layout
 
@@ -18,7 +17,7 @@ def publish_checkpoints(
 
     Raises CheckpointError where one is not whole, or the store does not take it.
     """
-    folders = {entry.name: checkpoint_folder(entry, layout) for entry in entries}
+    folders = {entry.name: layout.checkpoint(entry.recipe) for entry in entries}
     if missing := [name for name, folder in folders.items() if not folder.is_dir()]:
         say(f"no checkpoint to publish yet: {', '.join(missing)}")
     present = [folder for folder in folders.values() if folder.is_dir()]
