@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cnvzoo.models.integer_bias import LARGEST_BIAS
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_LARGEST_BIAS = 1 << 30
 _LEAST_MULTIPLIER = 1e-12  # of a channel whose level no input can change
 _BIASES = (0, -1, 1)  # tried around the rounded bias
 
@@ -73,14 +74,14 @@ def requantization(exact: Staircase, gain: int) -> Requantization:
     """Choose bias and multiplier for weights that are scaled up by `gain`, so that the fewest accumulators differ."""
     wanted = _steps(exact)
     multiplier = np.maximum(exact.multiplier, _LEAST_MULTIPLIER)
-    ideal = np.clip(gain * exact.offset / multiplier, -_LARGEST_BIAS, _LARGEST_BIAS)
+    ideal = np.clip(gain * exact.offset / multiplier, -LARGEST_BIAS, LARGEST_BIAS)
     channels = len(ideal)
     best = Requantization(
         gain, np.zeros(channels, np.int32), np.zeros(channels, np.float32), np.full(channels, np.iinfo(np.int64).max),
         exact.high_acc - exact.low_acc + 1,
     )  # fmt: skip
     for nudge in _BIASES:
-        bias = np.clip(np.rint(ideal) + nudge, -_LARGEST_BIAS, _LARGEST_BIAS)
+        bias = np.clip(np.rint(ideal) + nudge, -LARGEST_BIAS, LARGEST_BIAS)
         tried = _between_steps(exact, wanted, bias, gain).astype(np.float32)
         differing = np.abs(_integer_steps(exact, gain, bias, tried) - wanted).sum(1)
         better = differing < best.differing

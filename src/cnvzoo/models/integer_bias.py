@@ -17,7 +17,7 @@ from cnvzoo.errors import ModelError
 from .fake_quant import IntRange
 
 _INT8_HIGH = 127
-_LARGEST_BIAS = 1 << 30
+LARGEST_BIAS = 1 << 30  # leaves room in int32 for an accumulator beside it
 
 
 def int8_gain(ints: IntRange) -> int:
@@ -50,7 +50,7 @@ def quantize_bias(model: nn.Module) -> None:
         unit = unit * slope
         biases = ((norm.bias.double() - centre) / unit).round()
         rounded = (biases * unit + centre).to(norm.bias.dtype)
-        norm.bias.copy_(torch.where(biases.abs() <= _LARGEST_BIAS, rounded, norm.bias))
+        norm.bias.copy_(torch.where(biases.abs() <= LARGEST_BIAS, rounded, norm.bias))
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no quantized layers with a BatchNorm, whose bias could be rounded"
