@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .depthwise import DepthwiseConv2d
 from .initialization import skips_initialization
 from .norm_act import NormActSequential
+from .pointwise import PointwiseConv2d
 from .registry import register_model
 
 # (output channels, stride) of each depthwise-separable block
@@ -31,7 +32,7 @@ class MobileNetV1(nn.Module):
         layers = [_norm_relu(nn.Conv2d(in_chans, channels, 3, padding=1, bias=False))]
         for out_channels, stride in _BLOCKS:
             layers.append(_norm_relu(DepthwiseConv2d(channels, stride)))
-            layers.append(_norm_relu(nn.Conv2d(channels, out_channels, 1, bias=False)))
+            layers.append(_norm_relu(PointwiseConv2d(channels, out_channels)))
             channels = out_channels
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(channels, num_classes)
