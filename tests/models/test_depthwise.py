@@ -4,30 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from convolutions import plain, results
+from torch import nn
 
 from cnvzoo.models import build_model
 from cnvzoo.models.depthwise import DepthwiseConv2d
 
 CHANNELS = 5
-
-
-def plain(layer: DepthwiseConv2d) -> nn.Conv2d:
-    """PyTorch's layer with the same weights."""
-    twin = nn.Conv2d(CHANNELS, CHANNELS, 3, layer.stride[0], 1, groups=CHANNELS, bias=False)
-    twin.load_state_dict(layer.state_dict(), strict=True)
-    return twin
-
-
-def results(layer: nn.Module, size: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Output, and gradients of images and filters."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(4, CHANNELS, *size, generator=generator, dtype=torch.float64).to(dtype)
-    x = x.to(memory_format=torch.channels_last).requires_grad_()
-    y = layer(x)
-    wanted = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
-    of_x, of_weight = torch.autograd.grad(y, (x, *layer.parameters()), wanted)
-    return y, of_x, of_weight
 
 
 @pytest.mark.parametrize("stride", [1, 2])

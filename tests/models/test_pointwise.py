@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from convolutions import plain, results
+from torch import nn
 
 from cnvzoo.models import build_model
 from cnvzoo.models.pointwise import PointwiseConv2d
@@ -12,26 +13,6 @@ from cnvzoo.models.pointwise import PointwiseConv2d
 IN, OUT = 6, 5
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
 SIZES = [(1, 1), (2, 2), (8, 8), (7, 3), (9, 8), (16, 16)]
-
-
-def plain(layer: PointwiseConv2d) -> nn.Conv2d:
-    """PyTorch's layer with the same weights."""
-    twin = nn.Conv2d(IN, OUT, 1, bias=False)
-    twin.load_state_dict(layer.state_dict(), strict=True)
-    return twin
-
-
-def results(
-    layer: nn.Module, size: tuple[int, int], dtype: torch.dtype, layout: torch.memory_format = torch.channels_last
-) -> tuple[Tensor, ...]:
-    """Output, and gradients of images and filters."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(4, IN, *size, generator=generator, dtype=torch.float64).to(dtype)
-    x = x.to(memory_format=layout).requires_grad_()
-    y = layer(x)
-    wanted = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
-    of_x, of_weight = torch.autograd.grad(y, (x, *layer.parameters()), wanted)
-    return y, of_x, of_weight
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
