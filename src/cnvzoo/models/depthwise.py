@@ -1,8 +1,7 @@
 """The 3x3 depthwise convolution of MobileNets, with gradients by the ways that are fast on a CPU.
 
 oneDNN, which computes convolutions there, has no fast bfloat16 code for two of these gradients: that of the images at
-stride 2, and that of the filters on maps smaller than they are. Together they took more than half of a training step.
-Both have another form that is fast, of the same values.
+stride 2, and that of the filters on maps smaller than they are. Both have another, fast form of the same values.
 """
 
 from __future__ import annotations
