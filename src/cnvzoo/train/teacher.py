@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnvzoo.data import Preprocessing
+from cnvzoo.models.folded import fold_batch_norms
 
 from .recipe import Distillation
 
@@ -61,7 +62,8 @@ class _FrozenNet:
     """Logits, float32, of a trained net for images as another takes them."""
 
     def __init__(self, model: nn.Module, own: Preprocessing, student: Preprocessing) -> None:
-        layout: Any = model.eval().requires_grad_(False)
+        model = fold_batch_norms(model).requires_grad_(False)
+        layout: Any = model
         layout.to(memory_format=torch.channels_last)
         device = next(model.parameters()).device
         self._model = torch.compile(model, fullgraph=True) if device.type == "cuda" else model  # as for the student

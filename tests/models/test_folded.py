@@ -1,0 +1,57 @@
+"""Nets with BatchNorm folded into the layers in front of it: the same outputs, and the net itself left as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cnvzoo.models import build_model
+from cnvzoo.models.folded import fold_batch_norms
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def trained(name: str) -> nn.Module:
+    """A net whose BatchNorms do something, some of them with a negative factor."""
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=10, in_chans=3).eval()
+    for norm in model.modules():
+        if isinstance(norm, NORMS):
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            for tensor, low, high in (
+                (norm.weight, -0.5, 1.5),
+                (norm.bias, -0.3, 0.3),
+                (norm.running_mean, -0.3, 0.3),
+                (norm.running_var, 0.2, 2.0),
+            ):
+                nn.init.uniform_(tensor, low, high)
+    return model
+
+
+@pytest.mark.parametrize(("name", "left"), [("cnv", 0), ("mobilenet_v1", 0), ("resnet20", 19)])
+def test_the_outputs_stay(name: str, left: int) -> None:
+    model = trained(name)
+    images = torch.randn(4, 3, 32, 32)
+    folded = fold_batch_norms(model)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-4)
+        assert model(images).std() > 1e-3
+    assert sum(isinstance(module, NORMS) for module in folded.modules()) == left
+
+
+def test_the_net_that_was_folded_is_left_as_it_was() -> None:
+    model = trained("cnv").train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert not fold_batch_norms(model).training
+    assert model.training
+    assert before.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_other_layers_in_front_of_a_batch_norm_keep_it() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(4))
+    folded = fold_batch_norms(model)
+    assert [type(layer) for layer in folded] == [type(layer) for layer in model]
