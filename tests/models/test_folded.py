@@ -54,4 +54,4 @@ def test_the_net_that_was_folded_is_left_as_it_was() -> None:
 def test_other_layers_in_front_of_a_batch_norm_keep_it() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(4))
     folded = fold_batch_norms(model)
-    assert [type(layer) for layer in folded] == [type(layer) for layer in model]
+    assert [type(layer) for layer in folded.children()] == [type(layer) for layer in model]

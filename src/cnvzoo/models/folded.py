@@ -31,6 +31,8 @@ def _fold(layer: nn.Module, norm: nn.Module) -> bool:
         fuse = fuse_linear_bn_weights
     else:
         return False
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     layer.weight, layer.bias = fuse(
         layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
