@@ -443,6 +443,34 @@ def test_a_recipe_without_a_teacher_says_nothing_of_one(tmp_path: Path) -> None:
     assert recipe_from_dict(taught.model_dump(mode="json"), "a record") == taught
 
 
+def test_views_are_part_of_what_decides_the_weights_where_there_are_some(tmp_path: Path) -> None:
+    write(tmp_path, RESNET56, "cifar10_resnet56")
+    plain, with_views = (
+        load_recipe(write(tmp_path, taught_by("cifar10_resnet56") + line))
+        for line in ("", "distillation: {views: 4}\n")
+    )
+    assert plain.model_dump()["distillation"].keys() == {"temperature", "weight"}  # as before there were views
+    assert with_views.model_dump()["distillation"]["views"] == 4
+    assert plain.fingerprint() != with_views.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("views", "augmentation", "says"),
+    [
+        (10, "flip: true", "10: must be below epochs, 10, to be seen again"),
+        (4, "mixup: 0.2", "goes with crop_padding, flip and cutout alone"),
+        (4, "cutmix: 1.0", "goes with crop_padding, flip and cutout alone"),
+        (4, "trivial_augment: true", "goes with crop_padding, flip and cutout alone"),
+    ],
+)
+def test_views_that_cannot_be_are_refused(tmp_path: Path, views: int, augmentation: str, says: str) -> None:
+    write(tmp_path, RESNET56, "cifar10_resnet56")
+    line = f"distillation: {{views: {views}}}"
+    text = taught_by("cifar10_resnet56", RESNET.replace("flip: true", augmentation)) + line + "\n"
+    said = error(path := write(tmp_path, text))
+    assert said.startswith(f"{path}:{line_of(text, line)}: distillation.views: {says}")
+
+
 def test_distillation_goes_with_a_teacher(tmp_path: Path) -> None:
     text = RESNET + (line := "distillation: {temperature: 2}") + "\n"
     said = error(path := write(tmp_path, text))
@@ -492,7 +520,7 @@ OTHER: dict[str, Any] = {
     "quantize_bias": True,
     "teacher": "cifar100_resnet56",
     "teacher_sha256": "0" * 64,
-    "distillation": {"temperature": 2.0, "weight": 0.5},
+    "distillation": {"temperature": 2.0, "weight": 0.5, "views": 4},
     "optimizer": {"name": "sgd", "lr": 0.2, "momentum": 0.8, "weight_decay": 1e-4, "sgd_lr": 0.2},
     "schedule": {"name": "linear", "warmup_epochs": 2.0, "final": 0.1},
     "augmentation": {

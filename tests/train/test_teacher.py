@@ -40,7 +40,7 @@ class Says(nn.Module):
 def test_the_loss_of_a_case_done_by_hand() -> None:
     """Softened by 2, the teacher says 3/4 and 1/4, the student 1/2 and 1/2."""
     teacher = Teacher([(Says(2 * math.log(3), 0), PIXELS)], PIXELS, Distillation(temperature=2, weight=0.25))
-    found = teacher.loss(torch.zeros(5, 3, 32, 32), torch.zeros(5, 2), torch.tensor(2.0))
+    found = teacher.loss(torch.zeros(5, 3, 32, 32), torch.arange(5), torch.zeros(5, 2), torch.tensor(2.0))
     divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     assert float(found) == pytest.approx(0.75 * 2.0 + 0.25 * 4 * divergence, rel=1e-6)
 
@@ -49,7 +49,7 @@ def test_its_gradient_is_the_difference_of_probabilities() -> None:
     """Of KL(p || q) softened by T, times T^2: T (q - p), which Hinton et al. say keeps its size as T grows."""
     logits = torch.tensor([[0.3, -1.0, 2.0]], requires_grad=True)
     teacher = Teacher([(Says(1.0, 0.5, -0.5), PIXELS)], PIXELS, Distillation(temperature=3, weight=1))
-    teacher.loss(torch.zeros(1, 3, 32, 32), logits, torch.tensor(0.0)).backward()
+    teacher.loss(torch.zeros(1, 3, 32, 32), torch.arange(1), logits, torch.tensor(0.0)).backward()
     student, other = (torch.softmax(x / 3, 1) for x in (logits.detach(), torch.tensor([[1.0, 0.5, -0.5]])))
     torch.testing.assert_close(logits.grad, 3 * (student - other))
 
@@ -61,9 +61,11 @@ def test_a_teacher_sees_images_as_it_was_trained_to(own: Any, student: Any) -> N
     images = noise("cifar10").test_images
     expected = model(own(images)).detach()
     teacher = Teacher([(model, own)], student, Distillation(weight=1))
-    found = teacher.loss(student(images), expected, torch.tensor(9.0))
+    found = teacher.loss(student(images), torch.arange(len(images)), expected, torch.tensor(9.0))
     assert abs(float(found)) < 1e-6
-    assert float(teacher.loss(student(images), expected.roll(1, 1), torch.tensor(9.0))) > 1e-3
+    assert (
+        float(teacher.loss(student(images), torch.arange(len(images)), expected.roll(1, 1), torch.tensor(9.0))) > 1e-3
+    )
 
 
 def test_several_teachers_speak_by_their_geometric_mean() -> None:
@@ -72,9 +74,9 @@ def test_several_teachers_speak_by_their_geometric_mean() -> None:
     teacher = Teacher(nets, PIXELS, Distillation(temperature=1, weight=1))
     images, ignored = torch.zeros(5, 3, 32, 32), torch.tensor(9.0)
     learned = torch.tensor([[0.6, 0.4]]).log().expand(5, -1)
-    assert abs(float(teacher.loss(images, learned, ignored))) < 1e-6
+    assert abs(float(teacher.loss(images, torch.arange(5), learned, ignored))) < 1e-6
     between = torch.tensor([[0.55, 0.45]]).log().expand(5, -1)  # the arithmetic mean of 0.9 and 0.2
-    assert float(teacher.loss(images, between, ignored)) > 1e-3
+    assert float(teacher.loss(images, torch.arange(5), between, ignored)) > 1e-3
 
 
 def test_each_of_several_teachers_sees_images_as_it_was_trained_to() -> None:
@@ -83,7 +85,7 @@ def test_each_of_several_teachers_sees_images_as_it_was_trained_to() -> None:
     images = noise("cifar10").test_images
     expected = torch.stack([model(own(images)).detach() for model, own in nets]).mean(0)
     teacher = Teacher(nets, PIXELS, Distillation(weight=1))
-    assert abs(float(teacher.loss(PIXELS(images), expected, torch.tensor(9.0)))) < 1e-6
+    assert abs(float(teacher.loss(PIXELS(images), torch.arange(len(images)), expected, torch.tensor(9.0)))) < 1e-6
 
 
 # --- runs

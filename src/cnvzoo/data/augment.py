@@ -34,6 +34,11 @@ class Augmentation(BaseModel):
         """Whether targets become class probabilities."""
         return self.mixup > 0 or self.cutmix > 0
 
+    @property
+    def is_each_images_own(self) -> bool:
+        """Whether what happens to an image depends on no other image of its batch."""
+        return not self.mixes and not self.trivial_augment
+
 
 def cutout_(images: Tensor, rows: Tensor, cols: Tensor, side: int, fill: Tensor) -> Tensor:
     """Fill a square of each image, in place (DeVries & Taylor 2017, arXiv:1708.04552).

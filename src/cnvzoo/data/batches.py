@@ -23,7 +23,8 @@ from cnvzoo.data.preprocessing import Preprocessing
 class BatchPlan(NamedTuple):
     """The random numbers of an epoch, on the device; `rows` and `mix` have those of step k at index k.
 
-    rows:    int64 [steps, 7, B]: image, row and column of the crop, flip, row and column of the cutout, mixing partner
+    rows:    int64 [steps, 8, B]: image, row and column of the crop, flip, row and column of the cutout, mixing partner,
+             and the number of what is shown, view * N + image
     mix:     float32 [steps, 6], or None: lam and box of `augment.mix`, then the share of an image's own label
     trivial: parameters of TrivialAugment [steps, ...], and how many images of each step an operation gets
     """
@@ -45,10 +46,12 @@ class TrainBatches:
         batch_size: B; the partial last batch of an epoch is dropped.
         seed: any integer.
         device: where the batches are made.
+        views: how many versions of each image the augmentation makes; epochs take turns with them. None: a new one in
+            every epoch.
 
     Raises:
         TypeError: images that are not uint8, labels that are not integers.
-        ValueError: shapes, labels, batch size or augmentation that do not fit together.
+        ValueError: shapes, labels, batch size, augmentation or views that do not fit together.
     """
 
     def __init__(
@@ -62,14 +65,20 @@ class TrainBatches:
         batch_size: int,
         seed: int,
         device: torch.device | str,
+        views: int | None = None,
     ) -> None:
         padded = preprocessing.pad(images)
         _check(padded, labels, num_classes, augmentation, batch_size)
+        if views is not None and (views < 1 or not augmentation.is_each_images_own):
+            raise ValueError(
+                f"views must be at least 1, without TrivialAugment, mixup and CutMix, got {views} with {augmentation}."
+            )
         self.num_classes = num_classes
         self.preprocessing = preprocessing
         self.augmentation = augmentation
         self.batch_size = batch_size
         self.seed = seed
+        self.views = views
         self.device = torch.device(device)
         self._size = preprocessing.size
         self._pixels = padded.contiguous().to(self.device).view(-1, preprocessing.in_chans)
@@ -113,23 +122,40 @@ class TrainBatches:
 
     def plan(self, epoch: int) -> BatchPlan:
         """Draw the random numbers of an epoch."""
-        augmentation, s = self.augmentation, self._size
         shape = (self.steps_per_epoch, self.batch_size)
-        g = torch.Generator().manual_seed(_epoch_seed(self.seed, epoch))
+        g = torch.Generator().manual_seed(_hashed("epoch", self.seed, epoch))
         count = shape[0] * shape[1]
         image = torch.randperm(len(self._labels), generator=g)[:count].view(shape)
-        row, col = torch.randint(2 * augmentation.crop_padding + 1, (2, *shape), generator=g)
-        flip = torch.rand(shape, generator=g) < (0.5 if augmentation.flip else 0.0)
-        cutout_row, cutout_col = torch.randint(s, (2, *shape), generator=g)
+        view = epoch % self.views if self.views else 0
+        own = self._draw_own(shape, g) if self.views is None else self._view(view)[:, image]
         partner = torch.rand(shape, generator=g).argsort(dim=1)
         mixing = self._draw_mix(g)
         trivial = None
-        if augmentation.trivial_augment:
+        if self.augmentation.trivial_augment:
             ops, magnitudes = trivial_augment.draw(shape, g)
-            parameters = trivial_augment.parameters(ops, magnitudes, s).to(self.device)
+            parameters = trivial_augment.parameters(ops, magnitudes, self._size).to(self.device)
             trivial = parameters, trivial_augment.counts(ops)
-        rows = torch.stack([image, row, col, flip, cutout_row, cutout_col, partner], dim=1)
+        rows = torch.stack([image, *own, partner, view * len(self._labels) + image], dim=1)
         return BatchPlan(rows.to(self.device), None if mixing is None else mixing.to(self.device), trivial)
+
+    def _draw_own(self, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+        """What an image goes through by itself, int64 [5, *shape]: row and column of the crop, flip, cutout."""
+        row, col = torch.randint(2 * self.augmentation.crop_padding + 1, (2, *shape), generator=g)
+        flip = torch.rand(shape, generator=g) < (0.5 if self.augmentation.flip else 0.0)
+        cutout_row, cutout_col = torch.randint(self._size, (2, *shape), generator=g)
+        return torch.stack([row, col, flip, cutout_row, cutout_col])
+
+    def _view(self, number: int) -> Tensor:
+        """`_draw_own` for all images."""
+        g = torch.Generator().manual_seed(_hashed("view", self.seed, number))
+        return self._draw_own((len(self._labels),), g)
+
+    def show(self, view: int, batch_size: int) -> Iterator[Tensor]:
+        """All images in their order, as the epochs whose turn it is show them in this view: float32 [B, C, S, S]."""
+        image = torch.arange(len(self._labels))
+        rows = torch.stack([image, *self._view(view), torch.zeros_like(image), image]).to(self.device)
+        for some in rows.split(batch_size, dim=1):
+            yield self.make_from(some)[0]
 
     def _draw_mix(self, g: torch.Generator) -> Tensor | None:
         mixup_alpha, cutmix_alpha, steps = self.augmentation.mixup, self.augmentation.cutmix, self.steps_per_epoch
@@ -157,7 +183,7 @@ class TrainBatches:
     ) -> tuple[Tensor, Tensor]:
         """The batch of one step of a plan; without TrivialAugment, a function of what lies on the device alone."""
         augmentation, s = self.augmentation, self._size
-        image, row, col, flip, cutout_row, cutout_col, partner = rows
+        image, row, col, flip, cutout_row, cutout_col, partner, _ = rows
         column = torch.where(flip.bool()[:, None], self._span.flip(0), self._span)
         r = self._reflect[row[:, None] + self._span]
         q = self._reflect[col[:, None] + column]
@@ -174,9 +200,10 @@ class TrainBatches:
         return x, mixed_targets(labels, partner, mixing[5], self.num_classes)
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
-    # Hashed, so that neighbouring seeds and epochs share nothing; torch's CPU generator keeps 32 bits of it.
-    return int.from_bytes(hashlib.sha256(f"cnvzoo epoch {seed}/{epoch}".encode()).digest()[:4], "little")
+def _hashed(what: str, seed: int, number: int) -> int:
+    """The seed of an epoch or a view."""
+    # Hashed, so that neighbouring seeds and numbers share nothing; torch's CPU generator keeps 32 bits of it.
+    return int.from_bytes(hashlib.sha256(f"cnvzoo {what} {seed}/{number}".encode()).digest()[:4], "little")
 
 
 def _mean_colour(images: Tensor) -> Tensor:

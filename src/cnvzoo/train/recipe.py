@@ -91,10 +91,14 @@ class Distillation(_Section):
     Attributes:
         temperature: what both nets' logits are divided by before they are compared.
         weight: of that comparison in the loss; the labels have the rest.
+        views: how many augmented versions there are of each image. The teachers see each once, whatever the number of
+            epochs, which take turns with them (Shen & Xing 2022, arXiv:2112.01528). None: a new version in every epoch,
+            for the teachers to see too.
     """
 
     temperature: float = Field(default=4.0, gt=0)
     weight: float = Field(default=0.9, gt=0, le=1)
+    views: int | None = Field(default=None, ge=1)
 
 
 class Recipe(_Section):
@@ -169,6 +173,11 @@ class Recipe(_Section):
             self._check_teacher(teacher)
         if not self.teacher and self.distillation != Distillation():
             raise _at("distillation", "goes with a teacher: name one, or leave this out")
+        if (views := self.distillation.views) is not None:
+            if views >= self.epochs:
+                raise _at("distillation.views", f"{views}: must be below epochs, {self.epochs}, to be seen again")
+            if not self.augmentation.is_each_images_own:
+                raise _at("distillation.views", "goes with crop_padding, flip and cutout alone: leave one or other out")
         if self.schedule.warmup_epochs >= self.epochs:
             raise _at("epochs", f"{self.epochs}: must be above schedule.warmup_epochs, {self.schedule.warmup_epochs}")
         return self
@@ -194,7 +203,10 @@ class Recipe(_Section):
         """Recipes keep the fingerprint that they had before there were these keys."""
         unused = ["teacher", "distillation", "teacher_sha256"] if not self.teacher else []
         unused += [] if self.quantize_bias else ["quantize_bias"]
-        return {key: value for key, value in serialize(self).items() if key not in unused}
+        values = {key: value for key, value in serialize(self).items() if key not in unused}
+        if "distillation" in values and self.distillation.views is None:
+            del values["distillation"]["views"]
+        return values
 
     @property
     def teacher_models(self) -> tuple[str, ...]:

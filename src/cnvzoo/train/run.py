@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,7 @@ from .device import describe_device, deterministic, keep_freed_memory, resolve_d
 from .errors import RunError, RunInterrupted
 from .evaluation import count_correct
 from .interrupts import caught_signals
+from .memory import memorise
 from .progress import TrainingProgress
 from .recipe import PUBLISHED_SEED, Recipe
 from .record import RecordError, RunRecord
@@ -44,7 +46,8 @@ from .teacher import Teacher
 from .trainer import Trainer
 
 SAVE_EVERY_SECONDS = 60.0
-STATE, RECORD, WEIGHTS = "state.safetensors", "record.json", "weights.safetensors"
+STATE, MEMORY = "state.safetensors", "memory.safetensors"
+RECORD, WEIGHTS = "record.json", "weights.safetensors"
 
 _PURPOSES = {"float_start": "starts from", "teacher": "learns from"}
 
@@ -132,12 +135,16 @@ def run_recipe(
             batch_size=recipe.batch_size,
             seed=recipe.seed,
             device=target,
+            views=recipe.distillation.views,
         )
         trainer = Trainer(model, batches, recipe, epochs, _teacher(recipe, data, teachers, target))
         conditions = {**machine, "torch": torch.__version__}
         resume(trainer, run_dir / STATE, identity, conditions)
         save = functools.partial(save_state, trainer, run_dir / STATE, identity, conditions)
-        if reason := _train(trainer, save, deadline, stop, quiet, save_every):
+        prepare = functools.partial(
+            memorise, trainer, run_dir / MEMORY, {"identity": asdict(identity), "conditions": conditions}, quiet=quiet
+        )
+        if reason := _train(trainer, save, prepare, deadline, stop, quiet, save_every):
             name = f"{recipe.name}, seed {recipe.seed}"
             raise RunInterrupted(name, reason, trainer.step, trainer.total_steps, run_dir)
         trainer.finish()
@@ -160,7 +167,7 @@ def run_recipe(
             recipe=recipe.model_dump(mode="json") | {"epochs": epochs},
             recipe_sha256=identity.recipe,
             weights_sha256=sha256_of(run_dir / WEIGHTS),
-            seconds=round(sum(epoch["seconds"] for epoch in trainer.history), 1),
+            seconds=round(_seconds(trainer), 1),
             device=machine,
             versions=_versions(recipe, target),
             commit=commit,
@@ -170,7 +177,8 @@ def run_recipe(
             history=trainer.history,
         )
         record.write(run_dir / RECORD)
-        (run_dir / STATE).unlink(missing_ok=True)
+        for leftover in (STATE, MEMORY):
+            (run_dir / leftover).unlink(missing_ok=True)
         return record
 
 
@@ -180,7 +188,7 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run_dir / ".lock", timeout=0):
-            for name in (STATE, RECORD, WEIGHTS):
+            for name in (STATE, MEMORY, RECORD, WEIGHTS):
                 remove_leftovers(run_dir / name)
             yield
     except Timeout:
@@ -254,9 +262,16 @@ def _finished(run_dir: Path, identity: RunIdentity) -> RunRecord | None:
         return None
 
 
+def _seconds(trainer: Trainer) -> float:
+    """What the training took, and what its teachers took beforehand."""
+    memory = trainer.teacher.memory if trainer.teacher else None
+    return sum(epoch["seconds"] for epoch in trainer.history) + (memory.seconds if memory else 0.0)
+
+
 def _train(
     trainer: Trainer,
     save: Callable[[], None],
+    prepare: Callable[[Callable[[], bool]], bool],
     deadline: float | None,
     stop: Callable[[], str | None] | None,
     quiet: bool,
@@ -265,7 +280,7 @@ def _train(
     """Train to the end, or to a reason to stop, which is returned; the state is saved at either."""
     saved = time.monotonic()
     name = f"{trainer.recipe.name}, seed {trainer.recipe.seed}"
-    with caught_signals() as caught, TrainingProgress(name, trainer, quiet) as progress:
+    with caught_signals() as caught:
 
         def should_stop() -> bool:
             if stop is not None and (reason := stop()):
@@ -280,7 +295,9 @@ def _train(
                 saved = time.monotonic()
 
         try:
-            trainer.train(should_stop, after_step)
+            if trainer.batches.views is None or prepare(should_stop):
+                with TrainingProgress(name, trainer, quiet) as progress:
+                    trainer.train(should_stop, after_step)
         except RuntimeError:
             if not caught:
                 raise

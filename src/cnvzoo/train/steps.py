@@ -44,7 +44,8 @@ class Steps:
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-        trainer.learn(*trainer.batches.make(self._plan, index), average_weight)
+        images, targets = trainer.batches.make(self._plan, index)
+        trainer.learn(images, targets, self._plan.rows[index, -1], average_weight)
 
 
 class CapturedSteps(Steps):
@@ -96,7 +97,7 @@ class CapturedSteps(Steps):
     def _step_inputs(self, index: int) -> tuple[Tensor, ...]:
         batches, plan = self._trainer.batches, self._plan
         if plan.trivial is not None:
-            return batches.make(plan, index)
+            return plan.rows[index], *batches.make(plan, index)
         return (plan.rows[index],) if plan.mix is None else (plan.rows[index], plan.mix[index])
 
     def _copy_inputs(self, index: int) -> None:
@@ -110,12 +111,10 @@ class CapturedSteps(Steps):
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 torch.mul(factor, group["peak_lr"], out=group["lr"])
-        if self._plan.trivial is not None:
-            images, targets = self._inputs
-        else:
-            rows, mixing = self._inputs if len(self._inputs) == 2 else (self._inputs[0], None)
-            images, targets = trainer.batches.make_from(rows, mixing)
-        trainer.learn(images, targets, average_weight)
+        rows, *more = self._inputs
+        mixing = more[0] if more else None
+        images, targets = more if self._plan.trivial is not None else trainer.batches.make_from(rows, mixing)
+        trainer.learn(images, targets, rows[-1], average_weight)
 
 
 def _capture_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,19 @@ from cnvzoo.data import Preprocessing
 from cnvzoo.models.folded import fold_batch_norms
 
 from .recipe import Distillation
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What teachers said of all images in all views.
+
+    Attributes:
+        logits: [views * images, classes], by the numbers of TrainBatches.
+        seconds: that it took them.
+    """
+
+    logits: Tensor
+    seconds: float
 
 
 class Teacher:
@@ -27,6 +41,9 @@ class Teacher:
             with; frozen from now on.
         student: preprocessing of the images that they will be shown.
         distillation: temperature, and weight of what the teacher says.
+
+    Attributes:
+        memory: what it says of all images that it will be asked about; None for a teacher that is to look.
     """
 
     def __init__(
@@ -34,8 +51,14 @@ class Teacher:
     ) -> None:
         self._nets = [_FrozenNet(model, own, student) for model, own in nets]
         self._distillation = distillation
+        self.memory: Memory | None = None
 
-    def loss(self, images: Tensor, logits: Tensor, label_loss: Tensor) -> Tensor:
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """What it says of images [N, C, H, W], as the student takes them: float32 [N, classes]."""
+        return torch.stack([net(images) for net in self._nets]).mean(0)
+
+    def loss(self, images: Tensor, shown: Tensor, logits: Tensor, label_loss: Tensor) -> Tensor:
         """What the student is to lower: `label_loss` and its distance from the teacher, weighed.
 
         The distance is the mean Kullback-Leibler divergence of the softened probabilities times the squared
@@ -43,11 +66,11 @@ class Teacher:
 
         Args:
             images: [N, C, H, W], as the student takes them.
+            shown: int64 [N], their numbers in the memory.
             logits: float32 [N, classes], the student's.
             label_loss: scalar.
         """
-        with torch.no_grad():
-            theirs = torch.stack([net(images) for net in self._nets]).mean(0)
+        theirs = self.logits(images) if self.memory is None else self.memory.logits[shown].float()
         weight, temperature = self._distillation.weight, self._distillation.temperature
         distance = F.kl_div(
             F.log_softmax(logits / temperature, 1),

@@ -111,17 +111,23 @@ class Trainer:
         if self.average:
             self.average.copy_to_model()
 
-    def learn(self, images: Tensor, targets: Tensor, average_weight: float | Tensor) -> None:
-        """Move the weights by one batch: work for the device alone, which nothing here waits for."""
+    def learn(self, images: Tensor, targets: Tensor, shown: Tensor, average_weight: float | Tensor) -> None:
+        """Move the weights by one batch: work for the device alone, which nothing here waits for.
+
+        Args:
+            images, targets: as TrainBatches makes them.
+            shown: int64 [B], the numbers of the images in their views.
+            average_weight: of the live weights in their average.
+        """
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        with self._precision():
+        with self.precision():
             logits = self._forward(images)
         logits = logits.float()
         loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
         if self.teacher:
-            with self._precision():
-                loss = self.teacher.loss(images, logits, loss)
+            with self.precision():
+                loss = self.teacher.loss(images, shown, logits, loss)
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -129,7 +135,8 @@ class Trainer:
         if self.average:
             self.average.update(average_weight)
 
-    def _precision(self) -> torch.autocast:
+    def precision(self) -> torch.autocast:
+        """The context in which nets run while this one is trained."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
 
     def scalars(self, step: int) -> tuple[float, float]:
