@@ -102,13 +102,27 @@ def test_a_run_has_its_teachers_see_every_view_once(weights: Path, tmp_path: Pat
     assert sorted(path.name for path in (tmp_path / "run").glob("*.*")) == [
         ".lock", "record.json", "weights.safetensors",
     ]  # fmt: skip
-    assert record.seconds > sum(epoch["seconds"] for epoch in record.history)
     asked.clear()
     run(taught(), tmp_path / "short", teacher=weights, epochs=1)
     assert sum(asked) == 48
     asked.clear()
     run(taught(None), tmp_path / "looking", teacher=weights)
     assert sum(asked) == EPOCHS * 48
+
+
+def test_the_seconds_of_a_run_have_those_of_its_teachers(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Teacher.logits
+
+    def slow(self: Teacher, images: Tensor) -> Tensor:
+        time.sleep(0.3)
+        return original(self, images)
+
+    monkeypatch.setattr(Teacher, "logits", slow)
+    stopped_after(1, taught(), tmp_path, weights)  # one view is seen before the stop, the other after it
+    record = run(taught(), tmp_path, teacher=weights)
+    assert record.seconds > sum(epoch["seconds"] for epoch in record.history) + 0.5
 
 
 def test_it_learns_what_it_would_learn_from_a_teacher_that_looks(

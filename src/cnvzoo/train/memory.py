@@ -46,7 +46,7 @@ def memorise(
     assert batches.views is not None
     views = min(batches.views, trainer.total_steps // trainer.steps_per_epoch)
     said, seconds = _load(path, facts)
-    label = f"{trainer.recipe.name}, seed {trainer.recipe.seed}: views seen by its teachers"
+    label = f"{trainer.recipe.run_name}: views seen by its teachers"
     for view in counted(range(len(said), views), label, quiet=quiet):
         began, parts = time.monotonic(), []
         for images in batches.show(view, _BATCH):
@@ -57,7 +57,7 @@ def memorise(
         said.append(torch.cat(parts).cpu())
         seconds += time.monotonic() - began
         _save(said, seconds, path, facts)
-    teacher.memory = Memory(torch.cat(said).to(trainer.device), round(seconds, 1))
+    teacher.memory = Memory(torch.cat(said).to(trainer.device), seconds)
     return True
 
 
