@@ -126,8 +126,11 @@ class TrainBatches:
         g = torch.Generator().manual_seed(_hashed("epoch", self.seed, epoch))
         count = shape[0] * shape[1]
         image = torch.randperm(len(self._labels), generator=g)[:count].view(shape)
-        view = epoch % self.views if self.views else 0
-        own = self._draw_own(shape, g) if self.views is None else self._view(view)[:, image]
+        if self.views is None:
+            view, own = 0, self._draw_own(shape, g)
+        else:
+            view = epoch % self.views
+            own = self._view(view)[:, image]
         partner = torch.rand(shape, generator=g).argsort(dim=1)
         mixing = self._draw_mix(g)
         trivial = None

@@ -220,6 +220,11 @@ class Recipe(_Section):
         return {purpose: entries for purpose, entries in needs.items() if entries}
 
     @property
+    def run_name(self) -> str:
+        """What messages call a run of it."""
+        return f"{self.name}, seed {self.seed}"
+
+    @property
     def tag(self) -> str:
         """The model with its bit widths, as in checkpoint names: `quant_cnv_w4a4`."""
         return self.model if self.w_bits is None else f"{self.model}_w{self.w_bits}a{self.a_bits}"

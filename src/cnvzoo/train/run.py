@@ -145,8 +145,7 @@ def run_recipe(
             memorise, trainer, run_dir / MEMORY, {"identity": asdict(identity), "conditions": conditions}, quiet=quiet
         )
         if reason := _train(trainer, save, prepare, deadline, stop, quiet, save_every):
-            name = f"{recipe.name}, seed {recipe.seed}"
-            raise RunInterrupted(name, reason, trainer.step, trainer.total_steps, run_dir)
+            raise RunInterrupted(recipe.run_name, reason, trainer.step, trainer.total_steps, run_dir)
         trainer.finish()
         if recipe.quantize_bias:
             quantize_bias(model)
@@ -279,7 +278,6 @@ def _train(
 ) -> str | None:
     """Train to the end, or to a reason to stop, which is returned; the state is saved at either."""
     saved = time.monotonic()
-    name = f"{trainer.recipe.name}, seed {trainer.recipe.seed}"
     with caught_signals() as caught:
 
         def should_stop() -> bool:
@@ -296,7 +294,7 @@ def _train(
 
         try:
             if trainer.batches.views is None or prepare(should_stop):
-                with TrainingProgress(name, trainer, quiet) as progress:
+                with TrainingProgress(trainer.recipe.run_name, trainer, quiet) as progress:
                     trainer.train(should_stop, after_step)
         except RuntimeError:
             if not caught:

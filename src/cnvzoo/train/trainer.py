@@ -152,7 +152,7 @@ class Trainer:
         epoch = self.step // self.steps_per_epoch
         if loss != loss or loss == float("inf"):
             raise TrainingDiverged(
-                f"{self.recipe.name}, seed {self.recipe.seed}: the training loss is {loss} in epoch {epoch}: "
+                f"{self.recipe.run_name}: the training loss is {loss} in epoch {epoch}: "
                 f"lower optimizer.lr ({self.recipe.optimizer.lr}) or lengthen schedule.warmup_epochs"
             )
         lr = self.optimizers[0].param_groups[0]["peak_lr"] * self.scalars(self.step - 1)[0]
