@@ -31,7 +31,7 @@ from pydantic.fields import FieldInfo
 import cnvzoo.cli
 import dev
 from cnvzoo.data import Augmentation
-from cnvzoo.train import Distillation, Optimizer, Recipe, Schedule
+from cnvzoo.train import Distillation, EarlyCrops, Optimizer, Recipe, Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -197,7 +197,9 @@ def test_recipes_page_has_every_key_with_its_default():
             names, default, _ = (cell.strip() for cell in line.strip("|").split("|"))
             keys |= {name: default.strip("`") for name in re.findall(r"`(\w+)`", names)}
     fields = dict(
-        key for section in (Optimizer, Schedule, Augmentation, Distillation, Recipe) for key in _written(section)
+        key
+        for section in (Optimizer, Schedule, Augmentation, EarlyCrops, Distillation, Recipe)
+        for key in _written(section)
     )
     assert keys.keys() == fields.keys() | {"extends", "name"}
     for name, field in fields.items():

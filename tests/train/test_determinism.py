@@ -23,6 +23,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "name": "cifar10_resnet20",
         "dataset": "cifar10",
         "augmentation": EVERY_AUGMENTATION,
+        "early_crops": {"side": 20, "epochs": 1},
         "ema": 0.9,
         "precision": "bf16",
     },

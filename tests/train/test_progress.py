@@ -17,7 +17,7 @@ NAME = "fashion_mnist_mobilenet_v1_with_a_long_name, seed 2"
 
 def show(monkeypatch: pytest.MonkeyPatch, *, start: int = 0, stop: int = 6, quiet: bool = False) -> None:
     """Progress of three epochs of two steps, each of which takes 30 s."""
-    trainer: Any = SimpleNamespace(total_steps=6, steps_per_epoch=2, step=start, history=[])
+    trainer: Any = SimpleNamespace(total_steps=6, steps_per_epoch=2, step=start, history=[], work=float)
     now = 1000.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     with TrainingProgress(NAME, cast(Trainer, trainer), quiet) as after_step:

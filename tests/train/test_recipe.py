@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cnvzoo.train import Recipe, RecipeError, load_recipe, recipe_from_dict
+from cnvzoo.train import EarlyCrops, Recipe, RecipeError, load_recipe, recipe_from_dict
 
 RESNET = """\
 model: resnet20
@@ -471,6 +471,44 @@ def test_views_that_cannot_be_are_refused(tmp_path: Path, views: int, augmentati
     assert said.startswith(f"{path}:{line_of(text, line)}: distillation.views: {says}")
 
 
+def test_early_crops_are_part_of_what_decides_the_weights_where_there_are_some(tmp_path: Path) -> None:
+    whole, cropped = (
+        load_recipe(write(tmp_path, RESNET + line)) for line in ("", "early_crops: {side: 8, epochs: 9}\n")
+    )
+    assert "early_crops" not in whole.model_dump(mode="json")
+    assert cropped.model_dump(mode="json")["early_crops"] == {"side": 8, "epochs": 9}
+    assert recipe_from_dict(cropped.model_dump(mode="json"), "a record") == cropped
+
+
+@pytest.mark.parametrize(
+    ("base", "crops", "says"),
+    [
+        (RESNET, "{side: 32, epochs: 5}", "early_crops.side: 32: must be 8 to 31 for resnet20"),
+        (RESNET, "{side: 7, epochs: 5}", "early_crops.side: 7: must be 8 to 31 for resnet20"),
+        (RESNET.replace("cifar10", "mnist"), "{side: 28, epochs: 5}", "early_crops.side: 28: must be 8 to 27"),
+        (RESNET, "{side: 24, epochs: 10}", "early_crops.epochs: 10: must be below epochs, 10, to end whole"),
+        (RESNET, "{side: 24, epochs: 0}", "early_crops.epochs: 0: input should be greater than or equal to 1"),
+        (RESNET, "{side: 24}", "early_crops.epochs: missing: add it"),
+        (QUANT, "{side: 24, epochs: 5}", "early_crops: quant_cnv takes images of 32 pixels alone: leave this out"),
+        (
+            RESNET + "teacher: cifar10_resnet56\n",
+            "{side: 24, epochs: 5}",
+            "early_crops: teachers see whole images: goes with distillation.views alone",
+        ),
+        (
+            RESNET.replace("flip: true", "cutout: 8") + "teacher: cifar10_resnet56\ndistillation: {views: 3}\n",
+            "{side: 24, epochs: 5}",
+            "early_crops: goes with distillation.views or with cutout: leave one out",
+        ),
+    ],
+)
+def test_early_crops_that_cannot_be_are_refused(tmp_path: Path, base: str, crops: str, says: str) -> None:
+    write(tmp_path, RESNET56, "cifar10_resnet56")
+    text = base + (line := f"early_crops: {crops}") + "\n"
+    said = error(path := write(tmp_path, text))
+    assert said.startswith(f"{path}:{line_of(text, line)}: {says}")
+
+
 def test_distillation_goes_with_a_teacher(tmp_path: Path) -> None:
     text = RESNET + (line := "distillation: {temperature: 2}") + "\n"
     said = error(path := write(tmp_path, text))
@@ -506,6 +544,7 @@ def base_recipe(**changes: Any) -> Recipe:
 
 
 OTHER: dict[str, Any] = {
+    "early_crops": {"side": 20, "epochs": 5},
     "model": "resnet20",
     "dataset": "cifar100",
     "w_bits": 2,
@@ -535,7 +574,7 @@ OTHER: dict[str, Any] = {
 
 
 def test_the_fingerprint_depends_on_every_field_but_seed_and_name() -> None:
-    recipe = base_recipe()
+    recipe = base_recipe().model_copy(update={"early_crops": EarlyCrops(side=24, epochs=4)})
     seen = {recipe.fingerprint()}
     changes = 0
     for field in Recipe.model_fields.keys() - {"name", "seed"}:

@@ -252,6 +252,59 @@ def test_replayed_steps_are_those_taken_one_by_one(optimizer: dict[str, Any], au
         assert [e["lr"] for e in found[1]["history"]] == [e["lr"] for e in expected[1]["history"]]
 
 
+def pooled() -> nn.Module:
+    """Takes images of any side."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
+        )
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def cropped(epochs: int, crops: int) -> Trainer:
+    wanted = recipe(epochs=4, batch_size=8, early_crops={"side": 8, "epochs": crops}, optimizer={"lr": 0.05})
+    data = noise("mnist", train=40)
+    images = TrainBatches(
+        data.train_images, data.train_labels, num_classes=10, preprocessing=Preprocessing(28, (0.0,), (1.0,)),
+        augmentation=Augmentation(flip=True), batch_size=8, seed=3, device="cpu",
+    )  # fmt: skip
+    return Trainer(pooled(), images, wanted, epochs)
+
+
+@pytest.mark.parametrize(("epochs", "crops", "early"), [(4, 1, 1), (4, 3, 3), (2, 2, 1), (1, 1, 0)])
+def test_the_first_epochs_show_parts_of_images(epochs: int, crops: int, early: int) -> None:
+    """Four epochs, or a trial of fewer."""
+    trainer, sides = cropped(epochs, crops), []
+    trainer.model.register_forward_pre_hook(lambda _, args: sides.append(args[0].shape[2:]))
+    train(trainer)
+    assert sides == [(8, 8)] * 5 * early + [(28, 28)] * 5 * (epochs - early)
+
+
+def test_a_step_with_parts_of_images_counts_as_much_less_work() -> None:
+    trainer = cropped(4, 2)
+    assert [trainer.work(step) for step in (0, 5, 10, 11, 20)] == pytest.approx(
+        [0, 5 * 4 / 49, 10 * 4 / 49, 10 * 4 / 49 + 1, 10 * 4 / 49 + 10]
+    )
+    assert Trainer(tiny(), batches(), recipe(batch_size=8), 2).work(7) == 7
+
+
+def test_a_step_is_captured_once_for_each_side_of_images() -> None:
+    captures: list[int] = []
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
+        captures.append(replayed.step)
+        return captured_twice(step)
+
+    one_by_one, replayed = cropped(4, 2), cropped(4, 2)
+    replayed._stepper = CapturedSteps(replayed, capture)
+    train(one_by_one)
+    train(replayed)
+    assert captures == [0, 10]
+    for name, tensor in one_by_one.state()[0].items():
+        torch.testing.assert_close(replayed.state()[0][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_a_trial_of_fewer_epochs_keeps_the_share_of_the_warm_up() -> None:
     wanted = recipe(epochs=4, batch_size=8, schedule={"warmup_epochs": 2.0})
     trial = Trainer(tiny(), batches(), wanted, 2)

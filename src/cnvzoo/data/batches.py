@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,11 +28,13 @@ class BatchPlan(NamedTuple):
              and the number of what is shown, view * N + image
     mix:     float32 [steps, 6], or None: lam and box of `augment.mix`, then the share of an image's own label
     trivial: parameters of TrivialAugment [steps, ...], and how many images of each step an operation gets
+    side:    of the images
     """
 
     rows: Tensor
     mix: Tensor | None
     trivial: tuple[Tensor, list[list[int]]] | None
+    side: int
 
 
 class TrainBatches:
@@ -93,35 +96,49 @@ class TrainBatches:
     def steps_per_epoch(self) -> int:
         return len(self._labels) // self.batch_size
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, start: int = 0, *, side: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from step `start` on, equal to those of an epoch begun at 0.
+
+        Args:
+            epoch, start: from 0 on.
+            side: S, of the part of each image that is shown, which is anywhere in it. None: all of it.
 
         Yields:
             x: float32 [B, C, S, S] in channels_last.
             target: int64 [B], or float32 [B, K] with rows that sum to 1 where mixup or CutMix is on.
 
         Raises:
-            ValueError: a negative epoch, or `start` outside 0..steps_per_epoch.
+            ValueError: a negative epoch, `start` outside 0..steps_per_epoch, a side that no image has, or part of a
+                view with cutout.
         """
         if epoch < 0 or not 0 <= start <= self.steps_per_epoch:
             raise ValueError(
                 f"Expected an epoch of at least 0 and a start of 0 to {self.steps_per_epoch}, "
                 f"got epoch {epoch}, start {start}."
             )
-        return self._iterate(epoch, start)
+        return self._iterate(self.plan(epoch, side), start)
 
-    def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        plan = self.plan(epoch)
+    def _iterate(self, plan: BatchPlan, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         for step in range(start, self.steps_per_epoch):
             yield self.make(plan, step)
+
+    def _checked(self, side: int | None) -> int:
+        if side is None:
+            return self._size
+        if not 1 <= side <= self._size:
+            raise ValueError(f"side must be 1 to {self._size}, the side of the images, got {side}.")
+        if side < self._size and self.views is not None and self.augmentation.cutout:
+            raise ValueError("Parts of views go without cutout: it is where the view has it, and that may be outside.")
+        return side
 
     def make(self, plan: BatchPlan, step: int) -> tuple[Tensor, Tensor]:
         """The batch of a step, as `epoch` yields it."""
         trivial = None if plan.trivial is None else (plan.trivial[0][step], plan.trivial[1][step])
-        return self.make_from(plan.rows[step], None if plan.mix is None else plan.mix[step], trivial)
+        return self.make_from(plan.rows[step], None if plan.mix is None else plan.mix[step], trivial, plan.side)
 
-    def plan(self, epoch: int) -> BatchPlan:
-        """Draw the random numbers of an epoch."""
+    def plan(self, epoch: int, side: int | None = None) -> BatchPlan:
+        """Draw the random numbers of an epoch; arguments and errors as of `epoch`."""
+        side = self._checked(side)
         shape = (self.steps_per_epoch, self.batch_size)
         g = torch.Generator().manual_seed(_hashed("epoch", self.seed, epoch))
         count = shape[0] * shape[1]
@@ -131,15 +148,17 @@ class TrainBatches:
         else:
             view = epoch % self.views
             own = self._view(view)[:, image]
+        if side < self._size:
+            self._narrow_(own, side, epoch)
         partner = torch.rand(shape, generator=g).argsort(dim=1)
-        mixing = self._draw_mix(g)
+        mixing = self._draw_mix(g, side)
         trivial = None
         if self.augmentation.trivial_augment:
             ops, magnitudes = trivial_augment.draw(shape, g)
-            parameters = trivial_augment.parameters(ops, magnitudes, self._size).to(self.device)
+            parameters = trivial_augment.parameters(ops, magnitudes, side).to(self.device)
             trivial = parameters, trivial_augment.counts(ops)
         rows = torch.stack([image, *own, partner, view * len(self._labels) + image], dim=1)
-        return BatchPlan(rows.to(self.device), None if mixing is None else mixing.to(self.device), trivial)
+        return BatchPlan(rows.to(self.device), None if mixing is None else mixing.to(self.device), trivial, side)
 
     def _draw_own(self, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
         """What an image goes through by itself, int64 [5, *shape]: row and column of the crop, flip, cutout."""
@@ -147,6 +166,12 @@ class TrainBatches:
         flip = torch.rand(shape, generator=g) < (0.5 if self.augmentation.flip else 0.0)
         cutout_row, cutout_col = torch.randint(self._size, (2, *shape), generator=g)
         return torch.stack([row, col, flip, cutout_row, cutout_col])
+
+    def _narrow_(self, own: Tensor, side: int, epoch: int) -> None:
+        """Turn what was drawn for whole images into that of parts of them."""
+        g = torch.Generator().manual_seed(_hashed("part", self.seed, epoch))
+        own[:2] += torch.randint(self._size - side + 1, own[:2].shape, generator=g)
+        own[3:] = own[3:] * side // self._size
 
     def _view(self, number: int) -> Tensor:
         """`_draw_own` for all images."""
@@ -160,7 +185,7 @@ class TrainBatches:
         for some in rows.split(batch_size, dim=1):
             yield self.make_from(some)[0]
 
-    def _draw_mix(self, g: torch.Generator) -> Tensor | None:
+    def _draw_mix(self, g: torch.Generator, side: int) -> Tensor | None:
         mixup_alpha, cutmix_alpha, steps = self.augmentation.mixup, self.augmentation.cutmix, self.steps_per_epoch
         if not self.augmentation.mixes:
             return None
@@ -168,35 +193,41 @@ class TrainBatches:
         beta = np.random.default_rng(int(torch.randint(2**62, (), generator=g))).beta
         probability = 0.5 if mixup_alpha and cutmix_alpha else float(cutmix_alpha > 0)
         use_cutmix = (torch.rand(steps, generator=g) < probability).tolist()
-        centres = torch.randint(self._size, (steps, 2), generator=g).tolist()
+        centres = torch.randint(side, (steps, 2), generator=g).tolist()
         mixing = []
         for cut, (row, col) in zip(use_cutmix, centres, strict=True):
             alpha = cutmix_alpha if cut else mixup_alpha
             lam = float(beta(alpha, alpha))
             if cut:
-                top, bottom, left, right = cutmix_box(self._size, lam, row, col)
-                share = 1 - (bottom - top) * (right - left) / self._size**2
+                top, bottom, left, right = cutmix_box(side, lam, row, col)
+                share = 1 - (bottom - top) * (right - left) / side**2
                 mixing.append((1.0, top, bottom, left, right, share))
             else:
                 mixing.append((lam, 0, 0, 0, 0, lam))
         return torch.tensor(mixing, dtype=torch.float32)
 
     def make_from(
-        self, rows: Tensor, mixing: Tensor | None = None, trivial: tuple[Tensor, list[int]] | None = None
+        self,
+        rows: Tensor,
+        mixing: Tensor | None = None,
+        trivial: tuple[Tensor, list[int]] | None = None,
+        side: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The batch of one step of a plan; without TrivialAugment, a function of what lies on the device alone."""
         augmentation, s = self.augmentation, self._size
+        side = side or s
+        span = self._span[:side]
         image, row, col, flip, cutout_row, cutout_col, partner, _ = rows
-        column = torch.where(flip.bool()[:, None], self._span.flip(0), self._span)
-        r = self._reflect[row[:, None] + self._span]
+        column = torch.where(flip.bool()[:, None], span.flip(0), span)
+        r = self._reflect[row[:, None] + span]
         q = self._reflect[col[:, None] + column]
         index = ((image[:, None] * s + r) * s)[:, :, None] + q[:, None, :]
-        images = self._pixels.index_select(0, index.view(-1)).view(len(image), s, s, -1)
+        images = self._pixels.index_select(0, index.view(-1)).view(len(image), side, side, -1)
         if trivial is not None:
             trivial_augment.apply_(images, *trivial)
         if self._mean_colour is not None:
             cutout_(images, cutout_row, cutout_col, augmentation.cutout, self._mean_colour)
-        x, labels = self.preprocessing(images), self._labels[image]
+        x, labels = replace(self.preprocessing, size=side, image_size=None)(images), self._labels[image]
         if mixing is None:
             return x, labels
         x = mix(x, partner, mixing[0], mixing[1:5])

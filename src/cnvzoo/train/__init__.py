@@ -3,7 +3,7 @@
 from .device import resolve_device
 from .errors import RunError, RunInterrupted
 from .evaluation import count_correct
-from .recipe import PUBLISHED_SEED, Distillation, Optimizer, Recipe, Schedule
+from .recipe import PUBLISHED_SEED, Distillation, EarlyCrops, Optimizer, Recipe, Schedule
 from .recipe_file import RecipeError, load_recipe, recipe_from_dict
 from .record import RecordError, RunRecord
 from .run import preprocessing_of, run_recipe
@@ -12,6 +12,7 @@ from .trainer import Trainer, TrainingDiverged
 __all__ = [
     "PUBLISHED_SEED",
     "Distillation",
+    "EarlyCrops",
     "Optimizer",
     "Recipe",
     "RecipeError",

@@ -33,7 +33,7 @@ class TrainingProgress:
         self._name = name
         self._console = _console(quiet)
         self._epochs = trainer.total_steps // trainer.steps_per_epoch
-        self._started, self._first_step = time.monotonic(), trainer.step
+        self._started, self._first_work = time.monotonic(), trainer.work(trainer.step)
         self._bar = _bar(self._console, "{task.fields[status]}")
         self._task = self._bar.add_task(name, total=trainer.total_steps, completed=trainer.step, status="")
 
@@ -50,8 +50,9 @@ class TrainingProgress:
         self._bar.update(self._task, completed=trainer.step, status=status)
         if at_epoch_end and not _has_terminal(self._console):
             last = trainer.history[-1]
-            rate = (time.monotonic() - self._started) / (trainer.step - self._first_step)
-            left = rate * (trainer.total_steps - trainer.step)
+            done = trainer.work(trainer.step)
+            rate = (time.monotonic() - self._started) / (done - self._first_work)
+            left = rate * (trainer.work(trainer.total_steps) - done)
             self._console.print(
                 f"{self._name}: epoch {int(last['epoch'])}/{self._epochs}, loss {last['loss']:.4f}, "
                 f"{last['seconds']:.1f} s, {left / 60:.1f} min left",

@@ -85,6 +85,19 @@ class Schedule(_Section):
     final: float = Field(default=0.0, ge=0, le=1)
 
 
+class EarlyCrops(_Section):
+    """Epochs at the start that show a part of each image, which nets that end in an average over all places learn from
+    as well, and faster (progressive learning; Tan & Le 2021, arXiv:2104.00298, resize instead).
+
+    Attributes:
+        side: in pixels, of the square part.
+        epochs: how many; the others show whole images.
+    """
+
+    side: int = Field(ge=1)
+    epochs: int = Field(ge=1)
+
+
 class Distillation(_Section):
     """How a student learns from its teachers' outputs beside the labels.
 
@@ -110,6 +123,7 @@ class Recipe(_Section):
         dataset: one of `cnvzoo.list_datasets()`.
         epochs, batch_size: passes over the training set and images per step.
         label_smoothing: 0 to below 1.
+        early_crops: parts of images for the first epochs; None for whole images in all.
         ema: decay per step of the averaged weights, which are then the ones evaluated and kept; None for none.
         precision: of the training step. Evaluation is in float32 always.
         float_start: the entry of the float twin whose published weights this run starts from, whatever its own
@@ -135,6 +149,7 @@ class Recipe(_Section):
     schedule: Schedule = Schedule()
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     augmentation: Augmentation = Field(default_factory=Augmentation)
+    early_crops: EarlyCrops | None = None
     ema: float | None = Field(default=None, gt=0, lt=1)
     precision: Literal["bf16", "fp32"] = "bf16"
     float_start: str | None = None
@@ -178,9 +193,24 @@ class Recipe(_Section):
                 raise _at("distillation.views", f"{views}: must be below epochs, {self.epochs}, to be seen again")
             if not self.augmentation.is_each_images_own:
                 raise _at("distillation.views", "goes with crop_padding, flip and cutout alone: leave one or other out")
+        if self.early_crops:
+            self._check_crops(self.early_crops)
         if self.schedule.warmup_epochs >= self.epochs:
             raise _at("epochs", f"{self.epochs}: must be above schedule.warmup_epochs, {self.schedule.warmup_epochs}")
         return self
+
+    def _check_crops(self, crops: EarlyCrops) -> None:
+        spec, own = model_spec(self.model), dataset_info(self.dataset).image_size
+        if spec.input_size:
+            raise _at("early_crops", f"{self.model} takes images of {spec.input_size} pixels alone: leave this out")
+        if not spec.min_size <= crops.side < own:
+            raise _at("early_crops.side", f"{crops.side}: must be {spec.min_size} to {own - 1} for {self.model}")
+        if crops.epochs >= self.epochs:
+            raise _at("early_crops.epochs", f"{crops.epochs}: must be below epochs, {self.epochs}, to end whole")
+        if self.teacher and self.distillation.views is None:
+            raise _at("early_crops", "teachers see whole images: goes with distillation.views alone")
+        if self.teacher and self.augmentation.cutout:
+            raise _at("early_crops", "goes with distillation.views or with cutout: leave one out")
 
     def _check_teacher(self, teacher: str) -> None:
         model = teacher.removeprefix(f"{self.dataset}_")
@@ -203,6 +233,7 @@ class Recipe(_Section):
         """Recipes keep the fingerprint that they had before there were these keys."""
         unused = ["teacher", "distillation", "teacher_sha256"] if not self.teacher else []
         unused += [] if self.quantize_bias else ["quantize_bias"]
+        unused += [] if self.early_crops else ["early_crops"]
         values = {key: value for key, value in serialize(self).items() if key not in unused}
         if "distillation" in values and self.distillation.views is None:
             del values["distillation"]["views"]

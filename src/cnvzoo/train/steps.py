@@ -36,7 +36,7 @@ class Steps:
 
     def _begin(self, epoch: int) -> None:
         self._epoch = epoch
-        self._plan = self._trainer.batches.plan(epoch)
+        self._plan = self._trainer.batches.plan(epoch, self._trainer.side(epoch))
 
     def _take(self, epoch: int, index: int) -> None:
         trainer = self._trainer
@@ -49,7 +49,8 @@ class Steps:
 
 
 class CapturedSteps(Steps):
-    """Takes the first step of a trainer by capturing it, and every step by replaying that.
+    """Takes the first step of a trainer by capturing it, and every step by replaying that, until the images' side is
+    another.
 
     TrivialAugment chooses its kernels by how many images it gives to each, so batches with it are made outside.
 
@@ -64,10 +65,13 @@ class CapturedSteps(Steps):
         super().__init__(trainer)
         self._capture = capture or _capture_cuda_graph
         self._replay: Callable[[], None] | None = None
+        self._captured_side = 0
 
     def _begin(self, epoch: int) -> None:
         super()._begin(epoch)
         trainer, steps = self._trainer, self._trainer.steps_per_epoch
+        if self._plan.side != self._captured_side:
+            self._replay = None  # and let go of its memory
         scalars = [trainer.scalars(epoch * steps + index) for index in range(steps)]
         self._scalars = torch.tensor(scalars, dtype=torch.float32).to(trainer.device)
 
@@ -81,6 +85,7 @@ class CapturedSteps(Steps):
     def _prepare(self, index: int) -> None:
         """Capture a step, and put everything back that the capture's own steps moved."""
         trainer = self._trainer
+        self._captured_side = self._plan.side
         self._now = self._scalars[index].clone()
         self._inputs = tuple(t.clone() for t in self._step_inputs(index))
         for optimizer in trainer.optimizers:
@@ -113,7 +118,10 @@ class CapturedSteps(Steps):
                 torch.mul(factor, group["peak_lr"], out=group["lr"])
         rows, *more = self._inputs
         mixing = more[0] if more else None
-        images, targets = more if self._plan.trivial is not None else trainer.batches.make_from(rows, mixing)
+        if self._plan.trivial is None:
+            images, targets = trainer.batches.make_from(rows, mixing, side=self._captured_side)
+        else:
+            images, targets = more
         trainer.learn(images, targets, rows[-1], average_weight)
 
 

@@ -74,15 +74,16 @@ class Trainer:
         self.teacher = teacher
         self.steps_per_epoch = batches.steps_per_epoch
         self.total_steps = epochs * self.steps_per_epoch
-        # a trial of fewer epochs warms up for the same share of its steps
-        self.schedule = recipe.schedule.model_copy(
-            update={"warmup_epochs": recipe.schedule.warmup_epochs * min(1.0, epochs / recipe.epochs)}
-        )
+        # a trial of fewer epochs warms up, and shows parts of images, for the same share of them
+        share = min(1.0, epochs / recipe.epochs)
+        self.schedule = recipe.schedule.model_copy(update={"warmup_epochs": recipe.schedule.warmup_epochs * share})
+        self._early_epochs = round(recipe.early_crops.epochs * share) if recipe.early_crops else 0
         self.optimizers = build_optimizers(model, recipe.optimizer)
         self.average = WeightAverage(model, recipe.ema) if recipe.ema else None
         self.device = next(model.parameters()).device
-        # on a GPU the compiler fuses what lies between convolutions; on a CPU the models have their own loops for it
-        self._forward = torch.compile(model, fullgraph=True) if self.device.type == "cuda" else model
+        # on a GPU the compiler fuses what lies between convolutions, for each side of images apart;
+        # on a CPU the models have their own loops for it
+        self._forward = torch.compile(model, fullgraph=True, dynamic=False) if self.device.type == "cuda" else model
         self.step = 0
         self.history: list[dict[str, float]] = []
         self._loss_sum = torch.zeros((), device=self.device)
@@ -105,6 +106,17 @@ class Trainer:
         """Take the next step, and do nothing else."""
         self._stepper.take(*divmod(self.step, self.steps_per_epoch))
         self.step += 1
+
+    def side(self, epoch: int) -> int | None:
+        """Of what an epoch shows of each image, in pixels; None: all of it."""
+        crops = self.recipe.early_crops
+        return crops.side if crops and epoch < self._early_epochs else None
+
+    def work(self, step: int) -> float:
+        """What the first `step` steps take, in steps with whole images: as much less as they show less of them."""
+        crops, early = self.recipe.early_crops, min(step, self._early_epochs * self.steps_per_epoch)
+        share = (crops.side / self.batches.preprocessing.size) ** 2 if crops else 1.0
+        return early * share + step - early
 
     def finish(self) -> None:
         """Leave the weights that count in the model: the averaged ones if the recipe averages."""
