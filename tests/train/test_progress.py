@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,9 +16,16 @@ from cnvzoo.train.progress import TrainingProgress, counted
 NAME = "fashion_mnist_mobilenet_v1_with_a_long_name, seed 2"
 
 
-def show(monkeypatch: pytest.MonkeyPatch, *, start: int = 0, stop: int = 6, quiet: bool = False) -> None:
+def show(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    start: int = 0,
+    stop: int = 6,
+    quiet: bool = False,
+    work: Callable[[int], float] = float,
+) -> None:
     """Progress of three epochs of two steps, each of which takes 30 s."""
-    trainer: Any = SimpleNamespace(total_steps=6, steps_per_epoch=2, step=start, history=[], work=float)
+    trainer: Any = SimpleNamespace(total_steps=6, steps_per_epoch=2, step=start, history=[], work=work)
     now = 1000.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     with TrainingProgress(NAME, cast(Trainer, trainer), quiet) as after_step:
@@ -67,7 +75,14 @@ def test_a_terminal_gets_a_bar_with_step_loss_and_time(
     last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err).splitlines()[-1]
     assert NAME in last
     assert "4/6" in last
-    assert "loss 2.469" in last
+    assert "1.0 min left, loss 2.469" in last
+
+
+def test_what_is_left_counts_by_its_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole images, after two of three epochs with parts of a tenth."""
+    show(monkeypatch, stop=4, work=lambda step: min(step, 4) / 10 + max(step - 4, 0))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(", ")[-1] for line in lines] == ["11.0 min left", "10.0 min left"]
 
 
 def test_a_thread_gets_plain_lines_on_a_terminal_too(

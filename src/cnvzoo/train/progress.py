@@ -46,16 +46,16 @@ class TrainingProgress:
 
     def __call__(self, trainer: Trainer) -> None:
         at_epoch_end = trainer.step % trainer.steps_per_epoch == 0
-        status = f"loss {trainer.history[-1]['loss']:.3f}" if trainer.history else ""
-        self._bar.update(self._task, completed=trainer.step, status=status)
+        done = trainer.work(trainer.step)
+        rate = (time.monotonic() - self._started) / (done - self._first_work)
+        minutes_left = f"{rate * (trainer.work(trainer.total_steps) - done) / 60:.1f} min left"
+        loss = f", loss {trainer.history[-1]['loss']:.3f}" if trainer.history else ""
+        self._bar.update(self._task, completed=trainer.step, status=minutes_left + loss)
         if at_epoch_end and not _has_terminal(self._console):
             last = trainer.history[-1]
-            done = trainer.work(trainer.step)
-            rate = (time.monotonic() - self._started) / (done - self._first_work)
-            left = rate * (trainer.work(trainer.total_steps) - done)
             self._console.print(
                 f"{self._name}: epoch {int(last['epoch'])}/{self._epochs}, loss {last['loss']:.4f}, "
-                f"{last['seconds']:.1f} s, {left / 60:.1f} min left",
+                f"{last['seconds']:.1f} s, {minutes_left}",
                 soft_wrap=True,
             )
 
@@ -82,7 +82,8 @@ def _console(quiet: bool) -> Console:
     return Console(stderr=True, quiet=quiet, highlight=False)
 
 
-def _bar(console: Console, *more: str) -> Progress:
+def _bar(console: Console, status: str | None = None) -> Progress:
+    """A bar that says how much time is left, or a status of its task that does."""
     from rich import progress
 
     return progress.Progress(
@@ -90,8 +91,7 @@ def _bar(console: Console, *more: str) -> Progress:
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(elapsed_when_finished=True),
-        *map(progress.TextColumn, more),
+        progress.TextColumn(status) if status else progress.TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
         disable=console.quiet or not _has_terminal(console),
     )
