@@ -12,7 +12,8 @@ tuned textbook  the same with bfloat16 autocast and channels_last
 ours            the trainer of this library, as reproduce.py runs it
 
 Each way is a process of its own and takes turns of a few seconds with the others, and so do a quantized net's float
-twin and a large bfloat16 matrix product, so that all see the same machine; a figure is the median over the turns. The
+twin, the parts of images that a recipe's early epochs show, and a large bfloat16 matrix product, so that all see the
+same machine; a figure is the median over the turns. The
 operations of a step are counted as six for each multiply-accumulate of its forward pass, and put beside those of the
 matrix product.
 """
@@ -44,7 +45,7 @@ from cnvzoo.train import Recipe, load_recipe, resolve_device
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = ("resnet20", "resnet56", "cnv", "quant_cnv_w8a8", "quant_cnv_w4a4", "quant_cnv_w2a2", "mobilenet_v1")
-FLOAT_TWIN = "ours, float twin"
+FLOAT_TWIN, EARLY_CROPS = "ours, float twin", "ours, early crops"
 _MATMUL = "matmul"
 _REST_SECONDS = 0.7  # in which loaders that have had their turn fill their queues
 
@@ -81,6 +82,8 @@ def measure(models: list[str], device: torch.device, data: Dataset, *, turns: in
             ways = {way: stack.enter_context(Way(way, recipe, device, data)) for way in WAYS}
             if twin := model_spec(recipe.model).float_twin:
                 ways[FLOAT_TWIN] = stack.enter_context(Way("ours", _recipe(twin), device, data))
+            if (cropped := _recipe(name, whole=False)).early_crops:
+                ways[EARLY_CROPS] = stack.enter_context(Way("ours", cropped, device, data))
             rates = _take_turns(ways, device, turns, seconds)
         peaks += (matmul := rates.pop(_MATMUL))
         info = cnvzoo.model_info(recipe.model, w_bits=recipe.w_bits, a_bits=recipe.a_bits)
@@ -96,13 +99,17 @@ def measure(models: list[str], device: torch.device, data: Dataset, *, turns: in
     return {"machine": describe(device), "matmul_peak": round(statistics.median(peaks)), "models": figures}
 
 
-def _recipe(name: str) -> Recipe:
-    """The recipe of the CIFAR-10 table, with the optimizer and augmentation of all ways."""
+def _recipe(name: str, *, whole: bool = True) -> Recipe:
+    """The recipe of the CIFAR-10 table, with the optimizer and augmentation of all ways, and whole images or, if it has
+    early crops, these for as long as it lasts."""
     recipe = load_recipe(_CONFIGS / f"cifar10_{name}.yaml")
     changes = {"optimizer": {"lr": 0.01}, "augmentation": {"crop_padding": 4, "flip": True}, "epochs": 10**6}
     alone = dict.fromkeys(("float_start", "float_start_sha256", "teacher", "teacher_sha256"))
     plain = {"ema": None, "label_smoothing": 0.0, "distillation": {}, **alone}
-    return Recipe.model_validate(recipe.model_dump() | changes | plain)
+    crops = None
+    if recipe.early_crops and not whole:
+        crops = {"side": recipe.early_crops.side, "epochs": changes["epochs"] - 1}
+    return Recipe.model_validate(recipe.model_dump() | changes | plain | {"early_crops": crops})
 
 
 def _take_turns(ways: dict[str, Way], device: torch.device, turns: int, seconds: float) -> dict[str, list[float]]:

@@ -11,18 +11,22 @@ from rich.console import Console
 
 from cnvzoo.files import write_text
 
-_COLUMNS = ("net", "textbook", "tuned textbook", "ours", "ours / textbook", "ours / tuned", "of bf16 matmul", "/ float")
+_COLUMNS = (
+    "net", "textbook", "tuned textbook", "ours", "ours / textbook", "ours / tuned", "of bf16 matmul", "/ float",
+    "early crops",
+)  # fmt: skip
 
 Result = dict[str, Any]
 
 
 def rows(result: Result) -> list[tuple[str, ...]]:
-    """One line of text cells for each net, under `_COLUMNS`: images a second, ratios, share, quantized over float."""
+    """One line of text cells for each net, under `_COLUMNS`: images a second, ratios, share, quantized over float,
+    early crops over whole images."""
     lines = []
     for name, figures in result["models"].items():
         rate = figures["images_per_second"]
         ours = rate["ours"]
-        twin = rate.get("ours, float twin")
+        twin, crops = rate.get("ours, float twin"), rate.get("ours, early crops")
         lines.append(
             (
                 name,
@@ -31,6 +35,7 @@ def rows(result: Result) -> list[tuple[str, ...]]:
                 f"{ours / rate['tuned textbook']:.2f}",
                 f"{100 * figures['share_of_matmul_peak']:.0f} %",
                 f"{twin / ours:.2f}" if twin else "",
+                f"{crops / ours:.2f}" if crops else "",
             )
         )
     return lines
@@ -66,6 +71,7 @@ Machine: {machine(result)}.
 - *of bf16 matmul*: operations of the step, six for each multiply-accumulate of the forward pass, beside those of
   a large bfloat16 matrix product on the same machine.
 - */ float*: time of a quantized step in steps of its float twin, which takes turns with it.
+- *early crops*: how many times as fast the recipe's early epochs are, if they show parts of the images.
 
 ![Images a second of each net, three ways](train.svg)
 """

@@ -14,6 +14,7 @@ import torch
 from workbench import BENCHMARKS
 
 from cnvzoo.data import Dataset, dataset_info, load_dataset
+from cnvzoo.train import EarlyCrops, load_recipe
 
 SPEED = BENCHMARKS / "speed"
 sys.path.insert(0, str(SPEED))
@@ -49,6 +50,15 @@ RESULT = {
             },
             "share_of_matmul_peak": 0.546,
         },
+        "resnet20": {
+            "images_per_second": {
+                "textbook": 600.0,
+                "tuned textbook": 1200.0,
+                "ours": 1800.0,
+                "ours, early crops": 2970.0,
+            },
+            "share_of_matmul_peak": 0.471,
+        },
     },
 }
 
@@ -75,8 +85,9 @@ def test_the_textbooks_quantized_net_is_brevitas_as_it_comes() -> None:
 
 def test_ratios_and_shares() -> None:
     assert train_report.rows(RESULT) == [
-        ("cnv", "500", "1,000", "1,500", "3.00", "1.50", "66 %", ""),
-        ("quant_cnv_w4a4", "250", "625", "1,250", "5.00", "2.00", "55 %", "1.20"),
+        ("cnv", "500", "1,000", "1,500", "3.00", "1.50", "66 %", "", ""),
+        ("quant_cnv_w4a4", "250", "625", "1,250", "5.00", "2.00", "55 %", "1.20", ""),
+        ("resnet20", "600", "1,200", "1,800", "3.00", "1.50", "47 %", "", "1.65"),
     ]
     assert "A CPU, 2 threads, AVX512, torch 2.14.1; bf16 matmul 800 GFLOP/s" in train_report.section(RESULT)
 
@@ -112,11 +123,17 @@ def test_the_page_is_that_of_the_figures(tmp_path: Path) -> None:
     assert all(f"{row['net']}, {row['runtime']}" in drawn for row in infer["contenders"])
 
 
-def test_all_ways_train() -> None:
+@pytest.mark.parametrize(
+    ("crops", "more"), [(None, []), (EarlyCrops(side=12, epochs=5), ["ours, early crops"])], ids=["whole", "crops"]
+)
+def test_all_ways_train(crops: EarlyCrops | None, more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     measure = runpy.run_path(str(SPEED / "train.py"))["measure"]
+    monkeypatch.setitem(
+        measure.__globals__, "load_recipe", lambda path: load_recipe(path).model_copy(update={"early_crops": crops})
+    )
     result = measure(["resnet20"], torch.device("cpu"), images(320), turns=1, seconds=0.01)
     rates = result["models"]["resnet20"]["images_per_second"]
-    assert list(rates) == ["textbook", "tuned textbook", "ours"]
+    assert list(rates) == ["textbook", "tuned textbook", "ours", *more]
     # 40,813,184 multiply-accumulates, six operations each
     share = result["models"]["resnet20"]["share_of_matmul_peak"]
     assert share == pytest.approx(6 * 40_813_184 * rates["ours"] / result["matmul_peak"], rel=0.02)
