@@ -122,7 +122,7 @@ class TrainBatches:
         for step in range(start, self.steps_per_epoch):
             yield self.make(plan, step)
 
-    def _checked(self, side: int | None) -> int:
+    def _checked_side(self, side: int | None) -> int:
         if side is None:
             return self._size
         if not 1 <= side <= self._size:
@@ -138,7 +138,7 @@ class TrainBatches:
 
     def plan(self, epoch: int, side: int | None = None) -> BatchPlan:
         """Draw the random numbers of an epoch; arguments and errors as of `epoch`."""
-        side = self._checked(side)
+        side = self._checked_side(side)
         shape = (self.steps_per_epoch, self.batch_size)
         g = torch.Generator().manual_seed(_hashed("epoch", self.seed, epoch))
         count = shape[0] * shape[1]
