@@ -21,7 +21,7 @@ from cnvzoo.train.steps import CapturedSteps
 from cnvzoo.train.teacher import Teacher
 
 VIEWS = 2
-EPOCHS = 3
+EPOCHS = 5
 CROPS = {"crop_padding": 2, "flip": True}
 TAUGHT: dict[str, Any] = {
     "name": "mnist_resnet20",
@@ -92,7 +92,7 @@ def test_replayed_steps_look_up_the_images_of_each(weights: Path, tmp_path: Path
         assert memorise(trainer, tmp_path / "memory.safetensors", {}, lambda: False, quiet=True)
         trainer.train(lambda: False, lambda _: None)
     losses = [[epoch["loss"] for epoch in trainer.history] for trainer in (one_by_one, replayed)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # rates are rounded to float32 on the device
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # rates are rounded to float32 on the device
 
 
 def test_a_run_has_its_teachers_see_every_view_once(weights: Path, tmp_path: Path, asked: list[int]) -> None:
@@ -133,6 +133,8 @@ def test_it_learns_what_it_would_learn_from_a_teacher_that_looks(
     looking = run(taught(), tmp_path / "looking", teacher=weights)
     losses = [[epoch["loss"] for epoch in record.history] for record in (remembering, looking)]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    fresh = run(taught(None), tmp_path / "fresh", teacher=weights)
+    assert [epoch["loss"] for epoch in fresh.history] != pytest.approx(losses[0], rel=0.02)
 
 
 def stopped_after(batches: int, wanted: Recipe, folder: Path, weights: Path) -> RunInterrupted:
