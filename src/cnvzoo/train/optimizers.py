@@ -86,22 +86,25 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(updates: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
     """Replace each update [out, ...], seen as a matrix, by about its nearest semi-orthogonal one of RMS 0.2.
 
-    Updates of one shape go through the iteration as one batch, in bfloat16.
+    Updates of one shape go through the iteration as one batch, in bfloat16. The columns of a filter bank's matrix are
+    in the order of channels_last, which changes nothing but their places, and there saves a copy of each.
     """
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for index, update in enumerate(updates):
         by_shape[update.shape].append(index)
     results = list(updates)
     a, b, c = _NS_COEFFICIENTS
-    for shape, indices in by_shape.items():
-        x = torch.stack([updates[i].flatten(1) for i in indices]).bfloat16()
+    for indices in by_shape.values():
+        banks = torch.stack([updates[i].movedim(1, -1) for i in indices])
+        x = banks.flatten(2).bfloat16()
         tall = x.shape[1] > x.shape[2]
         x = x.mT if tall else x
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
         for _ in range(_NS_STEPS):
             gram = x @ x.mT
-            x = a * x + (b * gram + c * gram @ gram) @ x
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            x = torch.baddbmm(x, polynomial, x, beta=a)
         x = (x.mT if tall else x).float() * (0.2 * max(x.shape[1], x.shape[2]) ** 0.5)
-        for row, index in enumerate(indices):
-            results[index] = x[row].reshape(shape)
+        for index, direction in zip(indices, x.reshape(banks.shape), strict=True):
+            results[index] = direction.movedim(-1, 1)
     return results
