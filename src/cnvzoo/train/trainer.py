@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from cnvzoo.data import TrainBatches
 from cnvzoo.errors import CnvzooError
+from cnvzoo.models.norm_act import QuantizedActivation
 
 from .optimizers import build_optimizers
 from .recipe import Recipe
@@ -42,11 +43,23 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, weight: float | Tensor) -> None:
         live = [t.detach() for t in self._live]
-        torch._foreach_lerp_(self.average, live, [weight] * len(live) if isinstance(weight, Tensor) else weight)
+        if not isinstance(weight, Tensor):
+            torch._foreach_lerp_(self.average, live, weight)
+            return
+        change = torch._foreach_sub(live, self.average)  # a lerp by a tensor would be a launch for each of hundreds
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(self.average, change)
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
         torch._foreach_copy_([t.detach() for t in self._live], self.average)
+
+
+def _needs_compiler(model: nn.Module) -> bool:
+    """Whether a GPU lacks kernels for what lies between the convolutions: the gradient of its max pooling is not
+    deterministic, and fake quantization is a dozen small ones. Captured, other nets are as fast without the compiler,
+    which takes half a minute for a ResNet-20, and as much more for deeper ones."""
+    return any(isinstance(module, (nn.MaxPool2d, QuantizedActivation)) for module in model.modules())
 
 
 class Trainer:
@@ -81,9 +94,8 @@ class Trainer:
         self.optimizers = build_optimizers(model, recipe.optimizer)
         self.average = WeightAverage(model, recipe.ema) if recipe.ema else None
         self.device = next(model.parameters()).device
-        # on a GPU the compiler fuses what lies between convolutions, for each side of images apart;
-        # on a CPU the models have their own loops for it
-        self._forward = torch.compile(model, fullgraph=True, dynamic=False) if self.device.type == "cuda" else model
+        compiled = self.device.type == "cuda" and _needs_compiler(model)
+        self._forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
         self.step = 0
         self.history: list[dict[str, float]] = []
         self._loss_sum = torch.zeros((), device=self.device)
