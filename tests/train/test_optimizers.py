@@ -79,6 +79,17 @@ def test_first_and_last_layer_of_a_resnet_stay_with_sgd() -> None:
     assert groups["stages.0.0.conv1.weight"]["peak_lr"] == 0.02
 
 
+@pytest.mark.parametrize("sgd_weight_decay", [0.0, 5e-4])
+def test_first_and_last_layer_may_decay_otherwise_with_muon(sgd_weight_decay: float) -> None:
+    model = build_model("resnet20")
+    config = Optimizer(name="muon", lr=0.02, sgd_lr=0.3, weight_decay=0.25, sgd_weight_decay=sgd_weight_decay)
+    groups = groups_by_parameter(model, build_optimizers(model, config))
+    for name in ("conv.weight", "fc.weight"):
+        assert groups[name]["weight_decay"] == sgd_weight_decay
+    assert groups["stages.0.0.conv1.weight"]["weight_decay"] == 0.25
+    assert groups["norm.weight"]["weight_decay"] == groups["fc.bias"]["weight_decay"] == 0
+
+
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, True), (0.0, False)])
 def test_sgd_is_nesterov_where_it_has_momentum(momentum: float, nesterov: bool) -> None:
     (sgd,) = build_optimizers(nn.Linear(3, 2), Optimizer(name="sgd", lr=0.1, momentum=momentum))

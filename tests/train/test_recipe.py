@@ -191,6 +191,8 @@ def test_an_added_line_is_refused(tmp_path: Path, base: str, added: str, key: st
         ("  weight_decay: .inf", "finite number"),
         ("  sgd_lr: 0", "greater than 0"),
         ("  sgd_lr: 0.1", "sgd_lr goes with name: muon"),
+        ("  sgd_weight_decay: -1e-4", "greater than or equal to 0"),
+        ("  sgd_weight_decay: 0", "sgd_weight_decay goes with name: muon: others have one weight_decay for all"),
     ],
 )
 def test_an_added_line_of_the_optimizer_is_refused(tmp_path: Path, added: str, remedy: str) -> None:
@@ -560,7 +562,14 @@ OTHER: dict[str, Any] = {
     "teacher": "cifar100_resnet56",
     "teacher_sha256": "0" * 64,
     "distillation": {"temperature": 2.0, "weight": 0.5, "views": 4},
-    "optimizer": {"name": "sgd", "lr": 0.2, "momentum": 0.8, "weight_decay": 1e-4, "sgd_lr": 0.2},
+    "optimizer": {
+        "name": "sgd",
+        "lr": 0.2,
+        "momentum": 0.8,
+        "weight_decay": 1e-4,
+        "sgd_lr": 0.2,
+        "sgd_weight_decay": 0.0,
+    },
     "schedule": {"name": "linear", "warmup_epochs": 2.0, "final": 0.1},
     "augmentation": {
         "crop_padding": 4,

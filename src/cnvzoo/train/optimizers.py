@@ -37,7 +37,8 @@ def build_optimizers(model: nn.Module, config: Optimizer) -> list[torch.optim.Op
         return [torch.optim.SGD(groups, **sgd)]
     assert config.sgd_lr is not None
     hidden, ends = weights[1:-1], [weights[0], weights[-1]]
-    groups = [_group(ends, config.sgd_lr, config.weight_decay), _group(rest, config.sgd_lr, 0.0)]
+    ends_decay = config.weight_decay if config.sgd_weight_decay is None else config.sgd_weight_decay
+    groups = [_group(ends, config.sgd_lr, ends_decay), _group(rest, config.sgd_lr, 0.0)]
     muon = Muon([_group(hidden, config.lr, config.weight_decay)], momentum=config.momentum)
     return [muon, torch.optim.SGD(groups, **sgd)]
 

@@ -60,7 +60,9 @@ class Optimizer(_Section):
         lr: peak learning rate.
         momentum: of SGD and Muon.
         weight_decay: on convolution and linear weights only; BatchNorm, biases and quantizer scales have none.
+            Decoupled with `adamw` and `muon`: a step takes lr * weight_decay off, SGD 1 / (1 - momentum) times that.
         sgd_lr: with `muon`, the peak learning rate of the parameters that SGD moves.
+        sgd_weight_decay: with `muon`, that of the first and the last weights, which SGD moves. None: weight_decay.
     """
 
     name: Literal["sgd", "adamw", "muon"] = "sgd"
@@ -68,13 +70,24 @@ class Optimizer(_Section):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
     sgd_lr: float | None = Field(default=None, gt=0)
+    sgd_weight_decay: float | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
-    def _sgd_lr_belongs_to_muon(self) -> Optimizer:
+    def _sgd_belongs_to_muon(self) -> Optimizer:
         if (self.name == "muon") != (self.sgd_lr is not None):
             key = "name" if self.sgd_lr is None else "sgd_lr"
             raise _at(key, "sgd_lr goes with name: muon, which needs it, and with no other optimizer")
+        if self.sgd_weight_decay is not None and self.name != "muon":
+            raise _at("sgd_weight_decay", "sgd_weight_decay goes with name: muon: others have one weight_decay for all")
         return self
+
+    @model_serializer(mode="wrap")
+    def _silent_about_what_is_not_used(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes keep the fingerprint that they had before there was this key."""
+        values = serialize(self)
+        if self.sgd_weight_decay is None:
+            del values["sgd_weight_decay"]
+        return values
 
 
 class Schedule(_Section):
