@@ -13,9 +13,8 @@ ours            the trainer of this library, as reproduce.py runs it
 
 Each way is a process of its own and takes turns of a few seconds with the others, and so do a quantized net's float
 twin, the parts of images that a recipe's early epochs show, and a large bfloat16 matrix product, so that all see the
-same machine; a figure is the median over the turns. The
-operations of a step are counted as six for each multiply-accumulate of its forward pass, and put beside those of the
-matrix product.
+same machine; a figure is the median over the turns. The operations of a step are counted as six for each
+multiply-accumulate of its forward pass, and put beside those of the matrix product.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ import torch
 import train_report
 from machine import describe, matmul_rate
 from rich.console import Console
+from train_report import EARLY_CROPS, FLOAT_TWIN
 from ways import WAYS, Way
 
 import cnvzoo
@@ -45,7 +45,6 @@ from cnvzoo.train import Recipe, load_recipe, resolve_device
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = ("resnet20", "resnet56", "cnv", "quant_cnv_w8a8", "quant_cnv_w4a4", "quant_cnv_w2a2", "mobilenet_v1")
-FLOAT_TWIN, EARLY_CROPS = "ours, float twin", "ours, early crops"
 _MATMUL = "matmul"
 _REST_SECONDS = 0.7  # in which loaders that have had their turn fill their queues
 

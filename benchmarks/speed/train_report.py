@@ -11,6 +11,8 @@ from rich.console import Console
 
 from cnvzoo.files import write_text
 
+FLOAT_TWIN, EARLY_CROPS = "ours, float twin", "ours, early crops"  # beside the ways that every net is trained in
+
 _COLUMNS = (
     "net", "textbook", "tuned textbook", "ours", "ours / textbook", "ours / tuned", "of bf16 matmul", "/ float",
     "early crops",
@@ -26,7 +28,7 @@ def rows(result: Result) -> list[tuple[str, ...]]:
     for name, figures in result["models"].items():
         rate = figures["images_per_second"]
         ours = rate["ours"]
-        twin, crops = rate.get("ours, float twin"), rate.get("ours, early crops")
+        twin, crops = rate.get(FLOAT_TWIN), rate.get(EARLY_CROPS)
         lines.append(
             (
                 name,
