@@ -85,11 +85,10 @@ class _FrozenNet:
     """Logits, float32, of a trained net for images as another takes them."""
 
     def __init__(self, model: nn.Module, own: Preprocessing, student: Preprocessing) -> None:
-        model = fold_batch_norms(model).requires_grad_(False)
-        layout: Any = model
+        self._model = fold_batch_norms(model).requires_grad_(False)
+        layout: Any = self._model
         layout.to(memory_format=torch.channels_last)
         device = next(model.parameters()).device
-        self._model = torch.compile(model, fullgraph=True) if device.type == "cuda" else model  # as for the student
         own_mean, own_std, mean, std = (
             torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
             for values in (own.mean, own.std, student.mean, student.std)
