@@ -29,6 +29,15 @@ PUBLISHED_SEED = 0  # of the run whose weights an entry publishes, and gives to 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    def _unused(self) -> set[str]:
+        """Newer keys that are not in use: recipes keep the fingerprint that they had before there were these."""
+        return set()
+
+    @model_serializer(mode="wrap")
+    def _silent_about_what_is_not_used(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = self._unused()
+        return {key: value for key, value in serialize(self).items() if key not in unused}
+
 
 def _at(key: str, message: str) -> PydanticCustomError:
     """What a validator of several keys raises to put the blame on one of them."""
@@ -81,13 +90,8 @@ class Optimizer(_Section):
             raise _at("sgd_weight_decay", "sgd_weight_decay goes with name: muon: others have one weight_decay for all")
         return self
 
-    @model_serializer(mode="wrap")
-    def _silent_about_what_is_not_used(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes keep the fingerprint that they had before there was this key."""
-        values = serialize(self)
-        if self.sgd_weight_decay is None:
-            del values["sgd_weight_decay"]
-        return values
+    def _unused(self) -> set[str]:
+        return {"sgd_weight_decay"} if self.sgd_weight_decay is None else set()
 
 
 class Schedule(_Section):
@@ -125,6 +129,9 @@ class Distillation(_Section):
     temperature: float = Field(default=4.0, gt=0)
     weight: float = Field(default=0.9, gt=0, le=1)
     views: int | None = Field(default=None, ge=1)
+
+    def _unused(self) -> set[str]:
+        return {"views"} if self.views is None else set()
 
 
 class Recipe(_Section):
@@ -241,16 +248,10 @@ class Recipe(_Section):
         if (spec.input_size or own) != (model_spec(self.model).input_size or own):
             raise _at("teacher", f"{model} takes images of another size than {self.model}")
 
-    @model_serializer(mode="wrap")
-    def _silent_about_what_is_not_used(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes keep the fingerprint that they had before there were these keys."""
-        unused = ["teacher", "distillation", "teacher_sha256"] if not self.teacher else []
-        unused += [] if self.quantize_bias else ["quantize_bias"]
-        unused += [] if self.early_crops else ["early_crops"]
-        values = {key: value for key, value in serialize(self).items() if key not in unused}
-        if "distillation" in values and self.distillation.views is None:
-            del values["distillation"]["views"]
-        return values
+    def _unused(self) -> set[str]:
+        unused = set() if self.teacher else {"teacher", "distillation", "teacher_sha256"}
+        unused |= set() if self.quantize_bias else {"quantize_bias"}
+        return unused | (set() if self.early_crops else {"early_crops"})
 
     @property
     def teacher_models(self) -> tuple[str, ...]:
