@@ -106,7 +106,9 @@ def test_replayed_steps_look_up_the_images_of_each(
     assert len(shown[0]) == EPOCHS * 6
     assert len(shown[0][:12].unique()) == VIEWS * 48  # each image in either view, in two epochs
     # rates are rounded to float32 on the device, which grows from epoch to epoch
-    assert one_by_one.history[0]["loss"] == pytest.approx(replayed.history[0]["loss"], rel=1e-3)
+    losses = [[epoch["loss"] for epoch in trainer.history] for trainer in (one_by_one, replayed)]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 def test_a_run_has_its_teachers_see_every_view_once(weights: Path, tmp_path: Path, asked: list[int]) -> None:
