@@ -131,6 +131,7 @@ def test_the_snippet_runs(
 def test_the_command_to_reproduce_is_one(folder: Path, capsys: pytest.CaptureFixture) -> None:
     program, script, *arguments = block((folder / "README.md").read_text(), "sh").split()
     assert (program, script) == ("python", "benchmarks/reproduce.py")
+    assert arguments[arguments.index("--threads") + 1] == "2"  # as the run had, or its bits are others
     assert reproduce.main([*arguments, "--list"]) == 0
     assert "cifar10_quant_cnv_w4a4" in capsys.readouterr().out
 

@@ -157,11 +157,12 @@ def _recipe(config: CheckpointConfig) -> str:
     recipe = yaml.safe_dump(config.recipe, sort_keys=False, width=110)
     device, versions = _listed(config.device), _listed(config.versions)
     commit = f" at commit `{config.commit}`" if config.commit else ""
+    threads = f" --threads {config.device['threads']}" if "threads" in config.device else ""  # the bits depend on them
     return (
         f"## Recipe\n\n```yaml\n{recipe}```\n\n## Reproduce\n\nFrom a checkout of cnvzoo{commit}:\n\n"
         f"```sh\npython benchmarks/reproduce.py --table {config.dataset} --entry {config.recipe.get('name')} "
-        f"--seeds {config.seed} --retrain\n```\n\nOn the machine and with the versions of the run, the weights come "
-        f"out with the same sha256, `{config.weights_sha256}`:\n\n- {device}\n- {versions}\n\n"
+        f"--seeds {config.seed}{threads} --retrain\n```\n\nOn the machine and with the versions of the run, the "
+        f"weights come out with the same sha256, `{config.weights_sha256}`:\n\n- {device}\n- {versions}\n\n"
         "Elsewhere sums are added up in another order: expect an accuracy within the spread of seeds.\n"
     )
 
