@@ -136,6 +136,14 @@ def test_the_command_to_reproduce_is_one(folder: Path, capsys: pytest.CaptureFix
     assert "cifar10_quant_cnv_w4a4" in capsys.readouterr().out
 
 
+def test_the_command_leaves_out_one_thread(folder: Path) -> None:
+    # The default, and the commits of the first runs know no such option.
+    changes = {"device": {"kind": "cpu", "threads": 1}}
+    write_config(folder, read_config(folder).model_copy(update=changes))
+    cnvzoo.write_card(folder)
+    assert "--threads" not in block((folder / "README.md").read_text(), "sh")
+
+
 @pytest.mark.parametrize("published", sorted(HUB.glob("*/config.json")), ids=lambda path: path.parent.name)
 def test_the_published_cards_are_those_of_their_configs(published: Path) -> None:
     config = read_config(published.parent)

@@ -157,7 +157,8 @@ def _recipe(config: CheckpointConfig) -> str:
     recipe = yaml.safe_dump(config.recipe, sort_keys=False, width=110)
     device, versions = _listed(config.device), _listed(config.versions)
     commit = f" at commit `{config.commit}`" if config.commit else ""
-    threads = f" --threads {config.device['threads']}" if "threads" in config.device else ""  # the bits depend on them
+    count = config.device.get("threads", 1)
+    threads = "" if count == 1 else f" --threads {count}"  # the bits depend on it; one is the default of reproduce.py
     return (
         f"## Recipe\n\n```yaml\n{recipe}```\n\n## Reproduce\n\nFrom a checkout of cnvzoo{commit}:\n\n"
         f"```sh\npython benchmarks/reproduce.py --table {config.dataset} --entry {config.recipe.get('name')} "
