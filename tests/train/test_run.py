@@ -109,11 +109,12 @@ def test_random_numbers_of_the_caller_are_not_touched(tmp_path: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_fewer_epochs_make_a_trial(tmp_path: Path) -> None:
-    record = run(recipe(), tmp_path, epochs=1)
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_another_number_of_epochs_makes_a_trial(tmp_path: Path, epochs: int) -> None:
+    record = run(recipe(), tmp_path, epochs=epochs)
     assert record.trial
-    assert len(record.history) == 1
-    assert record.recipe["epochs"] == 1
+    assert len(record.history) == epochs
+    assert (record.epochs, record.recipe["epochs"]) == (epochs, 2)
     assert record.recipe_sha256 == recipe().fingerprint()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cnvzoo.data.augment import Augmentation
 from cnvzoo.data.batches import TrainBatches
 from cnvzoo.data.cache import DatasetError
-from cnvzoo.data.datasets import Dataset, DatasetInfo, dataset_info, list_datasets, load_dataset
+from cnvzoo.data.datasets import Dataset, DatasetInfo, dataset_info, list_datasets, load_dataset, published_sha256
 from cnvzoo.data.preprocessing import Preprocessing, transforms
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "dataset_info",
     "list_datasets",
     "load_dataset",
+    "published_sha256",
     "transforms",
 ]

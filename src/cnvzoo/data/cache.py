@@ -123,10 +123,15 @@ def _mismatch(name: str, arrays: dict[str, Tensor]) -> str | None:
         array = arrays[key]
         if list(array.shape) != expected["shape"] or array.dtype != torch.uint8:
             return f"{key} is {array.dtype} {list(array.shape)}, expected torch.uint8 {expected['shape']}"
-        digest = hashlib.sha256(array.contiguous().numpy().data).hexdigest()
+        digest = sha256_of_array(array)
         if digest != expected["sha256"]:
             return f"sha256 of {key} is {digest}, expected {expected['sha256']}"
     return None
+
+
+def sha256_of_array(array: Tensor) -> str:
+    """sha256, in hexadecimal, of the bytes of a tensor on the CPU in row-major order."""
+    return hashlib.sha256(array.contiguous().numpy().data).hexdigest()
 
 
 def _fetch(name: str, scratch: Path) -> dict[str, Tensor]:

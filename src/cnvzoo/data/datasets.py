@@ -6,13 +6,15 @@ network inputs is in `preprocessing` and `batches`.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cnvzoo.data.cache import CHECKSUMS, DatasetError, default_root, load_arrays
+from cnvzoo.data.cache import CHECKSUMS, DatasetError, default_root, load_arrays, sha256_of_array
 from cnvzoo.errors import nearest
 
 # Alphabetical, which is the order of the labels.
@@ -100,6 +102,23 @@ def dataset_info(name: str) -> DatasetInfo:
     return _DATASETS[name]
 
 
+_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def published_sha256(name: str) -> str:
+    """`Dataset.sha256` of the published dataset; needs neither its files nor the network.
+
+    Raises:
+        DatasetError: no such dataset.
+    """
+    dataset_info(name)
+    return _combined({key: CHECKSUMS[name][key]["sha256"] for key in _ARRAYS})
+
+
+def _combined(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{key} {digest}\n" for key, digest in digests.items()).encode()).hexdigest()
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """A training and a test set in memory: images uint8 [N, H, W, C], labels uint8 [N].
@@ -125,6 +144,11 @@ class Dataset:
                         f"{split}_{key} of {self.info.name} must be uint8 {list(shape)}, "
                         f"not {str(array.dtype).removeprefix('torch.')} {list(array.shape)}."
                     )
+
+    @property
+    def sha256(self) -> str:
+        """sha256, in hexadecimal, of what the four arrays hold: two datasets with the same one train alike."""
+        return _combined({key: sha256_of_array(getattr(self, key)) for key in _ARRAYS})
 
     def holdout(self, n: int) -> Dataset:
         """Split `n` training images off as the test set, for choosing recipes without reading the real one.

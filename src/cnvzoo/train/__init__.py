@@ -3,6 +3,7 @@
 from .device import resolve_device
 from .errors import RunError, RunInterrupted
 from .evaluation import count_correct
+from .numerics import NUMERICS
 from .recipe import PUBLISHED_SEED, Distillation, EarlyCrops, Optimizer, Recipe, Schedule
 from .recipe_file import RecipeError, load_recipe, recipe_from_dict
 from .record import RecordError, RunRecord
@@ -10,6 +11,7 @@ from .run import preprocessing_of, run_recipe
 from .trainer import Trainer, TrainingDiverged
 
 __all__ = [
+    "NUMERICS",
     "PUBLISHED_SEED",
     "Distillation",
     "EarlyCrops",

@@ -24,6 +24,7 @@ from cnvzoo.errors import CnvzooError
 from cnvzoo.models import model_spec
 
 PUBLISHED_SEED = 0  # of the run whose weights an entry publishes, and gives to those that start or learn from it
+LARGEST_SEED = 2**63 - 1  # of torch's generators
 
 
 class _Section(BaseModel):
@@ -178,7 +179,7 @@ class Recipe(_Section):
     teacher: _OneOrMore = ()
     distillation: Distillation = Distillation()
     teacher_sha256: _OneOrMore = ()
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
 
     @field_validator("model")
     @classmethod

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import platform
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,17 +26,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cnvzoo.data import Dataset, Preprocessing, TrainBatches, dataset_info, load_dataset
+from cnvzoo.data import Dataset, Preprocessing, TrainBatches, dataset_info, load_dataset, published_sha256
 from cnvzoo.files import remove_leftovers, replacing, sha256_of
 from cnvzoo.models import build_model, model_spec, quantize_bias
-from cnvzoo.models.compiled import compiles
 
 from .commit import current_commit
-from .device import describe_device, deterministic, keep_freed_memory, resolve_device
+from .device import deterministic, keep_freed_memory, resolve_device
 from .errors import RunError, RunInterrupted
 from .evaluation import count_correct
 from .interrupts import caught_signals
 from .memory import memorise
+from .numerics import NUMERICS, describe_machine, warn_of_slow_loops
 from .progress import TrainingProgress
 from .recipe import PUBLISHED_SEED, Recipe
 from .record import RecordError, RunRecord
@@ -84,7 +83,7 @@ def run_recipe(
         run_dir: folder of this run alone.
         seed: instead of the recipe's.
         device: `auto`, or anything torch.device takes.
-        epochs: instead of the recipe's; fewer make the run a trial.
+        epochs: instead of the recipe's; another number makes the run a trial.
         holdout: score on this many training images, which are not trained on, and leave the test set alone.
         deadline: `time.monotonic()` at which to stop.
         stop: asked before every step; a text is the reason to stop for. A thread that is not the main one, where
@@ -114,12 +113,15 @@ def run_recipe(
     start = next(iter(_facts_of(recipe, "float_start", [] if float_start is None else [float_start])), None)
     taught = _facts_of(recipe, "teacher", teachers)
     taught_by = taught[0] if len(taught) == 1 else taught or None
-    identity = RunIdentity(recipe.fingerprint(), recipe.seed, epochs, holdout, start, taught_by)
-    machine = _describe_machine(recipe, target, quiet)
+    pixels = published_sha256(recipe.dataset) if dataset is None else dataset.sha256
+    identity = RunIdentity(recipe.fingerprint(), recipe.seed, epochs, holdout, NUMERICS, pixels, start, taught_by)
     commit = current_commit()  # of the code that trains: the checkout may have moved by the end
     with _alone_in(run_dir), deterministic(target):
         if finished := _finished(run_dir, identity):
             return finished
+        machine = describe_machine(target)
+        if not quiet:
+            warn_of_slow_loops(machine)
         data = dataset or load_dataset(recipe.dataset, root=data_root)
         data = data.holdout(holdout) if holdout else data
         preprocessing = preprocessing_of(recipe.model, recipe.dataset)
@@ -157,14 +159,17 @@ def run_recipe(
         record = RunRecord(
             entry=recipe.name,
             seed=recipe.seed,
-            trial=epochs < recipe.epochs or holdout > 0,
+            numerics=NUMERICS,
+            epochs=epochs,
+            trial=epochs != recipe.epochs or holdout > 0,
             holdout=holdout,
             accuracy=round(100 * correct / total, 4),
             correct=correct,
             total=total,
             weights="ema" if recipe.ema else "final",
-            recipe=recipe.model_dump(mode="json") | {"epochs": epochs},
+            recipe=recipe.model_dump(mode="json"),
             recipe_sha256=identity.recipe,
+            data_sha256=identity.data,
             weights_sha256=sha256_of(run_dir / WEIGHTS),
             seconds=round(_seconds(trainer), 1),
             device=machine,
@@ -252,13 +257,24 @@ def _facts_of(recipe: Recipe, purpose: str, files: Sequence[str | Path]) -> list
 
 
 def _finished(run_dir: Path, identity: RunIdentity) -> RunRecord | None:
-    """The record of this very run, if the folder holds it with its weights."""
+    """The record of this very run, if the folder holds it with its weights.
+
+    Raises:
+        RunError: it holds those of another finished run, which are not to be overwritten.
+    """
     try:
         record = RunRecord.read(run_dir / RECORD)
-        proven = RunIdentity.of(record) == identity and sha256_of(run_dir / WEIGHTS) == record.weights_sha256
-        return record if proven else None
+        if sha256_of(run_dir / WEIGHTS) != record.weights_sha256:
+            return None
     except (RecordError, OSError):
         return None
+    if (found := RunIdentity.of(record)) == identity:
+        return record
+    others = [f"{key} {theirs!r}" for key, theirs in asdict(found).items() if theirs != getattr(identity, key)]
+    raise RunError(
+        f"{run_dir}: holds the finished run of {record.entry}, seed {record.seed}, which differs in "
+        f"{', '.join(others)}: give another folder, or move that one away"
+    )
 
 
 def _seconds(trainer: Trainer) -> float:
@@ -306,17 +322,6 @@ def _train(
     if caught:
         return caught[0]
     return "time limit" if trainer.step < trainer.total_steps else None
-
-
-def _describe_machine(recipe: Recipe, device: torch.device, quiet: bool) -> dict[str, Any]:
-    """The device as records have it, and for quantized models how fake quantization runs on it."""
-    machine = describe_device(device)
-    if model_spec(recipe.model).quantized:
-        compiled = compiles(device)
-        machine["fake_quantization"] = "compiled" if compiled else "eager"
-        if device.type == "cpu" and not compiled and not quiet:
-            print("no C++ compiler (CXX, g++ or clang++): fake quantization runs uncompiled, slower", file=sys.stderr)
-    return machine
 
 
 def _versions(recipe: Recipe, device: torch.device) -> dict[str, str]:

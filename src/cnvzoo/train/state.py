@@ -24,7 +24,8 @@ class RunIdentity:
 
     Attributes:
         recipe: fingerprint of the recipe.
-        seed, epochs, holdout: as in the record.
+        seed, epochs, holdout, numerics: as in the record.
+        data: the record's data_sha256.
         float_start, teacher: entry, seed and weights_sha256 of the float models that the run starts from and is taught
             by, as in the record.
     """
@@ -33,13 +34,17 @@ class RunIdentity:
     seed: int
     epochs: int
     holdout: int
+    numerics: int
+    data: str
     float_start: dict[str, Any] | None
     teacher: dict[str, Any] | list[dict[str, Any]] | None = None
 
     @classmethod
     def of(cls, record: RunRecord) -> RunIdentity:
-        epochs = record.recipe.get("epochs", 0)
-        return cls(record.recipe_sha256, record.seed, epochs, record.holdout, record.float_start, record.teacher)
+        return cls(
+            record.recipe_sha256, record.seed, record.epochs, record.holdout, record.numerics, record.data_sha256,
+            record.float_start, record.teacher,
+        )  # fmt: skip
 
 
 def save_state(trainer: Trainer, path: Path, identity: RunIdentity, conditions: dict[str, Any]) -> None:
