@@ -12,7 +12,7 @@ where it stopped, and a record of a recipe that has changed since is out of date
 as many as keep the machine busy: on a CPU each in a process of its own, with one thread, on a GPU in one process, each
 on a stream of its own. What goes beside a run changes none of its bits. To merge the work of several
 machines, copy their records into benchmarks/results/: the tables, printed and written to benchmarks/RESULTS.md and
-into README.md, are made of these alone.
+into README.md, are made of these and of what benchmarks/retired.json keeps of replaced ones.
 
 Once nothing is left to train, and before the time limit, the published checkpoints of the entries asked for are
 measured as integer graphs, if they are quantized and have not been, and verified as `cnvzoo verify` does it: a minute
@@ -45,6 +45,7 @@ from harness.plan import make_plan
 from harness.processes import ProcessRunner
 from harness.publish import publish_checkpoints
 from harness.references import load_references
+from harness.retired import load_retired, recipes_scored
 from harness.runner import Runner
 from harness.runners import LocalRunner, at_once_by_default, settings
 from harness.tables import rows
@@ -112,6 +113,7 @@ def _reproduce(
         return 0
 
     references = load_references(layout.references, entries)
+    load_retired(layout.retired)  # a problem in it is named before anything is trained
     device = resolve_device(arguments.device)
     deadline = None if arguments.time_limit is None else time.monotonic() + arguments.time_limit
     messages = Console(stderr=True)
@@ -133,7 +135,7 @@ def _reproduce(
                 told.add(problem)
                 say(problem)
         survey = records.survey(entries.values(), layout)
-        lines = rows(entries.values(), survey, references)
+        lines = rows(entries.values(), survey, references, recipes_scored(entries.values(), layout))
         write_text(layout.page, render.page(lines, survey))
         readme.update(layout.readme, render.summary(lines))
 
@@ -172,10 +174,11 @@ def _reproduce(
         verified = verify(names, hub=layout.hub, device=arguments.device)
 
     console, survey = Console(), records.survey(entries.values(), layout)
+    recipes = recipes_scored(entries.values(), layout)
     for table in TABLES:
         if arguments.table in ("all", table):
             members = [entry for entry in entries.values() if entry.table == table]
-            render.print_table(console, table, rows(members, survey, references))
+            render.print_table(console, table, rows(members, survey, references, recipes))
     render.print_trials(console, records.trials(selected, seeds, layout, arguments.epochs))
     if arguments.publish is not None and outcome.stopped in (None, "time limit"):
         if any(result.problem for result in verified):

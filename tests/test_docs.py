@@ -22,6 +22,7 @@ from harness.entries import load_entries
 from harness.layout import Layout
 from harness.readme import END, START
 from harness.references import load_references
+from harness.retired import recipes_scored
 from harness.tables import rows
 from huggingface_hub import close_session
 from PIL import Image
@@ -182,7 +183,8 @@ def test_results_are_those_of_the_records():
     layout = Layout.of(ROOT / "benchmarks")
     entries = load_entries(layout.configs)
     survey = records.survey(entries.values(), layout)
-    lines = rows(entries.values(), survey, load_references(layout.references, entries))
+    recipes = recipes_scored(entries.values(), layout)
+    lines = rows(entries.values(), survey, load_references(layout.references, entries), recipes)
     remedy = "run: python benchmarks/reproduce.py --table all --time-limit 0"
     assert layout.page.read_text(encoding="utf-8") == render.page(lines, survey), remedy
     readme = layout.readme.read_text(encoding="utf-8")

@@ -38,6 +38,11 @@ class Layout:
         return self.home / "references.yaml"
 
     @property
+    def retired(self) -> Path:
+        """What is kept of the records that others have replaced."""
+        return self.home / "retired.json"
+
+    @property
     def page(self) -> Path:
         return self.home / "RESULTS.md"
 

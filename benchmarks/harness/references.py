@@ -3,43 +3,130 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
+from typing import Annotated
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from cnvzoo.errors import nearest
+from cnvzoo.strict_yaml import StrictYamlError, Where, explain, place_of, read_yaml
 
 from .entries import Entry
 from .errors import HarnessError
 
+_TOLERANCE = 0.0101  # points between a published figure of two decimals, rounded or cut, and that of the runs
 
-class Reference(BaseModel):
-    """Test accuracies in percent, and who measured them."""
+_Accuracy = Annotated[float, Field(strict=True, gt=0, le=100)]  # in percent
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    mean: float = Field(gt=0, le=100)
-    runs: tuple[float, ...] | None = None
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Source(_Section):
+    """Who measured figures, where they are published, and on what they were measured; see references.yaml."""
+
+    project: str = Field(min_length=1)
+    url: str = Field(pattern=r"^https?://\S+$")
+    document: str = Field(min_length=1)
+    version: str = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1)
+    setting: str = Field(min_length=1)
+
+    @property
+    def citation(self) -> str:
+        """In Markdown, one sentence without its full stop."""
+        return (
+            f"[{self.project}]({self.url}), the tables of {self.document} ({self.version}); "
+            f"seeds {', '.join(map(str, self.seeds))}; {self.setting}"
+        )
+
+
+class _Figures(_Section):
+    source: str
+    runs: list[_Accuracy] | None = Field(default=None, min_length=1)
+    mean: _Accuracy | None = None
     std: float | None = Field(default=None, ge=0)
-    source: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> _Figures:
+        """Both the runs and what was published of them are written down, so that a slip in one shows in the other."""
+        if self.runs is None and self.mean is None:
+            raise ValueError("give runs, or the mean if only that was published")
+        if self.runs is not None:
+            self._compare("mean", self.mean, fmean(self.runs))
+            self._compare("std", self.std, stdev(self.runs) if len(self.runs) > 1 else None)
+        return self
+
+    def _compare(self, key: str, published: float | None, of_runs: float | None) -> None:
+        if published is not None and (of_runs is None or abs(published - of_runs) > _TOLERANCE):
+            found = "one has none" if of_runs is None else f"theirs is {of_runs:.4f}"
+            message = f"{published}: not that of the runs, {found}: correct one or the other"
+            raise PydanticCustomError("at_key", "{message}", {"key": key, "message": message})
 
 
-_FILE = TypeAdapter(dict[str, Reference | None])
+class _File(_Section):
+    sources: dict[str, Source] = Field(default_factory=dict)
+    entries: dict[str, _Figures] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What an entry is compared with.
+
+    mean: test accuracy in percent, as published, or of the runs.
+    runs: the single runs in the order of their seeds; empty where only the mean was published.
+    """
+
+    source: Source
+    mean: float
+    runs: tuple[float, ...] = ()
 
 
 def load_references(path: Path, entries: Mapping[str, Entry]) -> dict[str, Reference]:
-    """The reference of each entry that has one; raises HarnessError where the file or a name in it is wrong."""
+    """The reference of each entry that has one.
+
+    Raises HarnessError, with file and line, where the file cannot be read, a figure is not valid or does not agree with
+    the runs, or a name is that of no entry or no source.
+    """
     try:
-        references = _FILE.validate_python(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+        found = read_yaml(path)
     except OSError as error:
         raise HarnessError(f"{path}: cannot be read ({error.strerror}); restore it from version control") from error
-    except yaml.YAMLError as error:
-        raise HarnessError(f"{path}: not valid YAML: {error}") from error
+    except StrictYamlError as error:
+        raise HarnessError(str(error)) from None
+    values = {} if found.values is None else found.values
+    if not isinstance(values, dict):
+        raise HarnessError(f"{path}:1: references are a mapping of sources and entries, not {type(values).__name__}")
+    try:
+        file = _File.model_validate(values)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise HarnessError(f"{path}: {problems}; an entry has mean, runs, std and source") from error
-    for name in references:
-        if name not in entries:
-            raise HarnessError(f"{path}: no recipe is named {name!r}: {nearest(name, entries)}")
-    return {name: reference for name, reference in references.items() if reference is not None}
+        raise HarnessError(explain(error, _File, found.where, str(path))) from None
+    return {
+        name: _reference(name, figures, file.sources, entries, found.where, str(path))
+        for name, figures in file.entries.items()
+    }
+
+
+def _reference(
+    name: str,
+    figures: _Figures,
+    sources: Mapping[str, Source],
+    entries: Mapping[str, Entry],
+    where: Where,
+    file: str,
+) -> Reference:
+    if name not in entries:
+        raise HarnessError(
+            f"{place_of(where, ('entries', name), file)}: no recipe is named {name!r}: {nearest(name, entries)}"
+        )
+    if figures.source not in sources:
+        key = ("entries", name, "source")
+        remedy = nearest(figures.source, sources) if sources else "describe it under sources"
+        raise HarnessError(f"{place_of(where, key, file)}: {'.'.join(key)}: {figures.source!r} is no source: {remedy}")
+    runs = tuple(figures.runs or ())
+    mean = fmean(runs) if figures.mean is None else figures.mean
+    return Reference(source=sources[figures.source], mean=mean, runs=runs)

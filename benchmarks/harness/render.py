@@ -18,7 +18,15 @@ from .entries import SEEDS, TABLES, Entry
 from .records import Survey
 from .tables import Row
 
-_HEADER = ("entry", "mean", "std", f"runs (seeds {', '.join(map(str, SEEDS))})", "reference", "difference")
+_HEADER = (
+    "entry",
+    "mean",
+    "std",
+    f"runs (seeds {', '.join(map(str, SEEDS))})",
+    "reference",
+    "difference",
+    "recipes scored",
+)
 _TRIAL_HEADER = ("entry", "seed", "epochs", "accuracy")
 _NONE = "-"
 _PICTURE = (
@@ -30,15 +38,20 @@ _PICTURE = (
 
 def page(rows: Sequence[Row], survey: Survey) -> str:
     """The whole of RESULTS.md: every table, then the hardware and versions behind it."""
-    sources = dict.fromkeys(row.reference.source for row in rows if row.reference is not None)
+    citations = dict.fromkeys(row.reference.source.citation for row in rows if row.reference is not None)
     parts = [
         "<!-- Generated: edits are lost. See the end of the page. -->\n# Results\n",
-        "Accuracy on the test set in percent, read once, at the end of a run: the mean over the runs, their sample "
-        "standard deviation, and every run. The entry's name leads to its recipe. The difference is our mean minus the "
-        "reference's, in points. Where an entry starts or learns from another's weights, all of its runs have the "
-        f"published ones, of seed {PUBLISHED_SEED}: how those vary is not part of its deviation.\n",
+        "Accuracy on the test set in percent: the mean over the runs, their sample standard deviation, and every run. "
+        "The entry's name leads to its recipe. Where an entry starts or learns from another's weights, all of its runs "
+        f"have the published ones, of seed {PUBLISHED_SEED}: how those vary is not part of its deviation.\n",
+        "The difference is our mean minus the reference's, in points, ± its standard error, √(s₁²/n₁ + s₂²/n₂) with "
+        "the sample standard deviation s and number n of the runs of each side, at least two; a difference within two "
+        "standard errors is shown as none.\n",
+        "Each run reads the test set once, at its end. The last column counts the recipes of a row that were ever "
+        "scored on it, with those that were replaced since ([retired.json](retired.json)): where they are more than "
+        "one, the choice of the recipe has seen the test set. Recipes are chosen on held-out training images now.\n",
     ]
-    parts += [f"Reference: {source}.\n" for source in sources]
+    parts += [f"Reference: {citation}.\n" for citation in citations]
     if any(row.runs[0] is not None for row in rows):  # then there are checkpoints to show
         parts.append(_PICTURE)
     for table in TABLES:
@@ -117,8 +130,20 @@ def _cells(row: Row, *, name: str) -> tuple[str, ...]:
         _number(row.std),
         ", ".join(map(_number, row.runs)) if count else _NONE,
         _number(row.reference.mean if row.reference else None),
-        _number(row.difference, sign="+"),
+        _difference(row),
+        str(row.recipes or _NONE),
     )
+
+
+def _difference(row: Row) -> str:
+    """`+0.62 ± 0.19`, `none (+0.17 ± 0.10)` within two standard errors, or `+0.30 (no error)`."""
+    difference = _number(row.difference, sign="+")
+    if row.difference is None:
+        return difference
+    if row.error is None:
+        return f"{difference} (no error)"
+    with_error = f"{difference} ± {row.error:.2f}"
+    return f"none ({with_error})" if abs(row.difference) <= 2 * row.error else with_error
 
 
 def _number(value: float | None, *, sign: str = "-") -> str:

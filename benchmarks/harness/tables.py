@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
 
 from .entries import SEEDS, Entry
 from .records import Survey
@@ -13,11 +14,16 @@ from .references import Reference
 
 @dataclass(frozen=True)
 class Row:
-    """One entry: its test accuracies in percent by seed, None for a run that is not there."""
+    """One entry.
+
+    runs: its test accuracies in percent by seed, None for a run that is not there.
+    recipes: how many recipes of it were ever scored on the test set.
+    """
 
     entry: Entry
     runs: tuple[float | None, ...]
     reference: Reference | None
+    recipes: int
 
     @property
     def finished(self) -> list[float]:
@@ -39,14 +45,24 @@ class Row:
             return None
         return round(self.mean, 2) - round(self.reference.mean, 2)
 
+    @property
+    def error(self) -> float | None:
+        """Standard error of the difference, in points; None if ours or the reference's are fewer than two runs."""
+        if self.reference is None or min(len(self.finished), len(self.reference.runs)) < 2:
+            return None
+        return math.sqrt(sum(variance(runs) / len(runs) for runs in (self.finished, self.reference.runs)))
 
-def rows(entries: Iterable[Entry], survey: Survey, references: Mapping[str, Reference]) -> list[Row]:
-    """A row for every entry, in the order given."""
+
+def rows(
+    entries: Iterable[Entry], survey: Survey, references: Mapping[str, Reference], recipes: Mapping[str, int]
+) -> list[Row]:
+    """A row for every entry, in the order given; `recipes`: as from harness.retired.recipes_scored."""
     return [
         Row(
             entry=entry,
             runs=tuple(r.accuracy if (r := survey[entry.name, seed].record) else None for seed in SEEDS),
             reference=references.get(entry.name),
+            recipes=recipes[entry.name],
         )
         for entry in entries
     ]

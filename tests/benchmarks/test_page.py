@@ -7,7 +7,11 @@ import shutil
 import pytest
 from harness.entries import SEEDS
 
-REFERENCE = "{mean: 91.09, runs: [91.19, 91.16, 90.91], source: somebody}"
+SOURCES = """\
+sources:
+  us: {project: us/ours, url: https://example.org/us, document: R.md, version: v1, seeds: [0, 1, 2], setting: a GPU}
+entries:
+"""
 
 
 def row(page: str, name: str) -> list[str]:
@@ -20,7 +24,7 @@ def row(page: str, name: str) -> list[str]:
 @pytest.fixture
 def cnv(bench):
     bench.recipe("cifar10_cnv")
-    bench.write_references(f"cifar10_cnv: {REFERENCE}")
+    bench.write_references(f"{SOURCES}  cifar10_cnv: {{source: us, runs: [91.19, 91.16, 90.91]}}\n")
     return bench
 
 
@@ -29,38 +33,76 @@ def show(bench) -> str:
     return bench.page
 
 
+# The reference's runs, by hand: mean 91.0867, squared deviations 0.01068, 0.00538, 0.03121, their sum 0.04727, over
+# n - 1 = 2 a variance of 0.02363, over n = 3 a squared standard error of 0.00788.
+
+
 def test_mean_deviation_runs_and_difference(cnv):
     for seed, accuracy in enumerate((91.5, 91.3, 91.7)):
         cnv.put("cifar10_cnv", seed, accuracy=accuracy)
-    # by hand: mean 91.5, squared deviations 0, 0.04, 0.04, over n - 1 = 2, root 0.2
-    assert row(show(cnv), "cifar10_cnv") == ["91.50", "0.20", "91.50, 91.30, 91.70", "91.09", "+0.41"]
+    # by hand: mean 91.5, squared deviations 0, 0.04, 0.04, over n - 1 = 2 a variance of 0.04, root 0.2
+    # the error of the difference: root of 0.04 / 3 + 0.00788 = 0.02121
+    assert row(show(cnv), "cifar10_cnv") == ["91.50", "0.20", "91.50, 91.30, 91.70", "91.09", "+0.41 ± 0.15", "1"]
 
 
 def test_two_of_three_seeds(cnv):
     cnv.put("cifar10_cnv", 0, accuracy=91.0)
     cnv.put("cifar10_cnv", 2, accuracy=90.0)
-    assert row(show(cnv), "cifar10_cnv") == ["90.50 (2 of 3 seeds)", "0.71", "91.00, -, 90.00", "91.09", "-0.59"]
+    # variance 0.5, so the error is the root of 0.5 / 2 + 0.00788 = 0.25788, 0.51, and 0.59 is less than twice that
+    assert row(show(cnv), "cifar10_cnv") == [
+        "90.50 (2 of 3 seeds)", "0.71", "91.00, -, 90.00", "91.09", "none (-0.59 ± 0.51)", "1",
+    ]  # fmt: skip
 
 
-def test_one_run_has_no_deviation(cnv):
+def test_one_run_has_no_deviation_and_its_difference_no_error(cnv):
     cnv.put("cifar10_cnv", 1, accuracy=91.0)
-    assert row(show(cnv), "cifar10_cnv") == ["91.00 (1 of 3 seeds)", "-", "-, 91.00, -", "91.09", "-0.09"]
+    assert row(show(cnv), "cifar10_cnv") == [
+        "91.00 (1 of 3 seeds)", "-", "-, 91.00, -", "91.09", "-0.09 (no error)", "1",
+    ]  # fmt: skip
 
 
 def test_not_run(cnv):
-    assert row(show(cnv), "cifar10_cnv") == ["not run", "-", "-", "91.09", "-"]
+    assert row(show(cnv), "cifar10_cnv") == ["not run", "-", "-", "91.09", "-", "-"]
 
 
 def test_no_reference(bench):
     bench.recipe("mnist_cnv")
     bench.put("mnist_cnv", accuracy=99.5)
-    assert row(show(bench), "mnist_cnv")[-2:] == ["-", "-"]
+    assert row(show(bench), "mnist_cnv")[-3:-1] == ["-", "-"]
+
+
+@pytest.mark.parametrize("figures", ["mean: 91.0", "runs: [91.0]"])
+def test_a_reference_without_several_runs_gives_no_error(cnv, figures):
+    cnv.write_references(f"{SOURCES}  cifar10_cnv: {{source: us, {figures}}}\n")
+    for seed, accuracy in enumerate((91.5, 91.3, 91.7)):
+        cnv.put("cifar10_cnv", seed, accuracy=accuracy)
+    assert row(show(cnv), "cifar10_cnv")[3:5] == ["91.00", "+0.50 (no error)"]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "says"), [((91.0, 91.2, 91.6), "none (+0.27 ± 0.18)"), ((91.2, 91.4, 91.8), "+0.47 ± 0.18")]
+)
+def test_a_difference_within_two_standard_errors_is_none(cnv, accuracies, says):
+    """By hand: deviations of -0.2667, -0.0667 and 0.3333, variance 0.0933, error 0.1764, twice that 0.3528."""
+    cnv.write_references(f"{SOURCES}  cifar10_cnv: {{source: us, runs: [91.0, 91.0, 91.0]}}\n")
+    for seed, accuracy in enumerate(accuracies):
+        cnv.put("cifar10_cnv", seed, accuracy=accuracy)
+    assert row(show(cnv), "cifar10_cnv")[4] == says
 
 
 def test_the_difference_is_that_of_the_figures_beside_it(cnv):
     for seed, accuracy in enumerate((91.09, 91.09, 91.08)):  # a mean of 91.0867, printed as 91.09
         cnv.put("cifar10_cnv", seed, accuracy=accuracy)
-    assert row(show(cnv), "cifar10_cnv")[-1] == "0.00"
+    assert row(show(cnv), "cifar10_cnv")[4] == "none (0.00 ± 0.09)"
+
+
+def test_the_page_cites_every_source_once(cnv):
+    cnv.recipe("cifar10_resnet20")
+    cnv.write_references(
+        f"{SOURCES}  cifar10_cnv: {{source: us, mean: 91}}\n  cifar10_resnet20: {{source: us, mean: 92}}\n"
+    )
+    line = "Reference: [us/ours](https://example.org/us), the tables of R.md (v1); seeds 0, 1, 2; a GPU."
+    assert show(cnv).splitlines().count(line) == 1
 
 
 def test_a_row_leads_to_its_recipe(cnv):

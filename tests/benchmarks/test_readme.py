@@ -17,7 +17,7 @@ def test_it_shows_the_entries_that_have_been_run(bench):
     assert (before, after) == ("# A project\n\n", "\n\nAnd more.\n")
     _, _, *rows = table.strip().splitlines()
     link = "[cifar10_cnv](benchmarks/configs/cifar10_cnv.yaml)"
-    assert rows == [f"| {link} | 91.25 (1 of 3 seeds) | - | 91.25, -, - | - | - |"]
+    assert rows == [f"| {link} | 91.25 (1 of 3 seeds) | - | 91.25, -, - | - | - | 1 |"]
 
 
 def test_it_says_so_where_nothing_has_been_run(bench):

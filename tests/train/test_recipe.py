@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from cnvzoo.train import EarlyCrops, Recipe, RecipeError, load_recipe, recipe_from_dict
 
@@ -72,11 +71,6 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, written: str, valu
     assert load_recipe(path).optimizer.lr == value
 
 
-def test_the_yaml_of_others_is_left_alone() -> None:
-    """PyYAML's loaders share their table of resolvers unless it is copied."""
-    assert yaml.safe_load("5e-4") == "5e-4"
-
-
 def test_extending_merges_mappings_and_replaces_the_rest(tmp_path: Path) -> None:
     write(tmp_path, RESNET, "_base")
     write(tmp_path, "extends: _base.yaml\nlabel_smoothing: 0.1\naugmentation: {crop_padding: 4}\nepochs: 20\n", "_mid")
@@ -113,6 +107,13 @@ def test_a_base_is_found_beside_the_file_that_extends_it(tmp_path: Path, monkeyp
         ("epochs: 10", "epochs: 10.0", "epochs", "10.0: input should be a valid integer"),
         ("epochs: 10", "epochs: true", "epochs", "True: input should be a valid integer"),
         ("epochs: 10", "epochs:", "epochs", "None: input should be a valid integer"),
+        ("epochs: 10", "epochs: 010", "epochs", "010: a leading zero, which some read as octal: write 10, or 8 if it"),
+        ("epochs: 10", "epochs: 1:30", "epochs", "'1:30': input should be a valid integer"),
+        ("epochs: 10", "epochs: 1_0", "epochs", "'1_0': input should be a valid integer"),
+        ("epochs: 10", "epochs: 2026-11-26", "epochs", "'2026-11-26': input should be a valid integer"),
+        ("epochs: 10", f"epochs: {'9' * 5000}", "epochs", "a number of 5,000 characters: write it with 40 at most"),
+        ("epochs: 10", f"epochs: {'x' * 5000}", "epochs", f"'{'x' * 76}...: input should be a valid integer"),
+        ("  flip: true", "  flip: yes", "augmentation.flip", "'yes': input should be a valid boolean"),
         ("  lr: 0.1", "  lr: '0.1'", "optimizer.lr", "'0.1': input should be a valid number"),
         ("  flip: true", "  flip: 1", "augmentation.flip", "1: input should be a valid boolean"),
         ("model: resnet20", "model: [cnv]", "model", "['cnv']: input should be a valid string"),
@@ -264,11 +265,11 @@ def test_a_key_that_is_given_in_the_base_too_is_no_duplicate(tmp_path: Path) -> 
     [
         ("- model\n- dataset\n", "a recipe is a mapping of keys to values, not list"),
         ("resnet20\n", "a recipe is a mapping of keys to values, not str"),
-        (RESNET + "epochs: [1, 2\n", "cannot be read as YAML"),
-        (RESNET + "\tepochs: 3\n", "cannot be read as YAML"),
-        (RESNET + "tags: !!python/object:os.system {}\n", "cannot be read as YAML"),
+        (RESNET + "seed: [1, 2\n", "not valid YAML: expected ',' or ']'"),
+        (RESNET + "\tepochs: 3\n", "not valid YAML: found character '\\t' that cannot start any token"),
+        (RESNET + "tags: !!python/object:os.system {}\n", "tags: a tag (tag:yaml.org,2002:python/object:os.system)"),
         ("", "model: missing: add it"),
-        ("a: &a {b: *a}\n", "cannot be read as YAML"),
+        ("a: &a {b: *a}\n", "a: an anchor (&a): write the value out"),
         (RESNET + "extends: [one, two]\n", "extends: expected a file name, not ['one', 'two']"),
     ],
 )
@@ -281,8 +282,22 @@ def test_what_is_not_a_recipe_at_all_is_refused(tmp_path: Path, text: str, says:
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "entry.yaml"
     path.write_bytes(b"\xff\xfe model")
-    assert error(path).startswith(f"{path}: cannot be read as YAML")
-    assert error(tmp_path).startswith(f"{tmp_path}: cannot be read")
+    assert error(path) == f"{path}:1: not UTF-8 text: save it as UTF-8"
+    assert error(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
+
+
+@pytest.mark.parametrize("key", ["extends", "float_start"])
+@pytest.mark.parametrize("name", ["x" * 5000, '"a\\0b"', "_sub/none"])
+def test_a_name_that_no_file_can_have_is_refused_by_line(tmp_path: Path, key: str, name: str) -> None:
+    text = f"{QUANT}{key}: {name}\n"
+    said = error(path := write(tmp_path, text))
+    assert said.startswith(f"{path}:{line_of(text, f'{key}: {name}')}: {key}: no ")
+
+
+def test_an_unknown_key_of_an_optional_section_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    text = RESNET + "early_crops: {sied: 24, epochs: 4}\n"
+    said = error(path := write(tmp_path, text)).splitlines()
+    assert f"{path}:13: early_crops.sied: unknown key: did you mean 'side'? Choices: side, epochs" in said
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:

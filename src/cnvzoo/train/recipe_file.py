@@ -6,19 +6,17 @@ anything else is replaced. Whatever is wrong is reported with the file and line 
 
 from __future__ import annotations
 
-import re
+import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from cnvzoo.errors import CnvzooError, nearest
 from cnvzoo.models import model_spec
+from cnvzoo.strict_yaml import StrictYamlError, Where, explain, read_yaml
 
 from .recipe import Recipe
-
-Where = dict[tuple[str, ...], str]  # key path -> "file:line"
 
 _FILLED_IN = {
     "name": "a recipe is named after its file",
@@ -64,10 +62,10 @@ def _load(path: Path) -> tuple[Recipe, Where]:
 
 def _load_needed(recipe: Recipe, purpose: str, entry: str, path: Path, where: Where, taught: tuple[str, ...]) -> Recipe:
     place = f"{where[purpose,]}: {purpose}"
-    source = path.with_name(f"{entry}.yaml")
-    if not source.is_file():
+    source = path.parent / f"{entry}.yaml"
+    if source.parent != path.parent or not os.path.isfile(source):
         recipes = sorted(p.stem for p in path.parent.glob("*.yaml") if not p.stem.startswith("_"))
-        raise RecipeError(f"{place}: no recipe {entry!r} beside this one: {nearest(source.stem, recipes)}")
+        raise RecipeError(f"{place}: no recipe {entry!r} beside this one: {nearest(entry, recipes)}")
     found, found_where = _load(source)
     model = entry.removeprefix(f"{recipe.dataset}_")
     fits = f"{model} is what its name says"
@@ -86,62 +84,22 @@ def recipe_from_dict(values: dict[str, Any], source: str, where: Where | None = 
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(dict(e), source, where or {}) for e in error.errors()]
-        raise RecipeError("\n".join(lines)) from None
+        raise RecipeError(explain(error, Recipe, where or {}, source)) from None
     except CnvzooError as error:
         raise RecipeError(f"{source}: {error}") from None
-
-
-def _explain(error: dict[str, Any], source: str, where: Where) -> str:
-    blamed = error["ctx"]["key"].split(".") if error["type"] == "at_key" else []
-    path = tuple(str(part) for part in (*error["loc"], *blamed))
-    place = next((where[path[:n]] for n in range(len(path), 0, -1) if path[:n] in where), source)
-    key = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        section: type[BaseModel] = Recipe
-        for part in path[:-1]:
-            section = _section_type(section, part)
-        return f"{place}: {key}: unknown key: {nearest(path[-1], section.model_fields)}"
-    if error["type"] == "missing":
-        return f"{place}: {key}: missing: add it"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] in ("value_error", "at_key"):
-        return f"{place}: {key + ': ' if key else ''}{message}"
-    return f"{place}: {key}: {error['input']!r}: {message[:1].lower()}{message[1:]}"
-
-
-def _section_type(section: type[BaseModel], key: str) -> type[BaseModel]:
-    annotation = section.model_fields[key].annotation
-    assert isinstance(annotation, type)
-    assert issubclass(annotation, BaseModel)
-    return annotation
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 5e-4 as a number, as YAML 1.2 does and people expect."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], Where]:
     """The values of a recipe file merged over those it extends, and where each was said."""
     try:
-        text = path.read_text(encoding="utf-8")
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            where: Where = {}
-            _locate(node, (), str(path), where)
-            values = loader.construct_document(node) if node else {}
-        finally:
-            loader.dispose()
+        file = read_yaml(path)
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{path}: cannot be read as YAML: {error}") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except StrictYamlError as error:
+        raise RecipeError(str(error)) from None
+    values, where = {} if file.values is None else file.values, file.where
     if not isinstance(values, dict):
         raise RecipeError(f"{path}:1: a recipe is a mapping of keys to values, not {type(values).__name__}")
     base = values.pop("extends", None)
@@ -151,24 +109,12 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], Where
     if not isinstance(base, str):
         raise RecipeError(f"{place}: expected a file name, not {base!r}")
     base_path, chain = path.parent / base, (*children, path.resolve())
-    if not base_path.is_file():
+    if not os.path.isfile(base_path):  # False for names that no system allows, too
         raise RecipeError(f"{place}: no such recipe: {base_path}")
     if base_path.resolve() in chain:
         raise RecipeError(f"{place}: extends itself, through {' -> '.join(p.name for p in chain)}")
     base_values, base_where = _read(base_path, chain)
     return _merge(base_values, values), {**base_where, **where}
-
-
-def _locate(node: yaml.Node | None, path: tuple[str, ...], file: str, where: Where) -> None:
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key, value in node.value:
-        here = (*path, str(key.value))
-        place = f"{file}:{key.start_mark.line + 1}"
-        if here in where:
-            raise RecipeError(f"{place}: {'.'.join(here)}: given before, at {where[here]}: keep one")
-        where[here] = place
-        _locate(value, here, file, where)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,261 @@
+"""YAML files that people write, read so that a line means one thing, and every complaint names its line.
+
+PyYAML's loaders follow YAML 1.1, where `010` is 8, `1:30` is 90, `no` is false and the last of two equal keys wins, and
+where an alias makes a short file a huge value. Here scalars are those of the core schema of YAML 1.2.2 (section 10.3),
+sizes are bounded, and what a file of settings does not need is refused: anchors, aliases, merge keys, tags, directives
+and a second document. Only PyYAML's parser is used, which gives the structure and the lines.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from .errors import CnvzooError, nearest
+
+Where = dict[tuple[str, ...], str]  # key path -> "file:line"
+
+_MAX_BYTES = 64 * 1024  # the longest file of ours has 4 KiB
+_MAX_DEPTH = 16
+_MAX_NUMBER = 40  # characters: a float is exact with 17 digits
+_MAX_SHOWN = 80  # characters of a value in a message
+
+_CONSTANTS: dict[str, bool | None] = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+_INTEGER = re.compile(r"[-+]?[0-9]+")
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
+_OTHER_BASE = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+
+class StrictYamlError(CnvzooError, ValueError):
+    """A file that is not read: names file, line and key, says what is wrong there and what to write instead."""
+
+
+@dataclass(frozen=True)
+class YamlFile:
+    """What a file says: None, bool, int, float, str, lists and dicts with str keys; and where it says it.
+
+    values: of the whole file; None for one with nothing in it.
+    where: the place of every key, and of every item of a list, whose number counts as its key.
+    """
+
+    values: Any
+    where: Where
+
+
+def read_yaml(path: Path) -> YamlFile:
+    """Read a YAML file.
+
+    Raises:
+        StrictYamlError: not UTF-8, larger than 64 KiB, nested deeper than 16 levels, not valid YAML, a key given twice,
+            or something that is refused here (see the module).
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise StrictYamlError(f"{path}: larger than {_MAX_BYTES:,} bytes, the limit: is this the file that was meant?")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise StrictYamlError(f"{path}:{line}: not UTF-8 text: save it as UTF-8") from None
+    try:
+        return _Composer(str(path), yaml.parse(text, Loader=yaml.SafeLoader)).document()
+    except yaml.YAMLError as error:
+        raise StrictYamlError(_invalid(error, text, path)) from None
+    except (ValueError, OverflowError) as error:  # PyYAML converts escapes and directives without a check
+        if isinstance(error, StrictYamlError):
+            raise
+        raise StrictYamlError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def place_of(where: Where, path: tuple[str, ...], otherwise: str) -> str:
+    """The place of the key `path`, or of the innermost section of it that has one."""
+    return next((where[path[:n]] for n in range(len(path), 0, -1) if path[:n] in where), otherwise)
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: Where, source: str) -> str:
+    """What pydantic found wrong with the values of a file, one line for each mistake, with place, key and remedy.
+
+    Args:
+        error: of the validation as `model`. Errors of the type "at_key" have in their context the `key` to blame.
+        where: of the values; `source` is named for a key that is not in it.
+    """
+    return "\n".join(_explain(dict(mistake), model, where, source) for mistake in error.errors())
+
+
+def _explain(mistake: dict[str, Any], model: type[BaseModel], where: Where, source: str) -> str:
+    blamed = mistake["ctx"]["key"].split(".") if mistake["type"] == "at_key" else []
+    path = tuple(str(part) for part in (*mistake["loc"], *blamed))
+    place, key = place_of(where, path, source), ".".join(path)
+    if mistake["type"] == "extra_forbidden":
+        return f"{place}: {key}: unknown key: {nearest(path[-1], _keys(model, path[:-1]))}"
+    if mistake["type"] == "missing":
+        return f"{place}: {key}: missing: add it"
+    message = mistake["msg"].removeprefix("Value error, ")
+    if mistake["type"] in ("value_error", "at_key"):
+        return f"{place}: {key + ': ' if key else ''}{message}"
+    return f"{place}: {key}: {_shown(repr(mistake['input']))}: {message[:1].lower()}{message[1:]}"
+
+
+def _keys(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
+    """The keys of the section at `path`."""
+    section: Any = model
+    for key in path:
+        options = _options(section)
+        mapping = next((get_args(option)[1] for option in options if get_origin(option) is dict), None)
+        section = mapping or next(option.model_fields[key].annotation for option in options if _is_model(option))
+    return [key for option in _options(section) if _is_model(option) for key in option.model_fields]
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _is_model(annotation: Any) -> bool:
+    return get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+class _Composer:
+    """Makes values of the parser's events, and remembers the line of each key."""
+
+    def __init__(self, file: str, events: Iterator[yaml.Event]) -> None:
+        self._file = file
+        self._events = events
+        self._where: Where = {}
+
+    def document(self) -> YamlFile:
+        next(self._events)  # the start of the stream
+        start = next(self._events)
+        if isinstance(start, yaml.StreamEndEvent):
+            return YamlFile(None, {})
+        assert isinstance(start, yaml.DocumentStartEvent)
+        if start.version or start.tags:
+            raise self._refusal(start, (), "a directive (%): remove it, files are read as YAML 1.2")
+        values = self._value(next(self._events), (), 0)
+        next(self._events)  # the end of the document
+        if not isinstance(after := next(self._events), yaml.StreamEndEvent):
+            raise self._refusal(after, (), "a second document: put it in a file of its own")
+        return YamlFile(values, self._where)
+
+    def _value(self, event: yaml.Event, path: tuple[str, ...], depth: int) -> Any:
+        self._check_plain(event, path)
+        if isinstance(event, yaml.ScalarEvent):
+            return self._scalar(event, path)
+        if depth == _MAX_DEPTH:
+            raise self._refusal(event, path[:4], f"nested deeper than {_MAX_DEPTH} levels: make it flat")
+        return (self._list if isinstance(event, yaml.SequenceStartEvent) else self._mapping)(path, depth)
+
+    def _list(self, path: tuple[str, ...], depth: int) -> list[Any]:
+        items: list[Any] = []
+        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
+            here = (*path, str(len(items)))
+            self._where[here] = self._place(event)
+            items.append(self._value(event, here, depth + 1))
+        return items
+
+    def _mapping(self, path: tuple[str, ...], depth: int) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            key = self._key(event, path)
+            here = (*path, key)
+            if key in values:
+                raise self._refusal(event, here, f"given before, at {self._where[here]}: keep one")
+            self._where[here] = self._place(event)
+            values[key] = self._value(next(self._events), here, depth + 1)
+        return values
+
+    def _key(self, event: yaml.Event, path: tuple[str, ...]) -> str:
+        self._check_plain(event, path)
+        if not isinstance(event, yaml.ScalarEvent):
+            raise self._refusal(event, path, "a list or mapping as a key: a key is a text")
+        if event.value == "<<" and event.style is None:
+            raise self._refusal(event, path, "a merge key (<<): write out the keys that it stands for")
+        key = self._scalar(event, path)
+        if not isinstance(key, str) or not key.isprintable():
+            raise self._refusal(event, path, f"{_shown(event.value)!r} as a key: a key is a text of one line")
+        return key
+
+    def _check_plain(self, event: yaml.Event, path: tuple[str, ...]) -> None:
+        """Refuse what gives a value another meaning than the one that is written there."""
+        if isinstance(event, yaml.AliasEvent):
+            raise self._refusal(event, path, f"an alias (*{event.anchor}): write out the value that it stands for")
+        assert isinstance(event, yaml.NodeEvent)
+        if event.anchor is not None:
+            raise self._refusal(event, path, f"an anchor (&{event.anchor}): write the value out wherever it is needed")
+        if tag := getattr(event, "tag", None):
+            raise self._refusal(event, path, f"a tag ({_shown(tag)}): leave it out, the value itself says its type")
+
+    def _scalar(self, event: yaml.ScalarEvent, path: tuple[str, ...]) -> bool | int | float | str | None:
+        text = event.value
+        if event.style is not None:  # in quotes or a block
+            return self._text(event, path)
+        if text in _CONSTANTS:
+            return _CONSTANTS[text]
+        is_integer = _INTEGER.fullmatch(text)
+        if not (is_integer or _OTHER_BASE.fullmatch(text) or _FLOAT.fullmatch(text)):
+            return float(text.replace(".", "")) if _NOT_FINITE.fullmatch(text) else self._text(event, path)
+        if len(text) > _MAX_NUMBER:
+            raise self._refusal(
+                event, path, f"a number of {len(text):,} characters: write it with {_MAX_NUMBER} at most"
+            )
+        if _LEADING_ZERO.fullmatch(text):
+            choices = {int(text): str(int(text))}
+            if not set(text) & set("89") and int(text, 8) not in choices:
+                choices[int(text, 8)] = f"{int(text, 8)} if it is octal"
+            remedy = f"write {', or '.join(choices.values())}"
+            raise self._refusal(event, path, f"{text}: a leading zero, which some read as octal: {remedy}")
+        if is_integer:
+            return int(text)
+        if _OTHER_BASE.fullmatch(text):
+            return int(text, 0)
+        if math.isinf(value := float(text)):
+            raise self._refusal(event, path, f"{text}: larger than a float can be: write .inf if infinity is meant")
+        return value
+
+    def _text(self, event: yaml.ScalarEvent, path: tuple[str, ...]) -> str:
+        if any("\ud800" <= character <= "\udfff" for character in event.value):  # by an escape like "\ud800"
+            raise self._refusal(
+                event, path, "half of a surrogate pair, which is no character: write it as \\U and 8 digits"
+            )
+        return event.value
+
+    def _place(self, event: yaml.Event) -> str:
+        return f"{self._file}:{event.start_mark.line + 1}"
+
+    def _refusal(self, event: yaml.Event, path: tuple[str, ...], message: str) -> StrictYamlError:
+        key = f"{'.'.join(path)}: " if path else ""
+        return StrictYamlError(f"{self._place(event)}: {key}{message}")
+
+
+def _invalid(error: yaml.YAMLError, text: str, path: Path) -> str:
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        message = str(error.problem or error.context)
+        if error.problem and error.context:
+            since = f" from line {error.context_mark.line + 1} on" if error.context_mark else ""
+            message += f", {error.context}{since}"
+    else:
+        assert isinstance(error, yaml.reader.ReaderError)
+        line = text.count("\n", 0, error.position) + 1
+        message = f"the character U+{ord(text[error.position]):04X}, which YAML does not allow"
+    return f"{path}:{line}: not valid YAML: {' '.join(message.split())}"
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN - 3]}..."
