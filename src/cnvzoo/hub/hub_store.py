@@ -25,7 +25,7 @@ from huggingface_hub.utils import tqdm, validate_repo_id
 from .attempts import Patience
 from .errors import CheckpointError
 from .facts import FileFacts, read_verified
-from .publication import FILES, Publication, StoreError, files_to_publish, plain_name
+from .publication import FILES, Publication, StoreError, checkpoint_files, plain_name
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONFLICTS = (409, 412)  # another commit came first
@@ -97,7 +97,7 @@ class HubStore:
             raise StoreError(f"{self.location} is one revision, for reading: publish to hf://{self.organisation}")
         if tag is not None:
             plain_name(tag, "tag")
-        files = files_to_publish(folder)
+        files = checkpoint_files(folder)
         repo = self._repo(folder.resolve().name)
         before = self._head(repo, may_be_missing=True)
         publication = self._compare(repo, files, before, tag)
