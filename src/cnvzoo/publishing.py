@@ -18,7 +18,8 @@ from cnvzoo.hub import (
     read_model,
 )
 from cnvzoo.hub.card import render_card
-from cnvzoo.hub.index import CARD, CONFIG
+from cnvzoo.hub.index import CARD
+from cnvzoo.hub.publication import checkpoint_folders
 from cnvzoo.zoo import model_info
 
 
@@ -87,7 +88,7 @@ def _folder(checkpoint: str | Path, hub: str | Path | None) -> Path:
     if "://" in str(location):
         raise CheckpointError(f"{checkpoint} is to be read from {location}: give a directory with hub= or CNVZOO_HUB")
     root = Path(location).expanduser()
-    known = sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
+    known = checkpoint_folders(root)
     if str(checkpoint) not in known:
         choices = nearest(str(checkpoint), known) if known else "it has none at all"
         raise CheckpointError(f"no checkpoint {str(checkpoint)!r} in {root}: {choices}")
