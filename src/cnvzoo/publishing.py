@@ -69,10 +69,11 @@ def write_card(folder: str | Path) -> bool:
 
     Raises:
         CheckpointError: the folder has no valid config.
+        ModelError: there is no model with its arguments, or none that takes images of its size.
     """
     folder = Path(folder)
     config = read_config(folder)
-    info = model_info(**config.model, input_size=config.preprocessing["size"])
+    info = model_info(**config.model | {"input_size": config.preprocessing["size"]})
     card = render_card(config, info.summary, info.parameters, info.macs).encode()
     path = folder / CARD
     if path.is_file() and path.read_bytes() == card:
