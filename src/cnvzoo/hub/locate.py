@@ -19,7 +19,7 @@ from .errors import CheckpointError
 from .facts import FileFacts
 from .index import CONFIG, WEIGHTS, CheckpointInfo, checked_name, read_index, row
 from .publication import checkpoint_folders
-from .store import open_store
+from .store import open_store, printed
 
 ORGANISATION = "hf://cnvzoo"
 _CHECKOUT = Path(__file__).resolve().parents[3]
@@ -74,8 +74,10 @@ def find_checkpoint(checkpoint: str | Path, hub: str | Path | None = None, *, ev
         return Located(folder, None)
     known = sorted({*read_index().checkpoints, *_own_folders(location)})
     if not known:
-        raise CheckpointError(f"no checkpoint {name!r}: none is published, and none is in {location}")
-    raise CheckpointError(f"no checkpoint {name!r}, neither published nor in {location}: {nearest(name, known)}")
+        raise CheckpointError(f"no checkpoint {name!r}: none is published, and none is in {printed(location)}")
+    raise CheckpointError(
+        f"no checkpoint {name!r}, neither published nor in {printed(location)}: {nearest(name, known)}"
+    )
 
 
 def choose_checkpoint(

@@ -86,15 +86,22 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
 def _model(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(values.get("name"), str):
         raise ValueError("name: must be the name of a model")
-    _word(values["name"])
+    _named(values)
     return values
+
+
+def _named(values: dict[str, Any]) -> None:
+    try:
+        _word(values["name"])
+    except ValueError as error:
+        raise ValueError(f"name: {error}") from None
 
 
 def _recipe(values: dict[str, Any]) -> dict[str, Any]:
     if "name" in values:
         if not isinstance(values["name"], str):
             raise ValueError("name: must be the name of a recipe")
-        _word(values["name"])
+        _named(values)
     return values
 
 
