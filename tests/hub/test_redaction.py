@@ -82,7 +82,7 @@ def check_message(error: StoreError, token: str, status: int, logs: pytest.LogCa
 
 
 @pytest.mark.parametrize("echo", ECHOES)
-@pytest.mark.parametrize("status", [400, 403, 500])
+@pytest.mark.parametrize("status", [403, 500])
 @pytest.mark.parametrize("token", [GOOD_TOKEN, OPAQUE])
 @pytest.mark.parametrize("stage", ["info", "head"])
 def test_a_server_that_echoes_the_token_of_a_reader(
@@ -100,7 +100,7 @@ def test_a_server_that_echoes_the_token_of_a_reader(
 
 
 @pytest.mark.parametrize("echo", ECHOES)
-@pytest.mark.parametrize("status", [400, 403, 500])
+@pytest.mark.parametrize("status", [403, 500])
 @pytest.mark.parametrize("stage", ["create", "preupload", "commit", "tag"])
 def test_a_server_that_echoes_the_token_of_a_publisher(
     hub: FakeHub, tmp_path: Path, checkpoint: Path, stage: str, status: int, echo: str, logs: pytest.LogCaptureFixture
