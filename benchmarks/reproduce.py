@@ -127,11 +127,13 @@ def _reproduce(
         for folder in keep_missing(selected, layout):
             say(f"{shown(folder)}: checkpoint written")
         try:
-            index.update(layout.index, layout.hub)
+            problems = index.update(layout.index, layout.hub)
         except CnvzooError as error:  # what was trained is worth keeping, whatever else is in the folder
-            say(f"the index of published checkpoints stays as it was: {error}")
+            problems = [f"the index of published checkpoints stays as it was: {error}"]
         else:
-            if (problem := plot.update(layout.plot, layout.index)) and problem not in told:
+            problems += [problem] if (problem := plot.update(layout.plot, layout.index)) else []
+        for problem in problems:
+            if problem not in told:
                 told.add(problem)
                 say(problem)
         survey = records.survey(entries.values(), layout)

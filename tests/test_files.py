@@ -49,7 +49,8 @@ def test_a_failure_leaves_the_old_file_and_no_litter(
 def test_leftovers_of_a_path_are_removed_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "state[1].bin"
     path.touch()
-    others = [tmp_path / name for name in (".state[1].bin", "state[1].bin.tmp", ".state1.bin.x.tmp", ".lock")]
+    names = (".state[1].bin", "state[1].bin.tmp", ".state1.bin.x.tmp", ".state[1].bin.old.x.tmp", ".lock")
+    others = [tmp_path / name for name in names]
     for other in others:
         other.touch()
     for _ in range(2):
@@ -58,6 +59,17 @@ def test_leftovers_of_a_path_are_removed_and_nothing_else(tmp_path: Path) -> Non
         temporary.write_bytes(kept)  # as if the process had been killed inside
     remove_leftovers(path)
     assert set(tmp_path.iterdir()) == {path, *others}
+
+
+def test_the_next_writer_removes_what_a_killed_one_left_a_day_ago(tmp_path: Path) -> None:
+    path, day = tmp_path / "weights.bin", 24 * 3600
+    names = (".weights.bin.0a_z9x8y.tmp", ".weights.bin.living00.tmp", ".config.json.0a_z9x8y.tmp")
+    killed, young, other = (tmp_path / name for name in names)
+    for leftover, age in ((killed, day + 60), (young, day - 60), (other, 9 * day)):
+        leftover.touch()
+        os.utime(leftover, (then := time.time() - age, then))
+    write_text(path, "new")
+    assert set(tmp_path.iterdir()) == {path, young, other}
 
 
 def test_threads_that_write_at_once_leave_the_umask_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,34 @@ class TestWhere:
         with pytest.raises(CheckpointError, match="sha256"):
             cnvzoo.load_checkpoint("resnet20.own")
 
+    @pytest.mark.parametrize(
+        ("damage", "said"),
+        [
+            (lambda text: text.replace('"format_version": 1', '"format_version": 2'), "2, and this cnvzoo reads 1"),
+            (lambda text: text[:-3], "not a valid checkpoint config"),
+            (lambda text: "[]", "not a valid checkpoint config"),
+        ],
+    )  # fmt: skip
+    def test_a_broken_neighbour_is_named_and_does_no_harm(
+        self, hub: Path, damage: Callable[[str], str], said: str
+    ) -> None:
+        listed = cnvzoo.list_checkpoints()
+        own = hub / "resnet20.own"
+        shutil.copytree(hub / "resnet20.mnist", own)
+        path = own / "config.json"
+        path.write_text(damage(path.read_text()))
+        for name, classes in (("resnet20.mnist", None), ("resnet20", None), ("quant_cnv", 100)):
+            with pytest.warns(UserWarning, match=f"^resnet20.own is left out: {path}: .*{said}"):
+                assert not cnvzoo.create_model(name, pretrained=True, num_classes=classes).training
+        assert cnvzoo.load_checkpoint("resnet20.mnist")[1].name == "resnet20.mnist"
+        assert cnvzoo.list_checkpoints() == listed
+        with pytest.raises(CheckpointError, match=said):
+            cnvzoo.load_checkpoint("resnet20.own")
+        with pytest.raises(ModelError, match=f"no checkpoint is of resnet20, own.*resnet20.own is left out: .*{said}"):
+            cnvzoo.create_model("resnet20.own", pretrained=True)
+        with pytest.raises(ModelError, match=f"no checkpoint of resnet110 is.*resnet20.own is left out: .*{said}"):
+            cnvzoo.create_model("resnet110", pretrained=True)
+
     @pytest.mark.parametrize("name", ["..", "nothing", "resnet20.mnist\x00", "", "resnet20.minst"])
     def test_unknown_names(self, hub: Path, name: str) -> None:
         with pytest.raises(CheckpointError, match=r"Choices: quant_cnv_w4a4\.cifar10"):

@@ -73,6 +73,12 @@ def test_one_that_is_not_whole_stops_all_before_the_first_is_sent(hub: Path, tmp
     assert not (tmp_path / "store").exists()
 
 
+def test_a_broken_neighbour_does_no_harm(hub: Path, tmp_path: Path) -> None:
+    (hub / "cnv.mnist" / "config.json").write_text("{")
+    (published,) = cnvzoo.publish("resnet20.mnist", tmp_path / "store")
+    assert published.new == FILES
+
+
 def test_weights_that_no_model_can_take_are_not_published(hub: Path, tmp_path: Path) -> None:
     folder = hub / "resnet20.mnist"
     tensors = load_file(folder / "model.safetensors")

@@ -92,6 +92,16 @@ def test_another_test_set(published) -> None:
     assert "published on 61 images, and the test set has 60" in result.problem
 
 
+@pytest.mark.parametrize("image_size", [30, 28])
+def test_preprocessing_of_other_images_than_the_test_set_has(published, image_size: int) -> None:
+    """It is said before the images are padded: to a larger side, or to one that they do not fit into."""
+    preprocessing = {"size": 32, "mean": [0.0], "std": [1.0], "image_size": image_size}
+    (result,) = verify(published(preprocessing=preprocessing))
+    said = "its config is for images of 30x30 pixels, 1 channel(s) and 10 classes, and mnist has images of 28x28 pixels"
+    assert (result.problem is None) == (image_size == 28)
+    assert result.problem is None or said in result.problem
+
+
 @pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
 def test_every_file_counts(published, name: str) -> None:
     folder = published()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from cnvzoo.files import replacing
 from cnvzoo.hub import CheckpointInfo, read_index
 from cnvzoo.hub.index import row
-from cnvzoo.models import model_spec
+from cnvzoo.models import model_names, model_spec
 
 from .entries import TABLES
 from .files import shown
@@ -32,9 +32,16 @@ _LEAST_SPAN = 0.5  # of the accuracy axis: the luck of 10,000 images is not to l
 
 
 def points(index: Path) -> list[CheckpointInfo]:
-    """The checkpoints of an index, by dataset in the order of the tables, then by size."""
+    """The checkpoints of an index, by dataset in the order of the tables, then by size.
+
+    Datasets that no table has come last, by name.
+    """
     rows = (row(name, entry) for name, entry in read_index(index).checkpoints.items())
-    return sorted(rows, key=lambda row: (TABLES.index(row["dataset"]), row["bytes"], row["name"]))
+    return sorted(rows, key=lambda row: (*_place(row["dataset"]), row["bytes"], row["name"]))
+
+
+def _place(dataset: str) -> tuple[int, str]:
+    return (TABLES.index(dataset) if dataset in TABLES else len(TABLES), dataset)
 
 
 def description(points: Iterable[CheckpointInfo]) -> str:
@@ -147,7 +154,9 @@ def _lines(points: Sequence[CheckpointInfo]) -> list[list[CheckpointInfo]]:
     """The checkpoints of one graph at several bit widths, float included."""
     graphs: dict[str, list[CheckpointInfo]] = {}
     for point in points:
-        graphs.setdefault(model_spec(point["model"]).float_twin or point["model"], []).append(point)
+        model = point["model"]  # one that this version does not have is a graph of its own
+        twin = model_spec(model).float_twin if model in model_names() else None
+        graphs.setdefault(twin or model, []).append(point)
     return [line for line in graphs.values() if len(line) > 1]
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
+import re
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+# Seconds. A process that is writing changes its temporary file far more often; clocks of two machines may differ.
+_ABANDONED = 24 * 3600
 
 # it can only be read by changing it, for the whole process: two threads at once could leave it at 0
 _asking_for_the_umask = threading.Lock()
@@ -19,10 +23,13 @@ _asking_for_the_umask = threading.Lock()
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path to write; on success it becomes `path` in one step, on failure it is gone.
 
-    Missing parent folders are made.
+    Missing parent folders are made. Temporary files of `path` that nobody has written to for a day are removed: their
+    writers were killed. Younger ones may be those of a living process, and stay.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # somebody else's file: it does not keep this one from being written
+        remove_leftovers(path, unchanged_for=_ABANDONED)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
@@ -36,14 +43,26 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(path: str | Path) -> None:
+def remove_leftovers(path: str | Path, *, unchanged_for: float = 0.0) -> None:
     """Delete what processes that were killed within `replacing(path)` left behind.
 
-    For a path that no other process writes at the time: what it is writing would be deleted too.
+    By default for a path that no other process writes at the time: what it is writing would be deleted too.
+
+    Args:
+        path: the file that they were to become.
+        unchanged_for: seconds; younger files are left alone.
     """
     path = Path(path)
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        temporary.unlink(missing_ok=True)
+    for temporary in path.parent.iterdir():
+        if is_temporary_of(temporary.name, path.name):
+            with suppress(FileNotFoundError):  # its writer was alive, and has just finished
+                if time.time() - temporary.lstat().st_mtime >= unchanged_for:
+                    temporary.unlink()
+
+
+def is_temporary_of(name: str, target: str) -> bool:
+    """Whether `name` is one that `replacing` gives to a temporary file for the file named `target`."""
+    return re.fullmatch(rf"\.{re.escape(target)}\.[^.]+\.tmp", name) is not None
 
 
 def write_text(path: str | Path, text: str) -> None:

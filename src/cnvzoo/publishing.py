@@ -18,7 +18,9 @@ from cnvzoo.hub import (
     read_model,
 )
 from cnvzoo.hub.card import render_card
-from cnvzoo.hub.index import CARD, CONFIG
+from cnvzoo.hub.index import CARD
+from cnvzoo.hub.publication import checkpoint_folders
+from cnvzoo.hub.store import printed
 from cnvzoo.zoo import model_info
 
 
@@ -68,10 +70,11 @@ def write_card(folder: str | Path) -> bool:
 
     Raises:
         CheckpointError: the folder has no valid config.
+        ModelError: there is no model with its arguments, or none that takes images of its size.
     """
     folder = Path(folder)
     config = read_config(folder)
-    info = model_info(**config.model, input_size=config.preprocessing["size"])
+    info = model_info(**config.model | {"input_size": config.preprocessing["size"]})
     card = render_card(config, info.summary, info.parameters, info.macs).encode()
     path = folder / CARD
     if path.is_file() and path.read_bytes() == card:
@@ -85,9 +88,11 @@ def _folder(checkpoint: str | Path, hub: str | Path | None) -> Path:
         return Path(checkpoint).expanduser()
     location = hub_location(hub)
     if "://" in str(location):
-        raise CheckpointError(f"{checkpoint} is to be read from {location}: give a directory with hub= or CNVZOO_HUB")
+        raise CheckpointError(
+            f"{checkpoint} is to be read from {printed(location)}: give a directory with hub= or CNVZOO_HUB"
+        )
     root = Path(location).expanduser()
-    known = sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
+    known = checkpoint_folders(root)
     if str(checkpoint) not in known:
         choices = nearest(str(checkpoint), known) if known else "it has none at all"
         raise CheckpointError(f"no checkpoint {str(checkpoint)!r} in {root}: {choices}")

@@ -79,9 +79,12 @@ def _verify(
         model, config = read_model(located.folder, located.files)
         if config.dataset not in datasets:
             datasets[config.dataset] = load_dataset(config.dataset, root=data_root)
-        result = evaluate(
-            model, datasets[config.dataset], preprocessing=preprocessing_from(config), device=device
-        )  # fmt: skip
+        data, preprocessing = datasets[config.dataset], preprocessing_from(config)
+        ours = _images(preprocessing.native_size, preprocessing.in_chans, len(config.classes))
+        theirs = _images(data.info.image_size, data.info.in_chans, data.info.num_classes)
+        if ours != theirs:
+            return Verification(name, problem=f"its config is for {ours}, and {data.info.name} has {theirs}")
+        result = evaluate(model, data, preprocessing=preprocessing, device=device)
     except CnvzooError as error:
         return Verification(name, problem=str(error))
     allowed = 0 if is_kind_of_machine(config, device) else ELSEWHERE
@@ -91,6 +94,10 @@ def _verify(
     elif abs(result.correct - config.correct) > allowed:
         problem = f"{result.correct:,} images right, published {config.correct:,}, allowed difference {allowed}"
     return Verification(name, config.correct, result.correct, config.total, allowed, problem)
+
+
+def _images(side: int, channels: int, classes: int) -> str:
+    return f"images of {side}x{side} pixels, {channels} channel(s) and {classes} classes"
 
 
 def is_kind_of_machine(config: CheckpointConfig, device: torch.device) -> bool:

@@ -91,10 +91,14 @@ def test_quantized_weights_are_packed(bench):
 
 
 def test_a_stray_file_is_not_published(run_once, capsys):
+    index = run_once.home.parent / "src" / "cnvzoo" / "hub" / "index.json"
+    before = index.read_text()
     (run_once.hub / "cnv.mnist" / "notes.txt").touch()
     run_once.run("--table", "mnist", "--seeds", "0")
-    assert "index of published checkpoints stays as it was" in (said := capsys.readouterr().err)
-    assert "notes.txt: a checkpoint has" in said
+    said = capsys.readouterr().err
+    assert said.count("cnv.mnist: its entry in the index stays as it was") == 1
+    assert "notes.txt is no part of a checkpoint: move it elsewhere" in said
+    assert index.read_text() == before
 
 
 class TestVerification:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -93,6 +94,21 @@ def test_no_name_covers_another_or_a_point_or_leaves_its_panel(datasets):
             assert inside.contains(box.x1, box.y1), name
             for other, text in names_in(axes).items():
                 assert not box.contains(*axes.transData.transform(text.xy)), (name, other)
+
+
+def test_a_dataset_that_no_table_has_comes_last_under_its_own_name(tmp_path):
+    # As it happens with a checkpoint of one's own in hub/: the index has whatever is there.
+    index = json.loads((BENCHMARKS.parent / "src" / "cnvzoo" / "hub" / "index.json").read_text())
+    own = index["checkpoints"]["resnet20.cifar10"]
+    names = {"resnet20.svhn": "svhn", "resnet20.cinic": "cinic"}
+    own = {name: own | {"dataset": dataset} for name, dataset in names.items()}
+    own["vgg.svhn"] = own["resnet20.svhn"] | {"model": {"name": "vgg"}}  # nor has this version such a model
+    (tmp_path / "index.json").write_text(json.dumps({"checkpoints": own | index["checkpoints"]}))
+    points = plot.points(tmp_path / "index.json")
+    assert [p["name"] for p in points[-3:]] == ["resnet20.cinic", "resnet20.svhn", "vgg.svhn"]
+    assert [p["dataset"] for p in points[:3]] == ["mnist", "mnist", "cifar10"]
+    titles = [axes.get_title(loc="left") for axes in plot.figure(points).axes]
+    assert titles == ["mnist", "cifar10", "cinic", "svhn"]
 
 
 def test_float_and_quantized_look_different():

@@ -54,6 +54,14 @@ def test_a_dry_run_trains_nothing_and_writes_nothing(trained, tmp_path, capsys):
     assert not store.exists()
 
 
+def test_a_folder_without_a_config_is_no_checkpoint_yet(trained, tmp_path, capsys):
+    (trained.hub / "resnet20.mnist").mkdir()
+    (trained.hub / "resnet20.mnist" / ".model.safetensors.0a1b2c3d.tmp").touch()  # a writer was killed
+    capsys.readouterr()
+    assert trained.run("--table", "mnist", "--publish", str(tmp_path / "store"), "--dry-run") == 0
+    assert capsys.readouterr().out.splitlines()[0] == "no checkpoint to publish yet: mnist_resnet20"
+
+
 def test_a_dry_run_of_nothing_is_refused(trained, capsys):
     assert trained.run("--table", "mnist", "--dry-run") == 2
     assert "--dry-run shows what --publish would send: give both" in capsys.readouterr().err

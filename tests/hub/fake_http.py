@@ -78,11 +78,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault and self.fault.kind == "wrong" and self.body and stage == "upload":
             self.body = self.body[:-1] + bytes([self.body[-1] ^ 1])
         if self.fault and isinstance(self.fault.kind, int):
-            headers, status = self.fault.headers, self.fault.kind
+            headers, status, says = self.fault.headers, self.fault.kind, self.fault.says
             self.fault = None
             if status == 404:
                 headers = {"X-Error-Code": "EntryNotFound" if stage in ("head", "get") else "RepoNotFound"} | headers
-            self.refuse(status, "injected", headers)
+            self.refuse(status, says.format(self.headers.get("Authorization")), headers)
             return
         answer(**arguments)
 

@@ -69,11 +69,16 @@ class FakeHub:
             server.shutdown()
             server.server_close()
 
-    def fail(self, stage: str, kind: str | int, *, times: float = 1, retry_after: int | None = None) -> None:
-        """Let the next `times` requests of a stage go wrong; `retry_after` is what a status then says."""
+    def fail(
+        self, stage: str, kind: str | int, *, times: float = 1, retry_after: int | None = None, says: str = "injected"
+    ) -> None:
+        """Let the next `times` requests of a stage go wrong.
+
+        `retry_after` and `says` are what a status then says; {} in it is the Authorization that was sent.
+        """
         assert stage in STAGES, stage
         headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-        self._planned[stage] = Fault(kind, times, headers)
+        self._planned[stage] = Fault(kind, times, headers, says)
 
     def recover(self) -> None:
         """From now on nothing goes wrong."""

@@ -62,8 +62,9 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What goes wrong: `cut`, `cut_after`, `truncated`, `wrong`, `drip`, `stall`, or a status; `times` times."""
+    """What goes wrong: `cut`, `cut_after`, `truncated`, `wrong`, `drip`, `stall`, or a status that `says` something."""
 
     kind: str | int
     times: float
     headers: dict[str, str]
+    says: str = "injected"

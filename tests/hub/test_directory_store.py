@@ -61,6 +61,20 @@ def test_a_second_publish_changes_nothing(directory: Store, root: Path, mine: Pa
     assert content_of(root / "resnet20.mnist") == content_of(mine)
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_what_a_killed_writer_left_is_passed_over(
+    directory: Store, root: Path, mine: Path, contents: dict[str, bytes], facts: dict[str, FileFacts], file: str
+) -> None:
+    with files.replacing(mine / file) as temporary:
+        temporary.write_bytes(contents[file])
+    temporary.write_bytes(b"half of it")  # as if the process had been killed inside
+    assert directory.publish(mine, message="first").new == FILES
+    temporary.rename(root / "resnet20.mnist" / temporary.name)
+    assert directory.publish(mine, message="second").unchanged == FILES
+    folder = directory.fetch("resnet20.mnist", facts)
+    assert content_of(folder) == contents | {temporary.name: b"half of it"}
+
+
 def test_a_dry_run_writes_nothing(directory: Store, root: Path, checkpoint: Path) -> None:
     publication = directory.publish(checkpoint, message="first", dry_run=True)
     assert str(publication) == f"resnet20.mnist to {root}: would publish new {', '.join(FILES)}"
@@ -175,6 +189,7 @@ def without(name: str) -> Mapping[str, bytes | None]:
         (without("README.md"), "README.md missing.*write the card with cnvzoo.write_card"),
         ({".env": b"TOKEN=secret"}, ".env is no part of a checkpoint: move it elsewhere"),
         ({"model.bin": b""}, "model.bin is no part of a checkpoint"),
+        ({".model.bin.abcd1234.tmp": b""}, ".model.bin.abcd1234.tmp is no part of a checkpoint"),
         ({"config.json": b"{}"}, "config.json: not a valid checkpoint config"),
         ({"model.safetensors": b"other"}, "model.safetensors: not the file that its config describes"),
     ],

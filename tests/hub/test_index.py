@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import harness.index
 import pytest
+from harness.errors import HarnessError
 
 import cnvzoo
+import cnvzoo.hub.index
 from cnvzoo.files import sha256_of
 from cnvzoo.hub import CheckpointError, read_index
 from cnvzoo.hub.index import INDEX, checked_name
@@ -19,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_it_is_what_is_published() -> None:
     remedy = "run: python benchmarks/reproduce.py --table all --time-limit 0"
-    assert INDEX.read_text() == harness.index.render_index(ROOT / "hub"), remedy
+    assert (INDEX.read_text(), []) == harness.index.render_index(ROOT / "hub"), remedy
 
 
 def test_it_names_every_file() -> None:
@@ -45,6 +49,88 @@ def test_list_checkpoints() -> None:
     assert row["bytes"] == (ROOT / "hub" / "cnv.cifar10" / "model.safetensors").stat().st_size
     assert {row["name"] for row in cnvzoo.list_checkpoints("*.mnist")} == {n for n in rows if n.endswith(".mnist")}
     assert cnvzoo.list_checkpoints("vgg*") == []
+
+
+class TestOneThatIsDamaged:
+    """It is named, loses nothing that was published, and does no harm to the others."""
+
+    @pytest.fixture
+    def hub(self, tmp_path: Path, make_checkpoint: Callable[..., Path]) -> Path:
+        for model in ("cnv", "resnet20"):
+            make_checkpoint(tmp_path / "hub", model, "mnist")
+        return tmp_path / "hub"
+
+    @pytest.fixture
+    def index(self, hub: Path) -> Path:
+        return cnvzoo.hub.index.INDEX
+
+    @staticmethod
+    def damage(path: Path, how: str) -> None:
+        content = path.read_bytes()
+        if how == "newer":
+            path.write_text(json.dumps(json.loads(content) | {"format_version": 2}))
+        elif how == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    @pytest.mark.parametrize(
+        ("file", "how", "said"),
+        [
+            ("config.json", "newer", "this cnvzoo reads 1: install a version that fits"),
+            ("config.json", "changed", "not a valid checkpoint config"),
+            ("config.json", "gone", "config.json missing"),
+            ("model.safetensors", "changed", "not the file that its config describes"),
+            ("model.safetensors", "gone", "model.safetensors missing"),
+        ],
+    )
+    def test_a_published_one_keeps_its_entry(self, hub: Path, index: Path, file: str, how: str, said: str) -> None:
+        before = read_index(index).checkpoints
+        self.damage(hub / "cnv.mnist" / file, how)
+        cnvzoo.write_card(hub / "resnet20.mnist")
+        (problem,) = harness.index.update(index, hub)
+        assert problem.startswith("cnv.mnist: its entry in the index stays as it was: ")
+        assert said in problem
+        after = read_index(index).checkpoints
+        assert after["cnv.mnist"] == before["cnv.mnist"]
+        assert after.keys() == before.keys()
+        assert after["resnet20.mnist"].files.keys() - before["resnet20.mnist"].files.keys() == {"README.md"}
+
+    def test_a_new_one_is_left_out(self, hub: Path, index: Path) -> None:
+        before = index.read_text()
+        for name, content in (("cnv.own", b"{"), ("cnv.x y", b"{}"), (".hidden", b"{")):
+            (hub / name).mkdir()
+            (hub / name / "config.json").write_bytes(content)
+        problems = harness.index.update(index, hub)
+        assert [problem.partition(": ")[0] for problem in problems] == ["cnv.own", "cnv.x y"]
+        assert all(": left out of the index: " in problem for problem in problems)
+        assert index.read_text() == before
+
+    def test_one_whose_folder_was_removed_is_taken_out_in_words(self, hub: Path, index: Path) -> None:
+        shutil.rmtree(hub / "cnv.mnist")
+        (problem,) = harness.index.update(index, hub)
+        assert problem == f"cnv.mnist: no longer in the index: {hub / 'cnv.mnist'} is gone"
+        assert read_index(index).checkpoints.keys() == {"resnet20.mnist"}
+
+    def test_what_a_killed_writer_left_is_no_damage(self, hub: Path, index: Path) -> None:
+        before = index.read_text()
+        (hub / "cnv.mnist" / ".model.safetensors.0a1b2c3d.tmp").write_bytes(b"half")
+        assert harness.index.update(index, hub) == []
+        assert index.read_text() == before
+
+    def test_with_a_damaged_index_nothing_is_written(self, hub: Path, index: Path) -> None:
+        good = index.read_text()
+        index.write_text("{")
+        self.damage(hub / "cnv.mnist" / "config.json", "newer")
+        with pytest.raises(
+            HarnessError, match=r"cnv\.mnist: left out.*and the index is damaged too.*index\.json: not a"
+        ):
+            harness.index.update(index, hub)
+        assert index.read_text() == "{"
+        path = hub / "cnv.mnist" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1}, indent=1) + "\n")
+        assert harness.index.update(index, hub) == []
+        assert index.read_text() == good
 
 
 @pytest.mark.parametrize("name", ["cnv.mnist", "quant_cnv_w4a4.cifar10", "config.json", "a", "_x-1.y"])

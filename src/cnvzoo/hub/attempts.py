@@ -3,6 +3,9 @@
 huggingface_hub raises its HfHubHTTPError for an answer that is an error. Whatever else can go wrong on the way (no
 connection, an answer cut short, JSON that is none) comes up as an exception of the transport, of json or of Python.
 All of it ends here as a StoreError.
+
+What a server or the transport says is quoted without the credentials in it, and the exception is not chained to theirs,
+whose text has them still.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ from http import HTTPStatus
 from typing import TypeVar
 
 from .publication import StoreError
+from .redaction import redacted, redacted_logs
 
 T = TypeVar("T")
+_LONGEST_QUOTE = 300  # characters
 _DISK_PROBLEMS = frozenset((errno.EROFS, errno.ENOSPC, errno.EDQUOT))
 
 
@@ -40,13 +45,16 @@ class Patience:
     read_timeout: float = 10.0
     write_timeout: float = 60.0
 
-    def ask(self, asked: str, request: Callable[[], T], *, again_on: Collection[int] = ()) -> T:
+    def ask(
+        self, asked: str, request: Callable[[], T], *, again_on: Collection[int] = (), secrets: Collection[str] = ()
+    ) -> T:
         """Return what `request` returns; call it again where it fails in a way that may pass.
 
         Args:
             asked: what is asked and of whom, for the message.
             request: safe to repeat; its StoreErrors are passed on.
             again_on: HTTP statuses to try again on besides 408, 429 and 5xx.
+            secrets: the credentials in use, which no message and no log is to have.
 
         Raises:
             StoreError: it failed for good, or once too often.
@@ -54,15 +62,17 @@ class Patience:
         started, wait = time.monotonic(), self.first_wait
         for left in reversed(range(self.tries)):
             try:
-                return request()
+                with redacted_logs(secrets):
+                    return request()
             except StoreError:
                 raise
             except Exception as error:  # the client's own, the transport's, and whatever an answer's shape provokes
-                failure = _Failure.of(error)
-                pause = max(wait, failure.retry_after or 0.0)
-                late = time.monotonic() - started + pause > self.in_all
-                if not left or late or pause > self.longest_wait or not failure.may_pass(again_on):
-                    raise StoreError(f"{asked}: {failure}") from error
+                failure = _Failure.of(error, secrets)
+            # out here the error raised has no context, whose text would have the credentials
+            pause = max(wait, failure.retry_after or 0.0)
+            late = time.monotonic() - started + pause > self.in_all
+            if not left or late or pause > self.longest_wait or not failure.may_pass(again_on):
+                raise StoreError(f"{asked}: {failure}")
             time.sleep(pause)
             wait *= 2
         raise AssertionError("tries is at least 1")
@@ -87,12 +97,12 @@ class _Failure:
         return self.status in (408, 429) or self.status >= 500 or self.status in again_on
 
     @classmethod
-    def of(cls, error: BaseException) -> _Failure:
+    def of(cls, error: BaseException, secrets: Collection[str]) -> _Failure:
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
         for cause in _causes(error):
             if isinstance(cause, HfHubHTTPError):
-                return cls._of_answer(cause)
+                return cls._of_answer(cause, secrets)
             if isinstance(cause, OfflineModeIsEnabled):
                 return cls(
                     "HF_HUB_OFFLINE is set, and what is needed is not in the cache",
@@ -107,7 +117,7 @@ class _Failure:
                     is_final=True,
                 )
         *_, origin = _causes(error)
-        said = " ".join(str(origin).split())[:300]
+        said = _quoted(origin, secrets)
         return cls(
             f"no answer came back, or not a whole one ({type(origin).__name__}{': ' + said if said else ''})",
             "Check the network and its proxy, then try again; where there is none, choose a directory with hub= or "
@@ -115,15 +125,22 @@ class _Failure:
         )
 
     @classmethod
-    def _of_answer(cls, error: object) -> _Failure:
+    def _of_answer(cls, error: object, secrets: Collection[str]) -> _Failure:
         response = error.response  # type: ignore[attr-defined]
         status = response.status_code
         code = response.headers.get("X-Error-Code")
         phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "unknown"
-        said = f": {error.server_message}" if error.server_message else ""  # type: ignore[attr-defined]
+        message = error.server_message  # type: ignore[attr-defined]
+        said = f": {_quoted(message, secrets)}" if message else ""
         after = response.headers.get("Retry-After", "")
         wait = float(after) if after.isdigit() else None
         return cls(f"the answer was {status} ({phrase}{said})", _remedy(status, code, wait), status, wait)
+
+
+def _quoted(said: object, secrets: Collection[str]) -> str:
+    """What somebody else says, for a line of ours: without credentials and control characters, and not too long."""
+    text = " ".join(redacted(str(said), secrets).split())
+    return "".join(character if character.isprintable() else "?" for character in text)[:_LONGEST_QUOTE]
 
 
 def _remedy(status: int, code: str | None, wait: float | None) -> str:

@@ -1,10 +1,16 @@
 """The model card of a checkpoint: README.md of its folder, with the metadata that the Hub indexes.
 
 A pure function of config.json and of what the model costs: the same checkpoint has the same card, byte for byte.
+
+The config may be anybody's. Whatever of it is no number is escaped where it stands in a sentence or a table, fenced by
+more backticks than it has itself, and quoted in a command.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
+from collections.abc import Mapping
 from statistics import fmean, stdev
 from typing import Any
 
@@ -19,6 +25,9 @@ _HUB_DATASETS = {
     "cifar100": "uoft-cs/cifar100",
 }
 _TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+_INSTALLED = ("torch", "torchvision", "numpy", "brevitas")  # of the versions, those that pip can install
+# what means something within a line of Markdown, as the Hub and GitHub read it; _ only at the end of a word
+_SPECIAL = re.compile(r"[\\`*\[\]<>|~&$@#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
 
 def render_card(config: CheckpointConfig, summary: str, parameters: int, macs: int) -> str:
@@ -38,7 +47,7 @@ def render_card(config: CheckpointConfig, summary: str, parameters: int, macs: i
         _preprocessing(config),
         _cost(config, parameters, macs),
         *([_integer(config, config.integer)] if config.integer else []),
-        *([_recipe(config)] if config.recipe else []),
+        *([_recipe(config), _reproduce(config)] if config.recipe else []),
         _limits(config),
     ]
     return str(ModelCard(f"---\n{_metadata(config)}\n---\n\n" + "\n".join(sections)))
@@ -53,7 +62,7 @@ def _metadata(config: CheckpointConfig) -> str:
         task_type="image-classification",
         task_name="Image Classification",
         dataset_type=dataset,
-        dataset_name=_title(config),
+        dataset_name=_TITLES.get(config.dataset, config.dataset),
         dataset_split="test",
         metric_type="accuracy",
         metric_name="Top-1 accuracy",
@@ -99,8 +108,27 @@ def _accuracy(config: CheckpointConfig) -> str:
         f"{config.total:,} images, by the weights of this repository, which are those of seed {config.seed}, whatever "
         "came of the others.\n\n| seed | top-1, % | images right | sha256 of the run's weights |\n"
         "| --: | --: | --: | --- |\n" + "\n".join(lines) + f"\n\nMean over {seeds}: {fmean(accuracies):.2f} %{spread}. "
-        f"The test set is read once, at the end of a run, with {weights}; single crop, float32.\n"
+        f"Each run reads the test set once, at its end, with {weights}; single crop, float32.{_grounds(config)}\n"
     )
+
+
+def _grounds(config: CheckpointConfig) -> str:
+    """What the numbers rest on, where it is not the weights of this repository alone."""
+    said = ""
+    if len(config.results) > 1:
+        entry = config.recipe.get("name")
+        records = f", {_code(f'benchmarks/results/{entry}/')} of cnvzoo," if entry else ""
+        said += (
+            f"\n\nOnly the weights of seed {config.seed} are published. The numbers of the other seeds rest on the "
+            f"records of their runs{records} and on the sha256 of their weights, which are not here to be scored again."
+        )
+    if config.recipes_scored is not None:
+        recipes = f"{config.recipes_scored:,} recipes have" if config.recipes_scored > 1 else "One recipe has"
+        said += f"\n\n{recipes} ever been scored on the test set for this entry, this one included."
+    if len({result.numerics for result in config.results}) > 1:
+        versions = (f"{r.numerics or 'an unrecorded one'} (seed {r.seed})" for r in config.results)
+        said += f"\n\nThe runs computed with different versions of the training arithmetic: {', '.join(versions)}."
+    return said
 
 
 def _use(config: CheckpointConfig) -> str:
@@ -126,7 +154,7 @@ def _preprocessing(config: CheckpointConfig) -> str:
     return (
         f"## Preprocessing\n\nImages of {native}x{native} pixels, {colour}{padded}, {scaled}. "
         "`cnvzoo.transforms(model)` is the pipeline for your own.\n\n"
-        f"Classes, in the order of the outputs: {', '.join(config.classes)}.\n"
+        f"Classes, in the order of the outputs: {', '.join(map(_escaped, config.classes))}.\n"
     )
 
 
@@ -154,18 +182,64 @@ def _integer(config: CheckpointConfig, result: IntegerResult) -> str:
 
 
 def _recipe(config: CheckpointConfig) -> str:
-    recipe = yaml.safe_dump(config.recipe, sort_keys=False, width=110)
-    device, versions = _listed(config.device), _listed(config.versions)
-    commit = f" at commit `{config.commit}`" if config.commit else ""
-    count = config.device.get("threads", 1)
-    threads = "" if count == 1 else f" --threads {count}"  # the bits depend on it; one is the default of reproduce.py
+    recipe = yaml.safe_dump(config.recipe, sort_keys=False, allow_unicode=True, width=110)
+    return f"## Recipe\n\n{_fenced(recipe, 'yaml')}"
+
+
+def _reproduce(config: CheckpointConfig) -> str:
+    entry = config.recipe.get("name")
+    facts = f"- {_listed(config.device)}\n- {_listed(config.versions)}\n"
+    if config.numerics is not None:
+        facts += f"- arithmetic version {config.numerics} (docs/numerics.md)\n"
+    if config.dataset not in _TITLES or not entry:
+        return (
+            "## Reproduce\n\nNo table of cnvzoo has this entry, so there is no command that trains it again. The run's "
+            f"weights have the sha256 `{config.weights_sha256}`; its machine and versions:\n\n{facts}"
+        )
+    base, changed = (config.commit or "").rstrip("+"), (config.commit or "").endswith("+")
+    where = "In a checkout of cnvzoo:" if base else "In a checkout of cnvzoo, of which the commit was not recorded:"
+    outcome = (
+        "On the machine of the run and with all of its versions, the weights come out with the same sha256, "
+        f"`{config.weights_sha256}`:"
+    )
+    if changed:
+        where = (
+            f"The run was made from commit {_code(base)} with changes that are in no commit: it cannot be checked out "
+            "exactly. What comes nearest, in a checkout of cnvzoo:"
+        )
+        outcome = (
+            "Without these changes the weights may come out otherwise. The run's have the sha256 "
+            f"`{config.weights_sha256}`; its machine and versions:"
+        )
+    lines = [f"git checkout {shlex.quote(base)}"] if base else []
+    lines += [_installation(config.versions), _command(config, entry)]
     return (
-        f"## Recipe\n\n```yaml\n{recipe}```\n\n## Reproduce\n\nFrom a checkout of cnvzoo{commit}:\n\n"
-        f"```sh\npython benchmarks/reproduce.py --table {config.dataset} --entry {config.recipe.get('name')} "
-        f"--seeds {config.seed}{threads} --retrain\n```\n\nOn the machine and with the versions of the run, the "
-        f"weights come out with the same sha256, `{config.weights_sha256}`:\n\n- {device}\n- {versions}\n\n"
+        f"## Reproduce\n\n{where}\n\n{_fenced(chr(10).join(lines) + chr(10), 'sh')}\n"
+        f"{outcome}\n\n{facts}\n"
         "Elsewhere sums are added up in another order: expect an accuracy within the spread of seeds.\n"
     )
+
+
+def _installation(versions: Mapping[str, str]) -> str:
+    """The command that installs the checkout with the versions of the run, without builds such as +cu130."""
+    pins = (f"{name}=={versions[name].partition('+')[0]}" for name in versions if name in _INSTALLED)
+    return shlex.join(["pip", "install", *pins, "--editable", "."])
+
+
+def _command(config: CheckpointConfig, entry: str) -> str:
+    """The command that trains the run again.
+
+    On a CPU the bits depend on the number of threads. Commits of before --threads have one as their default, or take
+    OMP_NUM_THREADS; so both are given, the option only where it is not one, which is its default.
+    """
+    kind, threads = config.device.get("kind"), config.device.get("threads")
+    command = ["python", "benchmarks/reproduce.py", "--table", config.dataset, "--entry", entry]
+    command += ["--device", kind] if kind in ("cpu", "cuda") else []
+    command += ["--seeds", str(config.seed), "--retrain"]
+    if kind == "cuda" or threads is None:
+        return shlex.join(command)
+    command += ["--threads", str(threads)] if threads != 1 else []
+    return f"OMP_NUM_THREADS={shlex.quote(str(threads))} {shlex.join(command)}"
 
 
 def _limits(config: CheckpointConfig) -> str:
@@ -194,8 +268,30 @@ def _bits(config: CheckpointConfig) -> str:
 
 
 def _title(config: CheckpointConfig) -> str:
-    return _TITLES.get(config.dataset, config.dataset)
+    return _escaped(_TITLES.get(config.dataset, config.dataset))
 
 
-def _listed(facts: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in facts.items())
+def _listed(facts: Mapping[str, Any]) -> str:
+    return ", ".join(_escaped(f"{key} {value}") for key, value in facts.items()) or "unknown"
+
+
+def _escaped(text: str) -> str:
+    """The text as it has to be written for Markdown to show it as it is, within a line."""
+    return _SPECIAL.sub(r"\\\g<0>", text)
+
+
+def _code(text: str) -> str:
+    """The text as code within a line, which nothing in it can end."""
+    ticks = "`" * (_longest_run(text) + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def _fenced(text: str, language: str) -> str:
+    """Lines as a block of code, which nothing in them can end."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text}{fence}\n"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)

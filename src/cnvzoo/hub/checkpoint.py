@@ -9,9 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from torch import nn
 
 from cnvzoo.data import Preprocessing
@@ -22,36 +31,53 @@ from .errors import CheckpointError
 from .facts import LARGEST_FILE, FileFacts, explain, read_limited, read_verified
 from .index import CONFIG, WEIGHTS, Name
 from .tensors import fill, is_quantized, packed_file, read_plain, read_published
+from .values import (
+    Classes,
+    Commit,
+    Count,
+    DeviceFacts,
+    ModelArguments,
+    Ordinal,
+    PreprocessingValues,
+    RecipeValues,
+    Sha256,
+    Total,
+    Versions,
+    Word,
+)
 
 FORMAT_VERSION = 1
 _LARGEST_CONFIG = 1 << 18  # bytes
-
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_NEWER = ("recipes_scored", "numerics")  # not written where they are not known: older configs keep their sha256
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    @model_serializer(mode="wrap")
+    def _without_newer_keys_that_are_not_known(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if value is not None or key not in _NEWER}
+
 
 class SeedResult(_Section):
-    """What one seed of the recipe came to: `correct` of `total` test images, and the sha256 of its run's weights."""
+    """What one seed of the recipe came to.
 
-    seed: int = Field(ge=0)
-    correct: int = Field(ge=0)
-    total: int = Field(gt=0)
+    Attributes:
+        seed: of the run.
+        correct, total: test images classified right, of how many.
+        weights_sha256: of the weights file of the run.
+        numerics: version of the training arithmetic of the run; None where its record has none.
+    """
+
+    seed: Count
+    correct: Count
+    total: Total
     weights_sha256: Sha256
-
-
-def _is_a_preprocessing(values: dict[str, Any]) -> dict[str, Any]:
-    try:
-        Preprocessing.from_dict(values)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-    return values
+    numerics: Ordinal | None = None
 
 
 class CheckpointFacts(_Section):
-    """What is known of a checkpoint before its weights are laid out.
+    """What is known of a checkpoint before its weights are laid out; `values` has the bounds.
 
     Attributes:
         name: `<model tag>.<dataset>`, the folder's name.
@@ -65,34 +91,38 @@ class CheckpointFacts(_Section):
         weights_sha256: of the weights file of the run.
         recipe: the whole recipe.
         versions, device, commit: of the run.
+        recipes_scored: how many recipes of this entry were ever scored on the test set, this one included; None where
+            that is not known.
+        numerics: version of the training arithmetic of the run; None where its record has none.
     """
 
     name: Name
-    model: dict[str, Any]
-    dataset: str
-    classes: list[str]
-    preprocessing: Annotated[dict[str, Any], AfterValidator(_is_a_preprocessing)]
-    seed: int = Field(ge=0)
-    correct: int = Field(ge=0)
-    total: int = Field(gt=0)
-    results: list[SeedResult]
+    model: ModelArguments
+    dataset: Word
+    classes: Classes
+    preprocessing: PreprocessingValues
+    seed: Count
+    correct: Count
+    total: Total
+    results: list[SeedResult] = Field(max_length=1000)
     weights_sha256: Sha256
-    recipe: dict[str, Any]
-    versions: dict[str, str]
-    device: dict[str, Any]
-    commit: str | None
+    recipe: RecipeValues
+    versions: Versions
+    device: DeviceFacts
+    commit: Commit | None
+    recipes_scored: Ordinal | None = None
+    numerics: Ordinal | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> CheckpointFacts:
         own = SeedResult(
-            seed=self.seed, correct=self.correct, total=self.total, weights_sha256=self.weights_sha256
+            seed=self.seed, correct=self.correct, total=self.total, weights_sha256=self.weights_sha256,
+            numerics=self.numerics,
         )  # fmt: skip
         if self.results.count(own) != 1:
             raise ValueError(f"results: must have seed {self.seed} once, with the numbers of this checkpoint")
         if any(result.correct > result.total for result in self.results):
             raise ValueError("results: more images right than there are")
-        if not isinstance(self.model.get("name"), str):
-            raise ValueError("model.name: must be the name of a model")
         for key, count in (("num_classes", len(self.classes)), ("in_chans", len(self.preprocessing["mean"]))):
             if self.model.get(key) != count:
                 raise ValueError(f"model.{key}: {self.model.get(key)!r}, where classes and preprocessing have {count}")
@@ -117,11 +147,11 @@ class IntegerResult(_Section):
         bytes: of the ONNX file.
     """
 
-    correct: int = Field(ge=0)
-    agreeing: int = Field(ge=0)
-    differing: int = Field(ge=0)
-    reachable: int = Field(gt=0)
-    bytes: int = Field(gt=0)
+    correct: Count
+    agreeing: Count
+    differing: Count
+    reachable: Total
+    bytes: Total
 
 
 class CheckpointConfig(CheckpointFacts):

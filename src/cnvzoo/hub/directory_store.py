@@ -11,8 +11,15 @@ from cnvzoo.errors import nearest
 from cnvzoo.files import replacing
 
 from .facts import FileFacts, read_verified
-from .index import CONFIG
-from .publication import FILES, Publication, StoreError, files_to_publish, plain_name, read_plain_file
+from .publication import (
+    FILES,
+    Publication,
+    StoreError,
+    checkpoint_files,
+    checkpoint_folders,
+    plain_name,
+    read_plain_file,
+)
 
 
 class DirectoryStore:
@@ -32,7 +39,7 @@ class DirectoryStore:
                 f"{folder}: a symbolic link, which could lead out of the store; put the folder itself there"
             )
         if not folder.is_dir():
-            known = sorted(path.parent.name for path in self.root.glob(f"*/{CONFIG}"))
+            known = checkpoint_folders(self.root)
             choices = nearest(name, known) if known else "it has no checkpoints at all"
             raise StoreError(f"no checkpoint {name!r} in {self.root}: {choices}")
         for file, facts in files.items():
@@ -52,7 +59,7 @@ class DirectoryStore:
             raise StoreError(
                 f"{self.root} is a directory and has no tags: leave tag {tag!r} out, or publish to hf://ORG"
             )
-        files = files_to_publish(folder)
+        files = checkpoint_files(folder)
         name = folder.resolve().name
         if dry_run:
             return self._compare(name, files, dry_run=True)

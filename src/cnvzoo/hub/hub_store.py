@@ -11,10 +11,11 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session
@@ -25,8 +26,10 @@ from huggingface_hub.utils import tqdm, validate_repo_id
 from .attempts import Patience
 from .errors import CheckpointError
 from .facts import FileFacts, read_verified
-from .publication import FILES, Publication, StoreError, files_to_publish, plain_name
+from .publication import FILES, Publication, StoreError, checkpoint_files, plain_name
+from .redaction import redacted, secrets_in_use
 
+T = TypeVar("T")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONFLICTS = (409, 412)  # another commit came first
 
@@ -87,7 +90,7 @@ class HubStore:
             raise StoreError(
                 f"{repo}: the cache {self._cache_dir} cannot be written ({error.strerror}): allow it, or choose "
                 "another folder with HF_HUB_CACHE"
-            ) from error
+            ) from None
 
     def publish(
         self, folder: str | Path, *, message: str, tag: str | None = None, dry_run: bool = False
@@ -97,7 +100,7 @@ class HubStore:
             raise StoreError(f"{self.location} is one revision, for reading: publish to hf://{self.organisation}")
         if tag is not None:
             plain_name(tag, "tag")
-        files = files_to_publish(folder)
+        files = checkpoint_files(folder)
         repo = self._repo(folder.resolve().name)
         before = self._head(repo, may_be_missing=True)
         publication = self._compare(repo, files, before, tag)
@@ -152,10 +155,10 @@ class HubStore:
                 repo, file, revision=commit, cache_dir=self._cache_dir, etag_timeout=self._patience.read_timeout
             )
 
-        self._patience.ask(asked, get)
+        self._ask(asked, get)
         if _differs(path, facts):
             _throw_away(path)
-            self._patience.ask(asked, get)
+            self._ask(asked, get)
             if problem := _differs(path, facts):
                 _throw_away(path)
                 raise StoreError(f"{asked}: what came is not the published file, twice: {problem}. {self._other()}")
@@ -198,11 +201,11 @@ class HubStore:
                 made = self._api.create_commit(
                     repo, additions, commit_message=message, parent_commit=head.commit
                 )  # fmt: skip
-            return made.oid
+            return _checked_commit(made.oid)
 
         if not exists:
-            self._patience.ask(self._asked(repo, "a new repository"), create)
-        made = self._patience.ask(asked, commit, again_on=_CONFLICTS)
+            self._ask(self._asked(repo, "a new repository"), create)
+        made = self._ask(asked, commit, again_on=_CONFLICTS)
         after = self._head(repo, revision=made)
         assert after is not None
         if wrong := [name for name in FILES if not after.has(name, files[name])]:
@@ -215,9 +218,9 @@ class HubStore:
     def _tags(self, repo: str) -> dict[str, str]:
         def get() -> dict[str, str]:
             with _patient_session(self._patience.read_timeout):
-                return {ref.name: ref.target_commit for ref in self._api.list_repo_refs(repo).tags}
+                return {ref.name: _checked_commit(ref.target_commit) for ref in self._api.list_repo_refs(repo).tags}
 
-        return self._patience.ask(self._asked(repo, "its tags"), get)
+        return self._ask(self._asked(repo, "its tags"), get)
 
     def _tag(self, repo: str, tag: str, commit: str) -> None:
         def create() -> None:
@@ -232,7 +235,7 @@ class HubStore:
             with _patient_session(self._patience.write_timeout):
                 self._api.create_tag(repo, tag=tag, revision=commit)
 
-        self._patience.ask(self._asked(repo, f"tag {tag}"), create, again_on=_CONFLICTS)
+        self._ask(self._asked(repo, f"tag {tag}"), create, again_on=_CONFLICTS)
 
     def _compare(self, repo: str, files: Mapping[str, bytes], head: _Head | None, tag: str | None) -> Publication:
         present = [name for name in FILES if head and name in head.sizes]
@@ -260,17 +263,19 @@ class HubStore:
                 if may_be_missing:
                     return None
                 raise
-            commit, siblings = info.sha or "", info.siblings or []
-            if not _COMMIT.fullmatch(commit):
-                raise ValueError(f"{commit!r} is not a commit")
+            siblings = info.siblings or []
             return _Head(
-                commit=commit,
+                commit=_checked_commit(info.sha),
                 sizes={file.rfilename: int(file.size or 0) for file in siblings},
                 sha256s={file.rfilename: file.lfs.sha256 for file in siblings if file.lfs},
                 git_hashes={file.rfilename: file.blob_id for file in siblings if file.blob_id},
             )
 
-        return self._patience.ask(self._asked(repo, "its files"), get)
+        return self._ask(self._asked(repo, "its files"), get)
+
+    def _ask(self, asked: str, request: Callable[[], T], *, again_on: Collection[int] = ()) -> T:
+        secrets = secrets_in_use(self._endpoint)
+        return self._patience.ask(asked, request, again_on=again_on, secrets=secrets)
 
     def _repo(self, name: str) -> str:
         repo = f"{self.organisation}/{plain_name(name, 'checkpoint')}"
@@ -281,7 +286,16 @@ class HubStore:
         return repo
 
     def _asked(self, repo: str, what: str) -> str:
-        return f"{repo}: {what} was asked of {self._endpoint}" + (f" at {self.revision}" if self.revision else "")
+        return f"{repo}: {what} was asked of {redacted(self._endpoint)}" + (
+            f" at {self.revision}" if self.revision else ""
+        )
+
+
+def _checked_commit(said: object) -> str:
+    """What a server says is a commit, if it can be one. It is part of paths and of messages."""
+    if not isinstance(said, str) or not _COMMIT.fullmatch(said):
+        raise ValueError(f"{said!r} is not a commit")
+    return said
 
 
 def _differs(path: Path, facts: FileFacts) -> str | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, TypedDict
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from .errors import CheckpointError
 from .facts import FileFacts, explain
+from .values import Count, ModelArguments, Total, Word
 
 INDEX = Path(__file__).with_name("index.json")
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -46,12 +47,12 @@ class IndexEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    model: dict[str, Any]
-    dataset: str
-    correct: int = Field(ge=0)
-    total: int = Field(gt=0)
-    parameters: int = Field(ge=0)
-    macs: int = Field(ge=0)
+    model: ModelArguments
+    dataset: Word
+    correct: Count
+    total: Total
+    parameters: Count
+    macs: Count
     files: dict[Name, FileFacts]
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from .checkpoint import read_config
 from .errors import CheckpointError
 from .facts import FileFacts
 from .index import CONFIG, WEIGHTS, CheckpointInfo, checked_name, read_index, row
-from .store import open_store
+from .publication import checkpoint_folders
+from .store import open_store, printed
 
 ORGANISATION = "hf://cnvzoo"
 _CHECKOUT = Path(__file__).resolve().parents[3]
@@ -72,8 +74,10 @@ def find_checkpoint(checkpoint: str | Path, hub: str | Path | None = None, *, ev
         return Located(folder, None)
     known = sorted({*read_index().checkpoints, *_own_folders(location)})
     if not known:
-        raise CheckpointError(f"no checkpoint {name!r}: none is published, and none is in {location}")
-    raise CheckpointError(f"no checkpoint {name!r}, neither published nor in {location}: {nearest(name, known)}")
+        raise CheckpointError(f"no checkpoint {name!r}: none is published, and none is in {printed(location)}")
+    raise CheckpointError(
+        f"no checkpoint {name!r}, neither published nor in {printed(location)}: {nearest(name, known)}"
+    )
 
 
 def choose_checkpoint(
@@ -81,27 +85,34 @@ def choose_checkpoint(
 ) -> str:
     """The name of the one checkpoint of `model` that was built with all arguments `wanted`, on `dataset` if given.
 
+    A checkpoint whose config cannot be read is not chosen, and keeps no other from it; a warning names it.
+
     Raises:
-        ModelError: none fits, or more than one; with those that there are.
+        ModelError: none fits, or more than one; with those that there are, and those that cannot be read.
     """
     defaults = {name: option.default for name, option in inspect.signature(model_spec(model).build).parameters.items()}
-    candidates = {name: arguments for name, arguments in _known(hub).items() if arguments["name"] == model}
+    known, unreadable = _known(hub)
+    candidates = {name: arguments for name, arguments in known.items() if arguments["name"] == model}
     fitting = [
         name
         for name, arguments in candidates.items()
         if dataset in (None, name.rpartition(".")[2])
         and all((defaults | arguments).get(key) == value for key, value in wanted.items())
     ]
+    left_out = "; ".join(f"{name} is left out: {error}" for name, error in unreadable.items())
     if len(fitting) == 1:
+        if left_out:
+            warnings.warn(left_out, stacklevel=3)  # of the caller of create_model
         return fitting[0]
     asked = ", ".join([model, *(f"{key}={value}" for key, value in wanted.items()), *([dataset] if dataset else [])])
     if fitting:
         raise ModelError(f"more than one checkpoint is of {asked}: say which, by its name: {', '.join(fitting)}")
+    besides = f"; {left_out}" if left_out else ""
     if not candidates:
-        raise ModelError(f"no checkpoint of {model} is published: pretrained=False builds it without weights")
+        raise ModelError(f"no checkpoint of {model} is published: pretrained=False builds it without weights{besides}")
     raise ModelError(
         f"no checkpoint is of {asked}: name one for its weights, whatever num_classes and in_chans: "
-        f"{', '.join(candidates)}"
+        f"{', '.join(candidates)}{besides}"
     )
 
 
@@ -110,11 +121,16 @@ def is_path(checkpoint: str | Path) -> bool:
     return isinstance(checkpoint, Path) or any(s in checkpoint for s in (os.sep, os.altsep) if s)
 
 
-def _known(hub: str | Path | None) -> dict[str, dict[str, Any]]:
-    """The arguments of `create_model` for each checkpoint that can be named, sorted by name."""
-    known = {name: read_config(folder).model for name, folder in _own_folders(hub_location(hub)).items()}
-    known |= {name: entry.model for name, entry in read_index().checkpoints.items()}
-    return dict(sorted(known.items()))
+def _known(hub: str | Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, CheckpointError]]:
+    """The arguments of `create_model` for each checkpoint that can be named, sorted by name; and what is unreadable."""
+    known = {name: entry.model for name, entry in read_index().checkpoints.items()}
+    unreadable = {}
+    for name, folder in _own_folders(hub_location(hub)).items():
+        try:
+            known[name] = read_config(folder).model
+        except CheckpointError as error:
+            unreadable[name] = error
+    return dict(sorted(known.items())), unreadable
 
 
 def _own_folders(location: str | Path) -> dict[str, Path]:
@@ -122,7 +138,7 @@ def _own_folders(location: str | Path) -> dict[str, Path]:
     if "://" in str(location):
         return {}
     published = read_index().checkpoints
-    folders = {path.parent.name: path.parent for path in Path(location).expanduser().glob(f"*/{CONFIG}")}
+    folders = checkpoint_folders(Path(location).expanduser())
     return {name: folder for name, folder in folders.items() if name not in published and _is_named(name)}
 
 

@@ -2,12 +2,18 @@
 
 A name that reaches a store may come from a command line, an index or a server. Only plain names are let through, so
 that nothing can be read or written outside of the folder that is meant.
+
+Which folders of a directory are checkpoints, and which files of a folder are a checkpoint's, is decided here alone:
+publishing, the index and the search by name have to agree on it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from cnvzoo.files import is_temporary_of
 
 from .checkpoint import read_config
 from .errors import CheckpointError
@@ -75,28 +81,44 @@ def read_plain_file(path: Path) -> bytes:
     return read_limited(path, LARGEST_FILE, f"more than {LARGEST_FILE:,} bytes: no part of a checkpoint")
 
 
-def files_to_publish(folder: Path) -> dict[str, bytes]:
-    """The files of a checkpoint that is fit to be published, by name.
+def checkpoint_folders(root: Path) -> dict[str, Path]:
+    """The folders in `root` that hold a checkpoint, valid or not, by name in alphabetical order.
+
+    These are the folders with a config; hidden ones are none.
+    """
+    folders = sorted(config.parent for config in root.glob(f"*/{CONFIG}"))
+    return {folder.name: folder for folder in folders if not folder.name.startswith(".")}
+
+
+def checkpoint_files(folder: Path, *, needed: Sequence[str] = FILES) -> dict[str, bytes]:
+    """The files of a whole checkpoint by name, compared with its config.
+
+    The temporary file of a process that writes one of them, or was killed while it did, is passed over.
+
+    Args:
+        folder: of the checkpoint.
+        needed: the files that have to be there: all that are published, or those that loading takes.
 
     Raises:
-        StoreError: a file is missing, or there is one that is no part of a checkpoint.
-        CheckpointError: the config is not valid, or the weights are not those that it names.
+        StoreError: a file is missing, there is one that is no part of a checkpoint, the folder has another name than
+            the checkpoint, or the weights are not those that the config describes.
+        CheckpointError: the config is not valid.
     """
     name = plain_name(folder.resolve().name, "checkpoint")
     if folder.is_symlink() or not folder.is_dir():
         raise StoreError(f"{folder}: not a folder, and a checkpoint is one")
-    present = {path.name for path in folder.iterdir()}
-    if missing := [file for file in FILES if file not in present]:
+    present = {
+        path.name for path in folder.iterdir() if not any(is_temporary_of(path.name, file) for file in FILES)
+    }  # fmt: skip
+    if missing := [file for file in needed if file not in present]:
         remedy = f"; write the card with cnvzoo.write_card({str(folder)!r})" if missing == [CARD] else ""
         raise StoreError(f"{folder}: {', '.join(missing)} missing; published are {', '.join(FILES)}{remedy}")
     if extra := sorted(present.difference(FILES)):
-        raise StoreError(f"{folder}: {', '.join(extra)} is no part of a checkpoint: move it elsewhere, then publish")
-    files = {file: read_plain_file(folder / file) for file in FILES}
+        raise StoreError(f"{folder}: {', '.join(extra)} is no part of a checkpoint: move it elsewhere")
+    files = {file: read_plain_file(folder / file) for file in FILES if file in present}
     config = read_config(folder, FileFacts.of(files[CONFIG]))
     if config.name != name:
         raise StoreError(f"{folder / CONFIG}: of {config.name!r}, and its folder is {name!r}: rename one of the two")
     if FileFacts.of(files[WEIGHTS]) != config.file:
-        raise StoreError(
-            f"{folder / WEIGHTS}: not the file that its config describes, so damaged, or another; nothing was published"
-        )
+        raise StoreError(f"{folder / WEIGHTS}: not the file that its config describes, so damaged, or another")
     return files

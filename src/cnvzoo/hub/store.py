@@ -15,6 +15,7 @@ from .attempts import Patience
 from .directory_store import DirectoryStore
 from .facts import FileFacts
 from .publication import Publication, StoreError
+from .redaction import redacted
 
 HUB_SCHEME = "hf://"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(/|$)")  # one letter is a drive
@@ -59,6 +60,13 @@ class Store(Protocol):
         ...
 
 
+def printed(location: str | Path) -> str:
+    """A location as messages have it: an address without its password, a directory as it is."""
+    text = str(location)
+    is_hub = text.startswith(HUB_SCHEME) and _HUB_LOCATION.fullmatch(text.removeprefix(HUB_SCHEME))
+    return redacted(text) if _SCHEME.match(text) and not is_hub else text
+
+
 def open_store(
     location: str | Path,
     *,
@@ -83,7 +91,9 @@ def open_store(
         return DirectoryStore(Path(location).expanduser())
     match = _HUB_LOCATION.fullmatch(text.removeprefix(HUB_SCHEME))
     if not text.startswith(HUB_SCHEME) or match is None:
-        raise StoreError(f"{text!r} is no place for checkpoints: give a directory, hf://ORG or hf://ORG@REVISION")
+        raise StoreError(
+            f"{printed(text)!r} is no place for checkpoints: give a directory, hf://ORG or hf://ORG@REVISION"
+        )
     from .hub_store import HubStore  # huggingface_hub takes a while to import, and directories do without
 
     return HubStore(match[1], match[2], endpoint=endpoint, cache_dir=cache_dir, patience=patience or Patience())
