@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from cnvzoo.files import expanded
+
 from .attempts import Patience
 from .directory_store import DirectoryStore
 from .facts import FileFacts
@@ -80,7 +82,7 @@ def open_store(
     """
     text = str(location)
     if not _SCHEME.match(text):
-        return DirectoryStore(Path(location).expanduser())
+        return DirectoryStore(expanded(location))
     match = _HUB_LOCATION.fullmatch(text.removeprefix(HUB_SCHEME))
     if not text.startswith(HUB_SCHEME) or match is None:
         raise StoreError(f"{text!r} is no place for checkpoints: give a directory, hf://ORG or hf://ORG@REVISION")
