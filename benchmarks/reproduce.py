@@ -20,8 +20,9 @@ and some seconds each. Then, with --publish, those that are there go to a direct
 to the Hugging Face Hub, unless one of them was found to be other than published.
 
 Exit status: 0 every run asked for has its record; 1 a run failed, a checkpoint is not as it was published, or could
-not be published; 2 wrong request, recipe or reference; 3 stopped at the time limit; 130 or 143 stopped by Ctrl-C or
-SIGTERM. After 3, 130 and 143 the same command goes on.
+not be published; 2 wrong request, recipe or reference; 3 stopped at the time limit; 4 all is done but for what
+another process is training, and what waits for that; 130 or 143 stopped by Ctrl-C or SIGTERM. After 3, 4, 130 and 143
+the same command goes on.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from harness.errors import HarnessError
 from harness.execute import Outcome, execute
 from harness.files import shown
 from harness.layout import Layout
-from harness.plan import make_plan
+from harness.plan import Job, make_plan
 from harness.processes import ProcessRunner
 from harness.publish import publish_checkpoints
 from harness.references import load_references
@@ -60,6 +61,7 @@ from cnvzoo.verify import Verification, verify
 
 _HOME = Path(__file__).resolve().parent
 _EXIT = {"time limit": 3, "SIGINT": 130, "SIGTERM": 143}
+_EXIT_LEFT_TO_OTHERS = 4
 _LEFT_SHOWN = 10
 
 
@@ -194,15 +196,25 @@ def _conclude(outcome: Outcome, verified: Sequence[Verification], say: Callable[
         say(f"{result.name}: not as published: {result.problem}")
     if len(verified) > len(different):
         say(f"{len(verified) - len(different)} checkpoints verified: their files, and their numbers on the test set")
-    if outcome.stopped is None:
-        return 1 if outcome.failed or different else 0
-    again = ", after training the finished ones once more: choose with --entry and --seeds" if retrain else ""
-    say(f"stopped ({outcome.stopped}); the same command goes on from here{again}. Left, {len(outcome.left)} in all:")
+    if outcome.left:
+        again = ", after training the finished ones once more: choose with --entry and --seeds" if retrain else ""
+        why = f"stopped ({outcome.stopped})" if outcome.stopped else "another process is training the rest"
+        say(f"{why}; the same command goes on from here{again}. Left, {len(outcome.left)} in all:")
     for job in outcome.left[:_LEFT_SHOWN]:
-        say(f"  {job}: {f'state in {shown(job.run_dir)}' if job.started else 'not started'}")
+        say(f"  {job}: {_state(job, outcome)}")
     if len(outcome.left) > _LEFT_SHOWN:
         say(f"  and {len(outcome.left) - _LEFT_SHOWN} more")
-    return _EXIT[outcome.stopped]
+    if outcome.stopped is not None:
+        return _EXIT[outcome.stopped]
+    if outcome.failed or different:
+        return 1
+    return _EXIT_LEFT_TO_OTHERS if outcome.left else 0
+
+
+def _state(job: Job, outcome: Outcome) -> str:
+    if job in outcome.elsewhere:
+        return "another process is training it"
+    return f"state in {shown(job.run_dir)}" if job.started else "not started"
 
 
 def _parser() -> argparse.ArgumentParser:
