@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import cnvzoo
-from cnvzoo.files import write_text
+from cnvzoo.files import update_text
 from cnvzoo.hub import FileFacts, Index, IndexEntry, read_config
 from cnvzoo.zoo import ModelInfo
 
@@ -30,9 +30,7 @@ def render_index(hub: Path) -> str:
 
 def update(path: Path, hub: Path) -> None:
     """Bring the index at `path` up to date with `hub`."""
-    text = render_index(hub)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_text(path, text)
+    update_text(path, render_index(hub))
 
 
 def _entry(folder: Path) -> IndexEntry:
