@@ -19,9 +19,14 @@ measured as integer graphs, if they are quantized and have not been, and verifie
 and some seconds each. Then, with --publish, those that are there go to a directory or
 to the Hugging Face Hub, unless one of them was found to be other than published.
 
-Exit status: 0 every run asked for has its record; 1 a run failed, a checkpoint is not as it was published, or could
-not be published; 2 wrong request, recipe or reference; 3 stopped at the time limit; 130 or 143 stopped by Ctrl-C or
-SIGTERM. After 3, 130 and 143 the same command goes on.
+Several of these commands may share their folders: what one is training the others leave to it, and what one has
+finished the others do not train again. A run that fails does not keep the others from being trained, and tables that
+cannot be written are printed all the same.
+
+Exit status: 0 every run asked for has its record; 1 a run failed, a checkpoint is not as it was published or could
+not be published, or a file of the results is out of date and cannot be written; 2 wrong request, recipe or reference;
+3 stopped at the time limit; 4 all is done but for what another process is training, and what waits for that; 130 or
+143 stopped by Ctrl-C or SIGTERM. After 3, 4, 130 and 143 the same command goes on.
 """
 
 from __future__ import annotations
@@ -31,7 +36,11 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from harness import index, plot, readme, records, render
 from harness.checkpoints import keep_missing
@@ -41,7 +50,7 @@ from harness.errors import HarnessError
 from harness.execute import Outcome, execute
 from harness.files import shown
 from harness.layout import Layout
-from harness.plan import make_plan
+from harness.plan import Job, make_plan
 from harness.processes import ProcessRunner
 from harness.publish import publish_checkpoints
 from harness.references import load_references
@@ -53,15 +62,45 @@ from rich.console import Console
 from torch import nn
 
 from cnvzoo.deployment import measure_integer
-from cnvzoo.errors import CnvzooError
-from cnvzoo.files import write_text
+from cnvzoo.errors import CnvzooError, in_a_line
+from cnvzoo.files import FileError, update_text
 from cnvzoo.hub import IntegerResult
 from cnvzoo.train import PUBLISHED_SEED, RecipeError, RunRecord, resolve_device, run_recipe
 from cnvzoo.verify import Verification, verify
 
+_T = TypeVar("_T")
 _HOME = Path(__file__).resolve().parent
 _EXIT = {"time limit": 3, "SIGINT": 130, "SIGTERM": 143}
+_EXIT_LEFT_TO_OTHERS = 4
 _LEFT_SHOWN = 10
+
+
+@dataclass
+class _Writing:
+    """The writing of what follows from the runs. A file that cannot be written keeps no other from being written.
+
+    out_of_date: what could not be written when it was last tried
+    """
+
+    say: Callable[[str], None]
+    out_of_date: set[str] = field(default_factory=set)
+    said: set[str] = field(default_factory=set)
+
+    def attempt(self, what: str, write: Callable[[], _T], otherwise: _T) -> _T:
+        """What `write` returns, or `otherwise` where it fails, for a reason that is said once."""
+        try:
+            result = write()
+        except (CnvzooError, OSError, UnicodeDecodeError) as error:
+            self.out_of_date.add(what)
+            self.once(f"{what} stays as it was: {in_a_line(error)}")
+            return otherwise
+        self.out_of_date.discard(what)
+        return result
+
+    def once(self, text: str) -> None:
+        if text not in self.said:
+            self.said.add(text)
+            self.say(text)
 
 
 def main(
@@ -84,8 +123,8 @@ def main(
     arguments = _parser().parse_args(argv)
     try:
         return _reproduce(arguments, Layout.of(home, arguments.runs), train, verify, measure)
-    except CnvzooError as error:
-        print(f"reproduce.py: error: {error}", file=sys.stderr)
+    except (CnvzooError, OSError) as error:
+        print(f"reproduce.py: error: {in_a_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, (HarnessError, RecipeError)) else 1
     except KeyboardInterrupt:  # between two runs: one under way saves its state, and stops as an outcome
         print("reproduce.py: interrupted", file=sys.stderr)
@@ -119,30 +158,41 @@ def _reproduce(
     messages = Console(stderr=True)
 
     def say(text: str) -> None:
-        messages.print(text, soft_wrap=True, highlight=False, markup=False)
+        with suppress(OSError):  # stderr may be a file on the disk that is full, which is no reason to end a run
+            messages.print(text, soft_wrap=True, highlight=False, markup=False)
 
-    told: set[str] = set()
+    writing = _Writing(say)
+
+    def update_index() -> bool:
+        try:
+            for problem in index.update(layout.index, layout.hub):
+                writing.once(problem)
+        except FileError:
+            raise
+        except CnvzooError as error:  # what was trained is worth keeping, whatever else is in the folder
+            writing.once(f"the index of published checkpoints stays as it was: {error}")
+            return False
+        return True
 
     def keep() -> None:
-        for folder in keep_missing(selected, layout):
-            say(f"{shown(folder)}: checkpoint written")
-        try:
-            problems = index.update(layout.index, layout.hub)
-        except CnvzooError as error:  # what was trained is worth keeping, whatever else is in the folder
-            problems = [f"the index of published checkpoints stays as it was: {error}"]
-        else:
-            problems += [problem] if (problem := plot.update(layout.plot, layout.index)) else []
-        for problem in problems:
-            if problem not in told:
-                told.add(problem)
-                say(problem)
+        for entry in selected:
+            write = partial(keep_missing, [entry], layout)
+            for folder in writing.attempt(f"the checkpoint of {entry.name}", write, []):
+                say(f"{shown(folder)}: checkpoint written")
+        if writing.attempt("the index of published checkpoints", update_index, False):
+            problem = writing.attempt("the picture", partial(plot.update, layout.plot, layout.index), None)
+            if problem is not None:
+                writing.once(problem)
         survey = records.survey(entries.values(), layout)
         lines = rows(entries.values(), survey, references, recipes_scored(entries.values(), layout))
-        write_text(layout.page, render.page(lines, survey))
-        readme.update(layout.readme, render.summary(lines))
+        writing.attempt("the page of results", partial(update_text, layout.page, render.page(lines, survey)), False)
+        writing.attempt("the README", partial(readme.update, layout.readme, render.summary(lines)), None)
 
-    for path in records.collect(selected, seeds, layout):
-        say(f"{shown(path)}: brought from the run that finished before")
+    for entry in selected:
+        for seed in seeds:
+            collect = partial(records.collect, [entry], [seed], layout)
+            for path in writing.attempt(f"the record of {entry.name} seed {seed}", collect, []):
+                say(f"{shown(path)}: brought from the run that finished before")
     for problem in records.problems(entries, layout):
         say(f"no table reads {problem}")
     jobs = make_plan(
@@ -170,8 +220,10 @@ def _reproduce(
     verified: list[Verification] = []
     in_time = outcome.stopped is None and (deadline is None or time.monotonic() < deadline)
     if in_time and arguments.epochs is None and PUBLISHED_SEED in seeds:
-        if measure_missing(selected, layout, measure, say):
-            keep()
+        for entry in selected:
+            write = partial(measure_missing, [entry], layout, measure, say)
+            if writing.attempt(f"the config of {layout.checkpoint(entry.recipe).name}", write, []):
+                keep()
         names = [folder.name for entry in selected if (folder := layout.checkpoint(entry.recipe)).is_dir()]
         verified = verify(names, hub=layout.hub, device=arguments.device)
 
@@ -187,7 +239,10 @@ def _reproduce(
             say("nothing is published: see below")
         else:
             publish_checkpoints(selected, layout, arguments.publish, tag=arguments.tag, dry_run=False, say=say)
-    return _conclude(outcome, verified, say, arguments.retrain)
+    if writing.out_of_date:
+        say(f"not written, see above: {', '.join(sorted(writing.out_of_date))}")
+    status = _conclude(outcome, verified, say, arguments.retrain)
+    return 1 if writing.out_of_date and status in (0, _EXIT["time limit"], _EXIT_LEFT_TO_OTHERS) else status
 
 
 def _conclude(outcome: Outcome, verified: Sequence[Verification], say: Callable[[str], None], retrain: bool) -> int:
@@ -199,15 +254,25 @@ def _conclude(outcome: Outcome, verified: Sequence[Verification], say: Callable[
         say(f"{result.name}: not as published: {result.problem}")
     if len(verified) > len(different):
         say(f"{len(verified) - len(different)} checkpoints verified: their files, and their numbers on the test set")
-    if outcome.stopped is None:
-        return 1 if outcome.failed or different else 0
-    again = ", after training the finished ones once more: choose with --entry and --seeds" if retrain else ""
-    say(f"stopped ({outcome.stopped}); the same command goes on from here{again}. Left, {len(outcome.left)} in all:")
+    if outcome.left:
+        again = ", after training the finished ones once more: choose with --entry and --seeds" if retrain else ""
+        why = f"stopped ({outcome.stopped})" if outcome.stopped else "another process is training the rest"
+        say(f"{why}; the same command goes on from here{again}. Left, {len(outcome.left)} in all:")
     for job in outcome.left[:_LEFT_SHOWN]:
-        say(f"  {job}: {f'state in {shown(job.run_dir)}' if job.started else 'not started'}")
+        say(f"  {job}: {_state(job, outcome)}")
     if len(outcome.left) > _LEFT_SHOWN:
         say(f"  and {len(outcome.left) - _LEFT_SHOWN} more")
-    return _EXIT[outcome.stopped]
+    if outcome.stopped is not None:
+        return _EXIT[outcome.stopped]
+    if outcome.failed or different:
+        return 1
+    return _EXIT_LEFT_TO_OTHERS if outcome.left else 0
+
+
+def _state(job: Job, outcome: Outcome) -> str:
+    if job in outcome.elsewhere:
+        return "another process is training it"
+    return f"state in {shown(job.run_dir)}" if job.started else "not started"
 
 
 def _parser() -> argparse.ArgumentParser:

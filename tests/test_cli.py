@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -209,6 +212,70 @@ class TestTrain:
         facts = getattr(RunRecord.read(Path("quant") / "record.json"), purpose)
         assert facts["weights_sha256"] == sha256_of(weights)
 
+    def test_a_full_disk_is_named_and_costs_nothing_that_was_saved(
+        self, cnvzoo, recipe, small_datasets, tmp_path, full_disk
+    ):
+        small_datasets(train=64, test=10)
+        train = ("train", recipe(), "--device", "cpu", "--run-dir", "run")
+        assert cnvzoo(*train, "--time-limit", 0).status == 3
+        before = sha256_of(state := tmp_path / "run" / "state.safetensors")
+        with full_disk(100_000):
+            result = cnvzoo(*train)
+        assert result.status == 1
+        last = result.err.splitlines()[-1]
+        assert last.startswith("error: run/state.safetensors: cannot be written: File too large: raise the limit")
+        assert "Traceback" not in result.err
+        assert sha256_of(state) == before
+        assert sorted(path.name for path in state.parent.iterdir()) == [".lock", state.name]
+
+    @pytest.mark.parametrize(
+        ("folder", "says"),
+        [
+            ("file", "file: cannot be written: file is a file, not a folder: choose another folder"),
+            ("file/x/y", "file/x/y: cannot be written: file is a file, not a folder: choose another folder"),
+            ("/proc", "/proc: cannot be written: No such file or directory: choose another folder"),
+            ("/proc/x", "/proc/x: cannot be written: No such file or directory: choose another folder"),
+            ("~no-such-user/x", "~no-such-user/x: ~no-such-user is no known home folder: write the path without ~"),
+        ],
+    )
+    def test_a_run_folder_that_cannot_be(self, cnvzoo, recipe, folder, says):
+        if folder.startswith("/proc") and not Path("/proc/self").is_dir():
+            pytest.skip("needs a folder that takes no files from anyone")
+        Path("file").write_text("kept")
+        result = cnvzoo("train", recipe(), "--device", "cpu", "--run-dir", folder)
+        assert (result.status, result.err) == (1, f"error: {says}\n")
+        assert Path("file").read_text() == "kept"
+        assert not Path("~no-such-user").exists()
+
+    @pytest.mark.parametrize("where", [(os, "mkdir"), (os, "open")])
+    def test_a_run_folder_on_a_read_only_disk(self, cnvzoo, recipe, monkeypatch, where):
+        command = ("train", recipe(), "--device", "cpu", "--run-dir", "disk/run")
+        real = getattr(*where)
+
+        def fail(path, *arguments, **options):
+            if "disk" in str(path):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            return real(path, *arguments, **options)
+
+        monkeypatch.setattr(*where, fail)
+        result = cnvzoo(*command)
+        says = "disk/run: cannot be written: Read-only file system: mount it for writing, or choose another folder"
+        assert (result.status, result.err) == (1, f"error: {says}\n")
+
+    def test_home_is_written_out_in_the_run_folder(self, cnvzoo, recipe, small_datasets, tmp_path, monkeypatch):
+        small_datasets(train=64, test=10)
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        assert cnvzoo("train", recipe(), "--device", "cpu", "--time-limit", 0, "--run-dir", "~/run").status == 3
+        assert (tmp_path / "home" / "run" / "state.safetensors").exists()
+
+    def test_a_file_that_cannot_be_read_is_an_error_in_a_line(self, cnvzoo, recipe, monkeypatch):
+        def fail(*_):
+            raise PermissionError(errno.EACCES, "Permission denied", "weights.safetensors")
+
+        monkeypatch.setattr(importlib.import_module("cnvzoo.train.run"), "current_commit", fail)
+        result = cnvzoo("train", recipe(), "--device", "cpu")
+        assert (result.status, result.err) == (1, "error: weights.safetensors: Permission denied\n")
+
     def test_no_recipe(self, cnvzoo):
         result = cnvzoo("train", "nothing.yaml")
         assert (result.status, result.err) == (1, "error: nothing.yaml: no such recipe\n")
@@ -263,6 +330,17 @@ class TestEval:
         assert result.status == 1
         assert str(tmp_path / "empty") in result.err
         assert "cnv.mnist" in result.err
+
+    @pytest.mark.parametrize("option", ["--data-root", "--hub", "CNVZOO_DATA", "CNVZOO_HUB"])
+    def test_a_home_folder_that_is_not_known(self, cnvzoo, hub, monkeypatch, option):
+        if option.startswith("--"):
+            arguments: tuple[str, ...] = (option, "~no-such-user/x")
+        else:
+            monkeypatch.setenv(option, "~no-such-user/x")
+            arguments = ()
+        result = cnvzoo("eval", "resnet20.mnist", *arguments)
+        says = "~no-such-user/x: ~no-such-user is no known home folder: write the path without ~"
+        assert (result.status, result.err) == (1, f"error: {says}\n")
 
     def test_damaged_weights(self, cnvzoo, hub):
         weights = hub / "resnet20.mnist" / "model.safetensors"

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import stat
+import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from cnvzoo.files import remove_leftovers, replacing, sha256_of, write_text
+from cnvzoo import CnvzooError
+from cnvzoo.files import FileError, expanded, remove_leftovers, replacing, sha256_of, update_text, write_text
 
 
 def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -110,3 +118,125 @@ def test_sha256_of_a_file_of_several_blocks(tmp_path: Path) -> None:
     # FIPS 180-2, appendix B.1
     (tmp_path / "abc").write_bytes(b"abc")
     assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+class TestWhatCannotBeWritten:
+    """One line that names the target, whatever the operating system says and of which file."""
+
+    @pytest.mark.parametrize(
+        ("code", "says"),
+        [
+            (errno.ENOSPC, "No space left on device: free some space there"),
+            (errno.EROFS, "Read-only file system: mount it for writing, or choose another folder"),
+            (errno.EACCES, "Permission denied: allow writing there, or choose another folder"),
+            (errno.EIO, "Input/output error: check the disk"),
+        ],
+    )
+    @pytest.mark.parametrize("where", [(tempfile, "mkstemp"), (os, "fsync"), (os, "replace")])
+    def test_is_named_with_the_remedy_and_stays(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple[object, str], code: int, says: str
+    ) -> None:
+        path = tmp_path / "RESULTS.md"
+        path.write_text("old")
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(code, os.strerror(code), str(tmp_path / ".RESULTS.md.x.tmp"))
+
+        monkeypatch.setattr(*where, fail)
+        monkeypatch.setattr(tempfile, "_get_candidate_names", lambda: iter(["x"]))
+        with pytest.raises(FileError, match=f"^{re.escape(f'{path}: cannot be written: {says}')}") as caught:
+            write_text(path, "new")
+        assert (caught.value.errno, caught.value.strerror) == (code, os.strerror(code))
+        assert (caught.value.path, isinstance(caught.value, CnvzooError)) == (path, True)
+        monkeypatch.undo()
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
+
+    @pytest.mark.parametrize(
+        "write",
+        [lambda path: path.write_bytes(bytes(10_000)), lambda path: save_file({"weights": np.zeros(10_000)}, path)],
+        ids=["bytes", "safetensors"],
+    )
+    def test_on_a_full_disk(
+        self, tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]], write: Callable[[Path], object]
+    ) -> None:
+        path = tmp_path / "weights.safetensors"
+        path.write_bytes(b"old")
+        with full_disk(4096), pytest.raises(FileError) as caught, replacing(path) as temporary:
+            write(temporary)
+        assert str(caught.value).startswith(f"{path}: cannot be written: File too large: raise the limit on the size")
+        assert path.read_bytes() == b"old"
+        assert list(tmp_path.iterdir()) == [path]
+
+    @pytest.mark.parametrize("below", ["file", "file/x", "file/x/y"])
+    def test_below_a_file(self, tmp_path: Path, below: str) -> None:
+        (tmp_path / "file").write_text("kept")
+        path = tmp_path / below / "m.onnx"
+        with pytest.raises(FileError) as caught:
+            write_text(path, "")
+        file = tmp_path / "file"
+        assert str(caught.value) == f"{path}: cannot be written: {file} is a file, not a folder: choose another folder"
+        assert file.read_text() == "kept"
+
+    def test_in_the_place_of_a_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(FileError, match=rf"^{tmp_path}: cannot be written: Is a directory: give the path"):
+            write_text(tmp_path, "")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that takes no files from anyone")
+    @pytest.mark.parametrize("path", ["/proc/x.onnx", "/proc/x/y.onnx"])
+    def test_where_no_file_can_be(self, path: str) -> None:
+        with pytest.raises(FileError, match=rf"^{path}: cannot be written: No such file .*: choose another folder$"):
+            write_text(path, "")
+
+    def test_with_too_long_a_name(self, tmp_path: Path) -> None:
+        with pytest.raises(FileError, match=r"x: cannot be written: File name too long: choose a shorter name$"):
+            write_text(tmp_path / ("x" * 300), "")
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "photo.png"),
+            ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+            OSError("of no number"),
+        ],
+    )
+    def test_is_not_blamed_for_other_errors(self, tmp_path: Path, error: OSError) -> None:
+        with pytest.raises(OSError, match=re.escape(str(error))) as caught, replacing(tmp_path / "file"):
+            raise error
+        assert caught.value is error
+
+    def test_leftovers_that_cannot_be_removed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / ".state.x.tmp").touch()
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), "another name")
+
+        monkeypatch.setattr(Path, "unlink", fail)
+        with pytest.raises(FileError, match=rf"^{tmp_path / 'state'}: cannot be written: Read-only file system: "):
+            remove_leftovers(tmp_path / "state")
+
+
+def test_a_file_that_is_up_to_date_is_not_opened_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "RESULTS.md"
+    assert update_text(path, "naïve\n")
+    before = path.stat()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "mkstemp", fail)
+    assert not update_text(path, "naïve\n")
+    with pytest.raises(FileError, match="Read-only"):
+        update_text(path, "naïve\r\n")
+    assert path.read_bytes() == "naïve\n".encode()
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded("~/runs") == tmp_path / "runs"
+    assert expanded("runs/~x") == Path("runs/~x")
+    with pytest.raises(FileError) as caught:
+        expanded("~no-such-user/runs")
+    assert str(caught.value) == "~no-such-user/runs: ~no-such-user is no known home folder: write the path without ~"

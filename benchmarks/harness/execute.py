@@ -10,14 +10,15 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnvzoo.train import PUBLISHED_SEED, RunError, RunInterrupted, RunRecord, TrainingDiverged
+from cnvzoo.errors import CnvzooError, in_a_line
+from cnvzoo.train import PUBLISHED_SEED, RunError, RunInterrupted, RunRecord, RunUnderWay
 from cnvzoo.train.interrupts import caught_signals
-from cnvzoo.train.run import RECORD
+from cnvzoo.train.run import RECORD, alone_in
 
 from .entries import Entry
 from .errors import HarnessError
@@ -34,10 +35,17 @@ _LOOK_EVERY_SECONDS = 0.2
 
 @dataclass
 class Outcome:
-    """What became of a plan: the runs that failed, those left, and why it stopped before its end, if it did."""
+    """What became of a plan.
+
+    failed:    runs that cannot be had
+    left:      runs that are neither finished nor failed
+    elsewhere: those of `left` that another process was training; the others wait for these where nothing stopped
+    stopped:   why it stopped before its end, if it did
+    """
 
     failed: list[Job] = field(default_factory=list)
     left: list[Job] = field(default_factory=list)
+    elsewhere: list[Job] = field(default_factory=list)
     stopped: str | None = None
 
 
@@ -56,8 +64,12 @@ def execute(
 
     They start in order, but a run that needs the weights of another waits for it, and those behind it need not.
     All but the runs themselves happens in the calling thread, one thing at a time; with one run at a time that does
-    too. A run that fails does not hold up those that can do without it. At the `deadline` (of time.monotonic()) or a
-    signal, all that is done is kept, every run under way saves its state, and the rest is left as it was planned.
+    too. A run that fails, for whatever reason, does not hold up those that can do without it. At the `deadline` (of
+    time.monotonic()) or a signal, all that is done is kept, every run under way saves its state, and the rest is left
+    as it was planned.
+
+    Other processes may train on the same folders. What they have finished since the plan was made is not trained
+    again, and what they are training is left to them: it is tried once more when everything else is done.
     """
     with _pool(at_once) as (pool, caught):
         stop = _Stop(caught)
@@ -126,25 +138,31 @@ class _Work:
     under_way: dict[Future[RunRecord], int] = field(default_factory=dict)
     stopped: list[int] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
+    elsewhere: dict[int, int] = field(default_factory=dict)  # with the number of runs that had ended here by then
+    ended: int = 0
 
     def __post_init__(self) -> None:
         self.waiting = list(range(len(self.jobs)))
 
     def do(self) -> Outcome:
         told = False
-        self._start()
-        while self.under_way:
+        while True:
+            self._look_elsewhere()
+            self._start()
+            if not self.under_way:
+                break
             done, others = wait(self.under_way, timeout=_LOOK_EVERY_SECONDS, return_when=FIRST_COMPLETED)
             for future in sorted(done, key=self.under_way.__getitem__):
                 self._conclude(self.under_way.pop(future), future)
             if others and not told and (reason := self.stop()):
                 self.say(f"stopping ({reason}): {len(others)} under way, to be saved")
                 told = True
-            self._start()
+        left = [n for n in sorted((*self.stopped, *self.waiting, *self.elsewhere)) if not self._is_kept(n)]
         return Outcome(
             failed=[self.jobs[number] for number in sorted(self.failed)],
-            left=[self.jobs[number] for number in sorted(self.stopped + self.waiting)],
-            stopped=self.stop() if self.stopped or self.waiting else None,
+            left=[self.jobs[number] for number in left],
+            elsewhere=[self.jobs[number] for number in left if number in self.elsewhere],
+            stopped=self.stop() if left else None,
         )
 
     def _start(self) -> None:
@@ -155,11 +173,12 @@ class _Work:
                 return
             self.waiting.remove(ready)
             job = self.jobs[ready]
-            self.say(f"[{ready + 1}/{len(self.jobs)}] {job}: {job.reason}")
             try:
-                weights = self._prepare(job)
-            except RunError as error:
-                self._fail(ready, error)
+                weights = self._prepare(ready)
+            except Exception as error:
+                self._end(ready, error)
+                continue
+            if weights is None:
                 continue
             future = self.pool.submit(
                 self.runner.run,
@@ -170,7 +189,7 @@ class _Work:
 
     def _ready(self) -> int | None:
         """The first in the queue that needs no weights that are still to come."""
-        coming = {self.jobs[number].run_dir for number in (*self.waiting, *self.under_way.values())}
+        coming = {self.jobs[number].run_dir for number in (*self.waiting, *self.under_way.values(), *self.elsewhere)}
         return next((number for number in self.waiting if not coming & self._needed_runs(self.jobs[number])), None)
 
     def _needed_runs(self, job: Job) -> set[Path]:
@@ -178,18 +197,62 @@ class _Work:
         needed = needed_entries(job.entry, self.entries)
         return {self.layout.run_dir(e.name, PUBLISHED_SEED, e.trial_epochs(job.trial_epochs)) for e in needed}
 
-    def _prepare(self, job: Job) -> dict[str, Path | list[Path]]:
-        """Make way in the run's folder; returns the weights that it needs, by what it needs them as."""
-        weights: dict[str, Path | list[Path]] = {}
-        for purpose, names in job.entry.recipe.needs.items():
-            found = [self._weights_of(self.entries[name], job) for name in names]
-            weights[purpose] = found if purpose == "teacher" else found[0]
-        trial = job.trial_epochs is not None
-        if standing(job.entry, job.seed, job.run_dir / RECORD, trial=trial).record is not None:
-            # The runner would hand back the run that is finished there already.
-            self.say(f"the finished run is set aside in {shown(set_aside(job.run_dir))}")
-        elif job.started:
-            self.say(f"going on from the state in {shown(job.run_dir)}")
+    def _look_elsewhere(self) -> None:
+        """See which runs of other processes are finished; with nothing else to do here, try the rest of them again."""
+        for number in list(self.elsewhere):
+            if self._is_kept(number):
+                del self.elsewhere[number]
+        if not self.under_way and not self.stop() and self._ready() is None:
+            again = [number for number, ended in self.elsewhere.items() if ended < self.ended]
+            self.waiting = sorted(self.waiting + again)
+            for number in again:
+                del self.elsewhere[number]
+
+    def _is_done(self, number: int) -> bool:
+        """Whether another process has finished this run since the plan was made, with all that is needed of it.
+
+        Its record is brought to its place. Raises FileError where that cannot be written.
+        """
+        job = self.jobs[number]
+        record = job.finished()
+        for_its_weights = job.record_path is None and job.trial_epochs is None
+        if record is None and not for_its_weights:
+            return False
+        needed = for_its_weights or any(job.run_dir in self._needed_runs(self.jobs[n]) for n in self.waiting)
+        if needed and resolve_weights(job.entry, self.layout, trial_epochs=job.trial_epochs) is None:
+            return False
+        if record is not None and job.record_path is not None:
+            self._keep(job, record)
+        return True
+
+    def _is_kept(self, number: int) -> bool:
+        """Whether it is done and its record in its place."""
+        try:
+            return self._is_done(number)
+        except (CnvzooError, OSError):
+            return False
+
+    def _prepare(self, number: int) -> dict[str, Path | list[Path]] | None:
+        """Make way in the run's folder, in which no other process may be training meanwhile.
+
+        Returns the weights that it needs, by what it needs them as, or None if the run is done by now.
+        """
+        job = self.jobs[number]
+        label, trial = f"[{number + 1}/{len(self.jobs)}] {job}", job.trial_epochs is not None
+        with alone_in(job.run_dir) if job.run_dir.is_dir() else nullcontext():
+            if self._is_done(number):
+                self.say(f"{label}: finished by now, and not trained again")
+                return None
+            self.say(f"{label}: {job.reason}")
+            weights: dict[str, Path | list[Path]] = {}
+            for purpose, names in job.entry.recipe.needs.items():
+                found = [self._weights_of(self.entries[name], job) for name in names]
+                weights[purpose] = found if purpose == "teacher" else found[0]
+            if standing(job.entry, job.seed, job.run_dir / RECORD, trial=trial).record is not None:
+                # The runner would hand back the run that is finished there already.
+                self.say(f"the finished run is set aside in {shown(set_aside(job.run_dir))}")
+            elif job.started:
+                self.say(f"going on from the state in {shown(job.run_dir)}")
         return weights
 
     def _weights_of(self, needed: Entry, job: Job) -> Path:
@@ -200,19 +263,28 @@ class _Work:
 
     def _conclude(self, number: int, future: Future[RunRecord]) -> None:
         try:
-            record = future.result()
-        except RunInterrupted as interruption:
-            self.stop.ask(interruption.reason)
-            self.stopped.append(number)
-        except (RunError, TrainingDiverged) as error:
-            self._fail(number, error)
+            self._bring_home(self.jobs[number], future.result())
+        except Exception as error:
+            self._end(number, error)
         else:
-            self._bring_home(self.jobs[number], record)
+            self.ended += 1
             self.on_finished()
 
-    def _fail(self, number: int, error: Exception) -> None:
-        self.say(f"{self.jobs[number]} failed: {error}")
-        self.failed.append(number)
+    def _end(self, number: int, error: Exception) -> None:
+        """What an error of one run means for it; the others go on, unless it was told to stop."""
+        job = self.jobs[number]
+        if isinstance(error, RunInterrupted):
+            if error.unsaved:
+                self.say(f"{job}: {error}")
+            self.stop.ask(error.reason)
+            self.stopped.append(number)
+        elif isinstance(error, RunUnderWay):
+            self.say(f"{job}: another process is training it, and it is left to that one")
+            self.elsewhere[number] = self.ended
+        else:
+            self.say(f"{job} failed: {in_a_line(error)}")
+            self.failed.append(number)
+            self.ended += 1
 
     def _bring_home(self, job: Job, record: RunRecord) -> None:
         trial = job.trial_epochs is not None
@@ -221,12 +293,21 @@ class _Work:
             raise HarnessError(f"{shown(job.run_dir)}: the runner returned {problem or 'a record of another recipe'}")
         self.say(f"{job}: {record.accuracy:.2f} % after {duration(record.seconds)} of training")
         if job.record_path is not None:
-            record.write(job.record_path)
+            self._keep(job, record)
         elif not trial:
             self._compare(job, record)
 
+    def _keep(self, job: Job, record: RunRecord) -> None:
+        """Write the record to its place, unless another process has recorded this run there since the plan was made."""
+        assert job.record_path is not None
+        there = standing(job.entry, job.seed, job.record_path).record
+        if there is None or there in job.replaces:
+            record.write(job.record_path)
+        else:
+            self._compare(job, record)
+
     def _compare(self, job: Job, record: RunRecord) -> None:
-        """Trained for its weights alone: say so where they are not those of the record in the table."""
+        """Say so where the weights are not those of the record in the table, which stays."""
         kept = self.layout.record(job.entry.name, job.seed)
         published = standing(job.entry, job.seed, kept).record
         if published is not None and published.weights_sha256 != record.weights_sha256:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import cnvzoo
 from cnvzoo.errors import CnvzooError
-from cnvzoo.files import write_text
+from cnvzoo.files import update_text
 from cnvzoo.hub import CheckpointError, FileFacts, Index, IndexEntry, read_config, read_index
 from cnvzoo.hub.index import CONFIG, WEIGHTS
 from cnvzoo.hub.publication import checkpoint_files, checkpoint_folders
@@ -60,8 +60,7 @@ def update(path: Path, hub: Path) -> list[str]:
     text, problems = render_index(hub, before)
     if damage and problems:
         raise HarnessError(f"{'; '.join(problems)}; and the index is damaged too: restore one or the other: {damage}")
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_text(path, text)
+    update_text(path, text)
     return problems
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cnvzoo.files import FileError, expanded
 from cnvzoo.train import Recipe
+
+from .errors import HarnessError
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,18 @@ class Layout:
 
     @classmethod
     def of(cls, home: Path, runs: Path | None = None) -> Layout:
-        return cls(home=home, runs=runs or home.parent / "runs", hub=home.parent / "hub")
+        """The folders of the checkout whose `benchmarks` folder is `home`, with `runs` where the user wants them.
+
+        Raises HarnessError if `runs` can be no folder.
+        """
+        try:
+            runs = home.parent / "runs" if runs is None else expanded(runs)
+        except FileError as error:
+            raise HarnessError(f"--runs {error}") from None
+        there = next(path for path in (runs, *runs.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise HarnessError(f"--runs {runs}: {there} is a file, not a folder: choose another folder")
+        return cls(home=home, runs=runs, hub=home.parent / "hub")
 
     @property
     def configs(self) -> Path:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cnvzoo.train import PUBLISHED_SEED
+from cnvzoo.train import PUBLISHED_SEED, RunRecord
 from cnvzoo.train.run import RECORD, STATE
 
 from .entries import Entry
@@ -29,6 +29,7 @@ class Job:
     trial_epochs: its length where that is less than the recipe's, else None
     record_path:  where its record goes when it is finished; None: the record stays with the run
     reason:       why it is in the queue, for people
+    replaces:     the records that it is to replace on request: others, made since, mean that it is done
     """
 
     entry: Entry
@@ -37,10 +38,22 @@ class Job:
     trial_epochs: int | None
     record_path: Path | None
     reason: str
+    replaces: tuple[RunRecord, ...] = ()
 
     @property
     def started(self) -> bool:
         return (self.run_dir / STATE).exists()
+
+    def finished(self) -> RunRecord | None:
+        """The record of this run where it is done by now, among the results or in the folder of the run."""
+        made = (record for record in self.records() if record not in self.replaces)
+        return next(made, None)
+
+    def records(self) -> list[RunRecord]:
+        """The records of this run that count, wherever they are."""
+        paths = [self.run_dir / RECORD] if self.record_path is None else [self.record_path, self.run_dir / RECORD]
+        found = (standing(self.entry, self.seed, path, trial=self.trial_epochs is not None) for path in paths)
+        return [now.record for now in found if now.record is not None]
 
     def __str__(self) -> str:
         trial = "" if self.trial_epochs is None else f", a trial of {self.trial_epochs} epochs"
@@ -87,7 +100,7 @@ def make_plan(
         # A record that stands is replaced only on request: a run for the sake of its weights leaves it alone.
         recorded = standing(entry, seed, layout.record(entry.name, seed)).status is Status.DONE
         keep = trial_epochs is not None or (recorded and not (retrain and (entry.name, seed) in wanted))
-        jobs[run_dir] = Job(
+        job = Job(
             entry=entry,
             seed=seed,
             run_dir=run_dir,
@@ -95,6 +108,7 @@ def make_plan(
             record_path=None if keep else layout.record(entry.name, seed),
             reason=reason,
         )
+        jobs[run_dir] = replace(job, replaces=tuple(job.records())) if retrain and (entry.name, seed) in wanted else job
 
     for seed in seeds:
         for entry in selected:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cnvzoo.errors import CnvzooError
-from cnvzoo.train import RunError, RunInterrupted, RunRecord, TrainingDiverged
+from cnvzoo.train import RunError, RunInterrupted, RunRecord, RunUnderWay, TrainingDiverged
 from cnvzoo.train.run import RECORD
 
 from .runner import Run
@@ -24,7 +24,7 @@ from .runner import Run
 WORKER = Path(__file__).with_name("worker.py")
 _LOOK_EVERY_SECONDS = 0.1
 _LINES_KEPT = 5
-_ERRORS = {"RunError": RunError, "TrainingDiverged": TrainingDiverged}
+_ERRORS = {"RunError": RunError, "RunUnderWay": RunUnderWay, "TrainingDiverged": TrainingDiverged}
 
 
 class WorkerEnded(RunInterrupted):
@@ -70,11 +70,7 @@ class ProcessRunner:
             report = worker.stdout.read()  # a line that fits into the pipe: the worker never waits for a reader
         if not report.endswith("\n"):
             raise _ended(name, worker.returncode, stop(), last_lines, run.run_dir)
-        outcome = json.loads(report)
-        if "stopped" in outcome:
-            raise RunInterrupted(name, outcome["stopped"], outcome["step"], outcome["total_steps"], run.run_dir)
-        if "failed" in outcome:
-            raise _ERRORS.get(outcome["failed"], CnvzooError)(outcome["message"])
+        _raise_unless_finished(report, name, run.run_dir)
         return RunRecord.read(run.run_dir / RECORD)
 
     @contextmanager
@@ -89,8 +85,9 @@ class ProcessRunner:
         lines, written = os.pipe()
         try:
             worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=written, text=True, env=environment
-            )
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=written, text=True, errors="replace",
+                env=environment,
+            )  # fmt: skip
         except OSError as error:
             os.close(lines)
             raise RunError(f"its worker process cannot be started: {error}") from None
@@ -108,6 +105,24 @@ class ProcessRunner:
             for line in map(str.rstrip, stream):
                 last_lines.append(line)
                 self.say(line if line.startswith(name) else f"{name}: {line}")
+
+
+def _raise_unless_finished(report: str, name: str, run_dir: Path) -> None:
+    """Raise what a worker reports, if that is anything but the end of its run."""
+    line = report.splitlines()[-1]  # in front of it may be what Python printed when it started
+    try:
+        outcome = json.loads(line)
+        if "finished" in outcome:
+            return
+        if "failed" in outcome:
+            error: CnvzooError = _ERRORS.get(outcome["failed"], CnvzooError)(outcome["message"])
+        else:
+            error = RunInterrupted(
+                name, outcome["stopped"], outcome["step"], outcome["total_steps"], run_dir, outcome["unsaved"]
+            )
+    except (ValueError, KeyError, TypeError):
+        raise RunError(f"its worker process printed {line[:200]!r} in the place of a report") from None
+    raise error
 
 
 def _wait(worker: subprocess.Popen[str], stop: Callable[[], str | None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cnvzoo.files import write_text
+from cnvzoo.files import update_text
 
 START, END = "<!-- results -->", "<!-- /results -->"
 
@@ -17,5 +17,5 @@ def update(path: Path, table: str) -> None:
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     updated = f"{before}{start}\n\n{table}\n\n{end}{after}"
-    if start and end and updated != text:
-        write_text(path, updated)
+    if start and end:
+        update_text(path, updated)

@@ -34,7 +34,7 @@ class Runner(Protocol):
         Called in several threads at once where several runs go at once. `stop()` is to be asked often; once it gives
         a reason, the run is to stop with its state saved.
 
-        Raises RunInterrupted where it stops before the end, its state in `run_dir`; RunError or TrainingDiverged
-        where this run cannot be had, which says nothing about others.
+        Raises RunInterrupted where it stops before the end, its state in `run_dir`; RunUnderWay where another process
+        is training it; any other exception where this run cannot be had, which says nothing about others.
         """
         ...

@@ -2,7 +2,7 @@
 
 stdin   a line is the reason to stop for; its end means that who asked for this run is gone
 stdout  what came of the run, as one line of JSON: {"finished": sha256 of the weights}, {"stopped": reason,
-        "step", "total_steps"} or {"failed": class of the error, "message"}; nothing after a crash
+        "step", "total_steps", "unsaved"} or {"failed": class of the error, "message"}; nothing after a crash
 stderr  plain lines for people
 """
 
@@ -29,7 +29,7 @@ def main(run: dict[str, Any]) -> None:
 
     import torch
 
-    from cnvzoo import CnvzooError
+    from cnvzoo.errors import in_a_line
     from cnvzoo.train import Recipe, RunInterrupted, run_recipe
 
     torch.set_num_threads(run["threads"])
@@ -46,9 +46,9 @@ def main(run: dict[str, Any]) -> None:
         )
         outcome = {"finished": record.weights_sha256}
     except RunInterrupted as stop:
-        outcome = {"stopped": stop.reason, "step": stop.step, "total_steps": stop.total_steps}
-    except CnvzooError as error:
-        outcome = {"failed": type(error).__name__, "message": str(error)}
+        outcome = {"stopped": stop.reason, "step": stop.step, "total_steps": stop.total_steps, "unsaved": stop.unsaved}
+    except Exception as error:  # whatever it is, this run alone has failed
+        outcome = {"failed": type(error).__name__, "message": in_a_line(error)}
     print(json.dumps(outcome), file=report, flush=True)
 
 

@@ -15,7 +15,8 @@ from rich.table import Table
 import cnvzoo
 from cnvzoo import deploy
 from cnvzoo.deployment import evaluate_file
-from cnvzoo.errors import CnvzooError
+from cnvzoo.errors import CnvzooError, in_a_line
+from cnvzoo.files import expanded
 from cnvzoo.hub import preprocessing_from
 from cnvzoo.models import model_spec
 from cnvzoo.train import RunInterrupted
@@ -148,7 +149,8 @@ def train(
     Example: `cnvzoo train benchmarks/configs/mnist_cnv.yaml --epochs 2 --holdout 5000`
     """
     loaded = cnvzoo.load_recipe(recipe)
-    folder = run_dir or Path("runs") / loaded.name / f"seed{loaded.seed if seed is None else seed}"
+    default = Path("runs") / loaded.name / f"seed{loaded.seed if seed is None else seed}"
+    folder = default if run_dir is None else expanded(run_dir)
     deadline = None if time_limit is None else time.monotonic() + time_limit
     record = cnvzoo.train(
         loaded, run_dir=folder, seed=seed, epochs=epochs, holdout=holdout, float_start=float_start,
@@ -322,12 +324,12 @@ def _print(table: Table) -> None:
 
 
 def main() -> None:
-    """Run the command line; errors of ours are said in a line, without a traceback."""
+    """Run the command line; errors of ours and of the operating system are said in a line, without a traceback."""
     try:
         app()
     except RunInterrupted as interruption:
         typer.echo(str(interruption), err=True)
         sys.exit({"SIGINT": 130, "SIGTERM": 143}.get(interruption.reason, 3))
-    except CnvzooError as error:
-        typer.echo(f"error: {error}", err=True)
+    except (CnvzooError, OSError) as error:
+        typer.echo(f"error: {in_a_line(error)}", err=True)
         sys.exit(1)

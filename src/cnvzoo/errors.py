@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +18,21 @@ class CnvzooError(Exception):
 
 class ModelError(CnvzooError, ValueError):
     """A model was asked for, or fed, in a way that its topology does not allow."""
+
+
+def in_a_line(error: BaseException) -> str:
+    """What to print of an error in the place of a traceback.
+
+    The message of ours; the file and the reason of the operating system's; of any other its class, its message on one
+    line, and the line of code that raised it.
+    """
+    if isinstance(error, CnvzooError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

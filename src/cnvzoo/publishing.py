@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from cnvzoo.errors import nearest
-from cnvzoo.files import write_text
+from cnvzoo.files import expanded, update_text
 from cnvzoo.hub import (
     CheckpointError,
     Publication,
@@ -75,23 +75,19 @@ def write_card(folder: str | Path) -> bool:
     folder = Path(folder)
     config = read_config(folder)
     info = model_info(**config.model | {"input_size": config.preprocessing["size"]})
-    card = render_card(config, info.summary, info.parameters, info.macs).encode()
-    path = folder / CARD
-    if path.is_file() and path.read_bytes() == card:
-        return False
-    write_text(path, card.decode())
-    return True
+    card = render_card(config, info.summary, info.parameters, info.macs)
+    return update_text(folder / CARD, card)
 
 
 def _folder(checkpoint: str | Path, hub: str | Path | None) -> Path:
     if is_path(checkpoint):
-        return Path(checkpoint).expanduser()
+        return expanded(checkpoint)
     location = hub_location(hub)
     if "://" in str(location):
         raise CheckpointError(
             f"{checkpoint} is to be read from {printed(location)}: give a directory with hub= or CNVZOO_HUB"
         )
-    root = Path(location).expanduser()
+    root = expanded(location)
     known = checkpoint_folders(root)
     if str(checkpoint) not in known:
         choices = nearest(str(checkpoint), known) if known else "it has none at all"

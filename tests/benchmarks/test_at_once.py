@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import threading
 import time
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import runners
+from harness import render, runners
 from harness.execute import execute
 from harness.layout import Layout
 from harness.plan import make_plan
@@ -22,6 +24,7 @@ from harness.runners import LocalRunner, at_once_by_default, settings
 from tiny import tiny
 from workbench import Bench, FakeTraining
 
+from cnvzoo.data import DatasetError
 from cnvzoo.train import RunInterrupted, RunRecord, run_recipe
 from cnvzoo.train.device import deterministic
 
@@ -184,16 +187,53 @@ def test_no_run_starts_after_the_time_limit_and_what_ends_after_it_counts(trio, 
     assert left(capsys.readouterr().err) == [f"{QUANTIZED} seed 0"]
 
 
-def test_an_error_that_is_not_of_one_run_ends_it_all_with_the_others_saved(trio):
+@pytest.mark.parametrize("at_once", ["1", "3"])
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (KeyError("a\nbug"), r"KeyError: 'a\\nbug' \(test_at_once\.py, line \d+\)"),
+        (RuntimeError("a\n  bug"), r"RuntimeError: a bug \(test_at_once\.py, line \d+\)"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a/log"), "/a/log: No space left on device"),
+        (DatasetError("no data"), "no data"),
+    ],
+)
+def test_whatever_a_run_raises_is_the_failure_of_that_run(trio, capsys, at_once, error, says):
+    def scene(key: tuple[str, int], _: object) -> None:
+        if key == (FLOAT, 0):
+            raise error
+
+    trio.train = play = Play(scene)
+    assert trio.run("--table", "cifar10", "--seeds", "0", "1", "--at-once", at_once) == 1
+    assert sorted(play.fake.calls) == [(FLOAT, 1), (OTHER, 0), (OTHER, 1)]
+    said = capsys.readouterr()
+    assert re.search(f"^{FLOAT} seed 0 failed: {says}$", said.err, re.MULTILINE)
+    assert f"| {OTHER} | 90.50" in said.out
+
+
+@pytest.mark.parametrize("at_once", ["1", "3"])
+def test_an_interrupt_is_not_a_failure_of_one_run(trio, at_once):
+    def scene(key: tuple[str, int], _: object) -> None:
+        raise KeyboardInterrupt
+
+    trio.train = play = Play(scene)
+    assert trio.run("--table", "cifar10", "--seeds", "0", "--at-once", at_once) == 130
+    assert play.fake.calls == []
+
+
+def test_an_error_that_is_not_of_one_run_ends_it_all_with_the_others_saved(trio, monkeypatch):
     asked: list[str] = []
 
-    def scene(key: tuple[str, int], stop: Callable[[], str | None]) -> str:
+    def scene(key: tuple[str, int], stop: Callable[[], str | None]) -> str | None:
         if key == (FLOAT, 0):
-            raise KeyError("a bug")
+            return None
         asked.append(until_stopped(stop))
         return asked[0]
 
+    def page(*_: object) -> str:
+        raise KeyError("a bug")
+
     trio.train = Play(scene)
+    monkeypatch.setattr(render, "page", page)
     with pytest.raises(KeyError, match="a bug"):
         trio.run("--table", "cifar10", "--seeds", "0", "--at-once", "2")
     assert asked == ["an error"]

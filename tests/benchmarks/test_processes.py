@@ -28,7 +28,7 @@ from tiny import TINY, tiny
 from workbench import Bench, make_record
 
 from cnvzoo import CnvzooError
-from cnvzoo.train import RunError, RunInterrupted, RunRecord, TrainingDiverged, run_recipe
+from cnvzoo.train import RunError, RunInterrupted, RunRecord, RunUnderWay, TrainingDiverged, run_recipe
 
 ENTRY = "mnist_resnet20"
 TIMEOUT = 120
@@ -98,8 +98,19 @@ def test_a_worker_is_told_which_run_and_its_record_is_read(entry, worker):
     [
         ({"failed": "RunError", "message": "no such start"}, RunError, "^no such start$"),
         ({"failed": "TrainingDiverged", "message": "the loss is nan"}, TrainingDiverged, "^the loss is nan$"),
+        ({"failed": "RunUnderWay", "message": "another process"}, RunUnderWay, "^another process$"),
         ({"failed": "DatasetError", "message": "no data"}, CnvzooError, "^no data$"),
-        ({"stopped": "time limit", "step": 3, "total_steps": 9}, RunInterrupted, r"\(time limit\) after step 3 of 9"),
+        ({"failed": "KeyError", "message": "KeyError: 'a bug'"}, CnvzooError, "^KeyError: 'a bug'$"),
+        (
+            {"stopped": "time limit", "step": 3, "total_steps": 9, "unsaved": None},
+            RunInterrupted,
+            r"\(time limit\) after step 3 of 9; the same command goes on from there$",
+        ),
+        (
+            {"stopped": "SIGINT", "step": 3, "total_steps": 9, "unsaved": "no space"},
+            RunInterrupted,
+            r"\(SIGINT\) after step 3 of 9; the same command goes on from the last state saved.*: no space$",
+        ),
     ],
 )
 def test_what_a_worker_reports_is_raised(entry, worker, report, error, says):
@@ -126,6 +137,21 @@ def test_a_worker_that_dies_is_a_run_that_failed_with_its_last_words(entry, work
     assert "line 3\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "printed", [b"Killed\n", b"\xff\xfe\n", b"[]\n", b"3\n", b"{}\n", b'{"stopped": "SIGINT"}\n', b"\n"]
+)
+def test_a_worker_whose_report_is_none_is_a_run_that_failed(entry, worker, printed):
+    worker(f"os.write(1, {printed!r})")
+    with pytest.raises(RunError, match=r"its worker process printed '.*' in the place of a report"):
+        run(entry)
+
+
+def test_what_is_printed_as_a_worker_starts_is_no_part_of_its_report(entry, worker):
+    worker("""print('from a sitecustomize.py'); print(json.dumps({"failed": "RunError", "message": "no start"}))""")
+    with pytest.raises(RunError, match=r"^no start$"):
+        run(entry)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_worker_that_was_told_to_end_outside_training_is_a_run_that_stopped(entry, worker, number):
     worker(f"signal.signal({int(number)}, signal.SIG_DFL); os.kill(os.getpid(), {int(number)})")
@@ -150,7 +176,7 @@ def test_a_worker_is_asked_to_stop_once(entry, worker):
             asked += os.read(0, 100).decode()
         except BlockingIOError:
             pass
-        print(json.dumps({"stopped": asked, "step": 1, "total_steps": 2}))
+        print(json.dumps({"stopped": asked, "step": 1, "total_steps": 2, "unsaved": None}))
     """)
     ready = threading.Event()
     with pytest.raises(RunInterrupted) as caught:
@@ -195,6 +221,16 @@ def test_the_worker_finds_the_library_and_says_what_is_missing(bench):
     runner = ProcessRunner(threads=1, deadline=None, say=print)
     with pytest.raises(RunError, match="starts from the weights of mnist_cnv, seed 0, and no file was given"):
         runner.run(Run(recipe, 1, folder), lambda: None)
+
+
+def test_the_worker_says_of_a_folder_that_cannot_be_made_what_this_process_would(bench):
+    bench.recipe("mnist_cnv")
+    bench.runs.write_text("a file")
+    runner = ProcessRunner(threads=1, deadline=None, say=print)
+    says = f"{bench.runs}/run: cannot be written: {bench.runs} is a file, not a folder: choose another folder"
+    with pytest.raises(CnvzooError) as caught:
+        runner.run(Run(bench.entry("mnist_cnv").recipe, 0, bench.runs / "run"), lambda: None)
+    assert str(caught.value) == says
 
 
 def all_of_it(bench: Bench, say: Callable[[str], None], deadline: float | None = None) -> Outcome:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from synthetic import CNV_BITS, EVERY_AUGMENTATION, StepHook, coloured, interrupted, noise, recipe, run
 
 from cnvzoo import CnvzooError
-from cnvzoo.files import sha256_of
+from cnvzoo.files import FileError, sha256_of
 from cnvzoo.models import build_model
 from cnvzoo.models.integer_bias import quantize_bias
 from cnvzoo.train import (
     RunError,
     RunInterrupted,
     RunRecord,
+    RunUnderWay,
     Trainer,
     TrainingDiverged,
     count_correct,
@@ -240,6 +242,31 @@ def test_a_deadline_stops_a_run_step_by_step_to_the_same_bits(
     assert run(recipe(ema=0.9), tmp_path, deadline=clock["now"] + 5).weights_sha256 == whole.weights_sha256
 
 
+def test_a_signal_stops_a_run_whose_state_cannot_be_saved(
+    whole: RunRecord,
+    tmp_path: Path,
+    each_step: StepHook,
+    full_disk: Callable[[int], AbstractContextManager[None]],
+) -> None:
+    with pytest.raises(RunInterrupted):
+        run(recipe(ema=0.9), tmp_path, stop=iter([None] * 3 + ["time limit"]).__next__)
+    each_step(lambda trainer: os.kill(os.getpid(), signal.SIGINT) if trainer.step == 5 else None)
+    with full_disk(1000), pytest.raises(RunInterrupted, match="from the last state saved") as caught:
+        run(recipe(ema=0.9), tmp_path)
+    state = tmp_path / "state.safetensors"
+    assert (caught.value.reason, caught.value.step, caught.value.run_dir) == ("SIGINT", 5, tmp_path)
+    assert str(caught.value.unsaved).startswith(f"{state}: cannot be written: ")
+    each_step(lambda _: None)
+    assert run(recipe(ema=0.9), tmp_path).weights_sha256 == whole.weights_sha256
+
+
+def test_a_deadline_does_not_hide_that_the_state_cannot_be_saved(
+    tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    with full_disk(1000), pytest.raises(FileError, match=r"state\.safetensors: cannot be written"):
+        run(recipe(), tmp_path, deadline=time.monotonic())
+
+
 def test_state_is_saved_at_the_interval_asked_for(
     tmp_path: Path, each_step: StepHook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,7 +392,7 @@ def test_a_state_from_other_conditions_is_refused_and_kept(tmp_path: Path, each_
 
 def test_a_folder_that_another_process_trains_in_is_refused(tmp_path: Path, each_step: StepHook) -> None:
     each_step(fail)
-    with FileLock(tmp_path / ".lock"), pytest.raises(RunError, match="another process is training") as caught:
+    with FileLock(tmp_path / ".lock"), pytest.raises(RunUnderWay, match="another process is training") as caught:
         run(recipe(), tmp_path)
     assert str(tmp_path) in str(caught.value)
 

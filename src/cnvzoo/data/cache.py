@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cnvzoo.errors import CnvzooError
+from cnvzoo.files import expanded
 
 # Array name -> {"shape", "dtype", "sha256"} for each dataset.
 CHECKSUMS: dict[str, dict[str, dict[str, Any]]] = json.loads(
@@ -42,7 +43,7 @@ class DatasetError(CnvzooError, ValueError):
 def default_root() -> Path:
     """`$CNVZOO_DATA`, else `~/.cache/cnvzoo/datasets`."""
     configured = os.environ.get("CNVZOO_DATA")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "cnvzoo" / "datasets"
+    return expanded(configured or "~/.cache/cnvzoo/datasets")
 
 
 def load_arrays(name: str, root: Path) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cnvzoo.data.cache import CHECKSUMS, DatasetError, default_root, load_arrays, sha256_of_array
 from cnvzoo.errors import nearest
+from cnvzoo.files import expanded
 
 # Alphabetical, which is the order of the labels.
 _CIFAR100_CLASSES = (
@@ -198,4 +199,4 @@ def load_dataset(name: str, *, root: str | Path | None = None) -> Dataset:
         DatasetError: unknown name, or no data with the published checksums is there or can be fetched.
     """
     info = dataset_info(name)
-    return Dataset(info, **load_arrays(name, Path(root).expanduser() if root is not None else default_root()))
+    return Dataset(info, **load_arrays(name, expanded(root) if root is not None else default_root()))

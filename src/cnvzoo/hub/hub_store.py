@@ -23,6 +23,8 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import tqdm, validate_repo_id
 
+from cnvzoo.files import expanded
+
 from .attempts import Patience
 from .errors import CheckpointError
 from .facts import FileFacts, read_verified
@@ -67,7 +69,7 @@ class HubStore:
         self.organisation, self.revision = organisation, revision
         # huggingface_hub reads its environment once, when it is imported; here what holds now counts
         self._endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-        self._cache_dir = Path(cache_dir or os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE).expanduser()
+        self._cache_dir = expanded(cache_dir or os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
         self._patience = patience
         self._api = HfApi(endpoint=self._endpoint, library_name="cnvzoo")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cnvzoo.errors import ModelError, nearest
+from cnvzoo.files import expanded
 from cnvzoo.models import model_spec
 
 from .checkpoint import read_config
@@ -64,7 +65,7 @@ def find_checkpoint(checkpoint: str | Path, hub: str | Path | None = None, *, ev
         CheckpointError: there is no such checkpoint, or a file is damaged.
     """
     if is_path(checkpoint):
-        return Located(Path(checkpoint).expanduser(), None)
+        return Located(expanded(checkpoint), None)
     name, location = str(checkpoint), hub_location(hub)
     entry = read_index().checkpoints.get(name)
     if entry is not None:
@@ -138,7 +139,7 @@ def _own_folders(location: str | Path) -> dict[str, Path]:
     if "://" in str(location):
         return {}
     published = read_index().checkpoints
-    folders = checkpoint_folders(Path(location).expanduser())
+    folders = checkpoint_folders(expanded(location))
     return {name: folder for name, folder in folders.items() if name not in published and _is_named(name)}
 
 

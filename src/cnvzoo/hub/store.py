@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from cnvzoo.files import expanded
+
 from .attempts import Patience
 from .directory_store import DirectoryStore
 from .facts import FileFacts
@@ -88,7 +90,7 @@ def open_store(
     """
     text = str(location)
     if not _SCHEME.match(text):
-        return DirectoryStore(Path(location).expanduser())
+        return DirectoryStore(expanded(location))
     match = _HUB_LOCATION.fullmatch(text.removeprefix(HUB_SCHEME))
     if not text.startswith(HUB_SCHEME) or match is None:
         raise StoreError(

@@ -1,7 +1,7 @@
 """From a recipe to weights and a record. Needs neither hub nor network: a float start or teacher is handed in."""
 
 from .device import resolve_device
-from .errors import RunError, RunInterrupted
+from .errors import RunError, RunInterrupted, RunUnderWay
 from .evaluation import count_correct
 from .numerics import NUMERICS
 from .recipe import PUBLISHED_SEED, Distillation, EarlyCrops, Optimizer, Recipe, Schedule
@@ -22,6 +22,7 @@ __all__ = [
     "RunError",
     "RunInterrupted",
     "RunRecord",
+    "RunUnderWay",
     "Schedule",
     "Trainer",
     "TrainingDiverged",

@@ -7,8 +7,10 @@ whatever kills the process, the run goes on from a whole state and ends with the
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
+import os
 import platform
 import threading
 import time
@@ -27,12 +29,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cnvzoo.data import Dataset, Preprocessing, TrainBatches, dataset_info, load_dataset, published_sha256
-from cnvzoo.files import remove_leftovers, replacing, sha256_of
+from cnvzoo.files import FileError, expanded, remove_leftovers, replacing, sha256_of, writing
 from cnvzoo.models import build_model, model_spec, quantize_bias
 
 from .commit import current_commit
 from .device import deterministic, keep_freed_memory, resolve_device
-from .errors import RunError, RunInterrupted
+from .errors import RunError, RunInterrupted, RunUnderWay
 from .evaluation import count_correct
 from .interrupts import caught_signals
 from .memory import memorise
@@ -80,7 +82,7 @@ def run_recipe(
 
     Args:
         recipe: what to train.
-        run_dir: folder of this run alone.
+        run_dir: folder of this run alone; a leading `~` is the home folder.
         seed: instead of the recipe's.
         device: `auto`, or anything torch.device takes.
         epochs: instead of the recipe's; another number makes the run a trial.
@@ -101,9 +103,11 @@ def run_recipe(
     Raises:
         RunInterrupted: at the deadline, on SIGINT or SIGTERM, or where `stop` says so; the state is saved.
         RunError: the float start or teacher is missing or does not fit, or the saved state cannot be read.
+        RunUnderWay: another process is training in `run_dir`.
+        FileError: a file of the run cannot be written; the state that was saved before is still there.
         TrainingDiverged: the loss is not finite.
     """
-    run_dir = Path(run_dir)
+    run_dir = expanded(run_dir)
     recipe = recipe if seed is None else recipe.model_copy(update={"seed": seed})
     epochs = recipe.epochs if epochs is None else epochs
     if epochs < 1:
@@ -116,7 +120,7 @@ def run_recipe(
     pixels = published_sha256(recipe.dataset) if dataset is None else dataset.sha256
     identity = RunIdentity(recipe.fingerprint(), recipe.seed, epochs, holdout, NUMERICS, pixels, start, taught_by)
     commit = current_commit()  # of the code that trains: the checkout may have moved by the end
-    with _alone_in(run_dir), deterministic(target):
+    with alone_in(run_dir), deterministic(target):
         if finished := _finished(run_dir, identity):
             return finished
         machine = describe_machine(target)
@@ -187,18 +191,30 @@ def run_recipe(
 
 
 @contextmanager
-def _alone_in(run_dir: Path) -> Iterator[None]:
-    """Hold the folder against other processes; the lock goes with the process, however it ends."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+def alone_in(run_dir: Path) -> Iterator[None]:
+    """Hold the folder against other processes; the lock goes with the process, however it ends.
+
+    Raises:
+        RunUnderWay: another process holds it.
+        FileError: the folder cannot be made, or takes no files.
+    """
+    lock = FileLock(run_dir / ".lock", timeout=0)
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            if not (run_dir / ".lock").exists():  # nobody has it: a folder such as /proc, which takes no files
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+            raise RunUnderWay(
+                f"{run_dir}: another process is training this run: wait for it, or give another folder"
+            ) from None
     try:
-        with FileLock(run_dir / ".lock", timeout=0):
-            for name in (STATE, MEMORY, RECORD, WEIGHTS):
-                remove_leftovers(run_dir / name)
-            yield
-    except Timeout:
-        raise RunError(
-            f"{run_dir}: another process is training this run: wait for it, or give another folder"
-        ) from None
+        for name in (STATE, MEMORY, RECORD, WEIGHTS):
+            remove_leftovers(run_dir / name)
+        yield
+    finally:
+        lock.release()
 
 
 def _fresh_model(recipe: Recipe, data: Dataset, float_start: str | Path | None) -> nn.Module:
@@ -312,13 +328,20 @@ def _train(
             if trainer.batches.views is None or prepare(should_stop):
                 with TrainingProgress(trainer.recipe.run_name, trainer, quiet) as progress:
                     trainer.train(should_stop, after_step)
+            save()
+        except FileError as error:
+            if not caught:
+                raise
+            # told to stop, which is not to be lost for the lack of space
+            raise RunInterrupted(
+                trainer.recipe.run_name, caught[0], trainer.step, trainer.total_steps, error.path.parent, str(error)
+            ) from error
         except RuntimeError:
             if not caught:
                 raise
             # a signal to a whole group of processes ends the compiler too that a step may wait for; half a step is not
             # to be saved, and what was saved before it stays
             return caught[0]
-    save()
     if caught:
         return caught[0]
     return "time limit" if trainer.step < trainer.total_steps else None
