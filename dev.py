@@ -8,7 +8,8 @@
     python3 dev.py setup                                                  only make the environment
 
 The first command makes a virtual environment in .venv beside this file and installs the project into it, editable,
-with its tools; the next ones use it for as long as pyproject.toml stays as it is. No other environment is touched.
+with its tools, all of the versions in constraints.txt, which are those that records are made with; the next ones use it
+for as long as pyproject.toml and constraints.txt stay as they are. No other environment is touched.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
+CONSTRAINTS = ROOT / "constraints.txt"
 STAMP = VENV / "installed.sha256"
 OLDEST = (3, 10)
 # a worker on each core, with tests that stand together kept together; a few tests are sooner done in one process
@@ -69,8 +71,9 @@ def python() -> str:
 
 
 def fingerprint() -> str:
-    """What the environment was made for: this pyproject.toml, at this place (an editable install holds its path)."""
-    return hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + os.fsencode(ROOT)).hexdigest()
+    """What the environment was made for: these files, at this place (an editable install holds its path)."""
+    files = (ROOT / "pyproject.toml", CONSTRAINTS)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files) + os.fsencode(ROOT)).hexdigest()
 
 
 def is_ready() -> bool:
@@ -106,7 +109,8 @@ def prepare() -> int:
     if not sys.stdout.isatty():
         pip.append("--quiet")  # errors are still said; progress bars are for people
     # one resolution for everything: torch and torchvision of two resolutions may not fit together
-    for step in (["--upgrade", "pip"], ["--editable", ".", "--group", "dev"]):
+    project = ["--constraint", str(CONSTRAINTS), "--editable", ".", "--group", "dev"]
+    for step in (["--upgrade", "pip"], project):
         if status := subprocess.run([*pip, *step], cwd=ROOT).returncode:
             fail("the installation failed, see above; the same command tries again")
             return status

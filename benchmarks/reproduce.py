@@ -42,7 +42,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from harness import index, plot, readme, records, render
+from harness import index, plot, readme, render
 from harness.checkpoints import keep_missing
 from harness.deployments import measure_missing
 from harness.entries import SEEDS, TABLES, load_entries, select_entries
@@ -53,6 +53,7 @@ from harness.layout import Layout
 from harness.plan import Job, make_plan
 from harness.processes import ProcessRunner
 from harness.publish import publish_checkpoints
+from harness.records import Records
 from harness.references import load_references
 from harness.retired import load_retired, recipes_scored
 from harness.runner import Runner
@@ -141,8 +142,9 @@ def _reproduce(
     entries = load_entries(layout.configs)
     selected = select_entries(entries, arguments.table, arguments.entry)
     seeds = tuple(dict.fromkeys(arguments.seeds))
+    records = Records(entries, layout)
     if arguments.list:
-        render.print_listing(Console(), selected, records.survey(selected, layout))
+        render.print_listing(Console(), selected, records.survey())
         return 0
 
     if arguments.dry_run and arguments.publish is None:
@@ -176,28 +178,26 @@ def _reproduce(
 
     def keep() -> None:
         for entry in selected:
-            write = partial(keep_missing, [entry], layout)
+            write = partial(keep_missing, [entry], records, verify)
             for folder in writing.attempt(f"the checkpoint of {entry.name}", write, []):
                 say(f"{shown(folder)}: checkpoint written")
         if writing.attempt("the index of published checkpoints", update_index, False):
             problem = writing.attempt("the picture", partial(plot.update, layout.plot, layout.index), None)
             if problem is not None:
                 writing.once(problem)
-        survey = records.survey(entries.values(), layout)
+        survey = records.survey()
         lines = rows(entries.values(), survey, references, recipes_scored(entries.values(), layout))
         writing.attempt("the page of results", partial(update_text, layout.page, render.page(lines, survey)), False)
         writing.attempt("the README", partial(readme.update, layout.readme, render.summary(lines)), None)
 
     for entry in selected:
         for seed in seeds:
-            collect = partial(records.collect, [entry], [seed], layout)
-            for path in writing.attempt(f"the record of {entry.name} seed {seed}", collect, []):
+            collect = partial(records.collect, entry, seed)
+            if path := writing.attempt(f"the record of {entry.name} seed {seed}", collect, None):
                 say(f"{shown(path)}: brought from the run that finished before")
-    for problem in records.problems(entries, layout):
+    for problem in records.problems():
         say(f"no table reads {problem}")
-    jobs = make_plan(
-        selected, seeds, entries=entries, layout=layout, epochs=arguments.epochs, retrain=arguments.retrain
-    )
+    jobs = make_plan(selected, seeds, records=records, epochs=arguments.epochs, retrain=arguments.retrain)
     threads = arguments.threads
     at_once = min(arguments.at_once or at_once_by_default(device, threads), max(1, len(jobs)))
     if train is None and device.type == "cpu" and at_once > 1:
@@ -210,8 +210,7 @@ def _reproduce(
             jobs,
             runner,
             at_once=at_once,
-            entries=entries,
-            layout=layout,
+            records=records,
             deadline=deadline,
             say=say,
             on_finished=keep,
@@ -227,13 +226,13 @@ def _reproduce(
         names = [folder.name for entry in selected if (folder := layout.checkpoint(entry.recipe)).is_dir()]
         verified = verify(names, hub=layout.hub, device=arguments.device)
 
-    console, survey = Console(), records.survey(entries.values(), layout)
+    console, survey = Console(), records.survey()
     recipes = recipes_scored(entries.values(), layout)
     for table in TABLES:
         if arguments.table in ("all", table):
             members = [entry for entry in entries.values() if entry.table == table]
             render.print_table(console, table, rows(members, survey, references, recipes))
-    render.print_trials(console, records.trials(selected, seeds, layout, arguments.epochs))
+    render.print_trials(console, records.trials(selected, seeds, arguments.epochs))
     if arguments.publish is not None and outcome.stopped in (None, "time limit"):
         if any(result.problem for result in verified):
             say("nothing is published: see below")
@@ -316,7 +315,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--publish", metavar="TO", help="publish the checkpoints at the end: to a directory, or to hf://ORG")
     add("--tag", help="with --publish: a tag to set at each, such as a release; it is never moved")
     add("--dry-run", action="store_true", help="with --publish: train nothing, and only show what would go")
-    add("--list", action="store_true", help="print the names of the entries and do nothing else")
+    add("--list", action="store_true", help="print the status of every run of the entries, and do nothing else")
     add(
         "--retrain",
         action="store_true",

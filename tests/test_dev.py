@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +39,8 @@ def machine(monkeypatch, tmp_path) -> Machine:
     machine = Machine()
     (tmp_path / "pyproject.toml").write_text("[project]\n")
     monkeypatch.setattr(dev, "ROOT", tmp_path)
+    (tmp_path / "constraints.txt").write_text("torch==2.14.1\n")
+    monkeypatch.setattr(dev, "CONSTRAINTS", tmp_path / "constraints.txt")
     monkeypatch.setattr(dev, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(dev, "STAMP", tmp_path / ".venv" / "installed.sha256")
     monkeypatch.setattr(dev.subprocess, "run", machine.run)
@@ -50,15 +55,17 @@ def test_the_environment_is_made_once(machine):
     assert make[:3] == [sys.executable, "-m", "venv"]
     assert upgrade[0] == install[0] == dev.python()
     assert upgrade[-2:] == ["--upgrade", "pip"]
-    assert install[-4:] == ["--editable", ".", "--group", "dev"]  # all at once, so that torch and torchvision fit
+    constraints = ["--constraint", str(dev.CONSTRAINTS)]
+    assert install[-6:] == [*constraints, "--editable", ".", "--group", "dev"]  # at once: torch and torchvision fit
     assert dev.main(["setup"]) == 0
     assert len(machine.commands) == 3
 
 
-def test_a_changed_pyproject_is_installed_again_in_the_same_environment(machine):
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_a_changed_file_is_installed_again_in_the_same_environment(machine, name):
     dev.main(["setup"])
     machine.commands.clear()
-    (dev.ROOT / "pyproject.toml").write_text("[project]\ndependencies = []\n")
+    (dev.ROOT / name).write_text("# changed\n")
     assert dev.main(["setup"]) == 0
     assert "--clear" not in machine.commands[0]
     assert machine.commands[-1][-4:] == ["--editable", ".", "--group", "dev"]
@@ -210,3 +217,30 @@ def test_the_real_environment_of_these_tests_would_be_found(monkeypatch, tmp_pat
     assert dev.is_ready()
     monkeypatch.setattr(dev, "python", lambda: str(tmp_path / "gone"))
     assert not dev.is_ready()
+
+
+def test_the_pinned_versions_are_those_that_records_are_made_with():
+    """Of this environment, of the newest record of a CPU, and of the golden bits."""
+    root = Path(__file__).parents[1]
+    lines = (root / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.partition(";")[0].strip().split("==") for line in lines if not line.startswith("#"))
+    deciding = {"torch", "numpy", "brevitas"}
+    for package in deciding | {"torchvision", "safetensors", "onnxruntime"}:
+        assert version(package).partition("+")[0] == pinned[package], package
+    records = [json.loads(path.read_text()) for path in (root / "benchmarks" / "results").rglob("*.json")]
+    newest = max((record for record in records if record["device"]["kind"] == "cpu"), key=lambda r: r["finished"])
+    found = {package: text.partition("+")[0] for package, text in newest["versions"].items() if package in deciding}
+    assert found.items() <= pinned.items()
+    golden = json.loads((root / "tests" / "train" / "golden.json").read_text())
+    assert any(
+        machine["kind"].items() >= {package: pinned[package] for package in deciding}.items()
+        for machine in golden["machines"]
+    )
+
+
+def test_the_constraints_are_names_and_versions_alone():
+    lines = (Path(__file__).parents[1] / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert pins == sorted(pins)
+    for line in pins:
+        assert re.fullmatch(r'[a-z0-9.-]+==[0-9][0-9a-z.]*(; python_version >= "3\.11")?', line), line

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from cnvzoo import write_card
@@ -17,27 +18,36 @@ from cnvzoo.hub import (
 )
 from cnvzoo.train import PUBLISHED_SEED, RunRecord
 from cnvzoo.train.run import WEIGHTS
+from cnvzoo.verify import Verification
 from cnvzoo.zoo import checkpoint_facts
 
 from .entries import SEEDS, Entry
-from .layout import Layout
+from .errors import HarnessError
+from .files import shown
 from .needs import proven
-from .records import standing
+from .records import Records
+from .retired import recipes_scored
 
 
-def keep_missing(entries: Iterable[Entry], layout: Layout) -> list[Path]:
+def keep_missing(entries: Iterable[Entry], records: Records, verify: Callable[..., list[Verification]]) -> list[Path]:
     """Write the checkpoint of every finished run that should have one and has not; returns the folders written.
 
-    Only weights that are those of the record in the table are kept. Where they are there already and only the facts
-    are others, because another seed has finished since, the config alone is written, and the model card made of it.
+    Only weights that are those of the record in the table are kept, and only if `verify`, which is called as
+    cnvzoo.verify, finds them to be as good as the record says. Where they are there already and only the facts are
+    others, because another seed has finished since, the config alone is written, and the model card made of it.
+
+    Raises:
+        HarnessError: weights are not as good as their record says; their checkpoint is not written.
     """
+    recipes = recipes_scored(records.entries.values(), records.layout)
     kept = []
     for entry in entries:
-        record = _record(entry, PUBLISHED_SEED, layout)
+        record = records.status(entry, PUBLISHED_SEED).record
         if record is None:
             continue
-        facts = checkpoint_facts(record, _other_records(entry, layout))
-        folder, weights = layout.checkpoint(entry.recipe), layout.run_dir(entry.name, PUBLISHED_SEED) / WEIGHTS
+        facts = checkpoint_facts(record, _other_records(entry, records), recipes_scored=recipes[entry.name])
+        folder = records.layout.checkpoint(entry.recipe)
+        weights = records.layout.run_dir(entry.name, PUBLISHED_SEED) / WEIGHTS
         published = _published(folder, facts)
         if published is not None:
             config = published.model_copy(update=dict(facts))
@@ -45,12 +55,23 @@ def keep_missing(entries: Iterable[Entry], layout: Layout) -> list[Path]:
             if is_new:
                 write_config(folder, config)
         elif is_new := proven(weights, record) is not None:
+            _check(facts, weights, records.layout.record(entry.name, PUBLISHED_SEED), verify)
             write_checkpoint(folder, facts, weights)
         else:
             continue
         if write_card(folder) or is_new:
             kept.append(folder)
     return kept
+
+
+def _check(facts: CheckpointFacts, weights: Path, record: Path, verify: Callable[..., list[Verification]]) -> None:
+    """Raise HarnessError where the checkpoint that these would make does not classify what its record says."""
+    with tempfile.TemporaryDirectory() as scratch:
+        staged = Path(scratch) / facts.name
+        write_checkpoint(staged, facts, weights)
+        (result,) = verify([staged])
+    if result.problem:
+        raise HarnessError(f"{shown(record)}: not published, because its weights do not bear it out: {result.problem}")
 
 
 def _published(folder: Path, facts: CheckpointFacts) -> CheckpointConfig | None:
@@ -63,10 +84,6 @@ def _published(folder: Path, facts: CheckpointFacts) -> CheckpointConfig | None:
     return config if (config.name, config.weights_sha256) == (facts.name, facts.weights_sha256) else None
 
 
-def _record(entry: Entry, seed: int, layout: Layout) -> RunRecord | None:
-    return standing(entry, seed, layout.record(entry.name, seed)).record
-
-
-def _other_records(entry: Entry, layout: Layout) -> list[RunRecord]:
-    others = (_record(entry, seed, layout) for seed in SEEDS if seed != PUBLISHED_SEED)
+def _other_records(entry: Entry, records: Records) -> list[RunRecord]:
+    others = (records.status(entry, seed).record for seed in SEEDS if seed != PUBLISHED_SEED)
     return [record for record in others if record is not None]

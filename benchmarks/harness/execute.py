@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,10 +23,9 @@ from cnvzoo.train.run import RECORD, alone_in
 from .entries import Entry
 from .errors import HarnessError
 from .files import set_aside, shown
-from .layout import Layout
 from .needs import needed_entries, resolve_weights
 from .plan import Job
-from .records import misplaced, standing
+from .records import Records, misplaced
 from .render import duration
 from .runner import Run, Runner
 
@@ -54,8 +53,7 @@ def execute(
     runner: Runner,
     *,
     at_once: int = 1,
-    entries: Mapping[str, Entry],
-    layout: Layout,
+    records: Records,
     deadline: float | None,
     say: Callable[[str], None],
     on_finished: Callable[[], None],
@@ -73,7 +71,7 @@ def execute(
     """
     with _pool(at_once) as (pool, caught):
         stop = _Stop(caught)
-        work = _Work(jobs, runner, at_once, entries, layout, deadline, say, on_finished, pool, stop)
+        work = _Work(jobs, runner, at_once, records, deadline, say, on_finished, pool, stop)
         try:
             return work.do()
         finally:
@@ -127,8 +125,7 @@ class _Work:
     jobs: Sequence[Job]
     runner: Runner
     at_once: int
-    entries: Mapping[str, Entry]
-    layout: Layout
+    records: Records
     deadline: float | None
     say: Callable[[str], None]
     on_finished: Callable[[], None]
@@ -194,8 +191,8 @@ class _Work:
 
     def _needed_runs(self, job: Job) -> set[Path]:
         """The folders of the runs whose weights `job` needs."""
-        needed = needed_entries(job.entry, self.entries)
-        return {self.layout.run_dir(e.name, PUBLISHED_SEED, e.trial_epochs(job.trial_epochs)) for e in needed}
+        needed = needed_entries(job.entry, self.records.entries)
+        return {self.records.layout.run_dir(e.name, PUBLISHED_SEED, e.trial_epochs(job.trial_epochs)) for e in needed}
 
     def _look_elsewhere(self) -> None:
         """See which runs of other processes are finished; with nothing else to do here, try the rest of them again."""
@@ -219,7 +216,7 @@ class _Work:
         if record is None and not for_its_weights:
             return False
         needed = for_its_weights or any(job.run_dir in self._needed_runs(self.jobs[n]) for n in self.waiting)
-        if needed and resolve_weights(job.entry, self.layout, trial_epochs=job.trial_epochs) is None:
+        if needed and resolve_weights(job.entry, self.records, trial_epochs=job.trial_epochs) is None:
             return False
         if record is not None and job.record_path is not None:
             self._keep(job, record)
@@ -238,7 +235,7 @@ class _Work:
         Returns the weights that it needs, by what it needs them as, or None if the run is done by now.
         """
         job = self.jobs[number]
-        label, trial = f"[{number + 1}/{len(self.jobs)}] {job}", job.trial_epochs is not None
+        label = f"[{number + 1}/{len(self.jobs)}] {job}"
         with alone_in(job.run_dir) if job.run_dir.is_dir() else nullcontext():
             if self._is_done(number):
                 self.say(f"{label}: finished by now, and not trained again")
@@ -246,17 +243,17 @@ class _Work:
             self.say(f"{label}: {job.reason}")
             weights: dict[str, Path | list[Path]] = {}
             for purpose, names in job.entry.recipe.needs.items():
-                found = [self._weights_of(self.entries[name], job) for name in names]
+                found = [self._weights_of(self.records.entries[name], job) for name in names]
                 weights[purpose] = found if purpose == "teacher" else found[0]
-            if standing(job.entry, job.seed, job.run_dir / RECORD, trial=trial).record is not None:
-                # The runner would hand back the run that is finished there already.
+            if (job.run_dir / RECORD).exists():
+                # The runner would hand back the run that is finished there already, or refuse to overwrite another.
                 self.say(f"the finished run is set aside in {shown(set_aside(job.run_dir))}")
             elif job.started:
                 self.say(f"going on from the state in {shown(job.run_dir)}")
         return weights
 
     def _weights_of(self, needed: Entry, job: Job) -> Path:
-        found = resolve_weights(needed, self.layout, trial_epochs=needed.trial_epochs(job.trial_epochs))
+        found = resolve_weights(needed, self.records, trial_epochs=needed.trial_epochs(job.trial_epochs))
         if found is None:
             raise RunError(f"it needs the weights of {needed.name} seed {PUBLISHED_SEED}, which are not there")
         return found
@@ -300,16 +297,16 @@ class _Work:
     def _keep(self, job: Job, record: RunRecord) -> None:
         """Write the record to its place, unless another process has recorded this run there since the plan was made."""
         assert job.record_path is not None
-        there = standing(job.entry, job.seed, job.record_path).record
+        there = self.records.status(job.entry, job.seed).done
         if there is None or there in job.replaces:
-            record.write(job.record_path)
+            self.records.keep(record)
         else:
             self._compare(job, record)
 
     def _compare(self, job: Job, record: RunRecord) -> None:
         """Say so where the weights are not those of the record in the table, which stays."""
-        kept = self.layout.record(job.entry.name, job.seed)
-        published = standing(job.entry, job.seed, kept).record
+        kept = self.records.layout.record(job.entry.name, job.seed)
+        published = self.records.status(job.entry, job.seed).record
         if published is not None and published.weights_sha256 != record.weights_sha256:
             self.say(
                 f"{job}: its weights are not those of {shown(kept)}, which stays as it is: they were made on "

@@ -11,8 +11,7 @@ from cnvzoo.train import PUBLISHED_SEED, RunRecord
 from cnvzoo.train.run import RECORD, WEIGHTS
 
 from .entries import Entry
-from .layout import Layout
-from .records import standing
+from .records import Records
 
 
 def needed_entries(entry: Entry, entries: Mapping[str, Entry]) -> list[Entry]:
@@ -20,27 +19,28 @@ def needed_entries(entry: Entry, entries: Mapping[str, Entry]) -> list[Entry]:
     return [entries[name] for names in entry.recipe.needs.values() for name in names]
 
 
-def resolve_weights(entry: Entry, layout: Layout, *, trial_epochs: int | None = None) -> Path | None:
+def resolve_weights(entry: Entry, records: Records, *, trial_epochs: int | None = None) -> Path | None:
     """The safetensors file of the finished run of float `entry` with PUBLISHED_SEED, or None if it is to be trained.
 
     Looked for among the runs first, then among the published checkpoints. `trial_epochs` lets a trial of that
-    length serve if neither has it. Weights count only if their sha256 is the one in their record.
+    length serve if neither has it. Weights count only if their sha256 is the one in their record, and if that is of
+    today's arithmetic.
     """
-    found = _from_run(entry, layout) or _from_hub(entry, layout)
+    found = _from_run(entry, records) or _from_hub(entry, records)
     if found is None and trial_epochs is not None:
-        found = _from_run(entry, layout, trial_epochs)
+        found = _from_run(entry, records, trial_epochs)
     return found
 
 
-def _from_run(entry: Entry, layout: Layout, trial_epochs: int | None = None) -> Path | None:
-    folder = layout.run_dir(entry.name, PUBLISHED_SEED, trial_epochs)
-    record = standing(entry, PUBLISHED_SEED, folder / RECORD, trial=trial_epochs is not None).record
+def _from_run(entry: Entry, records: Records, trial_epochs: int | None = None) -> Path | None:
+    folder = records.layout.run_dir(entry.name, PUBLISHED_SEED, trial_epochs)
+    record = records.status(entry, PUBLISHED_SEED, folder / RECORD, trial=trial_epochs is not None).done
     return proven(folder / WEIGHTS, record)
 
 
-def _from_hub(entry: Entry, layout: Layout) -> Path | None:
-    record = standing(entry, PUBLISHED_SEED, layout.record(entry.name, PUBLISHED_SEED)).record
-    folder = layout.checkpoint(entry.recipe)
+def _from_hub(entry: Entry, records: Records) -> Path | None:
+    record = records.status(entry, PUBLISHED_SEED).done
+    folder = records.layout.checkpoint(entry.recipe)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cnvzoo.train import PUBLISHED_SEED, RunRecord
@@ -13,11 +13,12 @@ from .entries import Entry
 from .files import shown
 from .layout import Layout
 from .needs import needed_entries, resolve_weights
-from .records import Status, standing
+from .records import Records, Status
 
 _REASONS = {
     Status.MISSING: "not run yet",
     Status.STALE: "its record is of another recipe",
+    Status.OLDER: "its record is of older arithmetic",
     Status.INVALID: "its record is not valid",
 }
 
@@ -29,6 +30,7 @@ class Job:
     trial_epochs: its length where that is less than the recipe's, else None
     record_path:  where its record goes when it is finished; None: the record stays with the run
     reason:       why it is in the queue, for people
+    book:         the records of the checkout
     replaces:     the records that it is to replace on request: others, made since, mean that it is done
     """
 
@@ -38,6 +40,7 @@ class Job:
     trial_epochs: int | None
     record_path: Path | None
     reason: str
+    book: Records = field(compare=False, repr=False)
     replaces: tuple[RunRecord, ...] = ()
 
     @property
@@ -52,8 +55,8 @@ class Job:
     def records(self) -> list[RunRecord]:
         """The records of this run that count, wherever they are."""
         paths = [self.run_dir / RECORD] if self.record_path is None else [self.record_path, self.run_dir / RECORD]
-        found = (standing(self.entry, self.seed, path, trial=self.trial_epochs is not None) for path in paths)
-        return [now.record for now in found if now.record is not None]
+        found = (self.book.status(self.entry, self.seed, path, trial=self.trial_epochs is not None) for path in paths)
+        return [now.done for now in found if now.done is not None]
 
     def __str__(self) -> str:
         trial = "" if self.trial_epochs is None else f", a trial of {self.trial_epochs} epochs"
@@ -64,25 +67,28 @@ def make_plan(
     selected: Sequence[Entry],
     seeds: Sequence[int],
     *,
-    entries: Mapping[str, Entry],
-    layout: Layout,
+    records: Records,
     epochs: int | None = None,
     retrain: bool = False,
 ) -> list[Job]:
     """The runs of `selected` that are not there yet, all of the first seed before any of the next.
 
-    So every row has a number early. A run that starts or learns from float weights comes after the run that makes
-    them, which is put in its place in the queue if its weights are nowhere to be found, asked for or not. `epochs` caps
-    the epochs of every run; `retrain` puts every selected run in the queue.
+    So every row has a number early. Runs that have a record of older arithmetic come after all others. A run that
+    starts or learns from float weights comes after the run that makes them, which is put in its place in the queue if
+    its weights are nowhere to be found, asked for or not. `epochs` caps the epochs of every run; `retrain` puts every
+    selected run in the queue.
     """
+    entries, layout = records.entries, records.layout
     wanted = {(entry.name, seed) for entry in selected for seed in seeds}
     jobs: dict[Path, Job] = {}  # by the folder of the run, in the order of the queue
 
-    def reason_to_run(entry: Entry, seed: int, trial_epochs: int | None) -> str | None:
+    def status(entry: Entry, seed: int, trial_epochs: int | None) -> Status:
         path = _record_path(layout, entry, seed, trial_epochs)
-        now = standing(entry, seed, path, trial=trial_epochs is not None)
-        if now.status is not Status.DONE:
-            return _REASONS[now.status]
+        return records.status(entry, seed, path, trial=trial_epochs is not None).status
+
+    def reason_to_run(entry: Entry, seed: int, trial_epochs: int | None) -> str | None:
+        if (now := status(entry, seed, trial_epochs)) is not Status.DONE:
+            return _REASONS[now]
         return "to be trained again" if retrain and (entry.name, seed) in wanted else None
 
     def add(entry: Entry, seed: int, trial_epochs: int | None, reason: str) -> None:
@@ -93,12 +99,12 @@ def make_plan(
             needed_epochs = needed.trial_epochs(trial_epochs)  # a run of the table never needs a trial
             is_wanted = (needed.name, PUBLISHED_SEED) in wanted
             why = reason_to_run(needed, PUBLISHED_SEED, needed_epochs) if is_wanted else None
-            if why is None and resolve_weights(needed, layout, trial_epochs=needed_epochs) is None:
+            if why is None and resolve_weights(needed, records, trial_epochs=needed_epochs) is None:
                 why = f"{entry.name} needs its weights, which are not under {shown(layout.runs)}"
             if why is not None:
                 add(needed, PUBLISHED_SEED, needed_epochs, why)
         # A record that stands is replaced only on request: a run for the sake of its weights leaves it alone.
-        recorded = standing(entry, seed, layout.record(entry.name, seed)).status is Status.DONE
+        recorded = records.status(entry, seed).status is Status.DONE
         keep = trial_epochs is not None or (recorded and not (retrain and (entry.name, seed) in wanted))
         job = Job(
             entry=entry,
@@ -107,13 +113,15 @@ def make_plan(
             trial_epochs=trial_epochs,
             record_path=None if keep else layout.record(entry.name, seed),
             reason=reason,
+            book=records,
         )
         jobs[run_dir] = replace(job, replaces=tuple(job.records())) if retrain and (entry.name, seed) in wanted else job
 
-    for seed in seeds:
-        for entry in selected:
-            if reason := reason_to_run(entry, seed, trial_epochs := entry.trial_epochs(epochs)):
-                add(entry, seed, trial_epochs, reason)
+    runs = [(entry, seed, entry.trial_epochs(epochs)) for seed in seeds for entry in selected]
+    older = {(run[0].name, run[1]): status(*run) is Status.OLDER for run in runs}
+    for entry, seed, trial_epochs in sorted(runs, key=lambda run: older[run[0].name, run[1]]):
+        if reason := reason_to_run(entry, seed, trial_epochs):
+            add(entry, seed, trial_epochs, reason)
     return list(jobs.values())
 
 

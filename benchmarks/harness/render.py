@@ -6,16 +6,16 @@ same records write the same bytes.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from cnvzoo.train import PUBLISHED_SEED, RunRecord
+from cnvzoo.train import NUMERICS, PUBLISHED_SEED, RunRecord
 
 from .entries import SEEDS, TABLES, Entry
-from .records import Survey
+from .records import RunStatus, Status, Survey
 from .tables import Row
 
 _HEADER = (
@@ -29,6 +29,7 @@ _HEADER = (
 )
 _TRIAL_HEADER = ("entry", "seed", "epochs", "accuracy")
 _NONE = "-"
+_OLDER = "†"
 _PICTURE = (
     "![Test accuracy against the size of the weights file of every published checkpoint, by dataset](accuracy.svg)\n\n"
     "Every published checkpoint: the test accuracy of its own weights, which are those of seed 0 and not the mean over "
@@ -50,6 +51,9 @@ def page(rows: Sequence[Row], survey: Survey) -> str:
         "Each run reads the test set once, at its end. The last column counts the recipes of a row that were ever "
         "scored on it, with those that were replaced since ([retired.json](retired.json)): where they are more than "
         "one, the choice of the recipe has seen the test set. Recipes are chosen on held-out training images now.\n",
+        f"The arithmetic of training has a version, {NUMERICS} now ([numerics](../docs/numerics.md)). Runs marked "
+        f"{_OLDER} are of an older one, or start or learn from weights that are: today's code gives other bits, and "
+        "they are due again.\n",
     ]
     parts += [f"Reference: {citation}.\n" for citation in citations]
     if any(row.runs[0] is not None for row in rows):  # then there are checkpoints to show
@@ -87,7 +91,7 @@ def print_trials(console: Console, trials: Iterable[tuple[Entry, RunRecord]]) ->
         (
             entry.name,
             str(record.seed),
-            f"{record.recipe['epochs']} of {entry.recipe.epochs}",
+            f"{record.epochs} of {entry.recipe.epochs}",
             _number(record.accuracy),
         )
         for entry, record in trials
@@ -97,16 +101,23 @@ def print_trials(console: Console, trials: Iterable[tuple[Entry, RunRecord]]) ->
 
 
 def print_listing(console: Console, entries: Sequence[Entry], survey: Survey) -> None:
-    """The names, one a line; on a terminal with the standing of every run."""
+    """The status of every run: a table on a terminal, else lines of entry, seed, status and accuracy, with tabs."""
+    runs = [(entry.name, seed, survey[entry.name, seed]) for entry in entries for seed in SEEDS]
+    counts = Counter(now.status for _, _, now in runs)
     if not console.is_terminal:
-        for entry in entries:
-            console.print(entry.name, soft_wrap=True, highlight=False, markup=False)
+        for name, seed, now in runs:
+            line = f"{name}\t{seed}\t{now.status.value}\t{_number(now.record.accuracy if now.record else None)}"
+            print(line, file=console.file)
         return
-    lines = []
-    for entry in entries:
-        standings = [survey[entry.name, seed] for seed in SEEDS]
-        lines.append((entry.name, *(f"{s.record.accuracy:.2f}" if s.record else s.status.value for s in standings)))
-    _print(console, f"{len(entries)} entries", ("entry", *(f"seed {seed}" for seed in SEEDS)), lines)
+    lines = [(entry.name, *(_listed(survey[entry.name, seed]) for seed in SEEDS)) for entry in entries]
+    summary = ", ".join(f"{count} {status.value}" for status in Status if (count := counts[status]))
+    _print(console, f"{len(runs)} runs: {summary}", ("entry", *(f"seed {seed}" for seed in SEEDS)), lines)
+
+
+def _listed(now: RunStatus) -> str:
+    if now.record is None:
+        return now.status.value
+    return f"{now.record.accuracy:.2f}" + ("" if now.done else f", {now.status.value}")
 
 
 def duration(seconds: float) -> str:
@@ -128,11 +139,15 @@ def _cells(row: Row, *, name: str) -> tuple[str, ...]:
         name,
         ours,
         _number(row.std),
-        ", ".join(map(_number, row.runs)) if count else _NONE,
+        ", ".join(_run(row, seed) for seed in SEEDS) if count else _NONE,
         _number(row.reference.mean if row.reference else None),
         _difference(row),
         str(row.recipes or _NONE),
     )
+
+
+def _run(row: Row, seed: int) -> str:
+    return _number(row.runs[SEEDS.index(seed)]) + (_OLDER if seed in row.older else "")
 
 
 def _difference(row: Row) -> str:

@@ -27,6 +27,7 @@ class RetiredRecord(BaseModel):
     Attributes:
         entry, seed: which run of which table entry.
         recipe_sha256: `Recipe.fingerprint()` of the recipe as it was then.
+        numerics: the version of the arithmetic; None for those from before it was kept.
         epochs: of that recipe.
         accuracy: top-1 in percent on the test set, `correct` of `total` images.
         weights_sha256: of the safetensors file of all weights.
@@ -39,6 +40,7 @@ class RetiredRecord(BaseModel):
     entry: str
     seed: int
     recipe_sha256: str
+    numerics: int | None = None
     epochs: int = Field(ge=1)
     accuracy: float = Field(ge=0, le=100)
     correct: int = Field(ge=0)
@@ -55,13 +57,8 @@ class RetiredRecord(BaseModel):
 
     @classmethod
     def of(cls, record: RunRecord) -> RetiredRecord:
-        """What is kept of `record`. Raises HarnessError if its recipe has no number of epochs."""
-        kept = record.model_dump(include=set(cls.model_fields))
-        try:
-            return cls.model_validate({**kept, "epochs": record.recipe.get("epochs")})
-        except ValidationError as error:
-            problem = error.errors()[0]["msg"]
-            raise HarnessError(f"the record of {record.entry}, seed {record.seed}: epochs: {problem}") from None
+        """What is kept of `record`."""
+        return cls.model_validate(record.model_dump(include=set(cls.model_fields)))
 
 
 _FILE = TypeAdapter(list[RetiredRecord])

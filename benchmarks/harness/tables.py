@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev, variance
 
 from .entries import SEEDS, Entry
-from .records import Survey
+from .records import Status, Survey
 from .references import Reference
 
 
@@ -17,6 +17,7 @@ class Row:
     """One entry.
 
     runs: its test accuracies in percent by seed, None for a run that is not there.
+    older: the seeds of those of an older version of the arithmetic, which are due again.
     recipes: how many recipes of it were ever scored on the test set.
     """
 
@@ -24,6 +25,7 @@ class Row:
     runs: tuple[float | None, ...]
     reference: Reference | None
     recipes: int
+    older: frozenset[int] = frozenset()
 
     @property
     def finished(self) -> list[float]:
@@ -63,6 +65,7 @@ def rows(
             runs=tuple(r.accuracy if (r := survey[entry.name, seed].record) else None for seed in SEEDS),
             reference=references.get(entry.name),
             recipes=recipes[entry.name],
+            older=frozenset(seed for seed in SEEDS if survey[entry.name, seed].status is Status.OLDER),
         )
         for entry in entries
     ]

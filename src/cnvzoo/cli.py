@@ -19,7 +19,7 @@ from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo.files import expanded
 from cnvzoo.hub import preprocessing_from
 from cnvzoo.models import model_spec
-from cnvzoo.train import RunInterrupted
+from cnvzoo.train import Recipe, RunInterrupted
 from cnvzoo.verify import ELSEWHERE
 from cnvzoo.zoo import ModelInfo
 
@@ -122,10 +122,16 @@ def info(
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe, such as benchmarks/configs/mnist_cnv.yaml.")],
     run_dir: Annotated[
-        Path | None, typer.Option(help="Folder for state, weights and record; default runs/RECIPE/seedN.")
+        Path | None,
+        typer.Option(
+            help="Folder for state, weights and record; default runs/RECIPE/seedN, for a trial "
+            "runs/trials/RECIPE/seedN-MODE."
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's; fewer make it a trial.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Instead of the recipe's; any other number makes it a trial.")
+    ] = None,
     holdout: Annotated[
         int, typer.Option(min=0, help="Score on this many training images, held out, to choose between recipes.")
     ] = 0,
@@ -149,8 +155,7 @@ def train(
     Example: `cnvzoo train benchmarks/configs/mnist_cnv.yaml --epochs 2 --holdout 5000`
     """
     loaded = cnvzoo.load_recipe(recipe)
-    default = Path("runs") / loaded.name / f"seed{loaded.seed if seed is None else seed}"
-    folder = default if run_dir is None else expanded(run_dir)
+    folder = _run_dir(loaded, seed, epochs, holdout) if run_dir is None else expanded(run_dir)
     deadline = None if time_limit is None else time.monotonic() + time_limit
     record = cnvzoo.train(
         loaded, run_dir=folder, seed=seed, epochs=epochs, holdout=holdout, float_start=float_start,
@@ -160,6 +165,16 @@ def train(
     trial = ", a trial" if record.trial else ""
     typer.echo(f"{record.entry}, seed {record.seed}: {record.accuracy:.2f} % on {scored_on}{trial}")
     typer.echo(f"record and weights: {folder}")
+
+
+def _run_dir(recipe: Recipe, seed: int | None, epochs: int | None, holdout: int) -> Path:
+    """Where a run goes by default; trials live apart, so that none takes the place of a whole run."""
+    name = f"seed{recipe.seed if seed is None else seed}"
+    is_short = epochs is not None and epochs != recipe.epochs
+    if not is_short and not holdout:
+        return Path("runs") / recipe.name / name
+    mode = (f"-{epochs}epochs" if is_short else "") + (f"-holdout{holdout}" if holdout else "")
+    return Path("runs") / "trials" / recipe.name / f"{name}{mode}"
 
 
 @app.command("eval")

@@ -351,8 +351,16 @@ def evaluate(
     return Evaluation(correct, len(data.test_labels))
 
 
-def checkpoint_facts(record: RunRecord, others: Iterable[RunRecord] = ()) -> CheckpointFacts:
-    """What a checkpoint of a finished run says of itself; `others`: the records of the recipe's other seeds."""
+def checkpoint_facts(
+    record: RunRecord, others: Iterable[RunRecord] = (), *, recipes_scored: int | None = None
+) -> CheckpointFacts:
+    """What a checkpoint of a finished run says of itself.
+
+    Args:
+        record: of the run.
+        others: the records of the recipe's other seeds.
+        recipes_scored: how many recipes of the entry were ever scored on the test set, where that is known.
+    """
     recipe = Recipe.model_validate(record.recipe)
     info = dataset_info(recipe.dataset)
     bits = {} if recipe.w_bits is None else {"w_bits": recipe.w_bits, "a_bits": recipe.a_bits}
@@ -366,7 +374,9 @@ def checkpoint_facts(record: RunRecord, others: Iterable[RunRecord] = ()) -> Che
         correct=record.correct,
         total=record.total,
         results=[
-            SeedResult(seed=r.seed, correct=r.correct, total=r.total, weights_sha256=r.weights_sha256)
+            SeedResult(
+                seed=r.seed, correct=r.correct, total=r.total, weights_sha256=r.weights_sha256, numerics=r.numerics
+            )
             for r in sorted((record, *others), key=lambda r: r.seed)
         ],
         weights_sha256=record.weights_sha256,
@@ -374,4 +384,6 @@ def checkpoint_facts(record: RunRecord, others: Iterable[RunRecord] = ()) -> Che
         versions=record.versions,
         device=record.device,
         commit=record.commit,
+        numerics=record.numerics,
+        recipes_scored=recipes_scored,
     )
