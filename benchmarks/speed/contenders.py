@@ -1,16 +1,19 @@
-"""The ways to run a trained CNV that infer.py compares: what users of PyTorch, ONNX Runtime and OpenVINO would do.
+"""The contenders of infer.py: a trained CNV in PyTorch, ONNX Runtime and OpenVINO, as users of these would run it.
 
-All compute with the same number of threads, and each takes images in the form that it likes best, made beforehand:
-normalising and converting them is left out of everybody's time but that of the integer graph, which needs neither.
+All compute with the same number of threads. Each takes images in the dtype and memory layout that are fastest for it,
+made before its turn: normalising and converting them is in nobody's time. The integer graph needs neither.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
+import io
 import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +28,19 @@ import cnvzoo.deploy
 from cnvzoo.deploy.images import normalised
 from cnvzoo.hub import CheckpointConfig, find_checkpoint
 
-_CALIBRATION_IMAGES = 512
+PYTORCH, PYTORCH_CHANNELS_LAST = "PyTorch float32", "PyTorch float32, channels_last"
+COMPILED, BREVITAS = "torch.compile float32, channels_last", "Brevitas eager"
+OPENVINO_INT8, OURS = "OpenVINO NNCF PTQ int8", "ours, ONNX Runtime"
+CALIBRATION_IMAGES = 512  # training images, for each quantization without training
 Images = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to run one net.
+    """One net in one runtime.
 
     Attributes:
-        runtime: what runs it, and how.
+        runtime: its name, with how it is used.
         net: the checkpoint it was made of, such as `quant_cnv_w4a4`.
         bytes: of the file that is deployed.
         prepare: uint8 images [N, C, H, W] to what `run` takes.
@@ -48,14 +54,18 @@ class Contender:
     run: Callable[[Any], NDArray[Any]]
 
 
-def float_contenders(checkpoint: str, calibration: Images, threads: int, folder: Path) -> Iterator[Contender]:
-    """Of a float net: PyTorch four ways, ONNX Runtime, and ONNX Runtime after static quantization without training.
+def float_contenders(
+    checkpoint: str, calibration: Images, threads: int, folder: Path, say: Callable[[str], None]
+) -> Iterator[Contender]:
+    """Of a float net: in PyTorch with four settings, in ONNX Runtime and in OpenVINO, and in both of these after their
+    own quantization without training.
 
     Args:
         checkpoint: its name.
         calibration: uint8 training images [N, C, H, W] for the quantization without training.
         threads: of each runtime.
         folder: for files.
+        say: is called with a line for each package that is not installed, whose contenders are left out.
     """
     model, config = cnvzoo.load_checkpoint(checkpoint)
     net, size = config.name.split(".")[0], _weight_bytes(config)
@@ -64,26 +74,39 @@ def float_contenders(checkpoint: str, calibration: Images, threads: int, folder:
     def prepare(images: Images) -> NDArray[np.float32]:
         return normalised(images, mean, std)
 
-    plain_layout = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    yield Contender("PyTorch float32", net, size, lambda x: torch.from_numpy(prepare(x)), _run(plain_layout))
-    yield Contender("PyTorch float32, channels_last", net, size, _channels_last(prepare), _eager(model))
+    contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    yield Contender(PYTORCH, net, size, lambda x: torch.from_numpy(prepare(x)), _run(contiguous))
+    yield Contender(PYTORCH_CHANNELS_LAST, net, size, _channels_last(prepare), _eager(model))
     half = copy.deepcopy(model).bfloat16()
     yield Contender("PyTorch bfloat16, channels_last", net, size, _channels_last(prepare, torch.bfloat16), _eager(half))
     compiled = copy.deepcopy(model)
     compiled.compile(dynamic=False)
-    yield Contender("torch.compile float32, channels_last", net, size, _channels_last(prepare), _eager(compiled))
-    plain, quantized = folder / f"{net}.onnx", folder / f"{net}_ptq.onnx"
+    yield Contender(COMPILED, net, size, _channels_last(prepare), _eager(compiled))
+    plain, quantized, calibration = folder / f"{net}.onnx", folder / f"{net}_ptq.onnx", calibration[:CALIBRATION_IMAGES]
     cnvzoo.export(model, plain, format="onnx")
     yield Contender("ONNX Runtime float32", net, plain.stat().st_size, prepare, onnxruntime_session(plain, threads))
-    _quantize_without_training(plain, quantized, prepare(calibration[:_CALIBRATION_IMAGES]))
+    _quantize_with_onnxruntime(plain, quantized, prepare(calibration))
     session = onnxruntime_session(quantized, threads)
     yield Contender("ONNX Runtime static PTQ int8", net, quantized.stat().st_size, prepare, session)
+    if (openvino := _import_if_installed("openvino")) is None:
+        return say("openvino is not installed: its contenders are left out")
+    session = _openvino_session(openvino, plain, threads)
+    yield Contender("OpenVINO float32", net, plain.stat().st_size, prepare, session)
+    if (nncf := _import_if_installed("nncf")) is None:
+        return say(f"nncf is not installed: {OPENVINO_INT8} is left out")
+    quantized = folder / f"{net}_nncf.xml"
+    _quantize_with_nncf(openvino, nncf, plain, quantized, prepare(calibration))
+    size = quantized.stat().st_size + quantized.with_suffix(".bin").stat().st_size
+    yield Contender(OPENVINO_INT8, net, size, prepare, _openvino_session(openvino, quantized, threads))
+    return None
 
 
 def quantized_contenders(checkpoint: str, threads: int, folder: Path) -> Iterator[Contender]:
-    """Of a quantized net: Brevitas' layers, Brevitas' QCDQ export in two runtimes, and the integer graph.
+    """Of a quantized net: Brevitas' layers, Brevitas' QCDQ export in ONNX Runtime and, where it is installed, in
+    OpenVINO, and the integer graph in ONNX Runtime.
 
-    OpenVINO reads no QLinearConv with a multiplier for each channel (2026.4 does not come back), so not that graph.
+    The integer graph is not run in OpenVINO: 2026.4.1 takes the scales of a QLinearConv, one for each output channel,
+    for those of the input channels, so `read_model` raises an error (8 bits) or crashes the process (4 and 2 bits).
     """
     model, config = cnvzoo.load_checkpoint(checkpoint)
     net = config.name.split(".")[0]
@@ -92,16 +115,17 @@ def quantized_contenders(checkpoint: str, threads: int, folder: Path) -> Iterato
     def prepare(images: Images) -> NDArray[np.float32]:
         return images.astype(np.float32) * scale
 
-    yield Contender("Brevitas eager", net, _weight_bytes(config), _channels_last(prepare), _eager(model))
+    yield Contender(BREVITAS, net, _weight_bytes(config), _channels_last(prepare), _eager(model))
     qcdq, integer = folder / f"{net}_qcdq.onnx", folder / f"{net}.onnx"
     _export_qcdq(model, qcdq, config)
     size = qcdq.stat().st_size
     yield Contender("Brevitas QCDQ, ONNX Runtime", net, size, prepare, onnxruntime_session(qcdq, threads))
-    if openvino := _openvino_session(qcdq, threads):
-        yield Contender("Brevitas QCDQ, OpenVINO", net, size, prepare, openvino)
+    if openvino := _import_if_installed("openvino"):
+        session = _openvino_session(openvino, qcdq, threads)
+        yield Contender("Brevitas QCDQ, OpenVINO", net, size, prepare, session)
     cnvzoo.export(model, integer)
     session = cnvzoo.deploy.load(integer, threads=threads).session
-    yield Contender("ours, ONNX Runtime", net, integer.stat().st_size, np.ascontiguousarray, _first_output(session))
+    yield Contender(OURS, net, integer.stat().st_size, np.ascontiguousarray, _first_output(session))
 
 
 def _weight_bytes(config: CheckpointConfig) -> int:
@@ -147,13 +171,32 @@ def _first_output(session: Any) -> Callable[[Any], NDArray[Any]]:
     return lambda images: session.run([output], {name: images})[0]
 
 
-def _openvino_session(path: Path, threads: int) -> Callable[[Any], NDArray[Any]] | None:
-    """A file in OpenVINO, for each batch size anew, which is how it is fastest; None where it is not installed."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  (it would send figures of use)
-    try:
-        import openvino
-    except ImportError:
-        return None
+def _import_if_installed(package: str) -> Any:
+    """openvino or nncf; None where it is not installed."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  (both would send figures of use)
+    with _quiet():
+        try:
+            return importlib.import_module(package)
+        except ImportError:
+            return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings, log lines and progress bars of other packages: stdout is for the results."""
+    root = logging.getLogger()
+    level = root.level
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        root.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            root.setLevel(level)
+
+
+def _openvino_session(openvino: Any, path: Path, threads: int) -> Callable[[Any], NDArray[Any]]:
+    """A file in OpenVINO, compiled for each batch size separately, which is its fastest form."""
     core, requests = openvino.Core(), {}
 
     def run(images: NDArray[Any]) -> NDArray[Any]:
@@ -177,8 +220,7 @@ def _export_qcdq(model: nn.Module, path: Path, config: CheckpointConfig) -> None
         if hasattr(layer, "skip_create_quant_tensor"):
             layer.skip_create_quant_tensor = False  # type: ignore[assignment]
     side, channels = config.preprocessing["size"], len(config.preprocessing["mean"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's words about its own future
+    with _quiet():  # the exporter warns of its own deprecation
         from brevitas.export import export_onnx_qcdq
 
         export_onnx_qcdq(
@@ -188,8 +230,8 @@ def _export_qcdq(model: nn.Module, path: Path, config: CheckpointConfig) -> None
         )  # fmt: skip
 
 
-def _quantize_without_training(path: Path, quantized: Path, images: NDArray[np.float32]) -> None:
-    """ONNX Runtime's static quantization, as its documentation has it for x86: QDQ, int8 weights per channel."""
+def _quantize_with_onnxruntime(path: Path, quantized: Path, images: NDArray[np.float32]) -> None:
+    """ONNX Runtime's static quantization as its documentation recommends for x86: QDQ, int8 weights per channel."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -201,9 +243,26 @@ def _quantize_without_training(path: Path, quantized: Path, images: NDArray[np.f
             return next(({"image": batch} for batch in self._batches), None)
 
     prepared = quantized.with_suffix(".prepared.onnx")
-    logging.getLogger().setLevel(logging.ERROR)  # it advises on the root logger
-    quant_pre_process(str(path), str(prepared))
-    quantize_static(
-        str(prepared), str(quantized), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-    )  # fmt: skip
+    with _quiet():
+        quant_pre_process(str(path), str(prepared))
+        quantize_static(
+            str(prepared), str(quantized), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        )  # fmt: skip
+
+
+def _quantize_with_nncf(openvino: Any, nncf: Any, path: Path, quantized: Path, images: NDArray[np.float32]) -> None:
+    """OpenVINO's quantization without training, written as `quantized` (.xml) and a file .bin beside it.
+
+    The options are those of its documentation ("Basic Quantization Flow"): the preset PERFORMANCE, symmetric weights
+    and activations, which is for nets with ReLU (MIXED is for other activation functions), and fast bias correction.
+    """
+    with _quiet():
+        model = nncf.quantize(
+            openvino.convert_model(path),  # read_model would leave shape operations in front of each bias
+            nncf.Dataset([image[None] for image in images]),
+            preset=nncf.QuantizationPreset.PERFORMANCE,
+            target_device=nncf.TargetDevice.CPU,
+            subset_size=len(images),
+        )
+        openvino.save_model(model, quantized)

@@ -1,21 +1,20 @@
-"""What running a trained CNV costs: the integer graph of this library beside what else there is, in turns.
+"""What running a trained CNV costs: the integer graph of this library and other runtimes, which take turns.
 
-    python benchmarks/speed/infer.py                                  on this machine, about five minutes
+    python benchmarks/speed/infer.py                                  all of it, about six minutes on 2 cores
     python benchmarks/speed/infer.py --bits 4 --batches 1 64          some
-    python benchmarks/speed/infer.py --keep                           and replace the figures and plot of this folder
+    python benchmarks/speed/infer.py --keep                           and replace the figures, page and plot here
 
-The published float CNV in PyTorch (as it comes; channels_last in float32, bfloat16 and compiled) and in ONNX Runtime
-(float32, and int8 by its static quantization without training), and the published quantized ones as Brevitas' layers,
-as Brevitas' QCDQ export in ONNX Runtime and in OpenVINO, and as the integer graph in ONNX Runtime. All are in one
-process, with the same number of threads, and take turns; a figure is the median over the runs of all turns. Making
-float images of 8-bit ones, which all but the integer graph need, is left out. Accuracy is that of each on the whole
-test set.
+The published float CNV in PyTorch (contiguous; channels_last in float32, bfloat16 and compiled), in ONNX Runtime and in
+OpenVINO (float32, and int8 after the quantization without training that comes with each), and the published quantized
+ones as Brevitas' layers, as Brevitas' QCDQ export in ONNX Runtime and in OpenVINO, and as the integer graph in ONNX
+Runtime. All are in one process, with the same number of threads, and take turns; a figure is the median over the runs
+of all turns. Half of the time goes into turns, the rest into building every contender and scoring it on the whole
+test set. Making float images of 8-bit ones, which all but the integer graph need, is left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -26,27 +25,30 @@ from typing import Any
 
 import infer_report
 import numpy as np
+import options
 import page
 import torch
-from contenders import Contender, Images, float_contenders, quantized_contenders
-from machine import describe
+from contenders import CALIBRATION_IMAGES, Contender, Images, float_contenders, quantized_contenders
+from machine import describe, versions
 from rich.console import Console
 
 import cnvzoo
 from cnvzoo.data import Dataset, load_dataset
 from cnvzoo.errors import CnvzooError
-from cnvzoo.files import write_text
+from cnvzoo.files import sha256_of
+from cnvzoo.hub import find_checkpoint
 
 FLOAT = "cnv.cifar10"
-BITS = (8, 4, 2)
+QUANTIZED = {bits: f"quant_cnv_w{bits}a{bits}.cifar10" for bits in (8, 4, 2)}
+CHECKPOINTS = (FLOAT, *QUANTIZED.values())
 BATCHES = (1, 64, 256)
-_REST_SECONDS = 0.05  # in which the runtime that had its turn stops spinning
-_WARM_UP_RUNS = 3
-_SCORED_AT_ONCE = 250
+_REST_SECONDS = 0.05  # in which the threads of the runtime that had its turn stop waiting for work
+_WARM_UP_SECONDS = 0.1
+_SCORED_AT_ONCE = 250  # images
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    arguments = options.parse(_parser(), argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
@@ -60,12 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     except CnvzooError as error:
         print(f"infer.py: error: {error}", file=sys.stderr)
         return 1
-    infer_report.print_table(Console(), result)
-    if arguments.json:
-        write_text(arguments.json, json.dumps(result, indent=1) + "\n")
-    if arguments.keep:
-        infer_report.keep(result)
-        page.update()
+    options.deliver(arguments, "infer", infer_report, result)
     return 0
 
 
@@ -75,20 +72,27 @@ def measure(
     """Milliseconds of every contender at every batch size, with its bytes and accuracy.
 
     Args:
-        bits: widths of the quantized nets, which have to be published; others are said and left out.
+        bits: widths of the quantized nets; one that is not published is left out, with a line on stderr.
         batches: images at a time.
         data: CIFAR-10; calibration images are of its training set.
         turns: of each contender at each batch size.
-        seconds: of a turn, which is three runs at least.
+        seconds: of a turn, which is one run at least.
 
     Returns:
-        {"machine", "versions", "contenders": [{"runtime", "net", "bytes", "correct", "total", "milliseconds": {batch:
-        median}, "spread": {batch: [least, most]}}]}.
+        {"machine", "versions", "checkpoints": {name: {"model.safetensors": sha256}}, "contenders": [{"runtime", "net",
+        "bytes", "correct", "total", "milliseconds": {batch: median}, "spread": {batch: [least, most]}}]}.
+
+    Raises:
+        CnvzooError: the float net is not published, a checkpoint is damaged, or a batch is larger than the test set.
     """
+    if max(batches) > len(data.test_images):
+        raise CnvzooError(f"--batches {max(batches)}: there are {len(data.test_images):,} test images: give fewer")
     progress = Console(stderr=True, highlight=False)
     images = np.ascontiguousarray(data.test_images.permute(0, 3, 1, 2).numpy())
     with tempfile.TemporaryDirectory() as folder:
         contenders = list(_contenders(bits, data, Path(folder), progress))
+        names = dict.fromkeys(f"{contender.net}.cifar10" for contender in contenders)
+        sha256 = {name: {page.WEIGHTS: sha256_of(find_checkpoint(name).folder / page.WEIGHTS)} for name in names}
         rows = []
         for contender in contenders:
             found = {"runtime": contender.runtime, "net": contender.net, "bytes": contender.bytes}
@@ -96,24 +100,32 @@ def measure(
             rows.append({**found, "correct": correct, "total": len(images), "milliseconds": {}, "spread": {}})
             progress.print(f"{contender.net}, {contender.runtime}: {correct:,} of {len(images):,}", soft_wrap=True)
         for number, batch in enumerate(batches):
-            left = turns * seconds * len(contenders) * (len(batches) - number)
-            progress.print(f"batch {batch}: about {left / 60:.1f} min left", soft_wrap=True)
+            left = turns * (_REST_SECONDS + _WARM_UP_SECONDS + seconds) * len(contenders) * (len(batches) - number)
+            progress.print(f"batch {batch}: {left / 60:.1f} min left or more", soft_wrap=True)
             for row, times in zip(rows, _take_turns(contenders, images[:batch], turns, seconds), strict=True):
                 row["milliseconds"][str(batch)] = round(statistics.median(times), 4)
                 row["spread"][str(batch)] = [round(min(times), 4), round(max(times), 4)]
-    return {"machine": describe(torch.device("cpu")), "versions": _versions(), "contenders": rows}
+    return {
+        "machine": describe(torch.device("cpu")),
+        "versions": versions("torch", "brevitas", "onnxruntime", "openvino", "nncf"),
+        "checkpoints": sha256,
+        "contenders": rows,
+    }
 
 
 def _contenders(bits: Sequence[int], data: Dataset, folder: Path, progress: Console) -> Iterator[Contender]:
-    calibration = np.ascontiguousarray(data.train_images.permute(0, 3, 1, 2).numpy())
+    def say(line: str) -> None:
+        progress.print(line, soft_wrap=True)
+
+    calibration = np.ascontiguousarray(data.train_images[:CALIBRATION_IMAGES].permute(0, 3, 1, 2).numpy())
     threads = torch.get_num_threads()
-    yield from float_contenders(FLOAT, calibration, threads, folder)
+    yield from float_contenders(FLOAT, calibration, threads, folder, say)
     published = {row["name"] for row in cnvzoo.list_checkpoints()}
     for width in bits:
-        if (name := f"quant_cnv_w{width}a{width}.cifar10") in published:
+        if (name := QUANTIZED[width]) in published:
             yield from quantized_contenders(name, threads, folder)
         else:
-            progress.print(f"{name} is not published yet: left out", soft_wrap=True)
+            say(f"{name} is not published yet: left out")
 
 
 def _count_correct(contender: Contender, images: Images, labels: Any) -> int:
@@ -131,42 +143,29 @@ def _take_turns(contenders: Sequence[Contender], images: Images, turns: int, sec
     for _ in range(turns):
         for contender, inputs, taken in zip(contenders, prepared, times, strict=True):
             time.sleep(_REST_SECONDS)
-            for _ in range(_WARM_UP_RUNS):
-                contender.run(inputs)
-            began, runs = time.perf_counter(), 0
-            while runs < _WARM_UP_RUNS or time.perf_counter() - began < seconds:
-                started = time.perf_counter()
-                contender.run(inputs)
-                taken.append(1000 * (time.perf_counter() - started))
-                runs += 1
+            _run_for(contender, inputs, min(seconds, _WARM_UP_SECONDS))
+            taken += _run_for(contender, inputs, seconds)
     return times
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in ("torch", "brevitas", "onnxruntime", "openvino"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def _run_for(contender: Contender, inputs: Any, seconds: float) -> list[float]:
+    """Milliseconds of each run in so many seconds, of one run at least."""
+    times, began = [], time.perf_counter()
+    while not times or time.perf_counter() - began < seconds:
+        started = time.perf_counter()
+        contender.run(inputs)
+        times.append(1000 * (time.perf_counter() - started))
+    return times
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="infer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--bits", nargs="+", type=int, choices=BITS, default=list(BITS), metavar="N", help="of 8, 4, 2")
-    add("--batches", nargs="+", type=int, default=list(BATCHES), metavar="N", help="images at a time (1 64 256)")
-    add("--threads", type=int, metavar="N", help="of every runtime (default: one for each core)")
-    add("--turns", type=int, default=7, help="turns of each contender at each batch size (default: 7)")
-    add("--seconds", type=float, default=0.4, help="length of a turn (default: 0.4)")
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
-    add("--keep", action="store_true", help="write them, the page and a plot beside this file")
-    add("--data-root", type=Path, metavar="DIR", help="where datasets are cached")
+    parser = options.parser("infer.py", __doc__)
+    add, positive = parser.add_argument, options.positive
+    add("--bits", nargs="+", type=int, choices=QUANTIZED, default=list(QUANTIZED), metavar="N", help="of 8, 4, 2")
+    batches = " ".join(map(str, BATCHES))
+    add("--batches", nargs="+", type=positive(int), default=list(BATCHES), metavar="N", help=f"images ({batches})")
+    add("--threads", type=positive(int), metavar="N", help="of every runtime (default: one for each core)")
+    options.add_shared(parser, turns=5, seconds=0.3, of="each runtime and net at each batch size")
     return parser
 
 

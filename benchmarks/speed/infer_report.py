@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import look
+import machine
+import style
+from contenders import BREVITAS, CALIBRATION_IMAGES, COMPILED, OPENVINO_INT8, OURS, PYTORCH, PYTORCH_CHANNELS_LAST
 from rich.console import Console
-
-from cnvzoo.files import write_text
 
 Result = dict[str, Any]
 
-BASELINE = "PyTorch float32"
-OURS = "ours, ONNX Runtime"
+# these compute what the published file does, in float32 or in exact integers, so their right answers are the published
+OF_THE_PUBLISHED_FILE = (PYTORCH, PYTORCH_CHANNELS_LAST, COMPILED, BREVITAS, OURS)
 _COMPARED = "64"  # images at a time, for ratios
 
 
 def columns(result: Result) -> tuple[str, ...]:
+    """The names of the columns for the batch sizes that were measured."""
     batches = result["contenders"][0]["milliseconds"]
     images = [f"images/s, batch {batch}" for batch in batches if batch != "1"]
-    ratio = ["/ PyTorch float32"] if _COMPARED in batches else []
+    ratio = [f"/ {PYTORCH}"] if _COMPARED in batches else []
     return ("net", "in", "file bytes", "top-1, %", *(["one image, ms"] if "1" in batches else []), *images, *ratio)
 
 
 def rows(result: Result) -> list[tuple[str, ...]]:
-    """One line of text cells for each contender, under `columns(result)`."""
-    baseline = next(row for row in result["contenders"] if row["runtime"] == BASELINE)
+    """One line of texts for each contender, under `columns(result)`."""
+    baseline = next(row for row in result["contenders"] if row["runtime"] == PYTORCH)
     lines = []
     for row in result["contenders"]:
         times = row["milliseconds"]
@@ -44,48 +44,61 @@ def images_per_second(row: dict[str, Any], batch: str) -> float:
     return 1000 * int(batch) / row["milliseconds"][batch]
 
 
-def machine(result: Result) -> str:
-    facts = result["machine"]
+def machine_text(result: Result) -> str:
+    """The machine and the versions of the packages."""
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
-    return f"{facts['name']}, {facts['threads']} threads, {facts['capability']}; {versions}"
+    return f"{machine.in_words(result['machine'])}; {versions}"
 
 
 def print_table(console: Console, result: Result) -> None:
-    look.print_table(console, f"Inference: {machine(result)}", columns(result), rows(result), left=2)
+    style.print_table(console, f"Inference: {machine_text(result)}", columns(result), rows(result), left=2)
 
 
 def section(result: Result) -> str:
     """The part of the page about inference."""
+    runtimes = {row["runtime"] for row in result["contenders"]}
+    nncf = f"""
+- *{OPENVINO_INT8}*: OpenVINO's own quantization of the float net without training (`nncf.quantize`), calibrated on the
+  same images, with the options that its documentation recommends for nets with ReLU: the preset PERFORMANCE, which is
+  symmetric, and fast bias correction; its bytes are those of the two files of OpenVINO's own format."""
     return f"""## Inference
 
-A trained CNV on CIFAR-10 images, medians over the runs of contenders that take turns in one process, each with the
-same number of threads. `python benchmarks/speed/infer.py --keep` measures again and writes this part.
+A trained CNV on CIFAR-10 images, in one process, where all runtimes take turns with the same number of threads; a
+figure is the median over the runs of all turns. `python benchmarks/speed/infer.py --keep` measures again and writes
+this part; [infer.json](infer.json) has the sha256 of the checkpoints that were measured.
 
-{look.markdown(columns(result), rows(result), left=2)}
+{style.markdown(columns(result), rows(result), left=2)}
 
-Machine: {machine(result)}.
+Machine: {machine_text(result)}.
 
 - *file bytes*: of the ONNX file, or of the published `model.safetensors` where PyTorch runs it.
 - *top-1*: of that very file in that runtime, on all {result["contenders"][0]["total"]:,} test images.
-- *PyTorch*: in inference mode; *static PTQ int8*: ONNX Runtime's own quantization without training, of the
-  float net, per channel, calibrated on 512 training images; *QCDQ*: Brevitas' export for runtimes.
+- *PyTorch*: in inference mode; *static PTQ int8*: ONNX Runtime's own quantization of the float net without training,
+  per channel, calibrated on {CALIBRATION_IMAGES} training images; *QCDQ*: Brevitas' export for runtimes.{
+        nncf if OPENVINO_INT8 in runtimes else ""
+    }
 - *ours*: the integer graph, `cnvzoo.export(model, path)`. It takes 8-bit pixels as they are; the time that the others
-  need to make float images of these is not counted.
+  need to make float images of these is not counted. OpenVINO 2026.4.1 does not read it: it takes the scales of a
+  QLinearConv, one for each output channel, for those of the input channels. Its `read_model` raises an error for the
+  8-bit graph and ends the process with a segmentation fault for the 4-bit and the 2-bit one.
 
 ![Images a second and the time of one image, for every net and runtime](infer.svg)
 """
 
 
 def plot(result: Result, path: Path) -> None:
-    """Bars: images a second at the compared batch size, and milliseconds of one image."""
+    """Bars: images a second at the compared batch size, or else the last, and milliseconds of one image if measured."""
     rows = result["contenders"]
     labels = [f"{row['net']}, {row['runtime']}" for row in rows]
-    colours = [look.OURS if row["runtime"] == OURS else _colour(row) for row in rows]
-    panels = [
-        (f"images a second, batch {_COMPARED}", [images_per_second(row, _COMPARED) for row in rows], "{:,.0f}"),
-        ("milliseconds for one image", [row["milliseconds"]["1"] for row in rows], "{:.2f}"),
-    ]
-    with look.figure(path, (10, 0.24 * len(rows) + 1), columns=len(panels)) as axes:
+    colours = [style.OURS if row["runtime"] == OURS else _colour(row) for row in rows]
+    batches = [batch for batch in rows[0]["milliseconds"] if batch != "1"]
+    panels = []
+    if batches:
+        batch = _COMPARED if _COMPARED in batches else batches[-1]
+        panels.append((f"images a second, batch {batch}", [images_per_second(row, batch) for row in rows], "{:,.0f}"))
+    if "1" in rows[0]["milliseconds"]:
+        panels.append(("milliseconds for one image", [row["milliseconds"]["1"] for row in rows], "{:.2f}"))
+    with style.figure(path, (10, 0.24 * len(rows) + 1), columns=len(panels)) as axes:
         for panel, (title, values, form) in zip(axes, panels, strict=True):
             bars = panel.barh(range(len(rows)), values, 0.75, color=colours)
             panel.bar_label(bars, [form.format(value) for value in values], fontsize=7, padding=2)
@@ -96,10 +109,4 @@ def plot(result: Result, path: Path) -> None:
 
 
 def _colour(row: dict[str, Any]) -> str:
-    return look.PLAIN if row["net"] == "cnv" else look.OTHER
-
-
-def keep(result: Result) -> None:
-    """Write infer.json and infer.svg of this folder."""
-    plot(result, look.HERE / "infer.svg")
-    write_text(look.HERE / "infer.json", json.dumps(result, indent=1) + "\n")
+    return style.PLAIN if row["net"] == "cnv" else style.OTHER

@@ -1,25 +1,43 @@
-"""The machine that figures are of, and what of it a training step could use at best."""
+"""The machine and the versions that figures were measured with, and the rate of a matrix product on it."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from cnvzoo.train.device import describe_device
 
-_SIZES = {"cpu": 2048, "cuda": 8192}
+_SIZES = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Device and versions, as a record has them."""
+    """Kind, name, threads and instruction set of the device as in a run record, and the version of torch."""
     return {**describe_device(device), "torch": torch.__version__}
 
 
+def in_words(facts: dict[str, Any]) -> str:
+    """What `describe` returned, as text, without the version of torch: "AMD EPYC, 2 threads, AVX512"."""
+    cpu = f", {facts['threads']} threads, {facts['capability']}" if facts["kind"] == "cpu" else ""
+    return f"{facts['name']}{cpu}"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of those of the packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
 def matmul_rate(device: torch.device, repeats: int = 15) -> float:
-    """Of the product of two large square bfloat16 matrices: operations a second, the median of `repeats`."""
+    """Operations a second of the product of two large square bfloat16 matrices, the median of `repeats`."""
     size = _SIZES[device.type]
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     seconds = []

@@ -1,12 +1,17 @@
-"""The benchmarks of training and inference: that they compare the same nets, and say what they measured."""
+"""The benchmarks of training and inference: that they compare the same nets, and state what they measured."""
 
 from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,17 +19,27 @@ import torch
 from workbench import BENCHMARKS
 
 from cnvzoo.data import Dataset, dataset_info, load_dataset
-from cnvzoo.train import EarlyCrops, load_recipe
+from cnvzoo.errors import CnvzooError
+from cnvzoo.files import sha256_of
+from cnvzoo.hub import FileFacts, IndexEntry, read_index
+from cnvzoo.train import EarlyCrops, Recipe, load_recipe
 
 SPEED = BENCHMARKS / "speed"
 sys.path.insert(0, str(SPEED))
 
+import baseline  # noqa: E402
 import contenders  # noqa: E402
 import infer_report  # noqa: E402
+import machine  # noqa: E402
 import page  # noqa: E402
-import textbook  # noqa: E402
+import style  # noqa: E402
 import train_report  # noqa: E402
-import ways  # noqa: E402
+import training_process  # noqa: E402
+
+
+def script(name: str) -> dict[str, Any]:
+    """The names that train.py or infer.py defines."""
+    return runpy.run_path(str(SPEED / f"{name}.py"))
 
 
 def images(n: int) -> Dataset:
@@ -33,32 +48,28 @@ def images(n: int) -> Dataset:
     return Dataset(info, train, torch.arange(n).to(torch.uint8) % 10, test, torch.arange(10).to(torch.uint8))
 
 
+CPU = {"kind": "cpu", "name": "A CPU", "threads": 2, "capability": "AVX512", "torch": "2.14.1"}
+
+
+def trained(*rates: float, share: float, batch_size: int = 128, **more: float) -> dict[str, Any]:
+    """The figures of a net: of the baseline, the tuned baseline and this library, and of `twin` or `crops`."""
+    names = {"twin": "ours, float twin", "crops": "ours, early crops"}
+    others = {names[key]: rate for key, rate in more.items()}
+    return {
+        "batch_size": batch_size,
+        "early_crops": 24 if "crops" in more else None,
+        "images_per_second": dict(zip(("baseline", "tuned baseline", "ours"), rates, strict=True)) | others,
+        "share_of_matmul_peak": share,
+    }
+
+
 RESULT = {
-    "machine": {"kind": "cpu", "name": "A CPU", "threads": 2, "capability": "AVX512", "torch": "2.14.1"},
+    "machine": CPU,
     "matmul_peak": 800e9,
     "models": {
-        "cnv": {
-            "images_per_second": {"textbook": 500.0, "tuned textbook": 1000.0, "ours": 1500.0},
-            "share_of_matmul_peak": 0.655,
-        },
-        "quant_cnv_w4a4": {
-            "images_per_second": {
-                "textbook": 250.0,
-                "tuned textbook": 625.0,
-                "ours": 1250.0,
-                "ours, float twin": 1500.0,
-            },
-            "share_of_matmul_peak": 0.546,
-        },
-        "resnet20": {
-            "images_per_second": {
-                "textbook": 600.0,
-                "tuned textbook": 1200.0,
-                "ours": 1800.0,
-                "ours, early crops": 2970.0,
-            },
-            "share_of_matmul_peak": 0.471,
-        },
+        "cnv": trained(500, 1000, 1500, share=0.655),
+        "quant_cnv_w4a4": trained(250, 625, 1250, share=0.546, twin=1500),
+        "resnet20": trained(600, 1200, 1800, share=0.471, batch_size=256, crops=2970),
     },
 }
 
@@ -67,16 +78,16 @@ RESULT = {
     ("name", "parameters"),
     [("cnv", 1_546_688), ("resnet20", 272_474), ("resnet56", 855_770), ("mobilenet_v1", 3_217_226)],
 )
-def test_the_textbook_trains_the_nets_of_the_tables(name: str, parameters: int) -> None:
-    model = textbook.build(name, None)
+def test_the_baseline_trains_the_nets_of_the_tables(name: str, parameters: int) -> None:
+    model = baseline.build(name, None)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
-def test_the_textbooks_quantized_net_is_brevitas_as_it_comes() -> None:
+def test_the_quantized_net_of_the_baseline_has_layers_of_brevitas() -> None:
     from brevitas.nn import QuantConv2d, QuantLinear, QuantReLU
 
-    layers = list(textbook.build("quant_cnv", 4).modules())
+    layers = list(baseline.build("quant_cnv", 4).modules())
     weighted = [m for m in layers if isinstance(m, (QuantConv2d, QuantLinear))]
     assert sum(m.weight.numel() for m in weighted) == 1_542_848
     assert [int(m.weight_quant.bit_width()) for m in weighted] == [8] + 8 * [4]  # type: ignore[operator, union-attr]
@@ -84,12 +95,32 @@ def test_the_textbooks_quantized_net_is_brevitas_as_it_comes() -> None:
 
 
 def test_ratios_and_shares() -> None:
-    assert train_report.rows(RESULT) == [
-        ("cnv", "500", "1,000", "1,500", "3.00", "1.50", "66 %", "", ""),
-        ("quant_cnv_w4a4", "250", "625", "1,250", "5.00", "2.00", "55 %", "1.20", ""),
-        ("resnet20", "600", "1,200", "1,800", "3.00", "1.50", "47 %", "", "1.65"),
+    columns, rows = train_report.table(RESULT)
+    assert columns == [
+        "net", "batch", "baseline", "tuned baseline", "ours", "ours / baseline", "ours / tuned", "of bf16 matmul",
+        "/ float", "early crops",
+    ]  # fmt: skip
+    assert rows == [
+        ["cnv", "128", "500", "1,000", "1,500", "3.00", "1.50", "66 %", "", ""],
+        ["quant_cnv_w4a4", "128", "250", "625", "1,250", "5.00", "2.00", "55 %", "1.20", ""],
+        ["resnet20", "256", "600", "1,200", "1,800", "3.00", "1.50", "47 %", "", "1.65 (24)"],
     ]
-    assert "A CPU, 2 threads, AVX512, torch 2.14.1; bf16 matmul 800 GFLOP/s" in train_report.section(RESULT)
+    section = train_report.section(RESULT)
+    assert "A CPU, 2 threads, AVX512, torch 2.14.1; bf16 matmul 800 GFLOP/s" in section
+    assert "*early crops*" in section
+
+
+@pytest.mark.parametrize(
+    ("net", "left"),
+    [("cnv", []), ("quant_cnv_w4a4", ["/ float"]), ("resnet20", ["early crops"])],
+)
+def test_a_column_that_is_empty_for_all_nets_is_left_out(net: str, left: list[str]) -> None:
+    result = {**RESULT, "models": {net: RESULT["models"][net]}}
+    columns, (row,) = train_report.table(result)
+    assert columns[8:] == left
+    assert len(row) == 8 + len(left)
+    section = train_report.section(result)
+    assert [name for name in ("/ float", "early crops") if name in section] == left
 
 
 def test_inference_ratios() -> None:
@@ -98,11 +129,11 @@ def test_inference_ratios() -> None:
         return {"runtime": runtime, "net": net, "bytes": 1000, "correct": 9_141, "total": 10_000, "milliseconds": times}
 
     result = {
-        "machine": RESULT["machine"],
+        "machine": CPU,
         "versions": {"onnxruntime": "1.32.0"},
         "contenders": [
-            row("cnv", infer_report.BASELINE, 2.0, 40.0),
-            row("quant_cnv_w4a4", infer_report.OURS, 0.5, 8.0),
+            row("cnv", "PyTorch float32", 2.0, 40.0),
+            row("quant_cnv_w4a4", "ours, ONNX Runtime", 0.5, 8.0),
         ],
     }
     assert infer_report.columns(result)[-3:] == ("one image, ms", "images/s, batch 64", "/ PyTorch float32")
@@ -123,34 +154,244 @@ def test_the_page_is_that_of_the_figures(tmp_path: Path) -> None:
     assert all(f"{row['net']}, {row['runtime']}" in drawn for row in infer["contenders"])
 
 
+def test_the_kept_figures_are_of_the_recipes_and_checkpoints_of_today() -> None:
+    train, infer = script("train"), script("infer")
+    outdated = page.outdated_training(page.kept("train"), train["MODELS"])
+    outdated += page.outdated_inference(page.kept("infer"), infer["CHECKPOINTS"], read_index().checkpoints)
+    assert not outdated, "\n".join(["the figures in benchmarks/speed are out of date:", *outdated])
+
+
+RECIPE = """\
+model: resnet20
+dataset: cifar10
+epochs: 3
+batch_size: 96
+optimizer: {lr: 0.1}
+early_crops: {side: 20, epochs: 2}
+"""
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> dict[str, Any]:
+    """Figures of the recipe in `tmp_path`."""
+    path = tmp_path / "cifar10_resnet20.yaml"
+    path.write_text(RECIPE)
+    figures = {"recipe": "cifar10_resnet20", "fingerprint": load_recipe(path).fingerprint()}
+    return {"models": {"resnet20": {**figures, "batch_size": 96, "early_crops": 20}}}
+
+
+def test_figures_of_the_recipes_of_today_are_not_outdated(measured: dict[str, Any], tmp_path: Path) -> None:
+    assert page.outdated_training(measured, ["resnet20"], tmp_path) == []
+
+
+def test_a_recipe_that_changed_outdates_its_figures(measured: dict[str, Any], tmp_path: Path) -> None:
+    before = measured["models"]["resnet20"]["fingerprint"][:12]
+    path = tmp_path / "cifar10_resnet20.yaml"
+    path.write_text(RECIPE.replace("lr: 0.1", "lr: 0.2"))
+    now = load_recipe(path).fingerprint()[:12]
+    assert page.outdated_training(measured, ["resnet20"], tmp_path) == [
+        f"train.json: resnet20: fingerprint is {now}..., and {before}... was measured: "
+        "run python benchmarks/speed/train.py --keep"
+    ]
+
+
 @pytest.mark.parametrize(
-    ("crops", "more"), [(None, []), (EarlyCrops(side=12, epochs=5), ["ours, early crops"])], ids=["whole", "crops"]
+    ("change", "problem"),
+    [
+        ({"batch_size": 128}, "batch_size is 96, and 128 was measured"),
+        ({"early_crops": None}, "early_crops is 20, and None was measured"),
+        ({"recipe": "cifar10_cnv"}, "recipe is cifar10_resnet20, and cifar10_cnv was measured"),
+    ],
 )
-def test_all_ways_train(crops: EarlyCrops | None, more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = runpy.run_path(str(SPEED / "train.py"))["measure"]
-    monkeypatch.setitem(
-        measure.__globals__, "load_recipe", lambda path: load_recipe(path).model_copy(update={"early_crops": crops})
+def test_figures_of_another_recipe_are_outdated(
+    measured: dict[str, Any], tmp_path: Path, change: dict[str, Any], problem: str
+) -> None:
+    measured["models"]["resnet20"].update(change)
+    (found,) = page.outdated_training(measured, ["resnet20"], tmp_path)
+    assert found == f"train.json: resnet20: {problem}: run python benchmarks/speed/train.py --keep"
+
+
+def test_figures_that_do_not_state_their_recipe_are_outdated(measured: dict[str, Any], tmp_path: Path) -> None:
+    del measured["models"]["resnet20"]["fingerprint"]
+    (found,) = page.outdated_training(measured, ["resnet20"], tmp_path)
+    assert "resnet20: fingerprint is not stated: run" in found
+    (found,) = page.outdated_training({"models": {}}, ["resnet20"], tmp_path)
+    assert "resnet20: was not measured: run" in found
+
+
+PUBLISHED = {
+    "cnv.cifar10": IndexEntry(
+        model={"name": "cnv"},
+        dataset="cifar10",
+        correct=9_000,
+        total=10_000,
+        parameters=1,
+        macs=1,
+        files={"config.json": FileFacts("0" * 64, 1), "model.safetensors": FileFacts("a" * 64, 1)},
     )
-    result = measure(["resnet20"], torch.device("cpu"), images(320), turns=1, seconds=0.01)
-    rates = result["models"]["resnet20"]["images_per_second"]
-    assert list(rates) == ["textbook", "tuned textbook", "ours", *more]
+}
+
+
+def inferred(correct: int, *, runtime: str = "PyTorch float32", total: int = 10_000, sha: str = "a") -> dict[str, Any]:
+    return {
+        "checkpoints": {"cnv.cifar10": {"model.safetensors": 64 * sha}},
+        "contenders": [
+            {"runtime": runtime, "net": "cnv", "correct": correct, "total": total},
+            {"runtime": "ONNX Runtime static PTQ int8", "net": "cnv", "correct": 8_000, "total": total},
+        ],
+    }
+
+
+@pytest.mark.parametrize("correct", [8_995, 9_000, 9_005])
+def test_figures_of_the_published_checkpoints_are_not_outdated(correct: int) -> None:
+    names = ["cnv.cifar10", "quant_cnv_w8a8.cifar10"]  # the second is not published
+    assert page.outdated_inference(inferred(correct), names, PUBLISHED) == []
+
+
+@pytest.mark.parametrize(
+    ("result", "problem"),
+    [
+        (inferred(9_000, sha="b"), "model.safetensors is aaaaaaaaaaaa..., and bbbbbbbbbbbb... was measured"),
+        (inferred(9_000) | {"checkpoints": {}}, "model.safetensors is not stated"),
+        (inferred(9_006), "PyTorch float32: 9,006 of 10,000 images are right, published are 9,000 of 10,000"),
+        (inferred(8_994), "PyTorch float32: 8,994 of 10,000 images are right"),
+        (inferred(900, total=1_000), "PyTorch float32: 900 of 1,000 images are right"),
+        (inferred(9_000, runtime="another"), "no runtime of PyTorch float32, "),
+        ({"contenders": []}, "was not measured"),
+    ],
+)
+def test_figures_of_other_checkpoints_are_outdated(result: dict[str, Any], problem: str) -> None:
+    (found,) = page.outdated_inference(result, ["cnv.cifar10"], PUBLISHED)
+    assert found.startswith("infer.json: cnv.cifar10")
+    assert problem in found
+    assert found.endswith(": run python benchmarks/speed/infer.py --keep")
+
+
+@pytest.mark.parametrize("name", ["train", "infer"])
+def test_only_keep_replaces_figures_page_and_plot(
+    name: str, tmp_path: Path, small_datasets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_datasets(train=10, test=10)
+    figures = page.kept(name)
+    figures["machine"]["name"] = "Another CPU"
+    main: Callable[[list[str]], int] = script(name)["main"]
+    monkeypatch.setitem(main.__globals__, "measure", lambda *_, **__: figures)
+    here = tmp_path / "speed"
+    shutil.copytree(SPEED, here, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    monkeypatch.setattr(style, "HERE", here)
+
+    def content() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in here.iterdir()}
+
+    before = content()
+    assert main(["--json", str(tmp_path / "figures.json")]) == 0
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    assert content() == before
+    (here / f"{name}.svg").unlink()
+    assert main(["--keep"]) == 0
+    after = content()
+    assert after.keys() == before.keys()
+    assert {file for file in before if after[file] != before[file]} >= {f"{name}.json", "README.md"}
+    assert json.loads(after[f"{name}.json"]) == figures
+    assert "Machine: Another CPU" in after["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "problem"),
+    [
+        ("train", ["--turns", "0"], "argument --turns: 0: must be above 0"),
+        ("train", ["--seconds", "nan"], "argument --seconds: nan: must be above 0"),
+        ("infer", ["--batches", "64", "-1"], "argument --batches: -1: must be above 0"),
+        ("infer", ["--threads", "two"], "argument --threads: invalid int value: 'two'"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_errors(
+    name: str, arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        script(name)["main"](arguments)
+    assert problem in capsys.readouterr().err
+
+
+def test_all_programs_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    crops = EarlyCrops(side=12, epochs=5)
+    recipe = page.recipe_of("resnet20").model_copy(update={"batch_size": 16, "early_crops": crops})
+    monkeypatch.setattr(page, "recipe_of", lambda model: recipe)
+    monkeypatch.setitem(machine._SIZES, "cpu", 256)
+    result = script("train")["measure"](["resnet20"], torch.device("cpu"), images(320), turns=1, seconds=0.01)
+    figures = result["models"]["resnet20"]
+    rates = figures["images_per_second"]
+    assert list(rates) == ["baseline", "tuned baseline", "ours", "ours, early crops"]
     # 40,813,184 multiply-accumulates, six operations each
-    share = result["models"]["resnet20"]["share_of_matmul_peak"]
-    assert share == pytest.approx(6 * 40_813_184 * rates["ours"] / result["matmul_peak"], rel=0.02)
+    share = figures["share_of_matmul_peak"]
+    assert share == pytest.approx(6 * 40_813_184 * rates["ours"] / result["matmul_peak"], rel=0.02, abs=1e-4)
 
 
-def test_a_way_whose_process_ends_is_an_error() -> None:
-    recipe = runpy.run_path(str(SPEED / "train.py"))["_recipe"]("resnet20")
+def test_train_measures_what_the_recipes_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch size and early crops of each recipe, the batch size of its own for the float twin, medians over turns."""
+    published = {
+        "resnet20": {"batch_size": 96, "early_crops": EarlyCrops(side=20, epochs=2)},
+        "quant_cnv_w4a4": {"batch_size": 48},
+        "cnv": {"batch_size": 80},
+    }
+    recipes = {name: page.recipe_of(name).model_copy(update=changes) for name, changes in published.items()}
+    monkeypatch.setattr(page, "recipe_of", recipes.__getitem__)
+    started = []
+
+    class Process:
+        def __init__(self, program: str, recipe: Recipe, device: torch.device, data: Dataset) -> None:
+            crops = recipe.early_crops
+            started.append((program, recipe.tag, recipe.batch_size, crops.side if crops else None))
+            self._rates = iter([len(started) * rate for rate in (10.0, 40.0, 20.0)])
+
+        def __enter__(self) -> Process:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def wait(self) -> None:
+            pass
+
+        def take_turn(self, seconds: float) -> float:
+            return next(self._rates)
+
+    measure = script("train")["measure"]
+    for name, fake in {"TrainingProcess": Process, "_REST_SECONDS": 0, "matmul_rate": lambda device: 1e12}.items():
+        monkeypatch.setitem(measure.__globals__, name, fake)
+    models = measure(["resnet20", "quant_cnv_w4a4"], torch.device("cpu"), images(10), turns=3, seconds=1.0)["models"]
+    assert started == [
+        ("baseline", "resnet20", 96, None),
+        ("tuned baseline", "resnet20", 96, None),
+        ("ours", "resnet20", 96, None),
+        ("ours", "resnet20", 96, 20),
+        ("baseline", "quant_cnv_w4a4", 48, None),
+        ("tuned baseline", "quant_cnv_w4a4", 48, None),
+        ("ours", "quant_cnv_w4a4", 48, None),
+        ("ours", "cnv", 80, None),
+    ]
+    stated = {name: [found[key] for key in ("recipe", "batch_size", "early_crops")] for name, found in models.items()}
+    assert stated == {"resnet20": ["cifar10_resnet20", 96, 20], "quant_cnv_w4a4": ["cifar10_quant_cnv_w4a4", 48, None]}
+    assert all(models[name]["fingerprint"] == recipes[name].fingerprint() for name in models)
+    assert models["resnet20"]["images_per_second"] == {
+        "baseline": 20.0, "tuned baseline": 40.0, "ours": 60.0, "ours, early crops": 80.0,
+    }  # fmt: skip
+    assert list(models["quant_cnv_w4a4"]["images_per_second"])[3:] == ["ours, float twin"]
+    assert models["resnet20"]["spread"]["ours"] == [30.0, 120.0]
+
+
+def test_a_process_that_ends_is_an_error() -> None:
+    recipe = page.recipe_of("resnet20").model_copy(update={"model": "resnet_of_no_depth"})
     with (
-        ways.Way(
-            "textbook", recipe.model_copy(update={"model": "resnet_of_no_depth"}), torch.device("cpu"), images(1)
-        ) as way,
-        pytest.raises(RuntimeError, match="textbook of resnet_of_no_depth: its process ended"),
+        training_process.TrainingProcess("baseline", recipe, torch.device("cpu"), images(1)) as process,
+        pytest.raises(CnvzooError, match="baseline, resnet_of_no_depth: its process ended"),
     ):
-        way.wait()
+        process.wait()
 
 
-def test_every_runtime_says_what_the_model_says(small_datasets, make_checkpoint, tmp_path, monkeypatch) -> None:
+def test_every_runtime_gives_the_logits_of_the_model(
+    small_datasets, make_checkpoint, tmp_path, monkeypatch, capsys
+) -> None:
     """Files of one model in every runtime give its logits, up to a factor where they are integers."""
     small_datasets(train=128, test=50)
     hub = tmp_path / "hub"
@@ -159,12 +400,16 @@ def test_every_runtime_says_what_the_model_says(small_datasets, make_checkpoint,
     monkeypatch.setenv("CNVZOO_HUB", str(hub))
     data = load_dataset("cifar10")
     batch, calibration = (x.permute(0, 3, 1, 2).numpy() for x in (data.test_images[:8], data.train_images))
-    floats = list(contenders.float_contenders("cnv.cifar10", calibration, 1, tmp_path))
+    said: list[str] = []
+    floats = list(contenders.float_contenders("cnv.cifar10", calibration, 1, tmp_path, said.append))
     quantized = list(contenders.quantized_contenders("quant_cnv_w4a4.cifar10", 1, tmp_path))
+    nncf = ["OpenVINO NNCF PTQ int8"] if find_spec("nncf") else []
     assert [c.runtime for c in floats] == [
         "PyTorch float32", "PyTorch float32, channels_last", "PyTorch bfloat16, channels_last",
         "torch.compile float32, channels_last", "ONNX Runtime float32", "ONNX Runtime static PTQ int8",
+        "OpenVINO float32", *nncf,
     ]  # fmt: skip
+    assert said == ([] if nncf else ["nncf is not installed: OpenVINO NNCF PTQ int8 is left out"])
     assert [c.runtime for c in quantized] == [
         "Brevitas eager", "Brevitas QCDQ, ONNX Runtime", "Brevitas QCDQ, OpenVINO", "ours, ONNX Runtime",
     ]  # fmt: skip
@@ -175,17 +420,55 @@ def test_every_runtime_says_what_the_model_says(small_datasets, make_checkpoint,
             similarity = np.corrcoef(found.reshape(-1), expected.reshape(-1))[0, 1]
             assert similarity > 0.99, (contender.runtime, similarity)
             assert contender.bytes > 400_000
+    float_bytes = floats[4].bytes
+    assert all(c.bytes < 0.3 * float_bytes for c in floats if "int8" in c.runtime)
+    assert sys.modules["openvino_telemetry"] is None
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("missing", "last", "line"),
+    [
+        ("openvino", "ONNX Runtime static PTQ int8", "openvino is not installed: its contenders are left out"),
+        ("nncf", "OpenVINO float32", "nncf is not installed: OpenVINO NNCF PTQ int8 is left out"),
+    ],
+    ids=["openvino", "nncf"],
+)
+def test_a_package_that_is_missing_is_stated(
+    missing: str, last: str, line: str, make_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint(tmp_path / "hub", "cnv", "cifar10")
+    monkeypatch.setenv("CNVZOO_HUB", str(tmp_path / "hub"))
+    monkeypatch.setattr(contenders, "_quantize_with_onnxruntime", lambda path, to, images: shutil.copy(path, to))
+    monkeypatch.setitem(sys.modules, missing, None)
+    said: list[str] = []
+    images = np.zeros((1, 3, 32, 32), np.uint8)
+    *_, found = contenders.float_contenders("cnv.cifar10", images, 1, tmp_path, said.append)
+    assert found.runtime == last
+    assert said == [line]
 
 
 def test_infer_measures_what_is_published(small_datasets, make_checkpoint, tmp_path, monkeypatch, capsys) -> None:
     small_datasets(train=64, test=20)
-    make_checkpoint(tmp_path / "hub", "cnv", "cifar10")
+    weights = make_checkpoint(tmp_path / "hub", "cnv", "cifar10") / "model.safetensors"
     monkeypatch.setenv("CNVZOO_HUB", str(tmp_path / "hub"))
-    measure = runpy.run_path(str(SPEED / "infer.py"))["measure"]
+    measure = script("infer")["measure"]
+    monkeypatch.setitem(
+        measure.__globals__, "float_contenders", lambda *given: islice(contenders.float_contenders(*given), 3)
+    )
     result = measure([4], [1, 8], load_dataset("cifar10"), turns=1, seconds=0.001)
-    assert "quant_cnv_w4a4.cifar10 is not published yet: left out" in capsys.readouterr().err
-    assert {row["net"] for row in result["contenders"]} == {"cnv"}
+    printed = capsys.readouterr()
+    assert "quant_cnv_w4a4.cifar10 is not published yet: left out" in printed.err
+    assert printed.out == ""
+    assert result["checkpoints"] == {"cnv.cifar10": {"model.safetensors": sha256_of(weights)}}
+    assert [row["net"] for row in result["contenders"]] == ["cnv", "cnv", "cnv"]
     for row in result["contenders"]:
         assert row["total"] == 20
         assert list(row["milliseconds"]) == ["1", "8"]
         assert all(least <= row["milliseconds"][b] <= most for b, (least, most) in row["spread"].items())
+
+
+def test_a_batch_of_more_images_than_there_are_is_an_error(small_datasets) -> None:
+    small_datasets(train=64, test=20)
+    with pytest.raises(CnvzooError, match="--batches 21: there are 20 test images"):
+        script("infer")["measure"]([4], [1, 21], load_dataset("cifar10"), turns=1, seconds=0.001)

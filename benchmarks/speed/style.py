@@ -1,4 +1,4 @@
-"""How the tables and plots of this folder look."""
+"""The form of the tables and plots of this folder."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ HERE = Path(__file__).resolve().parent
 PLAIN, OTHER, OURS = "#b8c0cc", "#7a8ba6", "#d1495b"  # colours
 
 
+def without_empty(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """The columns that have a text in any row, and the rows with these alone."""
+    kept = [number for number in range(len(columns)) if any(cells[number] for cells in rows)]
+    return [columns[number] for number in kept], [[cells[number] for number in kept] for cells in rows]
+
+
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """A table whose first `left` columns are aligned left, the others right."""
     ruler = ["---" if number < left else "--:" for number in range(len(columns))]
@@ -25,7 +31,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int
 def print_table(
     console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
 ) -> None:
-    """The same on a terminal."""
+    """The same table on a terminal."""
     table = Table(title=title)
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < left else "right", no_wrap=number < left)

@@ -1,7 +1,7 @@
-"""The ways to train a net that train.py compares, each in a process of its own.
+"""The processes whose training train.py measures: each trains one net by one program, and takes turns with the others.
 
-An allocator's settings and OpenMP's threads belong to a process, so a tutorial's loop sharing one with this library
-would run with what the library has set up. The processes take turns; those that wait for theirs are idle.
+The settings of the memory allocator and the threads of OpenMP belong to a process. In a process shared with this
+library the baseline would run with what the library has set up. A process that waits for its turn is idle.
 """
 
 from __future__ import annotations
@@ -12,41 +12,46 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-import textbook
+import baseline
 import torch
 from machine import wait
 
 from cnvzoo.data import Dataset, TrainBatches
+from cnvzoo.errors import CnvzooError
 from cnvzoo.models import build_model
 from cnvzoo.train import Recipe, Trainer, preprocessing_of
 from cnvzoo.train.device import deterministic, keep_freed_memory
 
-WAYS = ("textbook", "tuned textbook", "ours")
+BASELINE, TUNED_BASELINE, OURS = "baseline", "tuned baseline", "ours"
+PROGRAMS = (BASELINE, TUNED_BASELINE, OURS)
 _WARM_UP_STEPS = 4
-_UNCOUNTED_STEPS = 5  # of a turn: a loader's queue is used up, and caches hold what they hold
+_UNCOUNTED_STEPS = 5  # at the start of a turn: they take the batches that the loader's queue holds (two per worker)
 
 
-class Way:
-    """A way to train by `recipe`, from the start of its process to the end of a `with` block.
+class TrainingProcess:
+    """A process that trains by `recipe`, from its start to the end of a `with` block.
 
     Args:
-        name: one of `WAYS`.
+        program: one of `PROGRAMS`.
         recipe: model, batch size, optimizer and augmentation.
         device: to train on.
         data: whose training images are used.
+
+    Raises:
+        CnvzooError: by `wait` and `take_turn`, if the process has ended.
     """
 
-    def __init__(self, name: str, recipe: Recipe, device: torch.device, data: Dataset) -> None:
+    def __init__(self, program: str, recipe: Recipe, device: torch.device, data: Dataset) -> None:
         context = multiprocessing.get_context("spawn")
-        self._name = f"{name} of {recipe.model}"
+        self._name = f"{program}, {recipe.tag}"
         self._connection, there = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(there, name, recipe, device, data, torch.get_num_threads())
+            target=_serve, args=(there, program, recipe, device, data, torch.get_num_threads())
         )
         self._process.start()
         there.close()
 
-    def __enter__(self) -> Way:
+    def __enter__(self) -> TrainingProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,22 +63,30 @@ class Way:
         self._receive()
 
     def take_turn(self, seconds: float) -> float:
-        """Train for so many seconds; images a second."""
-        self._connection.send(seconds)
+        """Train for so many seconds; returns images a second."""
+        try:
+            self._connection.send(seconds)
+        except OSError:
+            raise self._ended() from None
         return self._receive()
 
     def _receive(self) -> float:
         try:
             return self._connection.recv()
-        except EOFError:
-            raise RuntimeError(f"{self._name}: its process ended, see above") from None
+        except (EOFError, OSError):
+            raise self._ended() from None
+
+    def _ended(self) -> CnvzooError:
+        return CnvzooError(f"{self._name}: its process ended; its own error is printed above")
 
 
-def _serve(connection: Connection, way: str, recipe: Recipe, device: torch.device, data: Dataset, threads: int) -> None:
-    """What a way's process does: warm up, then train for as many seconds as it is told, until it is told no more."""
+def _serve(
+    connection: Connection, program: str, recipe: Recipe, device: torch.device, data: Dataset, threads: int
+) -> None:
+    """Warm up, then train for each number of seconds that is received, until the other end is closed."""
     torch.set_num_threads(threads)
     with deterministic(device):
-        step = _start(way, recipe, device, data)
+        step = _start(program, recipe, device, data)
         _train(step, _WARM_UP_STEPS, device)
         connection.send(0.0)
         while True:
@@ -96,14 +109,14 @@ def _train(step: Callable[[], object], steps: int, device: torch.device) -> None
     wait(device)
 
 
-def _start(way: str, recipe: Recipe, device: torch.device, data: Dataset) -> Callable[[], object]:
+def _start(program: str, recipe: Recipe, device: torch.device, data: Dataset) -> Callable[[], object]:
     """A function that takes one step."""
-    if way == "ours":
+    if program == OURS:
         keep_freed_memory()
         return _ours(recipe, device, data)
-    model = textbook.build(recipe.model, recipe.w_bits)
-    batches = textbook.loader(data, recipe.batch_size)
-    steps: Iterator[None] = textbook.training(model, batches, device, tuned=way == "tuned textbook")
+    model = baseline.build(recipe.model, recipe.w_bits)
+    batches = baseline.loader(data, recipe.batch_size)
+    steps: Iterator[None] = baseline.training(model, batches, device, tuned=program == TUNED_BASELINE)
     return lambda: next(steps)
 
 

@@ -1,6 +1,7 @@
-"""What tutorials do: plain layers, PIL transforms in a DataLoader with workers, and a loop of five lines.
+"""The baseline of train.py: training as PyTorch's tutorials have it, with PIL transforms in a DataLoader with workers.
 
-The nets are those of the library, parameter for parameter, in layers of torch.nn and Brevitas as they come.
+The nets have the layers and the number of parameters of the library's, in layers of torch.nn and Brevitas with their
+default settings.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _MOBILENET = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512,
 
 
 class _Images(TorchDataset[tuple[Tensor, int]]):
-    """As torchvision.datasets.CIFAR10 does it: an array to a PIL image to a tensor, one by one."""
+    """Images one by one, from array to PIL image to tensor, as torchvision.datasets.CIFAR10 does it."""
 
     def __init__(self, data: Dataset, transform: Any) -> None:
         self._images, self._labels = data.train_images.numpy(), data.train_labels.tolist()
@@ -54,7 +55,7 @@ def loader(data: Dataset, batch_size: int) -> DataLoader[tuple[Tensor, int]]:
 def training(
     model: nn.Module, batches: DataLoader[tuple[Tensor, int]], device: torch.device, *, tuned: bool
 ) -> Iterator[None]:
-    """Train for ever, one step for each `next`. `tuned`: bf16 autocast and channels_last."""
+    """Training without end, one step for each `next`. `tuned`: bf16 autocast and channels_last."""
     model = model.to(device).train()
     if tuned:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -74,7 +75,7 @@ def training(
 
 
 def build(name: str, bits: int | None, num_classes: int = 10) -> nn.Module:
-    """A net by the library's name for it."""
+    """The net that the library has under this name; `bits` of the weights and activations of cnv, None for float."""
     if name == "mobilenet_v1":
         return _mobilenet(num_classes)
     if name.startswith("resnet"):
