@@ -103,12 +103,6 @@ def test_both_precisions_train_and_differ(whole: RunRecord, tmp_path: Path) -> N
     assert dtypes == {torch.float32, torch.int64}
 
 
-def test_random_numbers_of_the_caller_are_not_touched(tmp_path: Path) -> None:
-    before = torch.random.get_rng_state()
-    run(recipe(), tmp_path, epochs=1)
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
 def test_fewer_epochs_make_a_trial(tmp_path: Path) -> None:
     record = run(recipe(), tmp_path, epochs=1)
     assert record.trial

@@ -11,7 +11,6 @@ import functools
 import itertools
 import platform
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from cnvzoo.data import Dataset, Preprocessing, TrainBatches, dataset_info, load
 from cnvzoo.files import remove_leftovers, replacing, sha256_of
 from cnvzoo.models import build_model, model_spec, quantize_bias
 from cnvzoo.models.compiled import compiles
+from cnvzoo.models.initialization import initialized_from, without_initialization
 
 from .commit import current_commit
 from .device import describe_device, deterministic, keep_freed_memory, resolve_device
@@ -50,8 +50,6 @@ STATE, MEMORY = "state.safetensors", "memory.safetensors"
 RECORD, WEIGHTS = "record.json", "weights.safetensors"
 
 _PURPOSES = {"float_start": "starts from", "teacher": "learns from"}
-
-_initialising = threading.Lock()  # the random numbers of initialisation come from the generator of the whole process
 
 
 def preprocessing_of(model: str, dataset: str) -> Preprocessing:
@@ -197,8 +195,7 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
 
 
 def _fresh_model(recipe: Recipe, data: Dataset, float_start: str | Path | None) -> nn.Module:
-    with _initialising, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+    with initialized_from(recipe.seed):
         model = build_model(
             recipe.model, num_classes=data.info.num_classes, in_chans=data.info.in_chans,
             w_bits=recipe.w_bits, a_bits=recipe.a_bits,
@@ -217,7 +214,7 @@ def _fresh_model(recipe: Recipe, data: Dataset, float_start: str | Path | None) 
 def _teacher(recipe: Recipe, data: Dataset, files: Sequence[str | Path], device: torch.device) -> Teacher | None:
     nets = []
     for name, weights in zip(recipe.teacher_models, files, strict=True):
-        with _initialising, torch.random.fork_rng(devices=[]):
+        with without_initialization():
             model = build_model(name, num_classes=data.info.num_classes, in_chans=data.info.in_chans)
         with _naming(recipe, weights):
             model.load_state_dict(load_file(weights), strict=True)
