@@ -99,8 +99,10 @@ def run_recipe(
 
     Raises:
         RunInterrupted: at the deadline, on SIGINT or SIGTERM, or where `stop` says so; the state is saved.
-        RunError: the float start or teacher is missing or does not fit, or the saved state cannot be read.
-        TrainingDiverged: the loss is not finite.
+        RunError: an argument, or a key of the recipe, is not possible with this dataset; the float start or teacher is
+            missing or does not fit, or the saved state cannot be read.
+        TrainingDiverged: the loss or a weight is not finite, or a weight is beyond a million. No record is written,
+            and the saved state stays as it is.
     """
     run_dir = Path(run_dir)
     recipe = recipe if seed is None else recipe.model_copy(update={"seed": seed})
@@ -147,6 +149,7 @@ def run_recipe(
         trainer.finish()
         if recipe.quantize_bias:
             quantize_bias(model)
+        trainer.check_weights("at the end")
         correct = count_correct(model, data.test_images, data.test_labels, preprocessing, quiet=quiet)
         total = len(data.test_labels)
 
