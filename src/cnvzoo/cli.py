@@ -123,7 +123,7 @@ def train(
     run_dir: Annotated[
         Path | None, typer.Option(help="Folder for state, weights and record; default runs/RECIPE/seedN.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's; 0 or more.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's; fewer make it a trial.")] = None,
     holdout: Annotated[
         int, typer.Option(min=0, help="Score on this many training images, held out, to choose between recipes.")

@@ -566,8 +566,23 @@ def test_a_loss_of_either_infinity_stops_the_run(loss: float, tmp_path: Path, mo
 
 
 def test_a_batch_larger_than_the_training_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="batch_size must be 1 to 48"):
+    with pytest.raises(RunError, match=r"^mnist_resnet20, seed 0: batch_size must be 1 to 48") as caught:
         run(recipe(batch_size=49), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [-3, 2**63, 2**64, True, 1.0, "1"])
+@pytest.mark.parametrize("place", ["argument", "recipe"])
+def test_an_impossible_seed_is_refused_before_anything_is_made(tmp_path: Path, seed: Any, place: str) -> None:
+    wanted = recipe().model_copy(update={"seed": seed}) if place == "recipe" else recipe()
+    says = f"mnist_resnet20: seed={seed!r}: a seed is a whole number from 0 to 9223372036854775807 (2**63 - 1)"
+    with pytest.raises(RunError, match=f"^{re.escape(says)}$"):
+        run(wanted, tmp_path / "run", **({"seed": seed} if place == "argument" else {}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_largest_seed_trains(tmp_path: Path) -> None:
+    assert run(recipe(), tmp_path, seed=2**63 - 1, epochs=1).seed == 2**63 - 1
 
 
 def test_an_unknown_device_is_refused_before_anything_is_made(tmp_path: Path) -> None:

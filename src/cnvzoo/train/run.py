@@ -39,7 +39,7 @@ from .evaluation import count_correct
 from .interrupts import caught_signals
 from .memory import memorise
 from .progress import TrainingProgress
-from .recipe import PUBLISHED_SEED, Recipe
+from .recipe import LARGEST_SEED, PUBLISHED_SEED, Recipe
 from .record import RecordError, RunRecord
 from .state import RunIdentity, resume, save_state
 from .teacher import Teacher
@@ -80,7 +80,7 @@ def run_recipe(
     Args:
         recipe: what to train.
         run_dir: folder of this run alone.
-        seed: instead of the recipe's.
+        seed: instead of the recipe's; 0 to 2**63 - 1.
         device: `auto`, or anything torch.device takes.
         epochs: instead of the recipe's; fewer make the run a trial.
         holdout: score on this many training images, which are not trained on, and leave the test set alone.
@@ -109,6 +109,7 @@ def run_recipe(
     epochs = recipe.epochs if epochs is None else epochs
     if epochs < 1:
         raise RunError(f"{recipe.name}: epochs={epochs}: a run has at least 1")
+    _check_seed(recipe)
     target = resolve_device(device)
     teachers = [teacher] if isinstance(teacher, (str, Path)) else teacher or []
     start = next(iter(_facts_of(recipe, "float_start", [] if float_start is None else [float_start])), None)
@@ -126,17 +127,18 @@ def run_recipe(
         keep_freed_memory()
         model = _fresh_model(recipe, data, float_start).to(target)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        batches = TrainBatches(
-            data.train_images,
-            data.train_labels,
-            num_classes=data.info.num_classes,
-            preprocessing=preprocessing,
-            augmentation=recipe.augmentation,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            device=target,
-            views=recipe.distillation.views,
-        )
+        with _refusing(recipe):
+            batches = TrainBatches(
+                data.train_images,
+                data.train_labels,
+                num_classes=data.info.num_classes,
+                preprocessing=preprocessing,
+                augmentation=recipe.augmentation,
+                batch_size=recipe.batch_size,
+                seed=recipe.seed,
+                device=target,
+                views=recipe.distillation.views,
+            )
         trainer = Trainer(model, batches, recipe, epochs, _teacher(recipe, data, teachers, target))
         conditions = {**machine, "torch": torch.__version__}
         resume(trainer, run_dir / STATE, identity, conditions)
@@ -223,6 +225,22 @@ def _teacher(recipe: Recipe, data: Dataset, files: Sequence[str | Path], device:
             model.load_state_dict(load_file(weights), strict=True)
         nets.append((model.to(device), preprocessing_of(name, recipe.dataset)))
     return Teacher(nets, preprocessing_of(recipe.model, recipe.dataset), recipe.distillation) if nets else None
+
+
+def _check_seed(recipe: Recipe) -> None:
+    """Raise RunError for a seed that did not go through a recipe's validation, and would not have."""
+    seed: Any = recipe.seed
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+        raise RunError(f"{recipe.name}: seed={seed!r}: a seed is a whole number from 0 to {LARGEST_SEED} (2**63 - 1)")
+
+
+@contextmanager
+def _refusing(recipe: Recipe) -> Iterator[None]:
+    """Name the run where its recipe turns out to be impossible with the dataset."""
+    try:
+        yield
+    except ValueError as error:
+        raise RunError(f"{recipe.run_name}: {error}") from None
 
 
 @contextmanager
