@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -72,7 +73,7 @@ class Way:
 def _serve(connection: Connection, way: str, recipe: Recipe, device: torch.device, data: Dataset, threads: int) -> None:
     """What a way's process does: warm up, then train for as many seconds as it is told, until it is told no more."""
     torch.set_num_threads(threads)
-    with deterministic(device):
+    with deterministic(device), keep_freed_memory() if way == "ours" else nullcontext():
         step = _start(way, recipe, device, data)
         _train(step, _WARM_UP_STEPS, device)
         connection.send(0.0)
@@ -99,7 +100,6 @@ def _train(step: Callable[[], object], steps: int, device: torch.device) -> None
 def _start(way: str, recipe: Recipe, device: torch.device, data: Dataset) -> Callable[[], object]:
     """A function that takes one step."""
     if way == "ours":
-        keep_freed_memory()
         return _ours(recipe, device, data)
     model = textbook.build(recipe.model, recipe.w_bits)
     batches = textbook.loader(data, recipe.batch_size)

@@ -58,6 +58,7 @@ def preprocessing_of(model: str, dataset: str) -> Preprocessing:
     return Preprocessing.for_dataset(dataset_info(dataset), size=spec.input_size, normalize=not spec.quantized)
 
 
+@keep_freed_memory()
 def run_recipe(
     recipe: Recipe,
     *,
@@ -124,7 +125,6 @@ def run_recipe(
         data = dataset or load_dataset(recipe.dataset, root=data_root)
         data = data.holdout(holdout) if holdout else data
         preprocessing = preprocessing_of(recipe.model, recipe.dataset)
-        keep_freed_memory()
         model = _fresh_model(recipe, data, float_start).to(target)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with _refusing(recipe):
