@@ -38,6 +38,11 @@ import harness.index
 import dev
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU, and torch finds none here")
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Callable[[str], Path]:
     """`real_data(name)` is the folder that holds a real dataset; without one the test is skipped, in words.

@@ -189,6 +189,20 @@ class TestTrain:
         record = RunRecord.read(tmp_path / "runs" / "mnist_resnet20" / "seed7" / "record.json")
         assert (record.seed, record.holdout, record.total, record.trial) == (7, 40, 40, True)
 
+    @pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
+    def test_an_impossible_seed_is_refused_in_a_line_with_the_range(self, cnvzoo, recipe, seed, tmp_path):
+        result = cnvzoo("train", recipe(), "--seed", seed)
+        assert result.status == 1
+        said = f"seed={seed}: a seed is a whole number from 0 to 9223372036854775807 (2**63 - 1)"
+        assert result.err == f"error: mnist_resnet20: {said}\n"
+        assert not (tmp_path / "runs").exists()
+
+    def test_a_recipe_that_the_dataset_has_too_few_images_for_is_refused_in_a_line(self, cnvzoo, recipe):
+        result = cnvzoo("train", recipe("cnv", "augmentation: {cutout: 33}"))
+        assert result.status == 1
+        assert "augmentation.cutout: 33: must be at most 32, the side of the images" in result.err
+        assert "Traceback" not in result.err
+
     def test_a_holdout_of_everything_is_refused_in_a_line(self, cnvzoo, recipe, small_datasets):
         small_datasets()
         result = cnvzoo("train", recipe(), "--holdout", 300)

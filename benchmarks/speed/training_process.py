@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -85,7 +86,7 @@ def _serve(
 ) -> None:
     """Warm up, then train for each number of seconds that is received, until the other end is closed."""
     torch.set_num_threads(threads)
-    with deterministic(device):
+    with deterministic(device), keep_freed_memory() if program == OURS else nullcontext():
         step = _start(program, recipe, device, data)
         _train(step, _WARM_UP_STEPS, device)
         connection.send(0.0)
@@ -112,7 +113,6 @@ def _train(step: Callable[[], object], steps: int, device: torch.device) -> None
 def _start(program: str, recipe: Recipe, device: torch.device, data: Dataset) -> Callable[[], object]:
     """A function that takes one step."""
     if program == OURS:
-        keep_freed_memory()
         return _ours(recipe, device, data)
     model = baseline.build(recipe.model, recipe.w_bits)
     batches = baseline.loader(data, recipe.batch_size)

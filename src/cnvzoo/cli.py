@@ -128,7 +128,7 @@ def train(
             "runs/trials/RECIPE/seedN-MODE."
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's; 0 or more.")] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Instead of the recipe's; any other number makes it a trial.")
     ] = None,

@@ -38,6 +38,7 @@ class Verification:
     problem: str | None = None
 
 
+@keep_freed_memory()  # or most of the time goes to page faults
 def verify(
     checkpoints: Iterable[str | Path] | None = None,
     *,
@@ -62,7 +63,6 @@ def verify(
     if checkpoints is None:
         checkpoints = [found["name"] for found in list_checkpoints()]
     target, datasets = resolve_device(device), {}
-    keep_freed_memory()  # or most of the time goes to page faults
     return [_verify(checkpoint, hub, target, data_root, datasets) for checkpoint in checkpoints]
 
 

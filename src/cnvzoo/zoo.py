@@ -24,6 +24,7 @@ from cnvzoo.hub import (
     preprocessing_from,
 )
 from cnvzoo.models import ModelSpec, build_model, model_names, model_spec
+from cnvzoo.models.initialization import without_initialization
 from cnvzoo.train import (
     Recipe,
     RunRecord,
@@ -130,7 +131,8 @@ def model_info(name: str, *, input_size: int | None = None, in_chans: int = 3, *
         input_size: height and width to count at; the only one that fits by default, else 32.
     """
     spec = model_spec(name)
-    model = build_model(name, in_chans=in_chans, **arguments).eval()
+    with without_initialization():
+        model = build_model(name, in_chans=in_chans, **arguments).eval()
     size = input_size or spec.input_size or 32
     macs = weight_bits = 0
 
@@ -200,10 +202,11 @@ def quantize(
             f"the model takes {channels} channel(s) and the preprocessing has {len(preprocessing.mean)}: "
             "give the dataset that the model was trained on"
         )
-    model = build_model(
-        "quant_cnv", num_classes=weights[-1].shape[0], in_chans=weights[0].shape[1],
-        w_bits=w_bits, a_bits=a_bits, first_w_bits=first_w_bits,
-    ).to(weights[0].device)  # fmt: skip
+    with without_initialization():
+        model = build_model(
+            "quant_cnv", num_classes=weights[-1].shape[0], in_chans=weights[0].shape[1],
+            w_bits=w_bits, a_bits=a_bits, first_w_bits=first_w_bits,
+        ).to(weights[0].device)  # fmt: skip
     start_from_float(model, float_model.state_dict(), preprocessing.mean, preprocessing.std)
     return model
 
@@ -296,7 +299,7 @@ def train(
         record = run_recipe(recipe, run_dir=folder, float_start=float_start, teacher=teacher, **options)
         state = load_file(folder / RUN_WEIGHTS)
     info = dataset_info(recipe.dataset)
-    with torch.random.fork_rng(devices=[]):
+    with without_initialization():
         model = build_model(
             recipe.model, num_classes=info.num_classes, in_chans=info.in_chans,
             w_bits=recipe.w_bits, a_bits=recipe.a_bits,

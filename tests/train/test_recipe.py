@@ -130,6 +130,10 @@ def test_a_base_is_found_beside_the_file_that_extends_it(tmp_path: Path, monkeyp
         ("  warmup_epochs: 1", "  final: 1.5", "schedule.final", "1.5: input should be less than or equal to 1"),
         ("  flip: true", "  crop_padding: -1", "augmentation.crop_padding", "greater than or equal to 0"),
         ("  flip: true", "  cutout: -1", "augmentation.cutout", "greater than or equal to 0"),
+        # what the dataset has no images for
+        ("batch_size: 128", "batch_size: 50001", "batch_size", "50001: must be at most 50000, the training images of"),
+        ("  flip: true", "  crop_padding: 32", "augmentation.crop_padding", "32: must be below 32, the side of the im"),
+        ("  flip: true", "  cutout: 33", "augmentation.cutout", "33: must be at most 32, the side of the images"),
         ("  flip: true", "  mixup: -0.1", "augmentation.mixup", "greater than or equal to 0"),
         ("  flip: true", "  cutmix: -0.1", "augmentation.cutmix", "greater than or equal to 0"),
         # values that are wrong in the light of others
@@ -145,6 +149,17 @@ def test_a_wrong_value_is_refused(tmp_path: Path, right: str, wrong: str, key: s
     said = error(path := write(tmp_path, text)).splitlines()
     (about_it,) = [line for line in said if remedy in line]
     assert about_it.startswith(f"{path}:{line_of(text, wrong)}: {key}: ")
+
+
+@pytest.mark.parametrize(("model", "side"), [("resnet20", 28), ("cnv", 32)])
+def test_augmentation_fits_the_images_as_the_model_takes_them(tmp_path: Path, model: str, side: int) -> None:
+    text = RESNET.replace("cifar10", "mnist").replace("resnet20", model)
+    for key, most in (("crop_padding", side - 1), ("cutout", side)):
+        path = write(tmp_path, text.replace("flip: true", f"{key}: {most}"))
+        assert getattr(load_recipe(path).augmentation, key) == most
+        said = error(write(tmp_path, text.replace("flip: true", f"{key}: {most + 1}")))
+        assert f"augmentation.{key}: {most + 1}: must be " in said
+        assert f"{side}, the side of the images" in said
 
 
 @pytest.mark.parametrize(("epochs", "warmup", "fits"), [(10, 9.9, True), (10, 10, False), (10, 10.5, False)])
@@ -165,6 +180,7 @@ def test_a_warm_up_leaves_some_epochs_to_train(tmp_path: Path, epochs: int, warm
         (RESNET, "ema: 0", "ema", "greater than 0"),
         (RESNET, "precision: fp16", "precision", "input should be 'bf16' or 'fp32'"),
         (RESNET, "seed: -1", "seed", "greater than or equal to 0"),
+        (RESNET, "seed: 9223372036854775808", "seed", "less than or equal to 9223372036854775807"),
         (RESNET, "float_start: cifar10_cnv", "float_start", "resnet20 is a float model: leave float_start out"),
         (RESNET, "w_bits: 4", "w_bits", "resnet20 is a float model: leave w_bits out"),
         (RESNET, "a_bits: 4", "a_bits", "resnet20 is a float model: leave a_bits out"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -33,6 +35,7 @@ from cnvzoo.train import (
     count_correct,
     preprocessing_of,
 )
+from cnvzoo.train.state import load_checked
 
 STEPS = 12  # of `recipe()` on `noise()`: two epochs of six
 
@@ -103,12 +106,6 @@ def test_both_precisions_train_and_differ(whole: RunRecord, tmp_path: Path) -> N
         assert one["loss"] == pytest.approx(other["loss"], rel=0.1)
     dtypes = {tensor.dtype for tensor in load_file(tmp_path / "weights.safetensors").values()}
     assert dtypes == {torch.float32, torch.int64}
-
-
-def test_random_numbers_of_the_caller_are_not_touched(tmp_path: Path) -> None:
-    before = torch.random.get_rng_state()
-    run(recipe(), tmp_path, epochs=1)
-    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
@@ -519,9 +516,101 @@ def test_a_loss_that_is_no_number_stops_the_run_with_a_remedy(tmp_path: Path) ->
     assert not (tmp_path / "record.json").exists()
 
 
+NO_WARM_UP = {"warmup_epochs": 0.0}
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_weights_that_grow_beyond_use_stop_the_run_though_the_loss_is_that_of_guessing(
+    bits: int, tmp_path: Path
+) -> None:
+    wanted = recipe(**CNV_BITS | {"w_bits": bits, "a_bits": bits}, optimizer={"lr": 1e6}, schedule=NO_WARM_UP)
+    with pytest.raises(TrainingDiverged) as caught:
+        run(wanted, tmp_path)
+    said = str(caught.value)
+    assert re.match(r"^mnist_resnet20, seed 0: \w+\.\d+\.\w+ has grown to \d\.?\d*e\+\d+ in epoch 1: lower", said), said
+    assert said.endswith("optimizer.lr (1000000.0) or lengthen schedule.warmup_epochs")
+    assert not (tmp_path / "record.json").exists()
+
+
+DAMAGES: dict[str, tuple[str, Callable[[torch.nn.Module], torch.Tensor], float]] = {
+    "parameter": ("fc.weight has values that are not finite", lambda m: m.get_parameter("fc.weight"), float("nan")),
+    "infinite": ("fc.weight has values that are not finite", lambda m: m.get_parameter("fc.weight"), float("-inf")),
+    "buffer": ("norm.running_var has values that are", lambda m: m.get_buffer("norm.running_var"), float("inf")),
+    "large": ("fc.bias has grown to 1.1e+06", lambda m: m.get_parameter("fc.bias"), -1.1e6),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_last_step_that_breaks_weights_stops_the_run_and_leaves_its_state(
+    damage: str, ema: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses of all steps are finite: each is that of the weights before the step."""
+    says, tensor, value = DAMAGES[damage]
+    take = Trainer.take_step
+
+    def take_and_break(trainer: Trainer) -> None:
+        take(trainer)
+        if trainer.step == trainer.total_steps:
+            tensor(trainer.model).data.view(-1)[3] = value
+
+    monkeypatch.setattr(Trainer, "take_step", take_and_break)
+    with pytest.raises(TrainingDiverged, match=re.escape(f"mnist_resnet20, seed 0: {says}")) as caught:
+        run(recipe(ema=ema), tmp_path, save_every=0)
+    assert "in epoch 2: lower optimizer.lr (0.05)" in str(caught.value)
+    assert not (tmp_path / "record.json").exists()
+    assert load_checked(tmp_path / "state.safetensors")[1]["values"]["step"] == STEPS - 1
+
+
+@pytest.mark.parametrize("which", ["average", "quantized bias"])
+def test_weights_that_break_after_the_last_step_are_not_scored(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(model: torch.nn.Module) -> None:
+        next(model.parameters()).data.fill_(float("inf"))
+
+    if which == "average":
+        monkeypatch.setattr(Trainer, "finish", lambda self: spoil(self.model))
+        wanted = recipe(ema=0.9)
+    else:
+        monkeypatch.setattr(importlib.import_module("cnvzoo.train.run"), "quantize_bias", spoil)
+        wanted = recipe(**CNV_BITS, quantize_bias=True)
+    with pytest.raises(TrainingDiverged, match="has values that are not finite at the end: lower"):
+        run(wanted, tmp_path, epochs=1)
+    assert not (tmp_path / "record.json").exists()
+
+
+@pytest.mark.parametrize("loss", [float("inf"), float("-inf"), float("nan")])
+def test_a_loss_of_either_infinity_stops_the_run(loss: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Trainer.take_step
+
+    def take_and_spoil(trainer: Trainer) -> None:
+        take(trainer)
+        trainer._loss_sum.fill_(loss)
+
+    monkeypatch.setattr(Trainer, "take_step", take_and_spoil)
+    with pytest.raises(TrainingDiverged, match=f"the training loss is {loss} in epoch 1"):
+        run(recipe(), tmp_path)
+
+
 def test_a_batch_larger_than_the_training_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="batch_size must be 1 to 48"):
+    with pytest.raises(RunError, match=r"^mnist_resnet20, seed 0: batch_size must be 1 to 48") as caught:
         run(recipe(batch_size=49), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [-3, 2**63, 2**64, True, 1.0, "1"])
+@pytest.mark.parametrize("place", ["argument", "recipe"])
+def test_an_impossible_seed_is_refused_before_anything_is_made(tmp_path: Path, seed: Any, place: str) -> None:
+    wanted = recipe().model_copy(update={"seed": seed}) if place == "recipe" else recipe()
+    says = f"mnist_resnet20: seed={seed!r}: a seed is a whole number from 0 to 9223372036854775807 (2**63 - 1)"
+    with pytest.raises(RunError, match=f"^{re.escape(says)}$"):
+        run(wanted, tmp_path / "run", **({"seed": seed} if place == "argument" else {}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_largest_seed_trains(tmp_path: Path) -> None:
+    assert run(recipe(), tmp_path, seed=2**63 - 1, epochs=1).seed == 2**63 - 1
 
 
 def test_an_unknown_device_is_refused_before_anything_is_made(tmp_path: Path) -> None:

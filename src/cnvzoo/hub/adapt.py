@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cnvzoo.models import build_model
+from cnvzoo.models.initialization import without_initialization
 
 from .build import build_skeleton
 from .errors import CheckpointError
@@ -33,7 +35,8 @@ def adapt(model: nn.Module, arguments: Mapping[str, Any], changes: Mapping[str, 
         ModelError: no model has these arguments.
         CheckpointError: the topology has no layer that could be adapted.
     """
-    adapted = build_model(**{**arguments, **changes}).eval()
+    with nullcontext() if "num_classes" in changes else without_initialization():
+        adapted = build_model(**{**arguments, **changes}).eval()
     state, said = model.state_dict(), []
     if "num_classes" in changes:
         heads = {_layer(tensor) for tensor in _reshaped(model, arguments, changes, "num_classes")}

@@ -43,5 +43,5 @@ def build_skeleton(arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def _build(arguments: Mapping[str, Any]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]), without_initialization():
+    with without_initialization():
         return build_model(**arguments)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from cnvzoo.files import replacing
-
 from .progress import counted
+from .state import load_checked, save_checked
 from .teacher import Memory
 from .trainer import Trainer
 
@@ -56,25 +53,17 @@ def memorise(
                 parts.append(teacher.logits(images).to(_DTYPE))
         said.append(torch.cat(parts).cpu())
         seconds += time.monotonic() - began
-        _save(said, seconds, path, facts)
+        save_checked({str(n): logits for n, logits in enumerate(said)}, path, {"facts": facts, "seconds": seconds})
     teacher.memory = Memory(torch.cat(said).to(trainer.device), seconds)
     return True
-
-
-def _save(said: list[Tensor], seconds: float, path: Path, facts: Mapping[str, Any]) -> None:
-    with replacing(path) as temporary:
-        metadata = {"facts": json.dumps(facts), "seconds": str(seconds)}
-        save_file({str(view): logits for view, logits in enumerate(said)}, temporary, metadata=metadata)
 
 
 def _load(path: Path, facts: Mapping[str, Any]) -> tuple[list[Tensor], float]:
     """The views that the file has for this run, and the seconds that they took."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        if json.loads(metadata["facts"]) != facts:
+        said, saved = load_checked(path)
+        if saved["facts"] != facts:
             return [], 0.0
-        said = load_file(path)
-        return [said[str(view)] for view in range(len(said))], float(metadata["seconds"])
+        return [said[str(view)] for view in range(len(said))], saved["seconds"]
     except (SafetensorError, OSError, KeyError, ValueError):
         return [], 0.0

@@ -5,6 +5,9 @@ Work in a thread that is not the main one may not be alone on the terminal, and 
 
 from __future__ import annotations
 
+import importlib
+import random
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -77,6 +80,10 @@ def counted(items: Sequence[T], name: str, *, quiet: bool = False) -> Iterator[T
 
 
 def _console(quiet: bool) -> Console:
+    if "rich.style" not in sys.modules:  # which draws from the generator of the program when it is imported
+        before = random.getstate()
+        importlib.import_module("rich.style")
+        random.setstate(before)
     from rich.console import Console
 
     return Console(stderr=True, quiet=quiet, highlight=False)

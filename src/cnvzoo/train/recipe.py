@@ -23,6 +23,7 @@ from cnvzoo.data import Augmentation, dataset_info
 from cnvzoo.errors import CnvzooError
 from cnvzoo.models import model_spec
 
+LARGEST_SEED = 2**63 - 1  # what every generator and file format takes
 PUBLISHED_SEED = 0  # of the run whose weights an entry publishes, and gives to those that start or learn from it
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 
@@ -142,7 +143,7 @@ class Recipe(_Section):
         name: the table entry, `<dataset>_<model>[_w<W>a<A>]`.
         model, w_bits, a_bits: as for `cnvzoo.create_model`.
         dataset: one of `cnvzoo.list_datasets()`.
-        epochs, batch_size: passes over the training set and images per step.
+        epochs, batch_size: passes over the training set and images per step, which are not more than the set has.
         label_smoothing: 0 to below 1.
         early_crops: parts of images for the first epochs; None for whole images in all.
         ema: decay per step of the averaged weights, which are then the ones evaluated and kept; None for none.
@@ -156,7 +157,7 @@ class Recipe(_Section):
             weights: names of recipes in the same folder, which are `<dataset>_<model>`. In YAML a name or a list.
         distillation: how they teach.
         teacher_sha256: fingerprints of their recipes; filled in by load_recipe.
-        seed: of initialisation, shuffling and augmentation.
+        seed: of initialisation, shuffling and augmentation; 0 to 2**63 - 1.
     """
 
     name: str
@@ -214,11 +215,24 @@ class Recipe(_Section):
                 raise _at("distillation.views", f"{views}: must be below epochs, {self.epochs}, to be seen again")
             if not self.augmentation.is_each_images_own:
                 raise _at("distillation.views", "goes with crop_padding, flip and cutout alone: leave one or other out")
+        self._check_fits_dataset()
         if self.early_crops:
             self._check_crops(self.early_crops)
         if self.schedule.warmup_epochs >= self.epochs:
             raise _at("epochs", f"{self.epochs}: must be above schedule.warmup_epochs, {self.schedule.warmup_epochs}")
         return self
+
+    def _check_fits_dataset(self) -> None:
+        info = dataset_info(self.dataset)
+        side = model_spec(self.model).input_size or info.image_size
+        padding, cutout = self.augmentation.crop_padding, self.augmentation.cutout
+        if self.batch_size > info.train_size:
+            most = f"must be at most {info.train_size}, the training images of {self.dataset}"
+            raise _at("batch_size", f"{self.batch_size}: {most}")
+        if padding >= side:
+            raise _at("augmentation.crop_padding", f"{padding}: must be below {side}, the side of the images")
+        if cutout > side:
+            raise _at("augmentation.cutout", f"{cutout}: must be at most {side}, the side of the images")
 
     def _check_crops(self, crops: EarlyCrops) -> None:
         spec, own = model_spec(self.model), dataset_info(self.dataset).image_size

@@ -12,7 +12,6 @@ import functools
 import itertools
 import os
 import platform
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from torch import nn
 from cnvzoo.data import Dataset, Preprocessing, TrainBatches, dataset_info, load_dataset, published_sha256
 from cnvzoo.files import FileError, expanded, remove_leftovers, replacing, sha256_of, writing
 from cnvzoo.models import build_model, model_spec, quantize_bias
+from cnvzoo.models.initialization import initialized_from, without_initialization
 
 from .commit import current_commit
 from .device import deterministic, keep_freed_memory, resolve_device
@@ -40,7 +40,7 @@ from .interrupts import caught_signals
 from .memory import memorise
 from .numerics import NUMERICS, describe_machine, warn_of_slow_loops
 from .progress import TrainingProgress
-from .recipe import PUBLISHED_SEED, Recipe
+from .recipe import LARGEST_SEED, PUBLISHED_SEED, Recipe
 from .record import RecordError, RunRecord
 from .state import RunIdentity, resume, save_state
 from .teacher import Teacher
@@ -52,8 +52,6 @@ RECORD, WEIGHTS = "record.json", "weights.safetensors"
 
 _PURPOSES = {"float_start": "starts from", "teacher": "learns from"}
 
-_initialising = threading.Lock()  # the random numbers of initialisation come from the generator of the whole process
-
 
 def preprocessing_of(model: str, dataset: str) -> Preprocessing:
     """How images of `dataset` reach `model`: quantized models take the 8-bit image, others a normalised one."""
@@ -61,6 +59,7 @@ def preprocessing_of(model: str, dataset: str) -> Preprocessing:
     return Preprocessing.for_dataset(dataset_info(dataset), size=spec.input_size, normalize=not spec.quantized)
 
 
+@keep_freed_memory()
 def run_recipe(
     recipe: Recipe,
     *,
@@ -83,7 +82,7 @@ def run_recipe(
     Args:
         recipe: what to train.
         run_dir: folder of this run alone; a leading `~` is the home folder.
-        seed: instead of the recipe's.
+        seed: instead of the recipe's; 0 to 2**63 - 1.
         device: `auto`, or anything torch.device takes.
         epochs: instead of the recipe's; another number makes the run a trial.
         holdout: score on this many training images, which are not trained on, and leave the test set alone.
@@ -102,16 +101,19 @@ def run_recipe(
 
     Raises:
         RunInterrupted: at the deadline, on SIGINT or SIGTERM, or where `stop` says so; the state is saved.
-        RunError: the float start or teacher is missing or does not fit, or the saved state cannot be read.
+        RunError: an argument, or a key of the recipe, is not possible with this dataset; the float start or teacher is
+            missing or does not fit, or the saved state cannot be read.
         RunUnderWay: another process is training in `run_dir`.
         FileError: a file of the run cannot be written; the state that was saved before is still there.
-        TrainingDiverged: the loss is not finite.
+        TrainingDiverged: the loss or a weight is not finite, or a weight is beyond a million. No record is written,
+            and the saved state stays as it is.
     """
     run_dir = expanded(run_dir)
     recipe = recipe if seed is None else recipe.model_copy(update={"seed": seed})
     epochs = recipe.epochs if epochs is None else epochs
     if epochs < 1:
         raise RunError(f"{recipe.name}: epochs={epochs}: a run has at least 1")
+    _check_seed(recipe)
     target = resolve_device(device)
     teachers = [teacher] if isinstance(teacher, (str, Path)) else teacher or []
     start = next(iter(_facts_of(recipe, "float_start", [] if float_start is None else [float_start])), None)
@@ -129,20 +131,20 @@ def run_recipe(
         data = dataset or load_dataset(recipe.dataset, root=data_root)
         data = data.holdout(holdout) if holdout else data
         preprocessing = preprocessing_of(recipe.model, recipe.dataset)
-        keep_freed_memory()
         model = _fresh_model(recipe, data, float_start).to(target)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        batches = TrainBatches(
-            data.train_images,
-            data.train_labels,
-            num_classes=data.info.num_classes,
-            preprocessing=preprocessing,
-            augmentation=recipe.augmentation,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            device=target,
-            views=recipe.distillation.views,
-        )
+        with _refusing(recipe):
+            batches = TrainBatches(
+                data.train_images,
+                data.train_labels,
+                num_classes=data.info.num_classes,
+                preprocessing=preprocessing,
+                augmentation=recipe.augmentation,
+                batch_size=recipe.batch_size,
+                seed=recipe.seed,
+                device=target,
+                views=recipe.distillation.views,
+            )
         trainer = Trainer(model, batches, recipe, epochs, _teacher(recipe, data, teachers, target))
         conditions = {**machine, "torch": torch.__version__}
         resume(trainer, run_dir / STATE, identity, conditions)
@@ -155,6 +157,7 @@ def run_recipe(
         trainer.finish()
         if recipe.quantize_bias:
             quantize_bias(model)
+        trainer.check_weights("at the end")
         correct = count_correct(model, data.test_images, data.test_labels, preprocessing, quiet=quiet)
         total = len(data.test_labels)
 
@@ -218,8 +221,7 @@ def alone_in(run_dir: Path) -> Iterator[None]:
 
 
 def _fresh_model(recipe: Recipe, data: Dataset, float_start: str | Path | None) -> nn.Module:
-    with _initialising, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+    with initialized_from(recipe.seed):
         model = build_model(
             recipe.model, num_classes=data.info.num_classes, in_chans=data.info.in_chans,
             w_bits=recipe.w_bits, a_bits=recipe.a_bits,
@@ -238,12 +240,28 @@ def _fresh_model(recipe: Recipe, data: Dataset, float_start: str | Path | None) 
 def _teacher(recipe: Recipe, data: Dataset, files: Sequence[str | Path], device: torch.device) -> Teacher | None:
     nets = []
     for name, weights in zip(recipe.teacher_models, files, strict=True):
-        with _initialising, torch.random.fork_rng(devices=[]):
+        with without_initialization():
             model = build_model(name, num_classes=data.info.num_classes, in_chans=data.info.in_chans)
         with _naming(recipe, weights):
             model.load_state_dict(load_file(weights), strict=True)
         nets.append((model.to(device), preprocessing_of(name, recipe.dataset)))
     return Teacher(nets, preprocessing_of(recipe.model, recipe.dataset), recipe.distillation) if nets else None
+
+
+def _check_seed(recipe: Recipe) -> None:
+    """Raise RunError for a seed that did not go through a recipe's validation, and would not have."""
+    seed: Any = recipe.seed
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+        raise RunError(f"{recipe.name}: seed={seed!r}: a seed is a whole number from 0 to {LARGEST_SEED} (2**63 - 1)")
+
+
+@contextmanager
+def _refusing(recipe: Recipe) -> Iterator[None]:
+    """Name the run where its recipe turns out to be impossible with the dataset."""
+    try:
+        yield
+    except ValueError as error:
+        raise RunError(f"{recipe.run_name}: {error}") from None
 
 
 @contextmanager

@@ -1,21 +1,28 @@
-"""The saved state of a run under way: one safetensors file, replaced whole, that says which run it is of."""
+"""The saved state of a run under way: one safetensors file, replaced whole, that says which run it is of and has a
+checksum of all that is in it. One changed bit of a weight would else lead to other weights with a valid record.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor, uint8
 
 from cnvzoo.files import replacing
 
 from .errors import RunError
 from .record import RunRecord
 from .trainer import Trainer
+
+_CHECKSUM = "sha256"
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,7 @@ def save_state(trainer: Trainer, path: Path, identity: RunIdentity, conditions: 
     tensors, values = trainer.state()
     # safetensors holds each tensor contiguous; loading copies into the layout in use
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    facts = {"values": values, "identity": asdict(identity), "conditions": conditions}
-    with replacing(path) as temporary:
-        save_file(plain, temporary, metadata={key: json.dumps(fact) for key, fact in facts.items()})
+    save_checked(plain, path, {"values": values, "identity": asdict(identity), "conditions": conditions})
 
 
 def resume(trainer: Trainer, path: Path, identity: RunIdentity, conditions: dict[str, Any]) -> None:
@@ -66,11 +71,10 @@ def resume(trainer: Trainer, path: Path, identity: RunIdentity, conditions: dict
     if not path.exists():
         return
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = {key: json.loads(text) for key, text in (file.metadata() or {}).items()}
+        tensors, facts = load_checked(path)
         found = RunIdentity(**facts["identity"])
         if found == identity and facts["conditions"] == conditions:
-            trainer.load_state(load_file(path), facts["values"])
+            trainer.load_state(tensors, facts["values"])
             return
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise RunError(f"{path}: not a state that this run can go on from ({error}): delete it to start over") from None
@@ -81,3 +85,37 @@ def resume(trainer: Trainer, path: Path, identity: RunIdentity, conditions: dict
         )
     names = (f"state-{found.recipe[:8]}-seed{found.seed}-{number}.safetensors" for number in itertools.count(1))
     path.rename(next(aside for aside in map(path.with_name, names) if not aside.exists()))
+
+
+def save_checked(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, Any]) -> None:
+    """Save contiguous tensors on the CPU, and JSON values by name, as one safetensors file with a checksum of both."""
+    metadata = {key: json.dumps(fact) for key, fact in facts.items()}
+    metadata[_CHECKSUM] = _checksum(tensors, metadata)
+    with replacing(path) as temporary:
+        save_file(dict(tensors), temporary, metadata)
+
+
+def load_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and values of a file of `save_checked`, if they are exactly what was saved.
+
+    Raises:
+        SafetensorError, OSError, ValueError: they are not, or the file cannot be read.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    expected = metadata.pop(_CHECKSUM, None)
+    if expected is None:
+        raise ValueError("it has no checksum, as older versions of cnvzoo saved it")
+    tensors = load_file(path)
+    if _checksum(tensors, metadata) != expected:
+        raise ValueError("it is damaged: its checksum is not that of its content")
+    return tensors, {key: json.loads(text) for key, text in metadata.items()}
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """sha256 of the metadata, then of each tensor, by name: its name, dtype, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(uint8).numpy().data)
+    return digest.hexdigest()

@@ -5,6 +5,7 @@ Nothing in an epoch waits for the device: losses add up on it and are read once,
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,9 +24,13 @@ from .schedule import lr_factor
 from .steps import CapturedSteps, Steps
 from .teacher import Teacher
 
+# Of a parameter, from which on it counts as diverged. Those of the published models are below 10. At a million,
+# neighbouring float32 values are 1/16 apart and bfloat16 values 4096: no gradient moves such a weight any more.
+_LARGEST_WEIGHT = 1e6
+
 
 class TrainingDiverged(CnvzooError):
-    """The loss is not a number any more."""
+    """The loss or a weight is not a number any more, or a weight has grown beyond all use."""
 
 
 class WeightAverage:
@@ -173,17 +178,40 @@ class Trainer:
         loss = float(self._loss_sum) / self.steps_per_epoch  # waits for the device
         self._epoch_seconds += time.monotonic() - began
         epoch = self.step // self.steps_per_epoch
-        if loss != loss or loss == float("inf"):
-            raise TrainingDiverged(
-                f"{self.recipe.run_name}: the training loss is {loss} in epoch {epoch}: "
-                f"lower optimizer.lr ({self.recipe.optimizer.lr}) or lengthen schedule.warmup_epochs"
-            )
+        if not math.isfinite(loss):
+            raise self._diverged(f"the training loss is {loss} in epoch {epoch}")
+        self.check_weights(f"in epoch {epoch}")
         lr = self.optimizers[0].param_groups[0]["peak_lr"] * self.scalars(self.step - 1)[0]
         self.history.append(
             {"epoch": epoch, "loss": round(loss, 6), "lr": lr, "seconds": round(self._epoch_seconds, 2)}
         )
         self._loss_sum.zero_()
         self._epoch_seconds = 0.0
+
+    @torch.no_grad()
+    def check_weights(self, when: str) -> None:
+        """Check that what the model has learned so far can be computed with.
+
+        Args:
+            when: for the message.
+
+        Raises:
+            TrainingDiverged: a parameter or buffer is not finite, or a parameter is beyond a million.
+        """
+        parameters = dict(self.model.named_parameters())
+        values = parameters | {name: t for name, t in self.model.named_buffers() if t.is_floating_point()}
+        largest = torch.stack(torch._foreach_norm([t.detach() for t in values.values()], math.inf)).tolist()
+        for name, most in zip(values, largest, strict=True):
+            if not math.isfinite(most):
+                raise self._diverged(f"{name} has values that are not finite {when}")
+            if name in parameters and most > _LARGEST_WEIGHT:
+                raise self._diverged(f"{name} has grown to {most:.2g} {when}")
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        return TrainingDiverged(
+            f"{self.recipe.run_name}: {what}: "
+            f"lower optimizer.lr ({self.recipe.optimizer.lr}) or lengthen schedule.warmup_epochs"
+        )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the next steps depend on: tensors by name, and the rest as JSON values."""
