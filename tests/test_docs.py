@@ -17,10 +17,11 @@ import pytest
 import reproduce
 from fake_http import GOOD_TOKEN  # pyright: ignore[reportMissingImports]  (in tests/hub, see conftest.py)
 from fake_hub import FakeHub  # pyright: ignore[reportMissingImports]
-from harness import records, render
+from harness import render
 from harness.entries import load_entries
 from harness.layout import Layout
 from harness.readme import END, START
+from harness.records import Records
 from harness.references import load_references
 from harness.retired import recipes_scored
 from harness.tables import rows
@@ -182,7 +183,7 @@ def test_the_lines_on_the_publishing_page_are_those_that_people_get(desk, perfor
 def test_results_are_those_of_the_records():
     layout = Layout.of(ROOT / "benchmarks")
     entries = load_entries(layout.configs)
-    survey = records.survey(entries.values(), layout)
+    survey = Records(entries, layout).survey()
     recipes = recipes_scored(entries.values(), layout)
     lines = rows(entries.values(), survey, load_references(layout.references, entries), recipes)
     remedy = "run: python benchmarks/reproduce.py --table all --time-limit 0"

@@ -19,9 +19,10 @@ from harness import render, runners
 from harness.execute import execute
 from harness.layout import Layout
 from harness.plan import make_plan
+from harness.records import Records
 from harness.runner import Run
 from harness.runners import LocalRunner, at_once_by_default, settings
-from tiny import tiny
+from tiny import publish_tiny, tiny
 from workbench import Bench, FakeTraining
 
 from cnvzoo.data import DatasetError
@@ -119,8 +120,8 @@ def test_a_failed_run_takes_along_only_what_starts_from_it(trio, capsys):
 
 def test_all_but_the_runs_happens_in_the_calling_thread(trio):
     entries = {name: trio.entry(name) for name in (FLOAT, OTHER, QUANTIZED)}
-    layout = Layout.of(trio.home, trio.runs)
-    jobs = make_plan(list(entries.values()), (0, 1, 2), entries=entries, layout=layout)
+    records = Records(entries, Layout.of(trio.home, trio.runs))
+    jobs = make_plan(list(entries.values()), (0, 1, 2), records=records)
     here: list[bool] = []
     there: list[bool] = []
 
@@ -132,8 +133,7 @@ def test_all_but_the_runs_happens_in_the_calling_thread(trio):
         jobs,
         LocalRunner(play, torch.device("cpu"), None),
         at_once=4,
-        entries=entries,
-        layout=layout,
+        records=records,
         deadline=None,
         say=note,
         on_finished=note,
@@ -241,7 +241,8 @@ def test_an_error_that_is_not_of_one_run_ends_it_all_with_the_others_saved(trio,
 
 
 def test_runs_in_threads_give_the_weights_of_runs_alone(bench, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "none")  # compiling would take most of the time
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling would take most of the time
+    publish_tiny(monkeypatch.setitem)
     bench.recipe("mnist_resnet20", epochs=3, batch_size=16)
     bench.train = partial(run_recipe, dataset=tiny(), quiet=True)
     assert bench.run("--table", "mnist") == 0
@@ -255,7 +256,8 @@ def test_runs_in_threads_give_the_weights_of_runs_alone(bench, tmp_path, monkeyp
 
 
 def test_a_run_in_a_thread_can_be_asked_to_stop(tmp_path, bench, monkeypatch):
-    monkeypatch.setenv("CXX", "none")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    publish_tiny(monkeypatch.setitem)
     bench.recipe("mnist_resnet20", epochs=3, batch_size=16)
     recipe = bench.entry("mnist_resnet20").recipe
     asked = iter([None] * 5)

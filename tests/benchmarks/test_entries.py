@@ -60,8 +60,9 @@ def test_the_tables_of_this_project():
 
 
 @pytest.mark.parametrize(("table", "count"), [("cifar10", 10), ("all", 31)])
-def test_listing_names_one_entry_a_line(table, count):
+def test_listing_has_every_run(table, count):
     command = [sys.executable, str(BENCHMARKS / "reproduce.py"), "--table", table, "--list"]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert listing == [name for name in NAMES if table in ("all", name.split("_")[0])]
-    assert len(listing) == count
+    runs = [(name, str(seed)) for name in NAMES if table in ("all", name.split("_")[0]) for seed in (0, 1, 2)]
+    assert [tuple(line.split("\t")[:2]) for line in listing] == runs
+    assert len(listing) == 3 * count

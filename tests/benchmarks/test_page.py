@@ -178,11 +178,20 @@ def test_the_page_is_up_to_date_after_every_run(bench):
     assert row(pages[1], "mnist_resnet20")[0].startswith("98.76")
 
 
-def test_listing_off_a_terminal_is_names_alone_and_writes_nothing(bench, capsys):
+def test_listing_off_a_terminal_is_a_line_for_each_run_and_writes_nothing(bench, capsys):
     for name in ("mnist_cnv", "mnist_resnet20", "cifar10_cnv"):
         bench.recipe(name)
     assert bench.run("--table", "mnist", "--list") == 0
-    assert capsys.readouterr().out == "mnist_resnet20\nmnist_cnv\n"
+    bench.put("mnist_cnv", 0, accuracy=99.5)
+    bench.put("mnist_cnv", 1, accuracy=99.25, numerics=1)
+    bench.put("mnist_resnet20", 2)
+    bench.recipe("mnist_resnet20", epochs=11)
+    capsys.readouterr()
+    assert bench.run("--table", "mnist", "--list") == 0
+    assert capsys.readouterr().out == (
+        "mnist_resnet20\t0\tmissing\t-\nmnist_resnet20\t1\tmissing\t-\nmnist_resnet20\t2\tout of date\t-\n"
+        "mnist_cnv\t0\tdone\t99.50\nmnist_cnv\t1\tdone by older arithmetic\t99.25\nmnist_cnv\t2\tmissing\t-\n"
+    )
     assert not (bench.home / "RESULTS.md").exists()
 
 
@@ -195,4 +204,4 @@ def test_listing_on_a_terminal_has_the_standing_of_every_run(bench, capsys, monk
     capsys.readouterr()
     bench.run("--table", "mnist", "--list")
     line = next(line for line in capsys.readouterr().out.splitlines() if "mnist_cnv" in line)
-    assert [word.strip() for word in line.split("│")][1:] == ["99.50", "started", "not run"]
+    assert [word.strip() for word in line.split("│")][1:] == ["99.50", "started", "missing"]

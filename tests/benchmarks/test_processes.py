@@ -23,6 +23,7 @@ from harness.execute import Outcome, execute
 from harness.layout import Layout
 from harness.plan import make_plan
 from harness.processes import ProcessRunner
+from harness.records import Records
 from harness.runner import Run
 from tiny import TINY, tiny
 from workbench import Bench, make_record
@@ -36,7 +37,7 @@ TIMEOUT = 120
 
 def prepared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """With a run of 5 epochs of 2 steps, uncompiled: compiling would take most of the time."""
-    monkeypatch.setenv("CXX", "none")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     bench.recipe(ENTRY, epochs=5, batch_size=32)
     bench.train = partial(run_recipe, dataset=tiny(), quiet=True)
     return bench
@@ -235,14 +236,13 @@ def test_the_worker_says_of_a_folder_that_cannot_be_made_what_this_process_would
 
 def all_of_it(bench: Bench, say: Callable[[str], None], deadline: float | None = None) -> Outcome:
     """Two seeds at once, each in a worker."""
-    entries, layout = {ENTRY: bench.entry(ENTRY)}, Layout.of(bench.home, bench.runs)
-    jobs = make_plan(list(entries.values()), (0, 1), entries=entries, layout=layout)
+    records = Records({ENTRY: bench.entry(ENTRY)}, Layout.of(bench.home, bench.runs))
+    jobs = make_plan(list(records.entries.values()), (0, 1), records=records)
     return execute(
         jobs,
         ProcessRunner(threads=1, deadline=deadline, say=say),
         at_once=2,
-        entries=entries,
-        layout=layout,
+        records=records,
         deadline=deadline,
         say=say,
         on_finished=lambda: None,

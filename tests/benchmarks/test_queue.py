@@ -7,10 +7,11 @@ import shutil
 import time
 
 import pytest
+from harness.retired import load_retired
 from workbench import label_of, make_record
 
 from cnvzoo.files import sha256_of
-from cnvzoo.train import RunRecord
+from cnvzoo.train import NUMERICS, RunRecord
 
 FLOAT, QUANTIZED = "cifar10_cnv", "cifar10_quant_cnv_w4a4"
 
@@ -84,16 +85,22 @@ def test_a_corrupt_record_is_named_and_stays_until_a_new_run_is_finished(bench, 
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("entry", "seed", "changes", "complaint"),
     [
-        ({"entry": "cifar10_cnv"}, "the record of cifar10_cnv seed 0, not of mnist_cnv seed 0"),
-        ({"seed": 1}, "the record of mnist_cnv seed 1, not of mnist_cnv seed 0"),
-        ({"trial": True}, "trial"),
+        ("mnist_resnet20", 0, {}, "the record of mnist_resnet20 seed 0, not of mnist_cnv seed 0"),
+        ("mnist_cnv", 1, {}, "the record of mnist_cnv seed 1, not of mnist_cnv seed 0"),
+        ("mnist_cnv", 0, {"trial": True, "epochs": 3}, "the record of a trial, which enters no table"),
+        ("mnist_cnv", 0, {"trial": True, "epochs": 20}, "the record of a trial, which enters no table"),
+        ("mnist_cnv", 0, {"data_sha256": "d" * 64}, "trained on other images than mnist has"),
+        ("mnist_cnv", 0, {"numerics": NUMERICS + 1}, f"of arithmetic version {NUMERICS + 1}, and this checkout has"),
     ],
 )
-def test_a_record_in_the_wrong_place_does_not_count(bench, capsys, changes, complaint):
-    bench.recipe("mnist_cnv")
-    bench.put("mnist_cnv", accuracy=12.34, **changes)
+def test_a_record_in_the_wrong_place_or_of_other_code_or_data_does_not_count(
+    bench, capsys, entry, seed, changes, complaint
+):
+    for name in ("mnist_cnv", "mnist_resnet20"):
+        bench.recipe(name)
+    make_record(bench.entry(entry).recipe, seed, accuracy=12.34, **changes).write(bench.result("mnist_cnv"))
     assert bench.run("--table", "mnist", "--time-limit", "0") == 3
     assert complaint in capsys.readouterr().err
     assert "12.34" not in bench.page
@@ -390,3 +397,85 @@ def test_impossible_arguments_are_refused(bench, wrong):
     with pytest.raises(SystemExit) as stop:
         bench.run("--table", "mnist", *wrong)
     assert stop.value.code == 2
+
+
+# --- records of older arithmetic, and of inputs that changed
+
+
+def test_a_record_of_older_arithmetic_stays_marked_and_is_due_after_all_that_is_missing(bench, capsys):
+    for name in ("mnist_cnv", "mnist_resnet20"):
+        bench.recipe(name)
+    bench.put("mnist_resnet20", 0, accuracy=99.11, numerics=NUMERICS - 1)
+    assert bench.run("--table", "mnist", "--seeds", "0", "1", "--time-limit", "0") == 3
+    assert "| 99.11†, -, - |" in bench.page
+    assert "no table reads" not in capsys.readouterr().err
+    assert bench.run("--table", "mnist", "--seeds", "0", "1") == 0
+    assert bench.training.calls == [
+        ("mnist_cnv", 0), ("mnist_resnet20", 1), ("mnist_cnv", 1), ("mnist_resnet20", 0),
+    ]  # fmt: skip
+    assert "†," not in bench.page
+    (retired,) = load_retired(bench.home / "retired.json")
+    assert (retired.entry, retired.seed, retired.accuracy, retired.numerics) == ("mnist_resnet20", 0, 99.11, 1)
+
+
+def test_what_starts_from_older_weights_is_older_and_is_trained_after_them(bench):
+    bench.recipe("cifar10_cnv")
+    bench.recipe("cifar10_quant_cnv_w4a4", float_start="cifar10_cnv")
+    bench.put("cifar10_cnv", 0, numerics=NUMERICS - 1)
+    bench.put("cifar10_quant_cnv_w4a4", 0, accuracy=90.12)
+    assert bench.run("--table", "cifar10", "--seeds", "0", "--time-limit", "0") == 3
+    assert "| 90.12†, -, - |" in bench.page
+    assert bench.run("--table", "cifar10", "--entry", "cifar10_quant_cnv_w4a4", "--seeds", "0") == 0
+    assert bench.training.calls == [("cifar10_cnv", 0), ("cifar10_quant_cnv_w4a4", 0)]
+    assert "†," not in bench.page
+
+
+def test_what_started_from_weights_that_were_replaced_is_due_again(bench):
+    bench.recipe("cifar10_cnv")
+    bench.recipe("cifar10_quant_cnv_w4a4", float_start="cifar10_cnv")
+    for name in ("cifar10_cnv", "cifar10_quant_cnv_w4a4"):
+        bench.put(name, 0)
+    assert bench.run("--table", "cifar10", "--entry", "cifar10_cnv", "--seeds", "0", "--retrain") == 0
+    assert bench.training.calls == [("cifar10_cnv", 0)]
+    assert "| 90.00†, -, - |" in bench.page
+    assert bench.run("--table", "cifar10", "--seeds", "0") == 0
+    assert bench.training.calls[1:] == [("cifar10_quant_cnv_w4a4", 0)]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_weights_that_no_record_knows_are_named(bench, capsys, recorded):
+    bench.recipe("cifar10_cnv")
+    bench.recipe("cifar10_quant_cnv_w4a4", float_start="cifar10_cnv")
+    if recorded:
+        bench.put("cifar10_cnv", 0)
+    start = {"entry": "cifar10_cnv", "seed": 0, "weights_sha256": "e" * 64}
+    bench.put("cifar10_quant_cnv_w4a4", 0, accuracy=12.34, float_start=start)
+    bench.run("--table", "cifar10", "--time-limit", "0")
+    assert "uses weights of cifar10_cnv seed 0 (eeeeeeee) that have no record" in capsys.readouterr().err
+    assert "12.34" not in bench.page
+
+
+# --- edited numbers
+
+
+def test_an_accuracy_that_the_weights_do_not_bear_out_is_not_published(bench, capsys):
+    bench.recipe("mnist_cnv")
+    bench.unproven = "9,000 images right, published 9,999, allowed difference 0"
+    bench.training.accuracy = lambda name, seed: 99.99
+    assert bench.run("--table", "mnist", "--seeds", "0") == 1
+    message = capsys.readouterr().err
+    assert "mnist_cnv/seed0.json: not published, because its weights do not bear it out: 9,000 images right" in message
+    assert not (bench.hub / "cnv.mnist").exists()
+
+
+def test_a_number_that_differs_from_the_published_checkpoint_of_the_same_weights_is_refused(bench, capsys):
+    bench.recipe("mnist_cnv")
+    assert bench.run("--table", "mnist", "--seeds", "0") == 0
+    record = RunRecord.read(bench.result("mnist_cnv"))
+    edited = record.model_copy(update={"correct": 9999, "accuracy": 99.99})
+    edited.write(bench.result("mnist_cnv"))
+    (bench.runs / "mnist_cnv" / "seed0" / "record.json").unlink()
+    capsys.readouterr()
+    assert bench.run("--table", "mnist", "--seeds", "0", "--time-limit", "0") == 3
+    assert "9999 of 10000 right, and the published checkpoint of the same weights says 9000" in capsys.readouterr().err
+    assert "99.99" not in bench.page

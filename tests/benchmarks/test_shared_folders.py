@@ -11,7 +11,7 @@ import pytest
 import reproduce
 from filelock import FileLock
 from test_at_once import Play, left
-from workbench import Bench, FakeTraining
+from workbench import Bench, FakeTraining, make_record
 
 from cnvzoo.train import RunRecord, RunUnderWay
 
@@ -52,7 +52,7 @@ class Neighbour:
 
 @pytest.fixture
 def neighbour(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[Neighbour]:
-    monkeypatch.setattr(reproduce, "keep_missing", lambda entries, layout: [])  # which takes most of the time
+    monkeypatch.setattr(reproduce, "keep_missing", lambda *_: [])  # which takes most of the time
     for name in (FIRST, FLOAT, OTHER):
         bench.recipe(name)
     bench.recipe(QUANTIZED, float_start=FLOAT)
@@ -110,7 +110,8 @@ def test_a_record_that_is_copied_in_during_its_run_stands(bench, neighbour, duri
 
 def test_a_record_of_another_recipe_is_not_taken_for_it(bench, neighbour, during):
     recipe = bench.entry(OTHER).recipe
-    during(FIRST, lambda: bench.put(OTHER, recipe_sha256="0" * 64))
+    other = recipe.model_copy(update={"label_smoothing": 0.25})
+    during(FIRST, lambda: make_record(other).write(bench.result(OTHER)))
     assert bench.run("--table", "cifar10", "--entry", FIRST, OTHER, "--seeds", "0") == 0
     assert RunRecord.read(bench.result(OTHER)).recipe_sha256 == recipe.fingerprint()
 

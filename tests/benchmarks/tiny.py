@@ -12,12 +12,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from cnvzoo.data import Dataset, dataset_info
+from cnvzoo.data import Dataset, dataset_info, datasets
+from cnvzoo.data.cache import CHECKSUMS, sha256_of_array
 from cnvzoo.train import Trainer, run
 
 TINY = Path(__file__).resolve()
@@ -39,6 +42,14 @@ def tiny() -> Dataset:
     )
 
 
+def publish_tiny(put: Callable[[dict[str, Any], str, Any], object] = dict.__setitem__) -> None:
+    """Have `tiny()` pass for the published MNIST; `put` sets an item, which it may put back later."""
+    data = tiny()
+    arrays = ("train_images", "train_labels", "test_images", "test_labels")
+    put(datasets._DATASETS, "mnist", data.info)
+    put(CHECKSUMS, "mnist", {key: {"sha256": sha256_of_array(getattr(data, key))} for key in arrays})
+
+
 class SlowProgress(run.TrainingProgress):
     def __call__(self, trainer: Trainer) -> None:
         super().__call__(trainer)
@@ -51,6 +62,7 @@ def main(arguments: list[str]) -> int:
     import reproduce
     from harness import processes, worker
 
+    publish_tiny()
     run.load_dataset = lambda name, root=None: tiny()
     run.TrainingProgress = SlowProgress
     processes.WORKER = TINY

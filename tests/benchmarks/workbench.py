@@ -15,12 +15,12 @@ from reproduce import main
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cnvzoo.data import dataset_info
+from cnvzoo.data import dataset_info, published_sha256
 from cnvzoo.deploy import DeployError
 from cnvzoo.files import sha256_of
 from cnvzoo.hub import IntegerResult
 from cnvzoo.models import build_model
-from cnvzoo.train import RunError, RunInterrupted, RunRecord
+from cnvzoo.train import NUMERICS, RunError, RunInterrupted, RunRecord
 from cnvzoo.verify import Verification
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -33,24 +33,35 @@ def make_record(recipe: Any, seed: int = 0, /, *, accuracy: float = 90.0, **chan
     values = {
         "entry": recipe.name,
         "seed": seed,
+        "numerics": NUMERICS,
+        "epochs": recipe.epochs,
         "trial": False,
         "holdout": 0,
         "accuracy": accuracy,
         "correct": round(100 * accuracy),
         "total": 10000,
         "weights": "final",
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json") | {"seed": seed},
         "recipe_sha256": recipe.fingerprint(),
+        "data_sha256": published_sha256(recipe.dataset),
         "weights_sha256": "0" * 64,
         "seconds": 90.0,
         "device": CPU,
         "versions": {"torch": "2.14.1", "python": "3.11.9"},
         "commit": None,
-        "float_start": None,
+        "float_start": next(iter(inputs(recipe, "float_start")), None),
+        "teacher": inputs(recipe, "teacher") or None,
         "finished": "2025-01-01T00:00:00+00:00",
-        "history": [],
-    }
-    return RunRecord.model_validate(values | changes)
+    } | changes
+    history = [{"epoch": n + 1, "loss": 2.0, "lr": 0.1, "seconds": 1.0} for n in range(values["epochs"])]
+    return RunRecord.model_validate({"history": history} | values)
+
+
+def inputs(recipe: Any, purpose: str, *weights: Path) -> list[dict[str, Any]]:
+    """What a record says of the weights that a run was given: of these files, by default those of `make_record`."""
+    digests = [sha256_of(path) for path in weights] or ["0" * 64] * len(recipe.needs.get(purpose, ()))
+    entries = recipe.needs.get(purpose, ())
+    return [{"entry": e, "seed": 0, "weights_sha256": sha} for e, sha in zip(entries, digests, strict=True)]
 
 
 @functools.cache
@@ -89,6 +100,7 @@ class FakeTraining:
         self.options.append({"epochs": epochs, "run_dir": run_dir, **handed_in, **options})
         if any(handed_in[purpose] is None for purpose in recipe.needs):
             raise RunError("not all weights were handed in")
+        given = {k: v if isinstance(v, list) else [v] for k, v in handed_in.items() if v is not None}
         record_path, weights, state = (run_dir / n for n in ("record.json", "weights.safetensors", "state.safetensors"))
         if record_path.exists() and weights.exists():
             record = RunRecord.read(record_path)
@@ -108,8 +120,10 @@ class FakeTraining:
             seed,
             accuracy=self.accuracy(*key),
             weights_sha256=sha256_of(weights),
+            epochs=epochs or recipe.epochs,
             trial=epochs is not None,
-            recipe=recipe.model_dump(mode="json") | {"epochs": epochs or recipe.epochs},
+            float_start=next(iter(inputs(recipe, "float_start", *given.get("float_start", []))), None),
+            teacher=inputs(recipe, "teacher", *given.get("teacher", [])) or None,
         )
         record.write(record_path)
         state.unlink(missing_ok=True)
@@ -127,6 +141,7 @@ class Bench:
         self.measured: list[tuple[str, str]] = []
         self.unmeasurable: str | None = None
         self.problem: str | None = None
+        self.unproven: str | None = None
         (self.home / "configs").mkdir(parents=True)
         self.write_references("")
 
@@ -161,11 +176,18 @@ class Bench:
         argv: Sequence[str] = ("--device", "cpu", "--runs", str(self.runs), "--at-once", "1", *arguments)
         return main(argv, home=self.home, train=self.train, verify=self.verify, measure=self.measure)
 
-    def verify(self, names: list[str], *, hub: Path, device: str) -> list[Verification]:
-        """In the place of cnvzoo.verify: remembers what it was asked, and finds `problem` in each."""
+    def verify(
+        self, names: list[str] | list[Path], *, hub: Path | None = None, device: str = "auto"
+    ) -> list[Verification]:
+        """In the place of cnvzoo.verify: remembers the names it was asked, and finds `problem` in each.
+
+        In folders that are to be published, which it is asked about by their paths, it finds `unproven`.
+        """
+        if hub is None:
+            return [Verification(str(path), problem=self.unproven) for path in names]
         assert hub == self.hub
-        self.verified.append(names)
-        return [Verification(name, problem=self.problem) for name in names]
+        self.verified.append([str(name) for name in names])
+        return [Verification(str(name), problem=self.problem) for name in names]
 
     def measure(self, model: Any, dataset: str) -> IntegerResult:
         """In the place of cnvzoo.deployment.measure_integer: remembers what it was asked."""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -50,12 +51,37 @@ def test_the_compiler_is_one_that_is_there(monkeypatch, tmp_path, compiling, the
     monkeypatch.delenv("CXX", raising=False)
     if named is not None:
         monkeypatch.setenv("CXX", named)
-    compiled._compiler.cache_clear()
+    compiled._working_compiler.cache_clear()
     try:
+        with nullcontext() if chosen or not named else pytest.warns(UserWarning, match="CXX=none: no such command"):
+            assert compiling(lambda: None)["cpp.cxx"] == (None, chosen)
         assert compiled.compiles(torch.device("cpu")) == (chosen is not None)
-        assert compiling(lambda: None)["cpp.cxx"] == (None, chosen)
     finally:
-        compiled._compiler.cache_clear()
+        compiled._working_compiler.cache_clear()
+
+
+def test_a_compiler_that_gives_no_loop_costs_a_warning_once(monkeypatch, compiling):
+    """Such as one without Python's headers, or with a cache on a file system whose files may not be executed."""
+
+    def fail() -> None:
+        raise OSError("failed to map segment from shared object")
+
+    compiled._working_compiler.cache_clear()
+    monkeypatch.setenv("CXX", "g++ -nostdinc")
+    monkeypatch.setattr(compiled, "_compiler", lambda named: named)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *_: fail())
+    try:
+        with pytest.warns(UserWarning, match="-nostdinc gives no loop that runs .OSError: failed to map segment"):
+            assert not compiled.compiles(torch.device("cpu"))
+        assert not compiled.compiles(torch.device("cpu"))  # a second warning would be an error
+    finally:
+        compiled._working_compiler.cache_clear()
+
+
+@pytest.mark.parametrize("variable", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_loops_are_not_compiled_where_torch_hands_them_back_as_they_are(monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    assert not compiled.compiles(torch.device("cpu"))
 
 
 @pytest.mark.skipif(not compiled.compiles(torch.device("cpu")), reason="no C++ compiler here to compile with")
