@@ -94,6 +94,22 @@ def test_a_compiler_named_before_torchs_was_loaded_is_not_remembered():
     assert torch.equal(loop(torch.full((50, 60), 3.0)), torch.full((50, 60), 6.0))
 
 
+def test_what_is_compiled_for_one_instruction_set_is_cached_apart(monkeypatch):
+    """The compiler's cache on disk would hand a loop for vectors of 16 to a process that has vectors of 8.
+
+    Every call may compile for further sizes, and not only the first.
+    """
+    tags: list[str] = []
+    note = lambda *_: tags.append(torch.compiler.config.cache_key_tag)  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda function, **_: note)
+    for capability in ("AVX512", "AVX2"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        compiled.compiled_for(double, torch.ones(3))(torch.ones(5))
+    wide, narrow = tags[-4:-2], tags[-2:]
+    assert wide[0] == wide[1] != narrow[0] == narrow[1]
+    assert torch.compiler.config.cache_key_tag not in tags[-4:]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_ctrl_c_spares_the_compiler_and_nothing_else(compiling):
     def interrupted() -> None:

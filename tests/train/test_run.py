@@ -22,10 +22,13 @@ from safetensors.torch import load_file, save_file
 from synthetic import CNV_BITS, EVERY_AUGMENTATION, StepHook, coloured, interrupted, noise, recipe, run
 
 from cnvzoo import CnvzooError
+from cnvzoo.data import published_sha256
 from cnvzoo.files import FileError, sha256_of
 from cnvzoo.models import build_model
+from cnvzoo.models.compiled import compiles
 from cnvzoo.models.integer_bias import quantize_bias
 from cnvzoo.train import (
+    NUMERICS,
     RunError,
     RunInterrupted,
     RunRecord,
@@ -329,13 +332,6 @@ def test_a_run_whose_files_were_damaged_is_trained_again(whole: RunRecord, tmp_p
     assert RunRecord.read(tmp_path / "record.json") == again
 
 
-@pytest.mark.parametrize("arguments", [{"seed": 1}, {"epochs": 1}, {"holdout": 8}])
-def test_a_finished_run_of_another_kind_is_no_answer(tmp_path: Path, arguments: dict[str, Any]) -> None:
-    first = run(recipe(), tmp_path)
-    other = run(recipe(), tmp_path, **arguments)
-    assert other.weights_sha256 != first.weights_sha256
-
-
 @pytest.mark.parametrize("keep", [0, 5, 1000, -1])
 def test_a_state_that_was_cut_off_is_refused_by_name(tmp_path: Path, each_step: StepHook, keep: int) -> None:
     state = interrupted(recipe(), tmp_path, each_step)
@@ -363,8 +359,9 @@ def test_a_state_of_another_recipe_or_seed_is_set_aside_and_can_go_on(
     (aside,) = tmp_path.glob("state-*.safetensors")
     assert aside.read_bytes() == content
     assert not state.exists()
-    aside.rename(state)
-    assert run(recipe(ema=0.9), tmp_path).weights_sha256 == whole.weights_sha256
+    (tmp_path / "own").mkdir()
+    aside.rename(tmp_path / "own" / state.name)
+    assert run(recipe(ema=0.9), tmp_path / "own").weights_sha256 == whole.weights_sha256
 
 
 def test_states_set_aside_one_after_another_are_all_kept(tmp_path: Path, each_step: StepHook) -> None:
@@ -385,6 +382,36 @@ def test_a_state_from_other_conditions_is_refused_and_kept(tmp_path: Path, each_
         torch.set_num_threads(threads)
     assert str(caught.value).startswith(f"{state}: ")
     assert state.read_bytes() == content
+
+
+def test_a_state_of_compiled_loops_is_not_resumed_without_them(
+    tmp_path: Path, each_step: StepHook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiles(torch.device("cpu")):
+        pytest.skip("no C++ compiler here to compile with")
+    state = interrupted(recipe(), tmp_path, each_step)
+    content = state.read_bytes()
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with pytest.raises(RunError, match="here None, loops compiled, here eager: weights trained"):
+        run(recipe(), tmp_path)
+    assert state.read_bytes() == content
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"epochs": 1}, {"holdout": 8}, {"dataset": noise(seed=1)}])
+def test_a_finished_run_is_not_overwritten_by_another(tmp_path: Path, other: dict[str, Any]) -> None:
+    run(recipe(), tmp_path)
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RunError, match="holds the finished run of mnist_resnet20, seed 0, which differs in") as caught:
+        run(recipe(), tmp_path, **other)
+    assert "give another folder, or move that one away" in str(caught.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
+def test_a_record_tells_the_images_apart(tmp_path: Path) -> None:
+    data = noise(seed=1)
+    ours, theirs = run(recipe(), tmp_path / "ours", data, epochs=1), run(recipe(), tmp_path / "theirs", epochs=1)
+    assert ours.data_sha256 == data.sha256
+    assert len({ours.data_sha256, theirs.data_sha256, published_sha256("mnist")}) == 3
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(tmp_path: Path, each_step: StepHook) -> None:
@@ -630,6 +657,8 @@ def test_the_state_says_which_run_it_is_of(tmp_path: Path, each_step: StepHook) 
         "seed": 0,
         "epochs": 2,
         "holdout": 8,
+        "numerics": NUMERICS,
+        "data": noise().sha256,
         "float_start": None,
         "teacher": None,
     }

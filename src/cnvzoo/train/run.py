@@ -12,6 +12,7 @@ import functools
 import itertools
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -146,8 +147,11 @@ def run_recipe(
                 views=recipe.distillation.views,
             )
         trainer = Trainer(model, batches, recipe, epochs, _teacher(recipe, data, teachers, target))
-        conditions = {**machine, "torch": torch.__version__}
-        resume(trainer, run_dir / STATE, identity, conditions)
+        versions = _versions(recipe, target)
+        deciding = {name: text for name, text in versions.items() if name not in ("python", "cnvzoo")}
+        conditions = {**machine, **deciding}
+        if (aside := resume(trainer, run_dir / STATE, identity, conditions)) and not quiet:
+            print(f"{recipe.run_name}: the state of another run is kept as {aside}", file=sys.stderr)
         save = functools.partial(save_state, trainer, run_dir / STATE, identity, conditions)
         prepare = functools.partial(
             memorise, trainer, run_dir / MEMORY, {"identity": asdict(identity), "conditions": conditions}, quiet=quiet
@@ -180,7 +184,7 @@ def run_recipe(
             weights_sha256=sha256_of(run_dir / WEIGHTS),
             seconds=round(_seconds(trainer), 1),
             device=machine,
-            versions=_versions(recipe, target),
+            versions=versions,
             commit=commit,
             float_start=start,
             teacher=taught_by,

@@ -62,29 +62,35 @@ def save_state(trainer: Trainer, path: Path, identity: RunIdentity, conditions: 
     save_checked(plain, path, {"values": values, "identity": asdict(identity), "conditions": conditions})
 
 
-def resume(trainer: Trainer, path: Path, identity: RunIdentity, conditions: dict[str, Any]) -> None:
-    """Load the state at `path`, if there is one, into the trainer; one of another run is set aside, not lost.
+def resume(trainer: Trainer, path: Path, identity: RunIdentity, conditions: dict[str, Any]) -> Path | None:
+    """Load the state at `path`, if there is one, into the trainer.
+
+    Returns:
+        Where the state of another run was set aside to, if it was one.
 
     Raises:
         RunError: the file is damaged, or was saved under other conditions.
     """
     if not path.exists():
-        return
+        return None
     try:
         tensors, facts = load_checked(path)
         found = RunIdentity(**facts["identity"])
         if found == identity and facts["conditions"] == conditions:
             trainer.load_state(tensors, facts["values"])
-            return
+            return None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise RunError(f"{path}: not a state that this run can go on from ({error}): delete it to start over") from None
     if found == identity:
+        saved = facts["conditions"]
+        keys = [key for key in sorted({*saved, *conditions}) if saved.get(key) != conditions.get(key)]
+        differences = ", ".join(f"{key} {saved.get(key)}, here {conditions.get(key)}" for key in keys)
         raise RunError(
-            f"{path}: saved under {facts['conditions']}, this is {conditions}: weights trained on both could "
-            "be reproduced on neither. Go on with those settings, or delete the file to start over"
+            f"{path}: saved with {differences}: weights trained with both could be reproduced with neither. Resume it "
+            "with those settings, or delete the file to start over"
         )
     names = (f"state-{found.recipe[:8]}-seed{found.seed}-{number}.safetensors" for number in itertools.count(1))
-    path.rename(next(aside for aside in map(path.with_name, names) if not aside.exists()))
+    return path.rename(next(aside for aside in map(path.with_name, names) if not aside.exists()))
 
 
 def save_checked(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, Any]) -> None:
