@@ -73,12 +73,12 @@ def page(rows: Sequence[Row], survey: Survey) -> str:
 
 def summary(rows: Iterable[Row]) -> str:
     """The table of the README: the entries that have been run, of every dataset."""
-    lines = [
-        _cells(row, name=f"[{row.entry.name}](benchmarks/configs/{row.entry.path.name})")
-        for row in rows
-        if row.finished
-    ]
-    return _markdown(_HEADER, lines) if lines else "No run yet."
+    finished = [row for row in rows if row.finished]
+    lines = [_cells(row, name=f"[{row.entry.name}](benchmarks/configs/{row.entry.path.name})") for row in finished]
+    if not lines:
+        return "No run yet."
+    note = f"\n\n{_OLDER} By older [arithmetic](docs/numerics.md): due again."
+    return _markdown(_HEADER, lines) + (note if any(row.older for row in finished) else "")
 
 
 def print_table(console: Console, title: str, rows: Iterable[Row]) -> None:

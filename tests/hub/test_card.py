@@ -203,12 +203,12 @@ def test_what_is_known_of_recipes_and_arithmetic_is_said(folder: Path) -> None:
     assert "arithmetic" not in card
     results = [result.model_copy(update={"numerics": 2}) for result in read_config(folder).results]
     card = card_with(folder, recipes_scored=3, numerics=2, results=results)
-    assert "3 recipes have ever been scored on the test set for this entry, this one included." in card
+    assert "Recipes of this entry that were ever scored on the test set: 3, this one included." in card
     assert "\n- arithmetic version 2 (docs/numerics.md)\n" in card.partition("## Reproduce")[2]
     assert "different versions" not in card
     results[2] = results[2].model_copy(update={"numerics": None})
     card = card_with(folder, recipes_scored=1, results=results)
-    assert "One recipe has ever been scored on the test set for this entry, this one included." in card
+    assert "Recipes of this entry that were ever scored on the test set: 1, this one included." in card
     said = "different versions of the training arithmetic: 2 (seed 0), 2 (seed 1), an unrecorded one (seed 2)."
     assert said in card
 

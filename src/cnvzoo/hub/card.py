@@ -123,8 +123,10 @@ def _grounds(config: CheckpointConfig) -> str:
             f"records of their runs{records} and on the sha256 of their weights, which are not here to be scored again."
         )
     if config.recipes_scored is not None:
-        recipes = f"{config.recipes_scored:,} recipes have" if config.recipes_scored > 1 else "One recipe has"
-        said += f"\n\n{recipes} ever been scored on the test set for this entry, this one included."
+        said += (
+            f"\n\nRecipes of this entry that were ever scored on the test set: {config.recipes_scored:,}, this one "
+            "included."
+        )
     if len({result.numerics for result in config.results}) > 1:
         versions = (f"{r.numerics or 'an unrecorded one'} (seed {r.seed})" for r in config.results)
         said += f"\n\nThe runs computed with different versions of the training arithmetic: {', '.join(versions)}."

@@ -24,11 +24,12 @@ from pydantic import (
 from torch import nn
 
 from cnvzoo.data import Preprocessing
+from cnvzoo.errors import explain
 from cnvzoo.files import replacing, write_text
 
 from .build import build_empty, build_skeleton
 from .errors import CheckpointError
-from .facts import LARGEST_FILE, FileFacts, explain, read_limited, read_verified
+from .facts import LARGEST_FILE, FileFacts, read_limited, read_verified
 from .index import CONFIG, WEIGHTS, Name
 from .tensors import fill, is_quantized, packed_file, read_plain, read_published
 from .values import (

@@ -6,7 +6,7 @@ import hashlib
 import stat
 from pathlib import Path
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from .errors import CheckpointError
@@ -62,11 +62,3 @@ def read_limited(path: Path, limit: int, too_large: str) -> bytes:
     if len(content) != found.st_size:
         raise CheckpointError(f"{path}: changed while it was read: try again")
     return content
-
-
-def explain(error: ValidationError) -> str:
-    """What pydantic found wrong, in one line: `key: what`, for each key."""
-    return "; ".join(
-        ": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, "))))
-        for e in error.errors(include_url=False, include_context=False, include_input=False)
-    )

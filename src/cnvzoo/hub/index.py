@@ -12,8 +12,10 @@ from typing import Annotated, TypedDict
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
+from cnvzoo.errors import explain
+
 from .errors import CheckpointError
-from .facts import FileFacts, explain
+from .facts import FileFacts
 from .values import Count, ModelArguments, Total, Word
 
 INDEX = Path(__file__).with_name("index.json")

@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from cnvzoo.errors import explain
+
 from .errors import CheckpointError
-from .facts import explain
 from .packing import pack, packed_size, unpack
 
 _PACKED = "packed"

@@ -14,8 +14,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from cnvzoo.data import Preprocessing
-
-from .facts import explain
+from cnvzoo.errors import explain
 
 LARGEST_SIDE = 1024  # pixels
 _LONGEST_TEXT = 200  # characters
