@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnvzoo import create_model, list_models
+from cnvzoo import CnvzooError, create_model, list_models
 from cnvzoo.cli import main
 from cnvzoo.files import sha256_of
 from cnvzoo.train import RunRecord
@@ -157,6 +157,29 @@ class TestInfo:
 
 
 class TestTrain:
+    @pytest.mark.parametrize(
+        ("arguments", "folder"),
+        [
+            ((), "runs/mnist_resnet20/seed0"),
+            (("--seed", 3), "runs/mnist_resnet20/seed3"),
+            (("--epochs", 2), "runs/mnist_resnet20/seed0"),
+            (("--epochs", 1), "runs/trials/mnist_resnet20/seed0-1epochs"),
+            (("--epochs", 5, "--seed", 1), "runs/trials/mnist_resnet20/seed1-5epochs"),
+            (("--holdout", 20), "runs/trials/mnist_resnet20/seed0-holdout20"),
+            (("--epochs", 1, "--holdout", 20), "runs/trials/mnist_resnet20/seed0-1epochs-holdout20"),
+        ],
+    )
+    def test_trials_live_apart_from_whole_runs(self, cnvzoo, recipe, monkeypatch, arguments, folder):
+        asked: list[Path] = []
+
+        def train(*_: object, run_dir: Path, **__: object) -> None:
+            asked.append(run_dir)
+            raise CnvzooError("far enough")
+
+        monkeypatch.setattr(sys.modules["cnvzoo"], "train", train)
+        assert "far enough" in cnvzoo("train", recipe(), *arguments).said
+        assert asked == [Path(folder)]
+
     def test_a_recipe_to_its_record(self, cnvzoo, recipe, small_datasets, tmp_path):
         small_datasets()
         result = cnvzoo("train", recipe(), "--device", "cpu")
@@ -186,7 +209,9 @@ class TestTrain:
         result = cnvzoo("train", recipe(), *options)
         assert result.status == 0
         assert "on 40 held-out training images, a trial" in result.out
-        record = RunRecord.read(tmp_path / "runs" / "mnist_resnet20" / "seed7" / "record.json")
+        record = RunRecord.read(
+            tmp_path / "runs" / "trials" / "mnist_resnet20" / "seed7-1epochs-holdout40" / "record.json"
+        )
         assert (record.seed, record.holdout, record.total, record.trial) == (7, 40, 40, True)
 
     @pytest.mark.parametrize("seed", [-1, 2**63, 2**64])

@@ -54,6 +54,8 @@ def page(rows: Sequence[Row], survey: Survey) -> str:
         f"The arithmetic of training has a version, {NUMERICS} now ([numerics](../docs/numerics.md)). Runs marked "
         f"{_OLDER} are of an older one, or start or learn from weights that are: today's code gives other bits, and "
         "they are due again.\n",
+        f"The weights of seed {PUBLISHED_SEED} are published, and scored again before they are. Those of the other "
+        "seeds are not: their numbers rest on their [records](results), which have the sha256 of their weights.\n",
     ]
     parts += [f"Reference: {citation}.\n" for citation in citations]
     if any(row.runs[0] is not None for row in rows):  # then there are checkpoints to show

@@ -73,6 +73,7 @@ FAMILIES = {
         "resnet20",
         values={"optimizer": _MUON, "early_crops": {"side": 24, "epochs": 1}, "augmentation": _CIFAR | {"cutout": 8}},
     ),
+    "resnet20_digits": Family("resnet20", "mnist", values={"augmentation": {"crop_padding": 2}}),
     **{
         f"resnet{depth}": Family(
             f"resnet{depth}",
