@@ -1,6 +1,6 @@
 """What a training step costs: this library and PyTorch as in its tutorials, which take turns.
 
-    python benchmarks/speed/train.py                                  all nets, about nine minutes on 2 cores
+    python benchmarks/speed/train.py                                  all nets, about 14 minutes on 2 cores
     python benchmarks/speed/train.py --models cnv quant_cnv_w4a4      some
     python benchmarks/speed/train.py --keep                           and replace the figures, page and plot here
 
