@@ -59,6 +59,12 @@ def real_data() -> Callable[[str], Path]:
 
 
 @pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No loop is compiled, here and in processes that are started: compiling takes longer than tiny runs do."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+
+
+@pytest.fixture
 def small_datasets(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`small_datasets(train=, test=)`: all datasets have so many images from then on: noise over a pattern."""
 

@@ -236,7 +236,7 @@ class TestTrain:
         assert "Traceback" not in result.err
 
     @pytest.mark.parametrize(("purpose", "says"), [("float_start", "starts from"), ("teacher", "learns from")])
-    def test_weights_are_asked_for_and_used(self, cnvzoo, recipe, small_datasets, purpose, says):
+    def test_weights_are_asked_for_and_used(self, cnvzoo, recipe, small_datasets, uncompiled, purpose, says):
         small_datasets(train=64, test=10)
         one_epoch = ("--epochs", 1, "--device", "cpu", "--run-dir")
         assert cnvzoo("train", recipe("cnv", "schedule: {warmup_epochs: 0}"), *one_epoch, "cnv").status == 0

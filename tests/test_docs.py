@@ -81,7 +81,7 @@ def logged_in(tmp_path, monkeypatch) -> Iterator[FakeHub]:
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch, small_datasets, make_checkpoint, logged_in) -> Path:
+def desk(tmp_path, monkeypatch, small_datasets, make_checkpoint, logged_in, uncompiled) -> Path:
     """A folder of one's own, which has what the pages name: recipes, examples, checkpoints, weights and a photo."""
     small_datasets(train=5300, test=100)
     folder = tmp_path / "desk"

@@ -50,7 +50,7 @@ def test_train_quantized_learns(run, small_datasets):
     assert recovered >= started
 
 
-def test_train_quantized_on_real_digits(real_data, tmp_path):
+def test_train_quantized_on_real_digits(real_data, tmp_path, uncompiled):
     environment = os.environ | {"CNVZOO_DATA": str(real_data("mnist"))}
     command = [sys.executable, "-W", "error", EXAMPLES / "train_quantized.py", "--steps", "30", "--holdout", "500"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -88,6 +88,9 @@ def test_each_of_several_teachers_sees_images_as_it_was_trained_to() -> None:
 # --- runs
 
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
+
 @pytest.fixture(scope="module")
 def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunRecord]:
     folder = tmp_path_factory.mktemp("teacher")
