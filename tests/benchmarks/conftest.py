@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from harness import plot
 from workbench import Bench
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test marked `own_process` by a pytest of its own.
+
+    After OpenVINO and the others have run a net, what torch compiles in the same process can end in a segmentation
+    fault: no program here does both, but one process runs many tests.
+    """
+    if pyfuncitem.get_closest_marker("own_process") is None or "CNVZOO_OWN_PROCESS" in os.environ:
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    environment = os.environ | {"CNVZOO_OWN_PROCESS": "1"}
+    done = subprocess.run(command, cwd=pyfuncitem.config.rootpath, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return True
 
 
 @pytest.fixture

@@ -389,6 +389,7 @@ def test_a_process_that_ends_is_an_error() -> None:
         process.wait()
 
 
+@pytest.mark.own_process
 def test_every_runtime_gives_the_logits_of_the_model(
     small_datasets, make_checkpoint, tmp_path, monkeypatch, capsys
 ) -> None:
@@ -426,6 +427,7 @@ def test_every_runtime_gives_the_logits_of_the_model(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize(
     ("missing", "last", "line"),
     [
@@ -448,6 +450,7 @@ def test_a_package_that_is_missing_is_stated(
     assert said == [line]
 
 
+@pytest.mark.own_process
 def test_infer_measures_what_is_published(small_datasets, make_checkpoint, tmp_path, monkeypatch, capsys) -> None:
     small_datasets(train=64, test=20)
     weights = make_checkpoint(tmp_path / "hub", "cnv", "cifar10") / "model.safetensors"
