@@ -39,13 +39,13 @@ def keep_missing(entries: Iterable[Entry], records: Records, verify: Callable[..
     Raises:
         HarnessError: weights are not as good as their record says; their checkpoint is not written.
     """
-    recipes = recipes_scored(records.entries.values(), records.layout)
     kept = []
     for entry in entries:
         record = records.status(entry, PUBLISHED_SEED).record
         if record is None:
             continue
-        facts = checkpoint_facts(record, _other_records(entry, records), recipes_scored=recipes[entry.name])
+        scored = recipes_scored([entry], records.layout)[entry.name]
+        facts = checkpoint_facts(record, _other_records(entry, records), recipes_scored=scored)
         folder = records.layout.checkpoint(entry.recipe)
         weights = records.layout.run_dir(entry.name, PUBLISHED_SEED) / WEIGHTS
         published = _published(folder, facts)
