@@ -42,32 +42,24 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from harness import index, plot, readme, render
-from harness.checkpoints import keep_missing
-from harness.deployments import measure_missing
-from harness.entries import SEEDS, TABLES, load_entries, select_entries
-from harness.errors import HarnessError
+from harness.entries import SEEDS, TABLES, HarnessError, Layout, load_entries, select_entries, shown
 from harness.execute import Outcome, execute
-from harness.files import shown
-from harness.layout import Layout
-from harness.plan import Job, make_plan
-from harness.processes import ProcessRunner
-from harness.publish import publish_checkpoints
-from harness.records import Records
+from harness.plot import update_plot
+from harness.publish import keep_missing, measure_missing, publish_checkpoints, update_index
+from harness.records import Records, load_retired, recipes_scored
 from harness.references import load_references
-from harness.retired import load_retired, recipes_scored
-from harness.runner import Runner
-from harness.runners import LocalRunner, at_once_by_default, settings
-from harness.tables import rows
+from harness.report import page, print_listing, print_table, print_trials, rows, summary, update_readme
+from harness.schedule import Job, make_plan
+from harness.workers import LocalRunner, ProcessRunner, Runner, at_once_by_default, settings
 from rich.console import Console
 from torch import nn
 
-from cnvzoo.deployment import measure_integer
+from cnvzoo.checkpoints.format import IntegerResult
+from cnvzoo.checkpoints.verify import Verification, verify
+from cnvzoo.deploy.export import measure_integer
 from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo.files import FileError, update_text
-from cnvzoo.hub import IntegerResult
-from cnvzoo.train import PUBLISHED_SEED, RecipeError, RunRecord, resolve_device, run_recipe
-from cnvzoo.verify import Verification, verify
+from cnvzoo.training import PUBLISHED_SEED, RecipeError, RunRecord, resolve_device, run_recipe
 
 _T = TypeVar("_T")
 _HOME = Path(__file__).resolve().parent
@@ -117,9 +109,9 @@ def main(
     Args:
         argv: arguments; those of the process if None.
         home: the folder with configs/, references.yaml and results/.
-        train: in the place of cnvzoo.train.run_recipe, and in this process, in threads where several go at once.
+        train: in the place of cnvzoo.training.run_recipe, and in this process, in threads where several go at once.
         verify: what verifies checkpoints, called as cnvzoo.verify.
-        measure: what measures the integer graph of a quantized model, called as cnvzoo.deployment.measure_integer.
+        measure: what measures the integer graph of a quantized model, called as cnvzoo.deploy.export.measure_integer.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -144,7 +136,7 @@ def _reproduce(
     seeds = tuple(dict.fromkeys(arguments.seeds))
     records = Records(entries, layout)
     if arguments.list:
-        render.print_listing(Console(), selected, records.survey())
+        print_listing(Console(), selected, records.survey())
         return 0
 
     if arguments.dry_run and arguments.publish is None:
@@ -165,9 +157,9 @@ def _reproduce(
 
     writing = _Writing(say)
 
-    def update_index() -> bool:
+    def bring_index_up_to_date() -> bool:
         try:
-            for problem in index.update(layout.index, layout.hub):
+            for problem in update_index(layout.index, layout.hub):
                 writing.once(problem)
         except FileError:
             raise
@@ -181,14 +173,14 @@ def _reproduce(
             write = partial(keep_missing, [entry], records, verify)
             for folder in writing.attempt(f"the checkpoint of {entry.name}", write, []):
                 say(f"{shown(folder)}: checkpoint written")
-        if writing.attempt("the index of published checkpoints", update_index, False):
-            problem = writing.attempt("the picture", partial(plot.update, layout.plot, layout.index), None)
+        if writing.attempt("the index of published checkpoints", bring_index_up_to_date, False):
+            problem = writing.attempt("the picture", partial(update_plot, layout.plot, layout.index), None)
             if problem is not None:
                 writing.once(problem)
         survey = records.survey()
         lines = rows(entries.values(), survey, references, recipes_scored(entries.values(), layout))
-        writing.attempt("the page of results", partial(update_text, layout.page, render.page(lines, survey)), False)
-        writing.attempt("the README", partial(readme.update, layout.readme, render.summary(lines)), None)
+        writing.attempt("the page of results", partial(update_text, layout.page, page(lines, survey)), False)
+        writing.attempt("the README", partial(update_readme, layout.readme, summary(lines)), None)
 
     for entry in selected:
         for seed in seeds:
@@ -231,8 +223,8 @@ def _reproduce(
     for table in TABLES:
         if arguments.table in ("all", table):
             members = [entry for entry in entries.values() if entry.table == table]
-            render.print_table(console, table, rows(members, survey, references, recipes))
-    render.print_trials(console, records.trials(selected, seeds, arguments.epochs))
+            print_table(console, table, rows(members, survey, references, recipes))
+    print_trials(console, records.trials(selected, seeds, arguments.epochs))
     if arguments.publish is not None and outcome.stopped in (None, "time limit"):
         if any(result.problem for result in verified):
             say("nothing is published: see below")

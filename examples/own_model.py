@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import cnvzoo
 from cnvzoo.data import Augmentation
-from cnvzoo.train import Optimizer, Schedule
+from cnvzoo.training import Optimizer, Schedule
 
 
 @cnvzoo.register_model("patchnet", summary="Patches, two pointwise layers, and the average over positions")

@@ -20,12 +20,14 @@ import torch
 from safetensors.torch import save_file
 
 import cnvzoo
-import cnvzoo.hub.index
-from cnvzoo.data import cache, dataset_info, datasets, list_datasets
+import cnvzoo.checkpoints.index
+from cnvzoo.checkpoints.folder import write_checkpoint
+from cnvzoo.checkpoints.format import CheckpointFacts, SeedResult
+from cnvzoo.data import dataset_info, datasets, list_datasets
+from cnvzoo.data import datasets as cache
 from cnvzoo.files import sha256_of
-from cnvzoo.hub import CheckpointFacts, SeedResult, write_checkpoint
-from cnvzoo.train import preprocessing_of
-from cnvzoo.zoo import Evaluation
+from cnvzoo.training import preprocessing_of
+from cnvzoo.training.evaluation import Evaluation
 
 # dev.py, reproduce.py and its harness are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -33,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # The Hub that tests speak to is for more of them than those beside it.
 sys.path.insert(0, str(Path(__file__).resolve().parent / "hub"))
 
-import harness.index
+import harness.publish
 
 import dev
 
@@ -136,8 +138,8 @@ def make_checkpoint(
     def make(hub: Path, model: str, dataset: str, *, scored: bool = False, **bits: int) -> Path:
         checkpoint = untrained(model, dataset, scored, bits)
         folder = shutil.copytree(checkpoint, hub / checkpoint.name)
-        monkeypatch.setattr(cnvzoo.hub.index, "INDEX", tmp_path / "index.json")
-        harness.index.update(tmp_path / "index.json", hub)
+        monkeypatch.setattr(cnvzoo.checkpoints.index, "INDEX", tmp_path / "index.json")
+        harness.publish.update_index(tmp_path / "index.json", hub)
         return folder
 
     return make

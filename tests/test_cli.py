@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnvzoo import CnvzooError, create_model, list_models
 from cnvzoo.cli import main
+from cnvzoo.errors import CnvzooError
 from cnvzoo.files import sha256_of
-from cnvzoo.train import RunRecord
+from cnvzoo.training import RunRecord
+from cnvzoo.zoo import create_model, list_models
 
 RECIPE = """
 model: {model}
@@ -311,7 +312,7 @@ class TestTrain:
         def fail(*_):
             raise PermissionError(errno.EACCES, "Permission denied", "weights.safetensors")
 
-        monkeypatch.setattr(importlib.import_module("cnvzoo.train.run"), "current_commit", fail)
+        monkeypatch.setattr(importlib.import_module("cnvzoo.training.run"), "current_commit", fail)
         result = cnvzoo("train", recipe(), "--device", "cpu")
         assert (result.status, result.err) == (1, "error: weights.safetensors: Permission denied\n")
 

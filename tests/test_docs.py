@@ -17,14 +17,11 @@ import pytest
 import reproduce
 from fake_http import GOOD_TOKEN  # pyright: ignore[reportMissingImports]  (in tests/hub, see conftest.py)
 from fake_hub import FakeHub  # pyright: ignore[reportMissingImports]
-from harness import render
-from harness.entries import load_entries
-from harness.layout import Layout
-from harness.readme import END, START
-from harness.records import Records
+from harness import report as render
+from harness.entries import Layout, load_entries
+from harness.records import Records, recipes_scored
 from harness.references import load_references
-from harness.retired import recipes_scored
-from harness.tables import rows
+from harness.report import END, START, rows
 from huggingface_hub import close_session
 from PIL import Image
 from pydantic import BaseModel
@@ -33,7 +30,7 @@ from pydantic.fields import FieldInfo
 import cnvzoo.cli
 import dev
 from cnvzoo.data import Augmentation
-from cnvzoo.train import Distillation, EarlyCrops, Optimizer, Recipe, Schedule
+from cnvzoo.training import Distillation, EarlyCrops, Optimizer, Recipe, Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from cnvzoo import CnvzooError
+from cnvzoo.errors import CnvzooError
 from cnvzoo.files import FileError, expanded, remove_leftovers, replacing, sha256_of, update_text, write_text
 
 

@@ -19,10 +19,11 @@ from PIL import Image
 from torch import nn
 
 import cnvzoo
-import cnvzoo.hub.index
+import cnvzoo.checkpoints.index
+from cnvzoo.checkpoints.format import CheckpointConfig, CheckpointError
+from cnvzoo.checkpoints.locations import hub_location
 from cnvzoo.data import Preprocessing
 from cnvzoo.errors import ModelError
-from cnvzoo.hub import CheckpointConfig, CheckpointError, hub_location
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,7 +105,7 @@ class TestWhere:
         assert hub_location("hf://somebody") == "hf://somebody"
         monkeypatch.delenv("CNVZOO_HUB")
         assert hub_location() == ROOT / "hub"
-        monkeypatch.setattr("cnvzoo.hub.locate._CHECKOUT", tmp_path)  # the package is not in a checkout
+        monkeypatch.setattr("cnvzoo.checkpoints.locations._CHECKOUT", tmp_path)  # the package is not in a checkout
         assert hub_location() == "hf://cnvzoo"
 
     def test_hub_argument(self, hub: Path, tmp_path: Path, monkeypatch) -> None:
@@ -222,11 +223,11 @@ def test_in_no_time(hub: Path) -> None:
     code = (
         "import sys, time, pathlib; clock = time.process_time; begin = clock();"
         "import torch, brevitas.nn; start = clock();"
-        "import cnvzoo, cnvzoo.hub.index; cnvzoo.hub.index.INDEX = pathlib.Path(sys.argv[1]);"
+        "import cnvzoo, cnvzoo.checkpoints.index; cnvzoo.checkpoints.index.INDEX = pathlib.Path(sys.argv[1]);"
         "model = cnvzoo.create_model('quant_cnv_w4a4.cifar10', pretrained=True);"
         "print(start - begin, clock() - start)"
     )
-    command = [sys.executable, "-c", code, str(cnvzoo.hub.index.INDEX)]
+    command = [sys.executable, "-c", code, str(cnvzoo.checkpoints.index.INDEX)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     imports, loading = 0.0, math.inf
     for _ in range(4):

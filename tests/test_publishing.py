@@ -11,8 +11,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import cnvzoo
+from cnvzoo.checkpoints.folder import read_config, write_config
+from cnvzoo.checkpoints.format import CheckpointError, FileFacts, StoreError
+from cnvzoo.checkpoints.store import Publication
 from cnvzoo.cli import main
-from cnvzoo.hub import CheckpointError, FileFacts, Publication, StoreError, read_config, write_config
 
 FILES = ("model.safetensors", "README.md", "config.json")
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import cnvzoo
 from cnvzoo.models import build_model
-from cnvzoo.models.initialization import initialized_from, without_initialization
+from cnvzoo.models.layers import initialized_from, without_initialization
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB = ROOT / "hub"
@@ -130,7 +130,7 @@ def test_only_a_new_head_draws(seeded: None) -> None:
     assert torch.equal(*heads)
 
 
-@pytest.mark.parametrize("module", ["cnvzoo.train.run", "cnvzoo.hub.build", "cnvzoo.zoo"])
+@pytest.mark.parametrize("module", ["cnvzoo.training.run", "cnvzoo.checkpoints.weights", "cnvzoo.zoo"])
 def test_a_generator_that_other_threads_draw_from_is_not_even_moved_for_a_moment(
     module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_run: Callable[[Path], Any], seeded: None
 ) -> None:

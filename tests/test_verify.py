@@ -9,14 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import harness.index
+import harness.publish
 import pytest
 import torch
 
 import cnvzoo
+from cnvzoo.checkpoints import index
+from cnvzoo.checkpoints.folder import preprocessing_from
+from cnvzoo.checkpoints.index import read_index
 from cnvzoo.data import load_dataset
-from cnvzoo.hub import index, preprocessing_from, read_index
-from cnvzoo.train.device import describe_device
+from cnvzoo.training.device import describe_device
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = {"device": describe_device(torch.device("cpu")), "versions": {"torch": str(torch.__version__)}}
@@ -39,7 +41,7 @@ def published(tmp_path, make_checkpoint, small_datasets) -> Callable[..., Path]:
         values["results"][0] |= {"correct": correct, "total": values["total"]}
         (folder / "config.json").write_text(json.dumps(values))
         (folder / "README.md").write_text("# A model card\n")
-        harness.index.update(index.INDEX, folder.parent)
+        harness.publish.update_index(index.INDEX, folder.parent)
         return folder
 
     return make

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import cnvzoo
+from cnvzoo.checkpoints.folder import write_checkpoint
+from cnvzoo.checkpoints.format import CheckpointFacts, SeedResult
 from cnvzoo.data import Dataset, Preprocessing, dataset_info
 from cnvzoo.errors import ModelError
 from cnvzoo.files import sha256_of
-from cnvzoo.hub import CheckpointFacts, SeedResult, write_checkpoint
-from cnvzoo.zoo import Evaluation
+from cnvzoo.training.evaluation import Evaluation
 
 # Weights of CNV: (3x3 filters, outputs along a side), then the linear layers, at 10 classes and 3 channels.
 CNV_CONVS = [(3 * 64, 30), (64 * 64, 28), (64 * 128, 12), (128 * 128, 10), (128 * 256, 3), (256 * 256, 1)]

@@ -7,15 +7,113 @@ extended.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cnvzoo.errors import nearest
-from cnvzoo.train import Recipe, load_recipe
+from cnvzoo.errors import CnvzooError, nearest
+from cnvzoo.files import FileError, expanded
+from cnvzoo.training.recipe import Recipe, load_recipe
 
-from .errors import HarnessError
+
+class HarnessError(CnvzooError):
+    """A recipe folder, reference file, record or request that cannot be worked with; the message has the remedy."""
+
+
+def shown(path: Path) -> str:
+    """`path` as a person would type it: relative to the working directory where it lies below that."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename `folder` to `<name>.previous`, in place of an earlier one, and return that path."""
+    previous = folder.with_name(f"{folder.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    folder.rename(previous)
+    return previous
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The folders of one checkout.
+
+    home: the `benchmarks` folder (recipes, references, records, the page)
+    runs: state and weights of runs, large and never committed
+    hub:  published checkpoints
+    """
+
+    home: Path
+    runs: Path
+    hub: Path
+
+    @classmethod
+    def of(cls, home: Path, runs: Path | None = None) -> Layout:
+        """The folders of the checkout whose `benchmarks` folder is `home`, with `runs` where the user wants them.
+
+        Raises HarnessError if `runs` can be no folder.
+        """
+        try:
+            runs = home.parent / "runs" if runs is None else expanded(runs)
+        except FileError as error:
+            raise HarnessError(f"--runs {error}") from None
+        there = next(path for path in (runs, *runs.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise HarnessError(f"--runs {runs}: {there} is a file, not a folder: choose another folder")
+        return cls(home=home, runs=runs, hub=home.parent / "hub")
+
+    @property
+    def configs(self) -> Path:
+        return self.home / "configs"
+
+    @property
+    def results(self) -> Path:
+        return self.home / "results"
+
+    @property
+    def references(self) -> Path:
+        return self.home / "references.yaml"
+
+    @property
+    def retired(self) -> Path:
+        """What is kept of the records that others have replaced."""
+        return self.home / "retired.json"
+
+    @property
+    def page(self) -> Path:
+        return self.home / "RESULTS.md"
+
+    @property
+    def plot(self) -> Path:
+        """Accuracy against bytes, on the page and on the README."""
+        return self.home / "accuracy.svg"
+
+    @property
+    def readme(self) -> Path:
+        return self.home.parent / "README.md"
+
+    @property
+    def index(self) -> Path:
+        """The index of published checkpoints, which ships inside the package."""
+        return self.home.parent / "src" / "cnvzoo" / "checkpoints" / "index.json"
+
+    def checkpoint(self, recipe: Recipe) -> Path:
+        """The published checkpoint of an entry, if it has one."""
+        return self.hub / f"{recipe.tag}.{recipe.dataset}"
+
+    def record(self, entry: str, seed: int) -> Path:
+        """The committed record of a run."""
+        return self.results / entry / f"seed{seed}.json"
+
+    def run_dir(self, entry: str, seed: int, trial_epochs: int | None = None) -> Path:
+        """State and weights of a run; trials live apart, where nothing looks for the weights of a table."""
+        if trial_epochs is None:
+            return self.runs / entry / f"seed{seed}"
+        return self.runs / "trials" / entry / f"seed{seed}-{trial_epochs}epochs"
+
 
 # The tables, each with the models that open it; the others follow by name, quantized ones last, most bits first.
 _LEADING = {
@@ -52,7 +150,7 @@ class Entry:
 def load_entries(configs: Path) -> dict[str, Entry]:
     """Every entry of every table by name, in the order of the tables.
 
-    Raises HarnessError for a misnamed file or a dataset without a table, and cnvzoo.train.RecipeError for a recipe
+    Raises HarnessError for a misnamed file or a dataset without a table, and cnvzoo.training.RecipeError for a recipe
     that is not valid or whose float start is not beside it.
     """
     entries = [_load_entry(path) for path in sorted(configs.glob("*.yaml")) if not path.name.startswith("_")]

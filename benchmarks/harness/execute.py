@@ -16,18 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from cnvzoo.errors import CnvzooError, in_a_line
-from cnvzoo.train import PUBLISHED_SEED, RunError, RunInterrupted, RunRecord, RunUnderWay
-from cnvzoo.train.interrupts import caught_signals
-from cnvzoo.train.run import RECORD, alone_in
-
-from .entries import Entry
-from .errors import HarnessError
-from .files import set_aside, shown
-from .needs import needed_entries, resolve_weights
-from .plan import Job
-from .records import Records, misplaced
-from .render import duration
-from .runner import Run, Runner
+from cnvzoo.training.recipe import PUBLISHED_SEED
+from cnvzoo.training.record import RunRecord
+from cnvzoo.training.run import RECORD, alone_in, caught_signals
+from cnvzoo.training.state import RunError, RunInterrupted, RunUnderWay
+from harness.entries import Entry, HarnessError, set_aside, shown
+from harness.records import Records, misplaced
+from harness.report import duration
+from harness.schedule import Job, needed_entries, resolve_weights
+from harness.workers import Run, Runner
 
 _LOOK_EVERY_SECONDS = 0.2
 

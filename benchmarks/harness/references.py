@@ -13,12 +13,9 @@ from pydantic_core import PydanticCustomError
 
 from cnvzoo.errors import nearest
 from cnvzoo.strict_yaml import StrictYamlError, Where, explain, place_of, read_yaml
-
-from .entries import Entry
-from .errors import HarnessError
+from harness.entries import Entry, HarnessError
 
 _TOLERANCE = 0.0101  # points between a published figure of two decimals, rounded or cut, and that of the runs
-
 _Accuracy = Annotated[float, Field(strict=True, gt=0, le=100)]  # in percent
 
 

@@ -30,7 +30,9 @@ def main(run: dict[str, Any]) -> None:
     import torch
 
     from cnvzoo.errors import in_a_line
-    from cnvzoo.train import Recipe, RunInterrupted, run_recipe
+    from cnvzoo.training.recipe import Recipe
+    from cnvzoo.training.run import run_recipe
+    from cnvzoo.training.state import RunInterrupted
 
     torch.set_num_threads(run["threads"])
     try:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 import cnvzoo
 import cnvzoo.deploy
+from cnvzoo.checkpoints.format import CheckpointConfig
+from cnvzoo.checkpoints.locations import find_checkpoint
 from cnvzoo.deploy.images import normalised
-from cnvzoo.hub import CheckpointConfig, find_checkpoint
 
 PYTORCH, PYTORCH_CHANNELS_LAST = "PyTorch float32", "PyTorch float32, channels_last"
 COMPILED, BREVITAS = "torch.compile float32, channels_last", "Brevitas eager"

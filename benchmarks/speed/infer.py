@@ -33,10 +33,10 @@ from machine import describe, versions
 from rich.console import Console
 
 import cnvzoo
+from cnvzoo.checkpoints.locations import find_checkpoint
 from cnvzoo.data import Dataset, load_dataset
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import sha256_of
-from cnvzoo.hub import find_checkpoint
 
 FLOAT = "cnv.cifar10"
 QUANTIZED = {bits: f"quant_cnv_w{bits}a{bits}.cifar10" for bits in (8, 4, 2)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cnvzoo.train.device import describe_device
+from cnvzoo.training.device import describe_device
 
 _SIZES = {"cpu": 2048, "cuda": 8192}  # rows and columns of the matrices
 

@@ -15,9 +15,9 @@ import infer_report
 import style
 import train_report
 
+from cnvzoo.checkpoints.index import IndexEntry
 from cnvzoo.files import write_text
-from cnvzoo.hub import IndexEntry
-from cnvzoo.train import Recipe, load_recipe
+from cnvzoo.training import Recipe, load_recipe
 
 CONFIGS = style.HERE.parent / "configs"
 WEIGHTS = "model.safetensors"

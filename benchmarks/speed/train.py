@@ -41,7 +41,7 @@ import cnvzoo
 from cnvzoo.data import Dataset, load_dataset
 from cnvzoo.errors import CnvzooError
 from cnvzoo.models import model_spec
-from cnvzoo.train import Recipe, resolve_device
+from cnvzoo.training import Recipe, resolve_device
 
 MODELS = ("resnet20", "resnet56", "cnv", "quant_cnv_w8a8", "quant_cnv_w4a4", "quant_cnv_w2a2", "mobilenet_v1")
 _MATMUL = "matmul"

@@ -20,8 +20,8 @@ from machine import wait
 from cnvzoo.data import Dataset, TrainBatches
 from cnvzoo.errors import CnvzooError
 from cnvzoo.models import build_model
-from cnvzoo.train import Recipe, Trainer, preprocessing_of
-from cnvzoo.train.device import deterministic, keep_freed_memory
+from cnvzoo.training import Recipe, Trainer, preprocessing_of
+from cnvzoo.training.device import deterministic, keep_freed_memory
 
 BASELINE, TUNED_BASELINE, OURS = "baseline", "tuned baseline", "ours"
 PROGRAMS = (BASELINE, TUNED_BASELINE, OURS)

@@ -1,26 +1,34 @@
-"""cnvzoo: small image classifiers, float and quantized, with proven weights and the recipes that give them.
+"""cnvzoo: small image classifiers, float and quantized, with the recipe and the weights behind every number.
 
-The public names are imported when the first of them is used: `cnvzoo.deploy` runs exported models where there is no
-PyTorch, and importing it imports this module too.
+Public names are imported when they are first used (PEP 562): `cnvzoo.deploy` runs exported models on machines without
+PyTorch, and the command line lists checkpoints without importing it.
 """
 
 from __future__ import annotations
 
-import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cnvzoo.data import list_datasets, load_dataset
-    from cnvzoo.deployment import export
-    from cnvzoo.errors import CnvzooError
-    from cnvzoo.hub import list_checkpoints, load_checkpoint
-    from cnvzoo.models import quantize_bias, register_model
-    from cnvzoo.publishing import publish, write_card
-    from cnvzoo.train import Recipe, load_recipe
-    from cnvzoo.verify import verify
-    from cnvzoo.zoo import create_model, evaluate, list_models, model_info, predict, quantize, train, transforms
+    from cnvzoo.checkpoints.format import CheckpointConfig, CheckpointError
+    from cnvzoo.checkpoints.index import CheckpointInfo, list_checkpoints
+    from cnvzoo.checkpoints.load import load_checkpoint
+    from cnvzoo.checkpoints.publish import publish, write_card
+    from cnvzoo.checkpoints.store import Publication
+    from cnvzoo.checkpoints.verify import Verification, verify
+    from cnvzoo.data.datasets import Dataset, DatasetInfo, list_datasets, load_dataset
+    from cnvzoo.data.preprocessing import Preprocessing
+    from cnvzoo.deploy.export import export
+    from cnvzoo.deploy.metadata import Metadata
+    from cnvzoo.deploy.runner import Prediction
+    from cnvzoo.errors import CnvzooError, ModelError
+    from cnvzoo.models.quant import quantize_bias
+    from cnvzoo.models.registry import ModelInfo, model_info, register_model
+    from cnvzoo.training.evaluation import Evaluation, evaluate
+    from cnvzoo.training.recipe import Recipe, load_recipe
+    from cnvzoo.training.record import RunRecord
+    from cnvzoo.zoo import TrainResult, create_model, list_models, predict, quantize, train, transforms
 
 try:
     __version__ = version("cnvzoo")
@@ -28,8 +36,23 @@ except PackageNotFoundError:  # a checkout that is not installed, as torch.hub u
     __version__ = "0+unknown"
 
 __all__ = [
+    "CheckpointConfig",
+    "CheckpointError",
+    "CheckpointInfo",
     "CnvzooError",
+    "Dataset",
+    "DatasetInfo",
+    "Evaluation",
+    "Metadata",
+    "ModelError",
+    "ModelInfo",
+    "Prediction",
+    "Preprocessing",
+    "Publication",
     "Recipe",
+    "RunRecord",
+    "TrainResult",
+    "Verification",
     "create_model",
     "evaluate",
     "export",
@@ -51,38 +74,74 @@ __all__ = [
     "write_card",
 ]
 
+_MODULES = {  # with the public names that each defines
+    "checkpoints.format": (
+        "CheckpointConfig",
+        "CheckpointError",
+    ),
+    "checkpoints.index": (
+        "CheckpointInfo",
+        "list_checkpoints",
+    ),
+    "checkpoints.load": ("load_checkpoint",),
+    "checkpoints.publish": (
+        "publish",
+        "write_card",
+    ),
+    "checkpoints.store": ("Publication",),
+    "checkpoints.verify": (
+        "Verification",
+        "verify",
+    ),
+    "data.datasets": (
+        "Dataset",
+        "DatasetInfo",
+        "list_datasets",
+        "load_dataset",
+    ),
+    "data.preprocessing": ("Preprocessing",),
+    "deploy.export": ("export",),
+    "deploy.metadata": ("Metadata",),
+    "deploy.runner": ("Prediction",),
+    "errors": (
+        "CnvzooError",
+        "ModelError",
+    ),
+    "models.quant": ("quantize_bias",),
+    "models.registry": (
+        "ModelInfo",
+        "model_info",
+        "register_model",
+    ),
+    "training.evaluation": (
+        "Evaluation",
+        "evaluate",
+    ),
+    "training.recipe": (
+        "Recipe",
+        "load_recipe",
+    ),
+    "training.record": ("RunRecord",),
+    "zoo": (
+        "TrainResult",
+        "create_model",
+        "list_models",
+        "predict",
+        "quantize",
+        "train",
+        "transforms",
+    ),
+}
+_DEFINED_IN = {name: module for module, names in _MODULES.items() for name in names}
 
-def _import_public_names() -> None:
-    from cnvzoo.collection import without_collection
 
-    with without_collection():
-        from cnvzoo import data, deployment, errors, hub, models, publishing, zoo
-        from cnvzoo.train import Recipe, load_recipe
-        from cnvzoo.verify import verify
-    found = {"Recipe": Recipe, "load_recipe": load_recipe, "verify": verify, "export": deployment.export}
-    for name in __all__:
-        if name not in found:
-            found[name] = next(
-                getattr(m, name) for m in (zoo, hub, publishing, data, models, errors) if hasattr(m, name)
-            )
-    globals().update(found)
-
-
-class _Package(ModuleType):
-    """This package. `train` and `verify` are functions of it and modules in it: the function has the name."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in __all__:
-            _import_public_names()
-            return globals()[name]
+def __getattr__(name: str) -> Any:
+    if name not in _DEFINED_IN:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in __all__ and isinstance(value, ModuleType)):  # as importing a submodule would
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+    value = getattr(import_module(f"{__name__}.{_DEFINED_IN[name]}"), name)
+    globals()[name] = value
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

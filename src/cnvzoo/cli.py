@@ -14,14 +14,14 @@ from rich.table import Table
 
 import cnvzoo
 from cnvzoo import deploy
-from cnvzoo.deployment import evaluate_file
+from cnvzoo.checkpoints.folder import preprocessing_from
+from cnvzoo.checkpoints.verify import ELSEWHERE
+from cnvzoo.deploy.export import evaluate_file
 from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo.files import expanded
-from cnvzoo.hub import preprocessing_from
-from cnvzoo.models import model_spec
-from cnvzoo.train import Recipe, RunInterrupted
-from cnvzoo.verify import ELSEWHERE
-from cnvzoo.zoo import ModelInfo
+from cnvzoo.models.registry import ModelInfo, model_spec
+from cnvzoo.training.recipe import Recipe
+from cnvzoo.training.state import RunInterrupted
 
 app = typer.Typer(
     help="Small image classifiers, float and quantized, with the recipes and weights behind every number.",
@@ -32,15 +32,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _LISTING_BITS = 4  # what `list` counts quantized models at
-
 Bits = Annotated[int | None, typer.Option(min=1, max=8, help="Bit width, 1 to 8. Quantized models need both widths.")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
 DataRoot = Annotated[
     Path | None,
     typer.Option(help="Folder of cached datasets; default CNVZOO_DATA, else ~/.cache/cnvzoo/datasets."),
 ]
-
-
 Hub = Annotated[
     str | None,
     typer.Option(help="Where checkpoints are: a directory or hf://ORG; default CNVZOO_HUB, else the checkout's hub/."),

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import CnvzooError
+from cnvzoo.errors import CnvzooError
 
 _OTHER_FOLDER = "choose another folder"
 _OTHER_DISK = "free some space there, or choose a folder on another disk"

@@ -19,15 +19,13 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .errors import CnvzooError, nearest
+from cnvzoo.errors import CnvzooError, nearest
 
 Where = dict[tuple[str, ...], str]  # key path -> "file:line"
-
 _MAX_BYTES = 64 * 1024  # the longest file of ours has 4 KiB
 _MAX_DEPTH = 16
 _MAX_NUMBER = 40  # characters: a float is exact with 17 digits
 _MAX_SHOWN = 80  # characters of a value in a message
-
 _CONSTANTS: dict[str, bool | None] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
     **dict.fromkeys(("true", "True", "TRUE"), True),

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cnvzoo.data import Dataset, DatasetInfo, Preprocessing, dataset_info, load_dataset
-from cnvzoo.data import transforms as data_transforms
+from cnvzoo.checkpoints.folder import preprocessing_from
+from cnvzoo.checkpoints.format import CheckpointConfig
+from cnvzoo.checkpoints.load import load_checkpoint, parse_name
+from cnvzoo.checkpoints.locations import choose_checkpoint
+from cnvzoo.data.datasets import DatasetInfo, dataset_info
+from cnvzoo.data.preprocessing import Preprocessing
+from cnvzoo.data.preprocessing import transforms as data_transforms
 from cnvzoo.errors import ModelError
-from cnvzoo.hub import (
-    CheckpointConfig,
-    CheckpointFacts,
-    SeedResult,
-    choose_checkpoint,
-    load_checkpoint,
-    parse_name,
-    preprocessing_from,
-)
-from cnvzoo.models import ModelSpec, build_model, model_names, model_spec
-from cnvzoo.models.initialization import without_initialization
-from cnvzoo.train import (
-    Recipe,
-    RunRecord,
-    count_correct,
-    load_recipe,
-    preprocessing_of,
-    resolve_device,
-    run_recipe,
-)
-from cnvzoo.train.device import deterministic
-from cnvzoo.train.run import WEIGHTS as RUN_WEIGHTS
+from cnvzoo.models.layers import without_initialization
+from cnvzoo.models.registry import build_model, model_names
+from cnvzoo.training.evaluation import preprocessing_of
+from cnvzoo.training.recipe import Recipe, load_recipe
+from cnvzoo.training.record import RunRecord
+from cnvzoo.training.run import WEIGHTS as RUN_WEIGHTS
+from cnvzoo.training.run import run_recipe
 
 
 def create_model(
@@ -100,64 +90,6 @@ def create_model(
 def list_models(pattern: str = "*") -> list[str]:
     """Names of models, those matching a shell pattern such as `resnet*`."""
     return model_names(pattern)
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What a model costs.
-
-    Attributes:
-        name: of the model.
-        summary: one line, with the source of the topology.
-        input_shape: (channels, height, width) that `macs` is counted at.
-        parameters: trainable numbers; quantized models have some scales more than their float twins.
-        macs: multiply-accumulates of convolutions and linear layers for one image.
-        weight_bytes: of convolution and linear weights, each at its bit width (32 for float), biases excluded.
-    """
-
-    name: str
-    summary: str
-    input_shape: tuple[int, int, int]
-    parameters: int
-    macs: int
-    weight_bytes: int
-
-
-def model_info(name: str, *, input_size: int | None = None, in_chans: int = 3, **arguments: Any) -> ModelInfo:
-    """Count parameters, multiply-accumulates and weight bytes of a model.
-
-    Args:
-        name, in_chans, **arguments: as for `create_model`.
-        input_size: height and width to count at; the only one that fits by default, else 32.
-    """
-    spec = model_spec(name)
-    with without_initialization():
-        model = build_model(name, in_chans=in_chans, **arguments).eval()
-    size = input_size or spec.input_size or 32
-    macs = weight_bits = 0
-
-    def count(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
-        nonlocal macs, weight_bits
-        assert isinstance(layer.weight, Tensor)
-        positions = output[0, 0].numel()  # of the output map; 1 for linear layers
-        macs += layer.weight.numel() * positions
-        weight_bits += layer.weight.numel() * _weight_bits(layer)
-
-    for layer in model.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.register_forward_hook(count)
-    with torch.no_grad():
-        model(torch.zeros(1, in_chans, size, size))
-    parameters = sum(p.numel() for p in model.parameters())
-    return ModelInfo(name, spec.summary, (in_chans, size, size), parameters, macs, -(-weight_bits // 8))
-
-
-def _weight_bits(layer: nn.Module) -> int:
-    if not hasattr(layer, "weight_quant"):
-        return 32
-    from cnvzoo.models.quant import quantizer_of
-
-    return quantizer_of(layer).bits
 
 
 def quantize(
@@ -289,7 +221,7 @@ def train(
         float_start: safetensors weights of the float twin, for recipes that start from one.
         teacher: safetensors weights of the teacher, for recipes that have one; one file for each if they have several.
         **options: seed, device, epochs, holdout, dataset, data_root, deadline, quiet: as for
-            `cnvzoo.train.run_recipe`, whose errors it raises.
+            `cnvzoo.training.run_recipe`, whose errors it raises.
     """
     from safetensors.torch import load_file
 
@@ -306,87 +238,3 @@ def train(
         )  # fmt: skip
     model.load_state_dict(state, strict=True)
     return TrainResult(model.eval(), record)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Top-1 of a model: `correct` of `total` images."""
-
-    correct: int
-    total: int
-
-    @property
-    def accuracy(self) -> float:
-        """In percent."""
-        return 100 * self.correct / self.total
-
-
-def evaluate(
-    model: nn.Module,
-    dataset: str | Dataset,
-    *,
-    preprocessing: Preprocessing | None = None,
-    device: str | torch.device = "auto",
-    data_root: str | Path | None = None,
-) -> Evaluation:
-    """Score a model on a test set: float32, one crop, no augmentation.
-
-    Args:
-        model: images to logits; it is moved to `device` and left there, in the mode it was in.
-        dataset: name, or a loaded dataset, of which the test set is used.
-        preprocessing: of the images; by default the dataset's, for a model of this library, as in training.
-        device: `auto`, or anything torch.device takes.
-        data_root: where datasets are cached.
-
-    Raises:
-        ModelError: the model is not of this library and no preprocessing was given.
-    """
-    data = load_dataset(dataset, root=data_root) if isinstance(dataset, str) else dataset
-    if preprocessing is None:
-        spec = getattr(model, "spec", None)
-        if not isinstance(spec, ModelSpec):
-            raise ModelError(f"{type(model).__name__} is not a model of cnvzoo: give its preprocessing=")
-        preprocessing = Preprocessing.for_dataset(data.info, size=spec.input_size, normalize=not spec.quantized)
-    target = resolve_device(device)
-    with deterministic(target):
-        model.to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        correct = count_correct(model, data.test_images, data.test_labels, preprocessing)
-    return Evaluation(correct, len(data.test_labels))
-
-
-def checkpoint_facts(
-    record: RunRecord, others: Iterable[RunRecord] = (), *, recipes_scored: int | None = None
-) -> CheckpointFacts:
-    """What a checkpoint of a finished run says of itself.
-
-    Args:
-        record: of the run.
-        others: the records of the recipe's other seeds.
-        recipes_scored: how many recipes of the entry were ever scored on the test set, where that is known.
-    """
-    recipe = Recipe.model_validate(record.recipe)
-    info = dataset_info(recipe.dataset)
-    bits = {} if recipe.w_bits is None else {"w_bits": recipe.w_bits, "a_bits": recipe.a_bits}
-    return CheckpointFacts(
-        name=f"{recipe.tag}.{recipe.dataset}",
-        model={"name": recipe.model, "num_classes": info.num_classes, "in_chans": info.in_chans, **bits},
-        dataset=recipe.dataset,
-        classes=list(info.classes),
-        preprocessing=preprocessing_of(recipe.model, recipe.dataset).to_dict(),
-        seed=record.seed,
-        correct=record.correct,
-        total=record.total,
-        results=[
-            SeedResult(
-                seed=r.seed, correct=r.correct, total=r.total, weights_sha256=r.weights_sha256, numerics=r.numerics
-            )
-            for r in sorted((record, *others), key=lambda r: r.seed)
-        ],
-        weights_sha256=record.weights_sha256,
-        recipe=record.recipe,
-        versions=record.versions,
-        device=record.device,
-        commit=record.commit,
-        numerics=record.numerics,
-        recipes_scored=recipes_scored,
-    )

@@ -15,19 +15,19 @@ from typing import Any
 
 import pytest
 import torch
-from harness import render, runners
+from harness import report as render
+from harness import workers as runners
+from harness.entries import Layout
 from harness.execute import execute
-from harness.layout import Layout
-from harness.plan import make_plan
 from harness.records import Records
-from harness.runner import Run
-from harness.runners import LocalRunner, at_once_by_default, settings
+from harness.schedule import make_plan
+from harness.workers import LocalRunner, Run, at_once_by_default, settings
 from tiny import publish_tiny, tiny
 from workbench import Bench, FakeTraining
 
 from cnvzoo.data import DatasetError
-from cnvzoo.train import RunInterrupted, RunRecord, run_recipe
-from cnvzoo.train.device import deterministic
+from cnvzoo.training import RunInterrupted, RunRecord, run_recipe
+from cnvzoo.training.device import deterministic
 
 FLOAT, QUANTIZED, OTHER = "cifar10_cnv", "cifar10_quant_cnv_w4a4", "cifar10_resnet20"
 TIMEOUT = 60

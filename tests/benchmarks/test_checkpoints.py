@@ -8,8 +8,10 @@ import shutil
 import pytest
 from workbench import Bench
 
+from cnvzoo.checkpoints.folder import read_config
+from cnvzoo.checkpoints.format import FileFacts
+from cnvzoo.checkpoints.index import read_index
 from cnvzoo.files import sha256_of
-from cnvzoo.hub import FileFacts, read_config, read_index
 
 NAME = "mnist_cnv"
 

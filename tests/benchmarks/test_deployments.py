@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from workbench import Bench
 
-from cnvzoo.hub import FileFacts, read_config, read_index
+from cnvzoo.checkpoints.folder import read_config
+from cnvzoo.checkpoints.format import FileFacts
+from cnvzoo.checkpoints.index import read_index
 
 QUANTIZED = "mnist_quant_cnv_w2a2"
 

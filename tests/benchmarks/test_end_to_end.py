@@ -11,8 +11,8 @@ from tiny import tiny
 from workbench import Bench
 
 from cnvzoo.files import sha256_of
-from cnvzoo.train import RunRecord, run_recipe, trainer
-from cnvzoo.train.schedule import lr_factor
+from cnvzoo.training import RunRecord, run_recipe, trainer
+from cnvzoo.training.optimizers import lr_factor
 
 
 @pytest.fixture

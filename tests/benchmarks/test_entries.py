@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from harness.entries import load_entries, select_entries
-from harness.errors import HarnessError
+from harness.entries import HarnessError, load_entries, select_entries
 from workbench import BENCHMARKS
 
 GREY = ["resnet18", "resnet20", "mobilenet_v1", "cnv"]

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness import plot
-from harness.layout import Layout
+from harness.entries import Layout
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation, Text
 from workbench import BENCHMARKS, Bench
 
-from cnvzoo.hub import CheckpointInfo
+from cnvzoo.checkpoints.index import CheckpointInfo
 
 MB = 1_000_000
 # model, bits, bytes, and roughly what each reaches on cifar10

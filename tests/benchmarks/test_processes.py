@@ -18,18 +18,17 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from harness import processes
+from harness import workers as processes
+from harness.entries import Layout
 from harness.execute import Outcome, execute
-from harness.layout import Layout
-from harness.plan import make_plan
-from harness.processes import ProcessRunner
 from harness.records import Records
-from harness.runner import Run
+from harness.schedule import make_plan
+from harness.workers import ProcessRunner, Run
 from tiny import TINY, tiny
 from workbench import Bench, make_record
 
-from cnvzoo import CnvzooError
-from cnvzoo.train import RunError, RunInterrupted, RunRecord, RunUnderWay, TrainingDiverged, run_recipe
+from cnvzoo.errors import CnvzooError
+from cnvzoo.training import RunError, RunInterrupted, RunRecord, RunUnderWay, TrainingDiverged, run_recipe
 
 ENTRY = "mnist_resnet20"
 TIMEOUT = 120

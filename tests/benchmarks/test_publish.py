@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from workbench import Bench
 
-from cnvzoo.hub import read_config
+from cnvzoo.checkpoints.folder import read_config
 
 FILES = "model.safetensors, README.md, config.json"
 

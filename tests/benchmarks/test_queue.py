@@ -7,11 +7,11 @@ import shutil
 import time
 
 import pytest
-from harness.retired import load_retired
+from harness.records import load_retired
 from workbench import label_of, make_record
 
 from cnvzoo.files import sha256_of
-from cnvzoo.train import NUMERICS, RunRecord
+from cnvzoo.training import NUMERICS, RunRecord
 
 FLOAT, QUANTIZED = "cifar10_cnv", "cifar10_quant_cnv_w4a4"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.readme import update
+from harness.report import update_readme
 
 PAGE = "# A project\n\n<!-- results -->\n\nold\n\n<!-- /results -->\n\nAnd more.\n"
 
@@ -36,18 +36,18 @@ def test_it_stands_after_every_run(bench):
 
 
 def test_pages_without_markers_and_no_page_are_left_alone(tmp_path):
-    update(tmp_path / "README.md", "table")
+    update_readme(tmp_path / "README.md", "table")
     assert not (tmp_path / "README.md").exists()
     for text in ("", "# A project\n", "<!-- results -->\n", "<!-- /results --> <!-- results -->\n"):
         (tmp_path / "README.md").write_text(text)
-        update(tmp_path / "README.md", "table")
+        update_readme(tmp_path / "README.md", "table")
         assert (tmp_path / "README.md").read_text() == text
 
 
 def test_a_second_update_changes_nothing(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(PAGE)
-    update(readme, "| a |")
+    update_readme(readme, "| a |")
     once = readme.stat().st_mtime_ns, readme.read_text()
-    update(readme, "| a |")
+    update_readme(readme, "| a |")
     assert (readme.stat().st_mtime_ns, readme.read_text()) == once

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from harness.entries import load_entries
-from harness.errors import HarnessError
+from harness.entries import HarnessError, load_entries
 from harness.references import load_references
 from workbench import BENCHMARKS
 

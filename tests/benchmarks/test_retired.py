@@ -6,13 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from harness.entries import load_entries
-from harness.errors import HarnessError
-from harness.layout import Layout
-from harness.retired import load_retired, recipes_scored, retire
+from harness.entries import HarnessError, Layout, load_entries
+from harness.records import load_retired, recipes_scored, retire
 from workbench import BENCHMARKS, make_record
 
-from cnvzoo.train import NUMERICS, RunRecord
+from cnvzoo.training import NUMERICS, RunRecord
 
 
 def scored(bench) -> dict[str, int]:

@@ -13,7 +13,7 @@ from filelock import FileLock
 from test_at_once import Play, left
 from workbench import Bench, FakeTraining, make_record
 
-from cnvzoo.train import RunRecord, RunUnderWay
+from cnvzoo.training import RunRecord, RunUnderWay
 
 # in the order of the table
 FIRST, FLOAT, OTHER, QUANTIZED = "cifar10_mobilenet_v1", "cifar10_cnv", "cifar10_resnet20", "cifar10_quant_cnv_w4a4"

@@ -18,11 +18,12 @@ import pytest
 import torch
 from workbench import BENCHMARKS
 
+from cnvzoo.checkpoints.format import FileFacts
+from cnvzoo.checkpoints.index import IndexEntry, read_index
 from cnvzoo.data import Dataset, dataset_info, load_dataset
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import sha256_of
-from cnvzoo.hub import FileFacts, IndexEntry, read_index
-from cnvzoo.train import EarlyCrops, Recipe, load_recipe
+from cnvzoo.training import EarlyCrops, Recipe, load_recipe
 
 SPEED = BENCHMARKS / "speed"
 sys.path.insert(0, str(SPEED))

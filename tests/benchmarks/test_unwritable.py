@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import plot, readme
+from harness import plot
+from harness import report as readme
 from workbench import Bench
 
 from cnvzoo.data import DatasetError
 from cnvzoo.files import write_text
-from cnvzoo.train import RunRecord
+from cnvzoo.training import RunRecord
 
 NAME, OTHER = "mnist_cnv", "mnist_resnet20"
 
@@ -85,7 +86,7 @@ class TestReadOnlyCheckout:
 FILES = {
     "the page of results": "benchmarks/RESULTS.md",
     "the README": "README.md",
-    "the index of published checkpoints": "src/cnvzoo/hub/index.json",
+    "the index of published checkpoints": "src/cnvzoo/checkpoints/index.json",
     "the picture": "benchmarks/accuracy.svg",
     "the checkpoint of mnist_resnet20": "hub/resnet20.mnist/config.json",
 }

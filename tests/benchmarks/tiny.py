@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from cnvzoo.data import Dataset, dataset_info, datasets
-from cnvzoo.data.cache import CHECKSUMS, sha256_of_array
-from cnvzoo.train import Trainer, run
+from cnvzoo.data.datasets import CHECKSUMS, sha256_of_array
+from cnvzoo.training import run
+from cnvzoo.training.progress import TrainingStatus
 
 TINY = Path(__file__).resolve()
 
@@ -51,7 +52,7 @@ def publish_tiny(put: Callable[[dict[str, Any], str, Any], object] = dict.__seti
 
 
 class SlowProgress(run.TrainingProgress):
-    def __call__(self, trainer: Trainer) -> None:
+    def __call__(self, trainer: TrainingStatus) -> None:
         super().__call__(trainer)
         if trainer.step % trainer.steps_per_epoch == 0:
             time.sleep(float(os.environ.get("TINY_EPOCH_SECONDS", "0")))
@@ -60,7 +61,8 @@ class SlowProgress(run.TrainingProgress):
 def main(arguments: list[str]) -> int:
     sys.path[0] = str(TINY.parents[2] / "benchmarks")
     import reproduce
-    from harness import processes, worker
+    from harness import worker
+    from harness import workers as processes
 
     publish_tiny()
     run.load_dataset = lambda name, root=None: tiny()

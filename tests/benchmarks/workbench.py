@@ -15,13 +15,13 @@ from reproduce import main
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from cnvzoo.checkpoints.format import IntegerResult
+from cnvzoo.checkpoints.verify import Verification
 from cnvzoo.data import dataset_info, published_sha256
 from cnvzoo.deploy import DeployError
 from cnvzoo.files import sha256_of
-from cnvzoo.hub import IntegerResult
 from cnvzoo.models import build_model
-from cnvzoo.train import NUMERICS, RunError, RunInterrupted, RunRecord
-from cnvzoo.verify import Verification
+from cnvzoo.training import NUMERICS, RunError, RunInterrupted, RunRecord
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -190,7 +190,7 @@ class Bench:
         return [Verification(str(name), problem=self.problem) for name in names]
 
     def measure(self, model: Any, dataset: str) -> IntegerResult:
-        """In the place of cnvzoo.deployment.measure_integer: remembers what it was asked."""
+        """In the place of cnvzoo.deploy.export.measure_integer: remembers what it was asked."""
         self.measured.append((model.pretrained_cfg.name, dataset))
         if self.unmeasurable:
             raise DeployError(self.unmeasurable)

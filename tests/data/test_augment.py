@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cnvzoo.data import Augmentation
-from cnvzoo.data.augment import cutmix_box, cutout_, mix, mixed_targets
+from cnvzoo.data.augmentation import cutmix_box, cutout_, mix, mixed_targets
 
 
 @pytest.mark.parametrize("side", [1, 2, 5, 8])

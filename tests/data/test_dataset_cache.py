@@ -16,7 +16,8 @@ import torch
 import torchvision.datasets
 from safetensors.torch import load_file, save_file
 
-from cnvzoo.data import DatasetError, cache, datasets, load_dataset
+from cnvzoo.data import DatasetError, datasets, load_dataset
+from cnvzoo.data import datasets as cache
 
 
 class Downloader:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.cli import app
-from cnvzoo.deployment import evaluate_file
+from cnvzoo.deploy.export import evaluate_file
 from cnvzoo.errors import ModelError
 
 

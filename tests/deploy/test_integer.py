@@ -16,10 +16,9 @@ from torch import nn
 import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.deploy import DeployError
-from cnvzoo.deploy.integer import integer_net
-from cnvzoo.deploy.packing import pack
-from cnvzoo.deploy.reference import run_reference
+from cnvzoo.deploy.integer import integer_net, run_reference
 from cnvzoo.deploy.requantize import Staircase, requantization
+from cnvzoo.deploy.writers import pack
 from cnvzoo.models.quant import quantizer_of
 
 

@@ -9,7 +9,7 @@ import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.data import load_dataset
 from cnvzoo.deploy import DeployedModel, DeployError
-from cnvzoo.deployment import measure_integer
+from cnvzoo.deploy.export import measure_integer
 
 
 @pytest.fixture

@@ -48,14 +48,6 @@ def test_runs_where_there_is_no_torch(exported):
     assert label in dataset_info("cifar10").classes
 
 
-def test_public_functions_are_not_hidden_by_modules_of_their_names():
-    code = "import cnvzoo.train, cnvzoo.verify, cnvzoo; print(callable(cnvzoo.train), callable(cnvzoo.verify))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["True", "True"], done.stderr
-    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        cnvzoo.nonsense  # type: ignore[attr-defined]  # noqa: B018
-
-
 @pytest.mark.parametrize("dataset", ["cifar10", "mnist"])
 @pytest.mark.parametrize("shape", [(32, 32), (28, 28), (48, 64), (33, 500), (7, 9), (1, 5), (200, 31), (29, 28)])
 @pytest.mark.parametrize("mode", ["RGB", "L"])

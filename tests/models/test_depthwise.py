@@ -8,7 +8,7 @@ from convolutions import plain, results
 from torch import nn
 
 from cnvzoo.models import build_model
-from cnvzoo.models.depthwise import DepthwiseConv2d
+from cnvzoo.models.layers import DepthwiseConv2d
 
 CHANNELS = 5
 

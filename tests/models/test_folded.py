@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cnvzoo.models import build_model
-from cnvzoo.models.folded import fold_batch_norms
+from cnvzoo.training.distillation import fold_batch_norms
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 

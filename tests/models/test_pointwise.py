@@ -8,7 +8,7 @@ from convolutions import plain, results
 from torch import nn
 
 from cnvzoo.models import build_model
-from cnvzoo.models.pointwise import PointwiseConv2d
+from cnvzoo.models.layers import PointwiseConv2d
 
 IN, OUT = 6, 5
 LAYOUTS = (torch.channels_last, torch.contiguous_format)

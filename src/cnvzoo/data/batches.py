@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cnvzoo.data import trivial_augment
-from cnvzoo.data.augment import Augmentation, cutmix_box, cutout_, mix, mixed_targets
+from cnvzoo.data.augmentation import Augmentation, cutmix_box, cutout_, mix, mixed_targets
 from cnvzoo.data.preprocessing import Preprocessing
 
 

@@ -1,10 +1,10 @@
-"""Models outside PyTorch: running exported files, which needs numpy and onnxruntime only, never torch.
+"""Models outside PyTorch: running exported files, which needs numpy, Pillow and onnxruntime only, never torch.
 
-What makes the files is beside this, in modules that import torch: `cnvzoo.export` is their entrance.
+The modules that write these files (`export`, `integer`, `requantize`, `writers`) import torch; `cnvzoo.export` is their
+public entrance.
 """
 
-from .errors import DeployError
-from .metadata import Metadata
-from .runner import DeployedModel, Prediction, load
+from cnvzoo.deploy.metadata import DeployError, Metadata
+from cnvzoo.deploy.runner import DeployedModel, Prediction, load
 
 __all__ = ["DeployError", "DeployedModel", "Metadata", "Prediction", "load"]

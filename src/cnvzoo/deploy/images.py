@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DeployError
+from cnvzoo.deploy.metadata import DeployError
 
 Pixels = NDArray[np.uint8]
-
 _GREY = (0.2989, 0.587, 0.114)
 
 

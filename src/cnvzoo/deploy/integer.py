@@ -19,14 +19,33 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import nn
 
-from cnvzoo.models.integer_bias import int8_gain
+from cnvzoo.deploy.metadata import DeployError
+from cnvzoo.deploy.requantize import Requantization, Staircase, levels, requantization
+from cnvzoo.models.cnv import CNV
+from cnvzoo.models.quant import int8_gain, quantizer_of
 
-from .checks import quantized_cnv
-from .errors import DeployError
-from .requantize import Requantization, Staircase, requantization
+
+def quantized_cnv(model: nn.Module, graph: str) -> CNV:
+    """The model, which is a `quant_cnv` with finite parameters; `graph` is what it is wanted for, in words.
+
+    Raises:
+        DeployError: another topology, a float model, or a parameter that is not finite.
+    """
+    if not isinstance(model, CNV):
+        raise DeployError(
+            f"{graph} is made of a quant_cnv, not of {type(model).__name__}: use format='onnx' for float models"
+        )
+    if isinstance(model.input, nn.Identity):
+        raise DeployError("this CNV is a float model: quantize it (cnvzoo.quantize, then train), or use format='onnx'")
+    bad = [name for name, value in model.state_dict().items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise DeployError(f"{', '.join(bad[:3])}: not finite numbers; train the model again from an earlier state")
+    return model
+
 
 _PIXEL_HIGH = 255
 
@@ -97,8 +116,6 @@ def integer_net(model: nn.Module) -> IntegerNet:
         DeployError: a float model, a layer that the integer graph cannot express, or a parameter that is not finite.
     """
     net = quantized_cnv(model, "the integer graph")
-    from cnvzoo.models.quant import quantizer_of  # Brevitas takes a second to import
-
     layers = [(f"features.{n}", m) for n, m in net.features.named_children()]
     layers += [(f"classifier.{n}", m) for n, m in net.classifier.named_children()]
     in_scale, in_high = float(quantizer_of(net.input).effective_scale()), _PIXEL_HIGH
@@ -169,8 +186,6 @@ def _check_pool(name: str, pool: nn.Module) -> None:
 
 def _integers(layer: Any) -> tuple[NDArray[np.int8], torch.Tensor]:
     """The integer weights of a layer and their scale, as the fake quantizer has them in float32."""
-    from cnvzoo.models.quant import quantizer_of
-
     quantizer = quantizer_of(layer)
     scale = quantizer.effective_scale().detach().cpu()
     return quantizer.ints.round(layer.weight.detach().cpu() / scale).to(torch.int8).numpy(), scale
@@ -180,8 +195,6 @@ def _hidden(
     name: str, layer: Any, norm: Any, act: Any, in_scale: float, in_high: int, *, pooled: bool
 ) -> tuple[HiddenLayer, float]:
     """One layer, and the scale of its activations. Float64: exact next to what float32 training could tell apart."""
-    from cnvzoo.models.quant import quantizer_of
-
     weight, weight_scale = _integers(layer)
     out_scale, quantizer = float(act.effective_scale()), quantizer_of(layer)
     sigma = np.sqrt(_double(norm.running_var) + norm.eps)
@@ -219,3 +232,32 @@ def _without_constant(weight: NDArray[np.int8], exact: Staircase, gain: int) -> 
 
 def _double(x: torch.Tensor) -> NDArray[np.float64]:
     return x.detach().cpu().double().numpy()
+
+
+def run_reference(net: IntegerNet, images: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """uint8 images [N, in_chans, size, size] to int32 accumulators [N, num_classes]."""
+    x = images
+    for layer in net.hidden:
+        if layer.linear:
+            x = x.reshape(len(x), -1, 1, 1)
+        chosen = layer.requantization
+        acc = _convolution(x, layer.scaled_weight)
+        x = levels(acc, chosen.bias[:, None, None], chosen.multiplier[:, None, None], layer.high)
+        if layer.pooled:
+            x = _max_pool(x)
+    return _convolution(x.reshape(len(x), -1, 1, 1), net.head[:, :, None, None])[:, :, 0, 0].astype(np.int32)
+
+
+def _convolution(x: NDArray[np.uint8], weight: NDArray[np.int8]) -> NDArray[np.int64]:
+    height, width = weight.shape[2:]
+    windows = sliding_window_view(x, (height, width), axis=(2, 3))  # [N, in, rows, columns, height, width]
+    n, _, rows, columns = windows.shape[:4]
+    patches = windows.transpose(0, 2, 3, 1, 4, 5).reshape(n * rows * columns, -1).astype(np.float64)
+    sums = patches @ weight.reshape(len(weight), -1).T.astype(np.float64)
+    return sums.reshape(n, rows, columns, len(weight)).transpose(0, 3, 1, 2).astype(np.int64)
+
+
+def _max_pool(x: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    rows, columns = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+    corners = [x[:, :, row:rows:2, column:columns:2] for row in (0, 1) for column in (0, 1)]
+    return np.maximum.reduce(corners)

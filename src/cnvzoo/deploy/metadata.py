@@ -7,7 +7,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .errors import DeployError
+from cnvzoo.errors import CnvzooError
+
+
+class DeployError(CnvzooError, ValueError):
+    """A model that the format cannot express, a file that is not ours, or images that a file cannot take."""
+
 
 KEY = "cnvzoo"  # of ONNX's metadata_props
 VERSION = 1

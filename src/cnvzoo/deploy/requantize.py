@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cnvzoo.models.integer_bias import LARGEST_BIAS
+from cnvzoo.models.quant import LARGEST_BIAS
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-
 _LEAST_MULTIPLIER = 1e-12  # of a channel whose level no input can change
 _BIASES = (0, -1, 1)  # tried around the rounded bias
 

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DeployError
-from .images import normalised, prepare
-from .metadata import KEY, Metadata
+from cnvzoo.deploy.images import normalised, prepare
+from cnvzoo.deploy.metadata import KEY, DeployError, Metadata
 
 _BATCH = 64  # images at a time: more fall out of the caches
 _MIN_ONNXRUNTIME = "pip install 'cnvzoo[runtime]'"

@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .initialization import skips_initialization
-from .norm_act import NormActSequential
-from .registry import check_bits, register_model
+from cnvzoo.models.layers import FullFieldMatmul, init_weight, skips_initialization
+from cnvzoo.models.norm_act import NormActSequential
+from cnvzoo.models.registry import check_bits, register_model
 
 _CONVS = (64, 64, "pool", 128, 128, "pool", 256, 256)
 _HIDDEN = (512, 512)
@@ -27,22 +27,6 @@ class Layers(Protocol):
     def conv(self, in_channels: int, out_channels: int, *, first: bool) -> nn.Module: ...
     def linear(self, in_features: int, out_features: int, *, last: bool) -> nn.Module: ...
     def relu(self) -> nn.Module: ...
-
-
-def init_weight(weight: Tensor) -> None:
-    """He initialisation: without biases, it keeps an untrained CNV's signal alive down to the logits."""
-    nn.init.kaiming_normal_(weight, nonlinearity="relu")
-
-
-class FullFieldMatmul(nn.Conv2d):
-    """A convolution that trains as a matrix product where its kernel covers all of its input, several times faster."""
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.training or input.shape[2:] != weight.shape[2:] or self.padding != (0, 0):
-            return super()._conv_forward(input, weight, bias)
-        # in the order in which both lie in memory, channels last
-        rows, columns = (t.permute(0, 2, 3, 1).flatten(1) for t in (input, weight))
-        return nn.functional.linear(rows, columns, bias)[:, :, None, None]
 
 
 class FloatLayers:
@@ -111,7 +95,7 @@ def _cnv(num_classes: int, in_chans: int) -> CNV:
     float_twin="cnv",
 )
 def _quant_cnv(num_classes: int, in_chans: int, w_bits: int, a_bits: int, first_w_bits: int = 8) -> CNV:
-    from .quant import QuantLayers  # Brevitas takes a second to import
+    from cnvzoo.models.quant import QuantLayers  # Brevitas takes a second to import
 
     check_bits("first_w_bits", first_w_bits, "quant_cnv")
     return CNV(num_classes, in_chans, QuantLayers(w_bits, a_bits, first_w_bits))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled import compiled_for, runs_compiled
+from cnvzoo.models.compiled import compiled_for, runs_compiled
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .depthwise import DepthwiseConv2d
-from .initialization import skips_initialization
-from .norm_act import NormActSequential
-from .pointwise import PointwiseConv2d
-from .registry import register_model
+from cnvzoo.models.layers import DepthwiseConv2d, PointwiseConv2d, skips_initialization
+from cnvzoo.models.norm_act import NormActSequential
+from cnvzoo.models.registry import register_model
 
 # (output channels, stride) of each depthwise-separable block
 _BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))

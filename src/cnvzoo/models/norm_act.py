@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .compiled import compiled_for, runs_compiled
+from cnvzoo.models.compiled import compiled_for, runs_compiled
 
 
 class Quantizer(Protocol):

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from cnvzoo.errors import ModelError, nearest
+from cnvzoo.models.layers import without_initialization
 
 BITS = range(1, 9)
 
@@ -152,3 +154,61 @@ def guard_input(model: nn.Module, spec: ModelSpec, in_chans: int) -> None:
             )
 
     model.register_forward_pre_hook(check)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model costs.
+
+    Attributes:
+        name: of the model.
+        summary: one line, with the source of the topology.
+        input_shape: (channels, height, width) that `macs` is counted at.
+        parameters: trainable numbers; quantized models have some scales more than their float twins.
+        macs: multiply-accumulates of convolutions and linear layers for one image.
+        weight_bytes: of convolution and linear weights, each at its bit width (32 for float), biases excluded.
+    """
+
+    name: str
+    summary: str
+    input_shape: tuple[int, int, int]
+    parameters: int
+    macs: int
+    weight_bytes: int
+
+
+def model_info(name: str, *, input_size: int | None = None, in_chans: int = 3, **arguments: Any) -> ModelInfo:
+    """Count parameters, multiply-accumulates and weight bytes of a model.
+
+    Args:
+        name, in_chans, **arguments: as for `create_model`.
+        input_size: height and width to count at; the only one that fits by default, else 32.
+    """
+    spec = model_spec(name)
+    with without_initialization():
+        model = build_model(name, in_chans=in_chans, **arguments).eval()
+    size = input_size or spec.input_size or 32
+    macs = weight_bits = 0
+
+    def count(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
+        nonlocal macs, weight_bits
+        assert isinstance(layer.weight, Tensor)
+        positions = output[0, 0].numel()  # of the output map; 1 for linear layers
+        macs += layer.weight.numel() * positions
+        weight_bits += layer.weight.numel() * _weight_bits(layer)
+
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        model(torch.zeros(1, in_chans, size, size))
+    parameters = sum(p.numel() for p in model.parameters())
+    return ModelInfo(name, spec.summary, (in_chans, size, size), parameters, macs, -(-weight_bits // 8))
+
+
+def _weight_bits(layer: nn.Module) -> int:
+    if not hasattr(layer, "weight_quant"):
+        return 32
+    from cnvzoo.models.quant import quantizer_of
+
+    return quantizer_of(layer).bits

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .initialization import skips_initialization
-from .norm_act import NormActSequential, norm_act
-from .registry import register_model
+from cnvzoo.models.layers import skips_initialization
+from cnvzoo.models.norm_act import NormActSequential, norm_act
+from cnvzoo.models.registry import register_model
 
 
 class BasicBlock(nn.Module):

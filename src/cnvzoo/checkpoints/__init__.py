@@ -1,0 +1,5 @@
+"""Checkpoints: their format, where they are stored, loading, publishing and verifying them.
+
+Names are imported from the modules that define them, such as `cnvzoo.checkpoints.load`: listing checkpoints
+(`cnvzoo.checkpoints.index`) needs no PyTorch.
+"""

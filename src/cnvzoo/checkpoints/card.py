@@ -1,0 +1,301 @@
+"""The model card of a checkpoint: README.md of its folder, with the metadata that the Hub indexes.
+
+A pure function of config.json and of what the model costs: the same checkpoint has the same card, byte for byte.
+
+The config may be anybody's. Whatever of it is no number is escaped where it stands in a sentence or a table, fenced by
+more backticks than it has itself, and quoted in a command.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from statistics import fmean, stdev
+from typing import Any
+
+import yaml
+
+from cnvzoo.checkpoints.folder import preprocessing_from
+from cnvzoo.checkpoints.format import CheckpointConfig, IntegerResult
+
+_HUB_DATASETS = {
+    "mnist": "ylecun/mnist",
+    "fashion_mnist": "zalando-datasets/fashion_mnist",
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+}
+_TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+_INSTALLED = ("torch", "torchvision", "numpy", "brevitas")  # of the versions, those that pip can install
+
+# what means something within a line of Markdown, as the Hub and GitHub read it; _ only at the end of a word
+_SPECIAL = re.compile(r"[\\`*\[\]<>|~&$@#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE)
+
+
+def render_card(config: CheckpointConfig, summary: str, parameters: int, macs: int) -> str:
+    """The text of a checkpoint's card.
+
+    Args:
+        config: of the checkpoint.
+        summary: what the topology is, in a line, with its source.
+        parameters, macs: as `cnvzoo.model_info` counts them, at the size that the preprocessing gives.
+    """
+    from huggingface_hub import ModelCard  # takes a while to import, and loading a checkpoint does without
+
+    sections = [
+        _opening(config, summary),
+        _accuracy(config),
+        _use(config),
+        _preprocessing(config),
+        _cost(config, parameters, macs),
+        *([_integer(config, config.integer)] if config.integer else []),
+        *([_recipe(config), _reproduce(config)] if config.recipe else []),
+        _limits(config),
+    ]
+    return str(ModelCard(f"---\n{_metadata(config)}\n---\n\n" + "\n".join(sections)))
+
+
+def _metadata(config: CheckpointConfig) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    dataset = _HUB_DATASETS.get(config.dataset, config.dataset)
+    bits = ["quantization", "quantization-aware-training", "brevitas", _bits(config)] if _is_quantized(config) else []
+    result = EvalResult(
+        task_type="image-classification",
+        task_name="Image Classification",
+        dataset_type=dataset,
+        dataset_name=_TITLES.get(config.dataset, config.dataset),
+        dataset_split="test",
+        metric_type="accuracy",
+        metric_name="Top-1 accuracy",
+        metric_value=config.correct / config.total,
+    )
+    return ModelCardData(
+        license="apache-2.0",
+        library_name="cnvzoo",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "pytorch", config.model["name"], *bits],
+        datasets=[dataset],
+        metrics=["accuracy"],
+        model_name=config.name,
+        eval_results=[result],
+    ).to_yaml()
+
+
+def _opening(config: CheckpointConfig, summary: str) -> str:
+    kind = "A float model"
+    if _is_quantized(config):
+        bits = {"first_w_bits": 8} | config.model
+        kind = (
+            f"Here with weights of {bits['w_bits']} bits (first layer {bits['first_w_bits']}) and activations of "
+            f"{bits['a_bits']} bits"
+        )
+    return (
+        f"# {config.name}\n\n{summary.rstrip('.')}. {kind}, trained on {_title(config)} by cnvzoo, with recipe, record "
+        "and checks behind every number.\n"
+    )
+
+
+def _accuracy(config: CheckpointConfig) -> str:
+    accuracies = [100 * result.correct / result.total for result in config.results]
+    lines = [
+        f"| {result.seed} | {accuracy:.2f} | {result.correct:,} of {result.total:,} | `{result.weights_sha256[:16]}` |"
+        for result, accuracy in zip(config.results, accuracies, strict=True)
+    ]
+    spread = f", standard deviation {stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+    weights = "the average of its weights" if config.recipe.get("ema") else "the weights of its last epoch"
+    seeds = f"{len(accuracies)} seeds" if len(accuracies) > 1 else "one seed"
+    return (
+        f"## Accuracy\n\n{config.accuracy:.2f} % top-1 on the test set of {_title(config)}: {config.correct:,} of "
+        f"{config.total:,} images, by the weights of this repository, which are those of seed {config.seed}, whatever "
+        "came of the others.\n\n| seed | top-1, % | images right | sha256 of the run's weights |\n"
+        "| --: | --: | --: | --- |\n" + "\n".join(lines) + f"\n\nMean over {seeds}: {fmean(accuracies):.2f} %{spread}. "
+        f"Each run reads the test set once, at its end, with {weights}; single crop, float32.{_grounds(config)}\n"
+    )
+
+
+def _grounds(config: CheckpointConfig) -> str:
+    """What the numbers rest on, where it is not the weights of this repository alone."""
+    said = ""
+    if len(config.results) > 1:
+        entry = config.recipe.get("name")
+        records = f", {_code(f'benchmarks/results/{entry}/')} of cnvzoo," if entry else ""
+        said += (
+            f"\n\nOnly the weights of seed {config.seed} are published. The numbers of the other seeds rest on the "
+            f"records of their runs{records} and on the sha256 of their weights, which are not here to be scored again."
+        )
+    if config.recipes_scored is not None:
+        said += (
+            f"\n\nRecipes of this entry that were ever scored on the test set: {config.recipes_scored:,}, this one "
+            "included."
+        )
+    if len({result.numerics for result in config.results}) > 1:
+        versions = (f"{r.numerics or 'an unrecorded one'} (seed {r.seed})" for r in config.results)
+        said += f"\n\nThe runs computed with different versions of the training arithmetic: {', '.join(versions)}."
+    return said
+
+
+def _use(config: CheckpointConfig) -> str:
+    return (
+        "## Use\n\n```python\nimport cnvzoo\nfrom PIL import Image\n\n"
+        f'model = cnvzoo.create_model("{config.name}", pretrained=True)\n'
+        'for guess in cnvzoo.predict(model, model.pretrained_cfg, Image.open("photo.png")):\n'
+        '    print(f"{guess.label}: {guess.probability:.1%}")\n```\n\n'
+        "The sha256 of every file is compared with the one inside the package before anything in it is read.\n"
+        f"`cnvzoo verify {config.name}` scores it again on the test set.\n"
+    )
+
+
+def _preprocessing(config: CheckpointConfig) -> str:
+    preprocessing = preprocessing_from(config)
+    native, size = preprocessing.native_size, preprocessing.size
+    padded = f", padded with black to {size}x{size}" if native != size else ""
+    scaled = "scaled to [0, 1]"
+    if preprocessing.normalizes:
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (preprocessing.mean, preprocessing.std))
+        scaled += f", then mean {mean} subtracted and divided by standard deviation {std}"
+    colour = "RGB" if preprocessing.in_chans == 3 else "grey"
+    return (
+        f"## Preprocessing\n\nImages of {native}x{native} pixels, {colour}{padded}, {scaled}. "
+        "`cnvzoo.transforms(model)` is the pipeline for your own.\n\n"
+        f"Classes, in the order of the outputs: {', '.join(map(_escaped, config.classes))}.\n"
+    )
+
+
+def _cost(config: CheckpointConfig, parameters: int, macs: int) -> str:
+    size, channels = config.preprocessing["size"], len(config.preprocessing["mean"])
+    bits = _bits(config) if _is_quantized(config) else "float"
+    packed = "; quantized weights are packed integers with their scales" if _is_quantized(config) else ""
+    return (
+        f"## Size\n\n| parameters | multiply-accumulates at {channels}x{size}x{size} | weights | model.safetensors |\n"
+        f"| --: | --: | --: | --: |\n| {parameters:,} | {macs:,} | {bits} | {config.file.size:,} bytes |\n\n"
+        f"The file is safetensors, never a pickle{packed}.\n"
+    )
+
+
+def _integer(config: CheckpointConfig, result: IntegerResult) -> str:
+    return (
+        "## Without PyTorch\n\n"
+        f"`cnvzoo export {config.name} -o model.onnx` writes an ONNX file of integer operators, {result.bytes:,} "
+        "bytes, that takes 8-bit pixels as they are.\n\n"
+        "| top-1 in ONNX Runtime, % | images right | same class as in PyTorch | accumulators off by a level |\n"
+        f"| --: | --: | --: | --: |\n| {100 * result.correct / config.total:.2f} | {result.correct:,} of "
+        f"{config.total:,} | {result.agreeing:,} | {result.differing:,} of {result.reachable:,} |\n\n"
+        "On every test image its outputs are those of a second, slow implementation, bit for bit.\n"
+    )
+
+
+def _recipe(config: CheckpointConfig) -> str:
+    recipe = yaml.safe_dump(config.recipe, sort_keys=False, allow_unicode=True, width=110)
+    return f"## Recipe\n\n{_fenced(recipe, 'yaml')}"
+
+
+def _reproduce(config: CheckpointConfig) -> str:
+    entry = config.recipe.get("name")
+    facts = f"- {_listed(config.device)}\n- {_listed(config.versions)}\n"
+    if config.numerics is not None:
+        facts += f"- arithmetic version {config.numerics} (docs/numerics.md)\n"
+    if config.dataset not in _TITLES or not entry:
+        return (
+            "## Reproduce\n\nNo table of cnvzoo has this entry, so there is no command that trains it again. The run's "
+            f"weights have the sha256 `{config.weights_sha256}`; its machine and versions:\n\n{facts}"
+        )
+    base, changed = (config.commit or "").rstrip("+"), (config.commit or "").endswith("+")
+    where = "In a checkout of cnvzoo:" if base else "In a checkout of cnvzoo, of which the commit was not recorded:"
+    outcome = (
+        "On the machine of the run and with all of its versions, the weights come out with the same sha256, "
+        f"`{config.weights_sha256}`:"
+    )
+    if changed:
+        where = (
+            f"The run was made from commit {_code(base)} with changes that are in no commit: it cannot be checked out "
+            "exactly. What comes nearest, in a checkout of cnvzoo:"
+        )
+        outcome = (
+            "Without these changes the weights may come out otherwise. The run's have the sha256 "
+            f"`{config.weights_sha256}`; its machine and versions:"
+        )
+    lines = [f"git checkout {shlex.quote(base)}"] if base else []
+    lines += [_installation(config.versions), _command(config, entry)]
+    return (
+        f"## Reproduce\n\n{where}\n\n{_fenced(chr(10).join(lines) + chr(10), 'sh')}\n"
+        f"{outcome}\n\n{facts}\n"
+        "Elsewhere sums are added up in another order: expect an accuracy within the spread of seeds.\n"
+    )
+
+
+def _installation(versions: Mapping[str, str]) -> str:
+    """The command that installs the checkout with the versions of the run, without builds such as +cu130."""
+    pins = (f"{name}=={versions[name].partition('+')[0]}" for name in versions if name in _INSTALLED)
+    return shlex.join(["pip", "install", *pins, "--editable", "."])
+
+
+def _command(config: CheckpointConfig, entry: str) -> str:
+    """The command that trains the run again.
+
+    On a CPU the bits depend on the number of threads. Commits of before --threads have one as their default, or take
+    OMP_NUM_THREADS; so both are given, the option only where it is not one, which is its default.
+    """
+    kind, threads = config.device.get("kind"), config.device.get("threads")
+    command = ["python", "benchmarks/reproduce.py", "--table", config.dataset, "--entry", entry]
+    command += ["--device", kind] if kind in ("cpu", "cuda") else []
+    command += ["--seeds", str(config.seed), "--retrain"]
+    if kind == "cuda" or threads is None:
+        return shlex.join(command)
+    command += ["--threads", str(threads)] if threads != 1 else []
+    return f"OMP_NUM_THREADS={shlex.quote(str(threads))} {shlex.join(command)}"
+
+
+def _limits(config: CheckpointConfig) -> str:
+    lines = [
+        f"It knows the {len(config.classes)} classes of {_title(config)} and images like those of its training set. "
+        "Any other image gets one of these labels too, often with confidence.",
+        "The probabilities are not calibrated.",
+        "It was tested on the test set of its own dataset and nothing else: not for changes of light, camera or style, "
+        "and not against attacks.",
+        f"{_title(config)} has terms and biases of its own.",
+    ]
+    if _is_quantized(config):
+        lines.append(
+            "The top-1 above is of fake quantization in float32. A graph in integers on other hardware rounds in its "
+            "own way: score it there again."
+        )
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _is_quantized(config: CheckpointConfig) -> bool:
+    return config.model.get("w_bits") is not None
+
+
+def _bits(config: CheckpointConfig) -> str:
+    return f"w{config.model['w_bits']}a{config.model['a_bits']}"
+
+
+def _title(config: CheckpointConfig) -> str:
+    return _escaped(_TITLES.get(config.dataset, config.dataset))
+
+
+def _listed(facts: Mapping[str, Any]) -> str:
+    return ", ".join(_escaped(f"{key} {value}") for key, value in facts.items()) or "unknown"
+
+
+def _escaped(text: str) -> str:
+    """The text as it has to be written for Markdown to show it as it is, within a line."""
+    return _SPECIAL.sub(r"\\\g<0>", text)
+
+
+def _code(text: str) -> str:
+    """The text as code within a line, which nothing in it can end."""
+    ticks = "`" * (_longest_run(text) + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def _fenced(text: str, language: str) -> str:
+    """Lines as a block of code, which nothing in them can end."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text}{fence}\n"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)

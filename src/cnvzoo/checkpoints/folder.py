@@ -1,0 +1,238 @@
+"""Size and sha256: by these a file is known, and nothing in it is looked at before both were found right.
+
+What goes through a store: the files of one checkpoint, under names that lead nowhere else, and what became of them.
+
+A name that reaches a store may come from a command line, an index or a server. Only plain names are let through, so
+that nothing can be read or written outside of the folder that is meant.
+
+Which folders of a directory are checkpoints, and which files of a folder are a checkpoint's, is decided here alone:
+publishing, the index and the search by name have to agree on it.
+
+
+A checkpoint: a folder `<model tag>.<dataset>/` with `model.safetensors` and `config.json`.
+
+The config says everything that is needed to build the model, feed it, and check the number that it is published with.
+No file is looked into before its size and sha256 were found to be those that it was published with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+from torch import nn
+
+from cnvzoo.checkpoints.format import (
+    CARD,
+    CONFIG,
+    FORMAT_VERSION,
+    LARGEST_FILE,
+    WEIGHTS,
+    CheckpointConfig,
+    CheckpointError,
+    CheckpointFacts,
+    FileFacts,
+    StoreError,
+    checked_name,
+)
+from cnvzoo.checkpoints.weights import (
+    build_empty,
+    build_skeleton,
+    fill,
+    is_quantized,
+    packed_file,
+    read_plain,
+    read_published,
+)
+from cnvzoo.data.preprocessing import Preprocessing
+from cnvzoo.errors import explain
+from cnvzoo.files import is_temporary_of, replacing, write_text
+
+
+def read_verified(path: Path, facts: FileFacts) -> bytes:
+    """The content of a file, which is what `facts` say: what is returned is what was hashed.
+
+    Raises:
+        CheckpointError: it cannot be read, or has another size or sha256.
+    """
+    remedy = "the file is damaged, or another than was published: fetch it again"
+    content = read_limited(path, facts.size, f"expected {facts.size:,} bytes, and it has more: {remedy}")
+    if len(content) != facts.size:
+        raise CheckpointError(f"{path}: expected {facts.size:,} bytes, and it has {len(content):,}: {remedy}")
+    found = hashlib.sha256(content).hexdigest()
+    if found != facts.sha256:
+        raise CheckpointError(f"{path}: sha256 is {found[:16]}..., and {facts.sha256[:16]}... was expected: {remedy}")
+    return content
+
+
+def read_limited(path: Path, limit: int, too_large: str) -> bytes:
+    """The content of a regular file of at most `limit` bytes; no more memory than that is ever taken.
+
+    Raises:
+        CheckpointError: it cannot be read, is no regular file, or is larger, for which `too_large` are the words.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{path}: not a regular file")
+        if found.st_size > limit:
+            raise CheckpointError(f"{path}: {too_large}")
+        with path.open("rb") as file:
+            content = file.read(found.st_size + 1)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path}: cannot be read ({reason}): is {path.parent} a checkpoint folder?") from None
+    if len(content) != found.st_size:
+        raise CheckpointError(f"{path}: changed while it was read: try again")
+    return content
+
+
+FILES = (WEIGHTS, CARD, CONFIG)  # in the order in which they are written: without its config a folder is no checkpoint
+
+
+def plain_name(name: str, kind: str) -> str:
+    """Return `name` if it is one plain name. Raises StoreError for anything that could lead out of a folder."""
+    try:
+        return checked_name(name)
+    except ValueError as error:
+        raise StoreError(f"{kind}: {error}; it is refused, because it could lead out of the folder") from None
+
+
+def read_plain_file(path: Path) -> bytes:
+    """The bytes of a regular file that is no symbolic link. Raises CheckpointError."""
+    if path.is_symlink():
+        raise StoreError(f"{path}: a symbolic link, which could lead out of the folder; put the file itself there")
+    return read_limited(path, LARGEST_FILE, f"more than {LARGEST_FILE:,} bytes: no part of a checkpoint")
+
+
+def checkpoint_folders(root: Path) -> dict[str, Path]:
+    """The folders in `root` that hold a checkpoint, valid or not, by name in alphabetical order.
+
+    These are the folders with a config; hidden ones are none.
+    """
+    folders = sorted(config.parent for config in root.glob(f"*/{CONFIG}"))
+    return {folder.name: folder for folder in folders if not folder.name.startswith(".")}
+
+
+def checkpoint_files(folder: Path, *, needed: Sequence[str] = FILES) -> dict[str, bytes]:
+    """The files of a whole checkpoint by name, compared with its config.
+
+    The temporary file of a process that writes one of them, or was killed while it did, is passed over.
+
+    Args:
+        folder: of the checkpoint.
+        needed: the files that have to be there: all that are published, or those that loading takes.
+
+    Raises:
+        StoreError: a file is missing, there is one that is no part of a checkpoint, the folder has another name than
+            the checkpoint, or the weights are not those that the config describes.
+        CheckpointError: the config is not valid.
+    """
+    name = plain_name(folder.resolve().name, "checkpoint")
+    if folder.is_symlink() or not folder.is_dir():
+        raise StoreError(f"{folder}: not a folder, and a checkpoint is one")
+    present = {
+        path.name for path in folder.iterdir() if not any(is_temporary_of(path.name, file) for file in FILES)
+    }  # fmt: skip
+    if missing := [file for file in needed if file not in present]:
+        remedy = f"; write the card with cnvzoo.write_card({str(folder)!r})" if missing == [CARD] else ""
+        raise StoreError(f"{folder}: {', '.join(missing)} missing; published are {', '.join(FILES)}{remedy}")
+    if extra := sorted(present.difference(FILES)):
+        raise StoreError(f"{folder}: {', '.join(extra)} is no part of a checkpoint: move it elsewhere")
+    files = {file: read_plain_file(folder / file) for file in FILES if file in present}
+    config = read_config(folder, FileFacts.of(files[CONFIG]))
+    if config.name != name:
+        raise StoreError(f"{folder / CONFIG}: of {config.name!r}, and its folder is {name!r}: rename one of the two")
+    if FileFacts.of(files[WEIGHTS]) != config.file:
+        raise StoreError(f"{folder / WEIGHTS}: not the file that its config describes, so damaged, or another")
+    return files
+
+
+_LARGEST_CONFIG = 1 << 18  # bytes
+
+
+def write_checkpoint(folder: str | Path, facts: CheckpointFacts, weights: str | Path) -> CheckpointConfig:
+    """Lay out a checkpoint from the weights file of a run, weights first; returns its config.
+
+    Raises:
+        CheckpointError: the file is not the one that the facts describe, or does not hold exactly the model's tensors.
+    """
+    weights, folder = Path(weights), Path(folder)
+    content = read_limited(weights, LARGEST_FILE, f"more than {LARGEST_FILE:,} bytes: no small image classifier")
+    if (found := FileFacts.of(content).sha256) != facts.weights_sha256:
+        raise CheckpointError(f"{weights}: sha256 is {found[:16]}..., {facts.name} has {facts.weights_sha256[:16]}...")
+    try:
+        model = build_empty(facts.model)
+        model.load_state_dict(read_plain(content, model), strict=True)
+        if is_quantized(model):
+            content = packed_file(model.eval())
+    except CheckpointError as error:
+        raise CheckpointError(f"{weights}: not the weights of {facts.name}: {error}") from None
+    config = CheckpointConfig(**dict(facts), format_version=FORMAT_VERSION, file=FileFacts.of(content))
+    with replacing(folder / WEIGHTS) as temporary:
+        temporary.write_bytes(content)
+    write_config(folder, config)
+    return config
+
+
+def write_config(folder: str | Path, config: CheckpointConfig) -> None:
+    """Write the config of a checkpoint whose weights are there."""
+    write_text(Path(folder) / CONFIG, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+
+
+def read_config(folder: str | Path, facts: FileFacts | None = None) -> CheckpointConfig:
+    """Read and validate the config of a checkpoint, which has to be the file that `facts` describe.
+
+    Raises:
+        CheckpointError: the file is missing, another, or not valid.
+    """
+    path = Path(folder) / CONFIG
+    if facts is None:
+        content = read_limited(path, _LARGEST_CONFIG, f"more than {_LARGEST_CONFIG:,} bytes: no checkpoint config")
+    else:
+        content = read_verified(path, facts)
+    try:
+        return CheckpointConfig.model_validate_json(content)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: not a valid checkpoint config: {explain(error)}") from None
+
+
+def check_weights(folder: str | Path, config: CheckpointConfig) -> None:
+    """Raise CheckpointError where model.safetensors is not the file that its config describes."""
+    read_verified(Path(folder) / WEIGHTS, config.file)
+
+
+def read_model(folder: str | Path, files: Mapping[str, FileFacts] | None = None) -> tuple[nn.Module, CheckpointConfig]:
+    """Build the model of a checkpoint, in eval mode on the CPU, with its weights.
+
+    Args:
+        folder: of the checkpoint.
+        files: what config.json and model.safetensors have to be; by default config.json is taken as it is, and says
+            what model.safetensors has to be.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the tensors are not exactly the model's.
+    """
+    folder = Path(folder)
+    config = read_config(folder, files[CONFIG] if files else None)
+    content = read_verified(folder / WEIGHTS, config.file)
+    try:
+        skeleton = build_skeleton(config.model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+    try:
+        state = read_published(content, skeleton)
+        model = build_empty(config.model)
+        fill(model, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: not the weights of {config.name}: {error}") from None
+    return model.eval(), config
+
+
+def preprocessing_from(config: CheckpointConfig) -> Preprocessing:
+    """The way images reach the checkpoint's model."""
+    return Preprocessing.from_dict(config.preprocessing)

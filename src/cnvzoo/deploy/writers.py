@@ -1,0 +1,266 @@
+"""Integer weights in as few bytes as they have values, unpacked by ONNX operators that fold when a session loads.
+
+A byte tells 256 combinations apart: eight weights of two values, five of three (2 bits), three of six, two of up to
+sixteen (4 bits), one of more. It is the index of a row in a table that holds these weights as int8, so unpacking is
+one Gather, of opset 13, and a tensor that is constant: ONNX Runtime computes it once and goes on as with int8 weights.
+
+
+The integer net as an ONNX graph of operators that stock ONNX Runtime has fast kernels for.
+
+QLinearConv with scales of 1 and zero points of 0 is exactly a convolution in int32, a bias, a float32 multiplier for
+each channel, rounding half to even and saturation to 0..255; its per-channel weight scale is that multiplier. Clip
+takes what is left down to a_bits, after the pool where there is one, which is the same and less work. Once a map is
+one pixel, the batch takes the place of the pixels, so that the linear layers are matrix products over all images.
+
+
+A quantized model as QONNX: integers as float tensors with `Quant` nodes, which FINN and the qonnx package read.
+
+Pappalardo et al. 2022, "QONNX: Representing Arbitrary-Precision Quantized Neural Networks" (arXiv:2206.07527). The
+graph is Brevitas' own export, cleaned: constants folded, shapes inferred, tensors named. Only the image goes in
+otherwise: as the pixels themselves, 0 to 255, and without the model's quantizer in front, since what has eight bits
+already needs none. FINN v0.10 refuses an unsigned quantizer there, and later versions build one in hardware. The scale
+of the pixels follows behind the first convolution, so that the operands of every convolution are integers.
+
+
+A float model as plain ONNX, for any runtime: float32, any batch size."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from cnvzoo.deploy.integer import HiddenLayer, IntegerNet, quantized_cnv
+from cnvzoo.deploy.metadata import DeployError
+from cnvzoo.models.cnv import CNV
+
+
+def pack(weight: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[np.int8]] | None:
+    """(bytes [n], table int8 [rows, weights in a byte]) of a weight of any shape; None where bytes cannot be saved.
+
+    `table[bytes].reshape(-1)` starts with the weights in row-major order; what is beyond them is padding.
+    """
+    values = np.unique(weight)
+    count = max((n for n in range(1, 9) if len(values) ** n <= 256), default=1)
+    if count == 1:
+        return None
+    table = np.array(list(itertools.product(values, repeat=count)), np.int8)
+    digits = np.searchsorted(values, weight.reshape(-1))
+    digits = np.pad(digits, (0, -len(digits) % count)).reshape(-1, count)
+    powers = len(values) ** np.arange(count - 1, -1, -1)
+    return (digits @ powers).astype(np.uint8), table
+
+
+OPSET = 13
+IR_VERSION = 8  # what onnxruntime 1.10 and later read
+INPUT, ACCUMULATORS, SCALE = "image", "accumulators", "scale"
+_BATCH_TO_PIXELS = [2, 1, 0, 3]  # [N, C, 1, 1] to [1, C, N, 1], and back
+
+
+class _Graph:
+    """Nodes and constants as they are added."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.add_constant("one", np.float32(1))
+        self.add_constant("zero", np.uint8(0))
+
+    def add_constant(self, name: str, value: Any) -> str:
+        self.constants.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        return output
+
+    def add_weight(self, name: str, weight: NDArray[np.int8]) -> str:
+        packed = pack(weight)
+        if packed is None:
+            return self.add_constant(f"{name}.weight", weight)
+        content, table = packed
+        index = self.add("Cast", [self.add_constant(f"{name}.packed", content)], f"{name}.index", to=TensorProto.INT32)
+        flat = self.add("Gather", [self.add_constant(f"{name}.table", table), index], f"{name}.gathered")
+        if content.size * table.shape[1] != weight.size:
+            flat = self.add("Reshape", [flat, self.add_constant(f"{name}.flat", np.array([-1]))], f"{name}.padded")
+            ends = [self.add_constant(f"{name}.{key}", np.array([value])) for key, value in _ENDS(weight.size)]
+            flat = self.add("Slice", [flat, *ends], f"{name}.values")
+        shape = self.add_constant(f"{name}.shape", np.array(weight.shape))
+        return self.add("Reshape", [flat, shape], f"{name}.weight")
+
+
+def _ENDS(size: int) -> tuple[tuple[str, int], tuple[str, int]]:
+    return ("start", 0), ("end", size)
+
+
+def integer_graph(net: IntegerNet) -> onnx.ModelProto:
+    """uint8 images [N, in_chans, size, size] to `accumulators`, int32 [N, num_classes], and `scale`, float32."""
+    graph = _Graph()
+    x = INPUT
+    on_pixels = False
+    for layer in net.hidden:
+        if layer.linear and not on_pixels:
+            x = graph.add("Transpose", [x], "features", perm=_BATCH_TO_PIXELS)
+            on_pixels = True
+        x = _add_layer(graph, x, layer)
+    x = graph.add("Transpose", [x], "pixels", perm=_BATCH_TO_PIXELS)
+    x = graph.add("Flatten", [x], "flat")
+    head = graph.add_weight("head", np.ascontiguousarray(net.head.T))
+    graph.add("MatMulInteger", [x, head], ACCUMULATORS)
+    graph.add("Constant", [], SCALE, value=numpy_helper.from_array(np.array(net.scale, np.float32)))
+    make = helper.make_tensor_value_info
+    model = helper.make_model(
+        helper.make_graph(
+            graph.nodes,
+            "cnvzoo_integer",
+            [make(INPUT, TensorProto.UINT8, ["N", net.in_chans, net.size, net.size])],
+            [
+                make(ACCUMULATORS, TensorProto.INT32, ["N", len(net.head)]),
+                make(SCALE, TensorProto.FLOAT, []),
+            ],
+            graph.constants,
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="cnvzoo",
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _add_layer(graph: _Graph, x: str, layer: HiddenLayer) -> str:
+    name, chosen = layer.name, layer.requantization
+    inputs = [
+        x, "one", "zero",
+        graph.add_weight(name, layer.scaled_weight),
+        graph.add_constant(f"{name}.multiplier", chosen.multiplier),
+        graph.add_constant(f"{name}.zero", np.zeros(len(chosen.bias), np.int8)),
+        "one", "zero",
+        graph.add_constant(f"{name}.bias", chosen.bias),
+    ]  # fmt: skip
+    x = graph.add("QLinearConv", inputs, f"{name}.levels", kernel_shape=list(layer.weight.shape[2:]))
+    if layer.pooled:
+        x = graph.add("MaxPool", [x], f"{name}.pooled", kernel_shape=[2, 2], strides=[2, 2])
+    if layer.high < np.iinfo(np.uint8).max:
+        x = graph.add("Clip", [x, "", graph.add_constant(f"{name}.high", np.uint8(layer.high))], f"{name}.clipped")
+    return x
+
+
+QONNX_OPSET = 13  # what FINN exports the models of its own tests with
+QONNX_DOMAIN, QONNX_VERSION = "qonnx.custom_op.general", 1  # Quant and BipolarQuant are what they were in version 1
+QONNX_INPUT, QONNX_OUTPUT = "global_in", "global_out"  # names that FINN expects
+
+
+@torch.no_grad()
+def qonnx_graph(model: nn.Module, in_chans: int, size: int) -> Any:
+    """Pixels, 0 to 255, `global_in` [1, in_chans, size, size] to `global_out`, the logits [1, num_classes].
+
+    Raises:
+        DeployError: a float model, a layer or bit width that has no node in QONNX, or qonnx is not installed.
+    """
+    net = quantized_cnv(model, "QONNX")
+    _check_layers(net)
+    try:
+        from qonnx.core import data_layout
+        from qonnx.core.datatype import DataType
+        from qonnx.core.modelwrapper import ModelWrapper
+        from qonnx.util.cleanup import cleanup_model
+    except ImportError:
+        raise DeployError("exporting to QONNX needs the qonnx package: pip install 'cnvzoo[export]'") from None
+    device = next(model.parameters()).device
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's words about its own future
+        from brevitas.export import export_qonnx
+
+        path = Path(folder) / "model.onnx"
+        export_qonnx(
+            _on_pixels(net), args=torch.zeros(1, in_chans, size, size, device=device), export_path=str(path),
+            opset_version=QONNX_OPSET, input_names=[QONNX_INPUT], output_names=[QONNX_OUTPUT], dynamo=False,
+        )  # fmt: skip
+        wrapped = cleanup_model(ModelWrapper(str(path)))
+    wrapped.set_tensor_datatype(QONNX_INPUT, DataType["UINT8"])
+    wrapped.set_tensor_layout(QONNX_INPUT, data_layout.NCHW)
+    _declare_opsets(wrapped.model)
+    return wrapped.model
+
+
+def _check_layers(model: CNV) -> None:
+    """All that computes has integers: FINN builds nothing else."""
+    from brevitas.nn import QuantConv2d, QuantLinear, QuantReLU
+
+    from cnvzoo.models.quant import quantizer_of
+
+    known = (QuantConv2d, QuantLinear, QuantReLU, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d)
+    for part, layers in (("features", model.features), ("classifier", model.classifier)):
+        for name, layer in layers.named_children():
+            if not isinstance(layer, known):
+                raise DeployError(f"{part}.{name}: {type(layer).__name__} is not quantized, as all layers of QONNX are")
+            if isinstance(layer, QuantReLU) and quantizer_of(layer).bits == 1:
+                raise DeployError("1-bit activations of levels 0 and 1 have no node in QONNX: use a_bits of 2 or more")
+
+
+class _Scale(nn.Module):
+    scale: Tensor
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def _on_pixels(model: CNV) -> CNV:
+    """A copy that takes pixels, with the quantizers as the exporter wants them."""
+    from cnvzoo.models.quant import quantizer_of
+
+    scale = quantizer_of(model.input).effective_scale()
+    model = copy.deepcopy(model)
+    for layer in model.modules():  # the exporter asks Brevitas' own tensors for scales and bit widths
+        if hasattr(layer, "skip_create_quant_tensor"):
+            layer.skip_create_quant_tensor = False  # type: ignore[assignment]
+    model.input = nn.Identity()
+    model.features[0] = nn.Sequential(model.features[0], _Scale(scale))
+    return model
+
+
+def _declare_opsets(model: Any) -> None:
+    """ONNX's first: qonnx takes the first for ONNX's, and exporters differ in what they declare of the other."""
+    from onnx import helper
+
+    del model.opset_import[:]
+    model.opset_import.extend([helper.make_opsetid("", QONNX_OPSET), helper.make_opsetid(QONNX_DOMAIN, QONNX_VERSION)])
+
+
+FLOAT_OPSET = 18
+
+
+@torch.no_grad()
+def plain_graph(model: nn.Module, in_chans: int, size: int) -> Any:
+    """Normalised images `image` [N, in_chans, size, size] to `logits` [N, num_classes], both float32.
+
+    Raises:
+        DeployError: a quantized model.
+    """
+    if any(hasattr(layer, "weight_quant") for layer in model.modules()):
+        raise DeployError("plain ONNX has no integers: export a quantized model with format='integer' or 'qonnx'")
+    device = next(model.parameters()).device
+    batch = torch.zeros(2, in_chans, size, size, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's words about its own future
+        program = torch.onnx.export(
+            model, (batch,), input_names=["image"], output_names=["logits"], opset_version=FLOAT_OPSET, dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("N")},), verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    return program.model_proto

@@ -1,0 +1,240 @@
+"""The machine: which device, what to call it in a record, and the settings under which a seed gives the same bits."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cnvzoo.errors import CnvzooError
+
+# by backend and operation, each behind those that count where it is "none"
+_FLOAT32_SETTINGS = [
+    ("generic", "all"),
+    *((backend, part) for backend in ("cuda", "mkldnn") for part in ("all", "matmul", "conv", "rnn")),
+]
+
+# how cuBLAS may sum in bfloat16 and float16: as torch has it by default, which the records are of
+_CUBLAS_DEFAULTS = {
+    "allow_bf16_reduced_precision_reduction": True,
+    "allow_fp16_reduced_precision_reduction": True,
+    "allow_fp16_accumulation": False,
+}
+_MALLOC_PARAMETERS = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}  # of glibc's mallopt(3)
+_MALLOC_FIXED = {"trim_threshold": 128 << 10, "mmap_threshold": 128 << 10, "mmap_max": 1 << 16}
+_MALLOC_MOVED = _MALLOC_FIXED | {"trim_threshold": 64 << 20, "mmap_threshold": 32 << 20}
+
+
+def resolve_device(device: str | torch.device = "auto") -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises CnvzooError for a device that is not there."""
+    if str(device) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise CnvzooError(f"device {str(device)!r} cannot be used ({reason}): use auto, cpu or cuda") from None
+    return resolved
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """kind, name, and on a CPU the threads and instruction set, which the bits of a run depend on."""
+    if device.type == "cuda":
+        return {"kind": "cuda", "name": torch.cuda.get_device_name(device)}
+    return {
+        "kind": device.type,
+        "name": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+class _OfTheProcess:
+    """A setting of the whole process, for uses that may overlap in threads: the first one sets it and the last one puts
+    it back. The setting is global, and so has to be the count of its uses: without one, a use that ends would take it
+    from another that goes on, which in the end would put back what the first had set.
+    """
+
+    def __init__(self, setting: Callable[[], AbstractContextManager[None]]) -> None:
+        self._setting = setting
+        self._lock = threading.Lock()
+        self._uses = 0
+        self._set = ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._uses:
+                self._set.enter_context(self._setting())
+            self._uses += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._uses -= 1
+                if not self._uses:
+                    self._set.close()
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """One arithmetic inside, whatever the caller has set: float32 is float32 (no TF32, no bfloat16 in its place), no
+    autocast but those inside, and on CUDA deterministic kernels. All settings are put back, also after an error.
+    """
+    with ExitStack() as settings:
+        settings.enter_context(_full_float32())
+        settings.enter_context(_arithmetic_of_the_thread(device))
+        if device.type == "cuda":
+            settings.enter_context(_deterministic_cuda())
+        yield
+
+
+@_OfTheProcess
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Computing in float32 as torch does by default on a CPU, on CUDA without the TF32 that is its default for
+    convolutions, and float32 as what tensors are made of.
+
+    torch has these settings twice: by backend and operation, where "none" means that the one above it counts, and in
+    the older allow_tf32 and float32_matmul_precision, which raise where the two disagree. Both are set, so that neither
+    raises within. What is read of a setting is what counts, so each is read where all above it are "none".
+    """
+    old: Any = torch.backends
+    dtype, before = torch.get_default_dtype(), []
+    for backend, part in _FLOAT32_SETTINGS:
+        before.append(torch._C._get_fp32_precision_getter(backend, part))
+        torch._C._set_fp32_precision_setter(backend, part, "none")
+    matmul = torch.get_float32_matmul_precision()
+    try:
+        cudnn = old.cudnn.allow_tf32
+    except RuntimeError:  # it is on, and disagrees with the "none" of its operations
+        cudnn = True
+    try:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+        old.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(matmul)
+        old.cudnn.allow_tf32 = cudnn
+        for (backend, part), precision in zip(_FLOAT32_SETTINGS, before, strict=True):
+            torch._C._set_fp32_precision_setter(backend, part, precision)
+
+
+@contextmanager
+def _arithmetic_of_the_thread(device: torch.device) -> Iterator[None]:
+    """Denormal numbers as they are, and none of the caller's autocasts, enabled or not: casts of weights are kept for
+    as long as the outermost autocast lasts, which must not be longer than a step.
+    """
+    flushes = float(torch.full((), 2.0**-140, dtype=torch.float32, device="cpu") * 1) == 0
+    autocasts = torch.autocast_increment_nesting() - 1
+    for _ in range(autocasts + 1):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+    enabled = {kind: torch.is_autocast_enabled(kind) for kind in {"cpu", device.type}}
+    cached = torch.is_autocast_cache_enabled()
+    try:
+        for kind in enabled:
+            torch.set_autocast_enabled(kind, False)
+        torch.set_autocast_cache_enabled(True)
+        if flushes:
+            torch.set_flush_denormal(False)
+        yield
+    finally:
+        torch.set_flush_denormal(flushes)
+        torch.set_autocast_cache_enabled(cached)
+        for kind, was in enabled.items():
+            torch.set_autocast_enabled(kind, was)
+        for _ in range(autocasts):
+            torch.autocast_increment_nesting()
+
+
+@_OfTheProcess
+@contextmanager
+def _deterministic_cuda() -> Iterator[None]:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    fills: Any = torch.utils.deterministic
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, filled = cudnn.benchmark, fills.fill_uninitialized_memory
+    sums = {name: getattr(matmul, name) for name in _CUBLAS_DEFAULTS}
+    for name, value in sums.items():
+        if (split := getattr(matmul, f"{name}_split_k", None)) is not None:  # set with the other, as a pair
+            sums[name] = value, split
+    try:
+        torch.use_deterministic_algorithms(True)
+        cudnn.benchmark = False
+        fills.fill_uninitialized_memory = False  # every kernel here writes all of its result: filling it costs time
+        for name, value in _CUBLAS_DEFAULTS.items():
+            setattr(matmul, name, value)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        cudnn.benchmark, fills.fill_uninitialized_memory = benchmark, filled
+        for name, value in sums.items():
+            setattr(matmul, name, value)
+
+
+@contextmanager
+def keep_freed_memory() -> Iterator[None]:
+    """Have glibc keep the memory of freed tensors inside: a CPU step spends up to a third of its time in page faults
+    else. What is free at the end goes back to the system. Around a whole function, as a decorator, it covers what the
+    function's variables held; elsewhere than with glibc it does nothing.
+    """
+    with _kept_memory():
+        yield
+
+
+@_OfTheProcess
+@contextmanager
+def _kept_memory() -> Iterator[None]:
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MALLOC_PARAMETERS["mmap_max"], 0)
+    libc.mallopt(_MALLOC_PARAMETERS["trim_threshold"], 2**31 - 1)
+    try:
+        yield
+    finally:
+        for name, value in _malloc_settings(os.environ).items():
+            libc.mallopt(_MALLOC_PARAMETERS[name], value)
+        gc.collect()  # a trainer and its steps refer to each other
+        libc.malloc_trim(0)
+
+
+def _malloc_settings(environment: Mapping[str, str]) -> dict[str, int]:
+    """What glibc's mallopt(3) is to be given for what it had before: its parameters cannot be read.
+
+    Where the environment sets none, glibc moves its thresholds up with the sizes that are freed, until one of them is
+    set, and then no more. They are left where that ends, because the values that it starts from make every large tensor
+    a mapping of its own: three times the page faults of a process that never set anything.
+    """
+    tunables = dict(pair.split("=", 1) for pair in environment.get("GLIBC_TUNABLES", "").split(":") if "=" in pair)
+    given = {}
+    for name in (*_MALLOC_PARAMETERS, "top_pad"):
+        text = tunables.get(f"glibc.malloc.{name}", environment.get(f"MALLOC_{name.upper()}_", ""))
+        with suppress(ValueError):
+            given[name] = int(text, 0)
+    defaults = _MALLOC_FIXED if given else _MALLOC_MOVED
+    return {name: given.get(name, value) for name, value in defaults.items()}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,134 @@
+"""What decides the bits of a run beside its recipe: the version of the arithmetic, and the kernels of the machine.
+
+A run's weights are a function of its recipe, its seed, `NUMERICS` and what `describe_machine` says, all of which are in
+its record. docs/numerics.md lists what each version changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import sys
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from cnvzoo.models.compiled import compiler_version, compiles
+from cnvzoo.training.device import describe_device
+
+# The version of what training computes, from initialisation to the weights that are scored. Raise it with every change
+# that gives any recipe other bits, say in docs/numerics.md what changed, and write the golden sha256s again
+# (tests/training/golden.py): every record of an older version is due again then.
+NUMERICS = 2
+_ONEDNN_LEVELS = (
+    ("AVX2", ("avx2",)),
+    ("AVX512_CORE", ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq")),
+    ("AVX512_CORE_VNNI", ("avx512_vnni",)),
+    ("AVX512_CORE_BF16", ("avx512_bf16",)),
+    ("AVX512_CORE_FP16", ("avx512_fp16",)),
+    ("AVX512_CORE_AMX", ("amx_tile", "amx_int8", "amx_bf16")),
+    ("AVX512_CORE_AMX_FP16", ("amx_fp16",)),
+)
+
+
+class Machine(BaseModel):
+    """The machine of a run: its device, and on a CPU what its kernels are.
+
+    Attributes:
+        kind: of device, `cpu` or `cuda`.
+        name: of the processor or GPU.
+        threads: of the run. This and all that follow are None on a GPU and in records from before they were kept.
+        capability: instruction set of ATen's kernels, such as AVX512; `ATEN_CPU_CAPABILITY` can lower it.
+        onednn: instruction set of oneDNN's kernels (convolutions, and matrix products in bfloat16), by the name that
+            `ONEDNN_MAX_CPU_ISA` has for it, which can lower it.
+        loops: whether the loops of `cnvzoo.models.compiled` ran compiled.
+        compiler: of these loops, with its version.
+        kernels: sha256, 16 digits of it, of what the kernels of PyTorch make of fixed numbers: the same where a run's
+            operations round alike, whatever the reason.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    kind: str = Field(pattern="^[a-z]+$")
+    name: str = Field(min_length=1)
+    threads: int | None = Field(default=None, ge=1)
+    capability: str | None = None
+    onednn: str | None = None
+    loops: Literal["compiled", "eager"] | None = None
+    compiler: str | None = None
+    kernels: str | None = Field(default=None, pattern="^[0-9a-f]{16}$")
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """The fields of `Machine` that are known of `device`, as a record and the state of a run have them.
+
+    Call it under `cnvzoo.training.device.deterministic`, in which runs train.
+    """
+    machine = describe_device(device)
+    if device.type == "cpu":
+        compiled = compiles(device)
+        machine |= {
+            "onednn": _onednn_level(os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA")),
+            "loops": "compiled" if compiled else "eager",
+            "compiler": compiler_version() if compiled else None,
+            "kernels": _kernels_sha256(torch.get_num_threads())[:16],
+        }
+    return Machine(**machine).model_dump(exclude_none=True)
+
+
+def _onednn_level(limit: str | None) -> str | None:
+    """The highest level that this processor has and `limit` allows; None for a processor without such levels."""
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if get_capabilities is None or platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    has = get_capabilities()
+    names = [name for name, _ in _ONEDNN_LEVELS]
+    allowed = names.index(limit.upper()) if limit and limit.upper() in names else len(names) - 1
+    level = "SSE41" if limit and limit.upper() in ("SSE41", "AVX") else None
+    for name, needs in _ONEDNN_LEVELS[: 0 if level else allowed + 1]:
+        if not all(has.get(feature) for feature in needs):
+            break
+        level = name
+    return level or "SSE41"
+
+
+@functools.cache
+def _kernels_sha256(threads: int) -> str:
+    """sha256 of results of the kinds of kernels that training runs; `threads` only tells results apart."""
+    generator = torch.Generator().manual_seed(0)
+
+    def values(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    digest = hashlib.sha256()
+    with torch.autocast("cpu", enabled=False), torch.enable_grad():
+        for groups, kernel in ((1, 3), (1, 1), (16, 3)):
+            layout = {"memory_format": torch.channels_last}
+            x = values(8, 16, 12, 12).contiguous(**layout).requires_grad_()
+            weight = values(16, 16 // groups, kernel, kernel).contiguous(**layout).requires_grad_()
+            y = F.conv2d(x, weight, padding=kernel // 2, groups=groups)
+            results = [y, *torch.autograd.grad(y.float().square().sum(), (x, weight))]
+            results += [F.conv2d(x.float(), weight.float(), padding=kernel // 2, groups=groups)]
+            _update(digest, results)
+        a, b = values(2, 96, 200), values(2, 200, 64)
+        product = torch.bmm(a, b)
+        wide = values(64, 1000, dtype=torch.float32)
+        _update(digest, [product, torch.baddbmm(product, a, b, beta=0.5, alpha=2.0), a[0].float() @ b[0].float()])
+        _update(digest, [F.linear(a[0], b[0].mT), wide.sum(1), wide.norm(dim=1), F.log_softmax(wide, 1), wide.rsqrt()])
+    return digest.hexdigest()
+
+
+def _update(digest: Any, results: list[Tensor]) -> None:
+    for result in results:
+        digest.update(result.detach().float().contiguous().numpy().tobytes())
+
+
+def warn_of_slow_loops(machine: dict[str, Any]) -> None:
+    """Say on stderr where a run on a CPU trains without compiled loops."""
+    if machine.get("loops") == "eager":
+        print("training runs uncompiled on this CPU: slower, and with other bits than compiled", file=sys.stderr)

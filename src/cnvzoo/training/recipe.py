@@ -1,0 +1,415 @@
+"""A recipe: everything that decides the weights of a table entry, typed and validated.
+
+Recipes as YAML files: reading them, with all that they extend, start from and learn from.
+
+A recipe may extend another (`extends: _cifar.yaml`, a path relative to its own file): mappings are merged,
+anything else is replaced. Whatever is wrong is reported with the file and line that say it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from cnvzoo.data.augmentation import Augmentation
+from cnvzoo.data.datasets import dataset_info
+from cnvzoo.errors import CnvzooError, nearest
+from cnvzoo.models.registry import model_spec
+from cnvzoo.strict_yaml import StrictYamlError, Where, explain, read_yaml
+
+LARGEST_SEED = 2**63 - 1  # what every generator and file format takes
+PUBLISHED_SEED = 0  # of the run whose weights an entry publishes, and gives to those that start or learn from it
+LARGEST_SEED = 2**63 - 1  # of torch's generators
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def _unused(self) -> set[str]:
+        """Newer keys that are not in use: recipes keep the fingerprint that they had before there were these."""
+        return set()
+
+    @model_serializer(mode="wrap")
+    def _silent_about_what_is_not_used(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = self._unused()
+        return {key: value for key, value in serialize(self).items() if key not in unused}
+
+
+def _at(key: str, message: str) -> PydanticCustomError:
+    """What a validator of several keys raises to put the blame on one of them."""
+    return PydanticCustomError("at_key", "{message}", {"key": key, "message": message})
+
+
+def _as_tuple(value: Any) -> Any:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+# in YAML and JSON a text, a list of texts, or null; one is always written as a text
+_OneOrMore = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_as_tuple),
+    PlainSerializer(lambda texts: texts[0] if len(texts) == 1 else list(texts), return_type=str | list[str]),
+]
+
+
+class Optimizer(_Section):
+    """How weights move.
+
+    Attributes:
+        name: `sgd` (Nesterov), `adamw`, or `muon` (Jordan et al. 2024) for the hidden convolution and linear
+            weights with SGD for everything else.
+        lr: peak learning rate.
+        momentum: of SGD and Muon.
+        weight_decay: on convolution and linear weights only; BatchNorm, biases and quantizer scales have none.
+            Decoupled with `adamw` and `muon`: a step takes lr * weight_decay off, SGD 1 / (1 - momentum) times that.
+        sgd_lr: with `muon`, the peak learning rate of the parameters that SGD moves.
+        sgd_weight_decay: with `muon`, that of the first and the last weights, which SGD moves. None: weight_decay.
+    """
+
+    name: Literal["sgd", "adamw", "muon"] = "sgd"
+    lr: float = Field(gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    sgd_lr: float | None = Field(default=None, gt=0)
+    sgd_weight_decay: float | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _sgd_belongs_to_muon(self) -> Optimizer:
+        if (self.name == "muon") != (self.sgd_lr is not None):
+            key = "name" if self.sgd_lr is None else "sgd_lr"
+            raise _at(key, "sgd_lr goes with name: muon, which needs it, and with no other optimizer")
+        if self.sgd_weight_decay is not None and self.name != "muon":
+            raise _at("sgd_weight_decay", "sgd_weight_decay goes with name: muon: others have one weight_decay for all")
+        return self
+
+    def _unused(self) -> set[str]:
+        return {"sgd_weight_decay"} if self.sgd_weight_decay is None else set()
+
+
+class Schedule(_Section):
+    """Learning rate over the run: linear warm-up, then decay to `final` times the peak, every step."""
+
+    name: Literal["linear", "cosine"] = "cosine"
+    warmup_epochs: float = Field(default=1.0, ge=0)
+    final: float = Field(default=0.0, ge=0, le=1)
+
+
+class EarlyCrops(_Section):
+    """Epochs at the start that show a part of each image, which nets that end in an average over all places learn from
+    as well, and faster (progressive learning; Tan & Le 2021, arXiv:2104.00298, resize instead).
+
+    Attributes:
+        side: in pixels, of the square part.
+        epochs: how many; the others show whole images.
+    """
+
+    side: int = Field(ge=1)
+    epochs: int = Field(ge=1)
+
+
+class Distillation(_Section):
+    """How a student learns from its teachers' outputs beside the labels.
+
+    Attributes:
+        temperature: what both nets' logits are divided by before they are compared.
+        weight: of that comparison in the loss; the labels have the rest.
+        views: how many augmented versions there are of each image. The teachers see each once, whatever the number of
+            epochs, which take turns with them (Shen & Xing 2022, arXiv:2112.01528). None: a new version in every epoch,
+            for the teachers to see too.
+    """
+
+    temperature: float = Field(default=4.0, gt=0)
+    weight: float = Field(default=0.9, gt=0, le=1)
+    views: int | None = Field(default=None, ge=1)
+
+    def _unused(self) -> set[str]:
+        return {"views"} if self.views is None else set()
+
+
+class Recipe(_Section):
+    """One training run, seed included.
+
+    Attributes:
+        name: the table entry, `<dataset>_<model>[_w<W>a<A>]`.
+        model, w_bits, a_bits: as for `cnvzoo.create_model`.
+        dataset: one of `cnvzoo.list_datasets()`.
+        epochs, batch_size: passes over the training set and images per step, which are not more than the set has.
+        label_smoothing: 0 to below 1.
+        early_crops: parts of images for the first epochs; None for whole images in all.
+        ema: decay per step of the averaged weights, which are then the ones evaluated and kept; None for none.
+        precision: of the training step. Evaluation is in float32 always.
+        float_start: the entry of the float twin whose published weights this run starts from, whatever its own
+            seed: the name of a recipe in the same folder.
+        float_start_sha256: fingerprint of that recipe, which decides these weights too; filled in by load_recipe.
+        quantize_bias: whether what BatchNorm adds is rounded to whole accumulators at the end, before the model is
+            scored, so that it is an exact int32 bias.
+        teacher: the entries of float models of the same dataset that teach this one together, with their published
+            weights: names of recipes in the same folder, which are `<dataset>_<model>`. In YAML a name or a list.
+        distillation: how they teach.
+        teacher_sha256: fingerprints of their recipes; filled in by load_recipe.
+        seed: of initialisation, shuffling and augmentation; 0 to 2**63 - 1.
+    """
+
+    name: str
+    model: str
+    dataset: str
+    w_bits: int | None = Field(default=None, ge=1, le=8)
+    a_bits: int | None = Field(default=None, ge=1, le=8)
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=2)
+    optimizer: Optimizer
+    schedule: Schedule = Schedule()
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    augmentation: Augmentation = Field(default_factory=Augmentation)
+    early_crops: EarlyCrops | None = None
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    float_start: str | None = None
+    float_start_sha256: str | None = None
+    quantize_bias: bool = False
+    teacher: _OneOrMore = ()
+    distillation: Distillation = Distillation()
+    teacher_sha256: _OneOrMore = ()
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+
+    @field_validator("model")
+    @classmethod
+    def _known_model(cls, name: str) -> str:
+        return model_spec(name).name
+
+    @field_validator("dataset")
+    @classmethod
+    def _known_dataset(cls, name: str) -> str:
+        return dataset_info(name).name
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        bits = {"w_bits": self.w_bits, "a_bits": self.a_bits}
+        if model_spec(self.model).quantized:
+            if None in bits.values():
+                raise _at("model", f"{self.model} needs w_bits and a_bits")
+        else:
+            for key, value in {
+                **bits,
+                "float_start": self.float_start,
+                "quantize_bias": self.quantize_bias or None,
+            }.items():
+                if value is not None:
+                    raise _at(key, f"{self.model} is a float model: leave {key} out")
+        for teacher in self.teacher:
+            self._check_teacher(teacher)
+        if not self.teacher and self.distillation != Distillation():
+            raise _at("distillation", "goes with a teacher: name one, or leave this out")
+        if (views := self.distillation.views) is not None:
+            if views >= self.epochs:
+                raise _at("distillation.views", f"{views}: must be below epochs, {self.epochs}, to be seen again")
+            if not self.augmentation.is_each_images_own:
+                raise _at("distillation.views", "goes with crop_padding, flip and cutout alone: leave one or other out")
+        self._check_fits_dataset()
+        if self.early_crops:
+            self._check_crops(self.early_crops)
+        if self.schedule.warmup_epochs >= self.epochs:
+            raise _at("epochs", f"{self.epochs}: must be above schedule.warmup_epochs, {self.schedule.warmup_epochs}")
+        return self
+
+    def _check_fits_dataset(self) -> None:
+        info = dataset_info(self.dataset)
+        side = model_spec(self.model).input_size or info.image_size
+        padding, cutout = self.augmentation.crop_padding, self.augmentation.cutout
+        if self.batch_size > info.train_size:
+            most = f"must be at most {info.train_size}, the training images of {self.dataset}"
+            raise _at("batch_size", f"{self.batch_size}: {most}")
+        if padding >= side:
+            raise _at("augmentation.crop_padding", f"{padding}: must be below {side}, the side of the images")
+        if cutout > side:
+            raise _at("augmentation.cutout", f"{cutout}: must be at most {side}, the side of the images")
+
+    def _check_crops(self, crops: EarlyCrops) -> None:
+        spec, own = model_spec(self.model), dataset_info(self.dataset).image_size
+        if spec.input_size:
+            raise _at("early_crops", f"{self.model} takes images of {spec.input_size} pixels alone: leave this out")
+        if not spec.min_size <= crops.side < own:
+            raise _at("early_crops.side", f"{crops.side}: must be {spec.min_size} to {own - 1} for {self.model}")
+        if crops.epochs >= self.epochs:
+            raise _at("early_crops.epochs", f"{crops.epochs}: must be below epochs, {self.epochs}, to end whole")
+        if self.teacher and self.distillation.views is None:
+            raise _at("early_crops", "teachers see whole images: goes with distillation.views alone")
+        if self.teacher and self.augmentation.cutout:
+            raise _at("early_crops", "goes with distillation.views or with cutout: leave one out")
+
+    def _check_teacher(self, teacher: str) -> None:
+        model = teacher.removeprefix(f"{self.dataset}_")
+        if model == teacher:
+            raise _at("teacher", f"{teacher!r}: a teacher is an entry of the same dataset, {self.dataset}_<model>")
+        if self.teacher.count(teacher) > 1:
+            raise _at("teacher", f"{teacher} is named twice: every teacher counts the same")
+        try:
+            spec = model_spec(model)
+        except CnvzooError as error:
+            raise _at("teacher", str(error)) from None
+        if spec.quantized:
+            raise _at("teacher", f"{model} is quantized: only float models teach")
+        own = dataset_info(self.dataset).image_size
+        if (spec.input_size or own) != (model_spec(self.model).input_size or own):
+            raise _at("teacher", f"{model} takes images of another size than {self.model}")
+
+    def _unused(self) -> set[str]:
+        unused = set() if self.teacher else {"teacher", "distillation", "teacher_sha256"}
+        unused |= set() if self.quantize_bias else {"quantize_bias"}
+        return unused | (set() if self.early_crops else {"early_crops"})
+
+    @property
+    def teacher_models(self) -> tuple[str, ...]:
+        """The models of the teachers, as for `cnvzoo.create_model`."""
+        return tuple(teacher.removeprefix(f"{self.dataset}_") for teacher in self.teacher)
+
+    @property
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """The entries whose weights of PUBLISHED_SEED a run needs, by what it needs them as."""
+        needs = {"float_start": (self.float_start,) if self.float_start else (), "teacher": self.teacher}
+        return {purpose: entries for purpose, entries in needs.items() if entries}
+
+    @property
+    def run_name(self) -> str:
+        """What messages call a run of it."""
+        return f"{self.name}, seed {self.seed}"
+
+    @property
+    def tag(self) -> str:
+        """The model with its bit widths, as in checkpoint names: `quant_cnv_w4a4`."""
+        return self.model if self.w_bits is None else f"{self.model}_w{self.w_bits}a{self.a_bits}"
+
+    def fingerprint(self) -> str:
+        """sha256 of everything in the recipe that decides the weights, the seed excluded."""
+        values = self.model_dump(mode="json", exclude={"seed", "name"})
+        if self.float_start is None:
+            del values["float_start_sha256"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+_FILLED_IN = {
+    "name": "a recipe is named after its file",
+    "float_start_sha256": "it follows from float_start",
+    "teacher_sha256": "it follows from teacher",
+}
+
+
+class RecipeError(CnvzooError, ValueError):
+    """A recipe that cannot be used: says which file, key and line, what was expected and what to do."""
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and validate a recipe file. Its `name` is the file's stem.
+
+    The recipes that `float_start` and `teacher` name are read too.
+
+    Raises:
+        RecipeError: not readable, not YAML, an unknown key, a wrong type or an impossible value.
+    """
+    path = Path(path)
+    return _with_needs(*_load(path), path, ())
+
+
+def _with_needs(recipe: Recipe, where: Where, path: Path, taught: tuple[str, ...]) -> Recipe:
+    """The recipe with the fingerprints of those that it needs; `taught`: those that need this one."""
+    taught = (*taught, recipe.name)
+    fingerprints = {
+        purpose: tuple(_load_needed(recipe, purpose, entry, path, where, taught).fingerprint() for entry in entries)
+        for purpose, entries in recipe.needs.items()
+    }
+    start = fingerprints.get("float_start", (None,))[0]
+    return recipe.model_copy(update={"float_start_sha256": start, "teacher_sha256": fingerprints.get("teacher", ())})
+
+
+def _load(path: Path) -> tuple[Recipe, Where]:
+    values, where = _read(path, ())
+    for key, origin in _FILLED_IN.items():
+        if key in values:
+            raise RecipeError(f"{where[(key,)]}: {key}: {origin}: remove this line")
+    return recipe_from_dict({**values, "name": path.stem}, str(path), where), where
+
+
+def _load_needed(recipe: Recipe, purpose: str, entry: str, path: Path, where: Where, taught: tuple[str, ...]) -> Recipe:
+    place = f"{where[purpose,]}: {purpose}"
+    source = path.parent / f"{entry}.yaml"
+    if source.parent != path.parent or not os.path.isfile(source):
+        recipes = sorted(p.stem for p in path.parent.glob("*.yaml") if not p.stem.startswith("_"))
+        raise RecipeError(f"{place}: no recipe {entry!r} beside this one: {nearest(entry, recipes)}")
+    found, found_where = _load(source)
+    model = entry.removeprefix(f"{recipe.dataset}_")
+    fits = f"{model} is what its name says"
+    if purpose == "float_start":
+        model = model_spec(recipe.model).float_twin
+        fits = f"{recipe.model} on {recipe.dataset} can only start from its float twin, {model} on {recipe.dataset}"
+    if (found.model, found.dataset) != (model, recipe.dataset):
+        raise RecipeError(f"{place}: {source.name} is of {found.model} on {found.dataset}: {fits}")
+    if entry in taught:
+        raise RecipeError(f"{place}: {' -> '.join((*taught, entry))}: no net learns from itself")
+    return _with_needs(found, found_where, source, taught)
+
+
+def recipe_from_dict(values: dict[str, Any], source: str, where: Where | None = None) -> Recipe:
+    """Validate `values` as a Recipe; errors name `source`, or the line that `where` gives for a key."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(explain(error, Recipe, where or {}, source)) from None
+    except CnvzooError as error:
+        raise RecipeError(f"{source}: {error}") from None
+
+
+def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], Where]:
+    """The values of a recipe file merged over those it extends, and where each was said."""
+    try:
+        file = read_yaml(path)
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except StrictYamlError as error:
+        raise RecipeError(str(error)) from None
+    values, where = {} if file.values is None else file.values, file.where
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}:1: a recipe is a mapping of keys to values, not {type(values).__name__}")
+    base = values.pop("extends", None)
+    if base is None:
+        return values, where
+    place = f"{where['extends',]}: extends"
+    if not isinstance(base, str):
+        raise RecipeError(f"{place}: expected a file name, not {base!r}")
+    base_path, chain = path.parent / base, (*children, path.resolve())
+    if not os.path.isfile(base_path):  # False for names that no system allows, too
+        raise RecipeError(f"{place}: no such recipe: {base_path}")
+    if base_path.resolve() in chain:
+        raise RecipeError(f"{place}: extends itself, through {' -> '.join(p.name for p in chain)}")
+    base_values, base_where = _read(base_path, chain)
+    return _merge(base_values, values), {**base_where, **where}
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,200 @@
+"""The commit that a run was made from, so that its record can be traced to the code.
+
+The run record: what one run was, and what came of it. Tables are made of these and of nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cnvzoo.data.datasets import dataset_info, published_sha256
+from cnvzoo.errors import CnvzooError, explain
+from cnvzoo.files import write_text
+from cnvzoo.training.numerics import Machine
+from cnvzoo.training.recipe import LARGEST_SEED, Recipe
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def current_commit() -> str | None:
+    """The commit of the checkout that this package runs from, `+` at its end if the package differs from it.
+
+    None where the package is not in a checkout of its own repository, or git is not there.
+    """
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", *args], cwd=_PACKAGE, check=True, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != _PACKAGE.parents[1]:
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", str(_PACKAGE)) else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+_LARGEST_RECORD = 1 << 22  # bytes; a history of 10,000 epochs is below 1 MiB
+
+
+class RecordError(CnvzooError, ValueError):
+    """A file that is not a valid run record: names the file and what is wrong in it."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class EpochRecord(_Section):
+    """One epoch of a run: its number from 1 on, mean training loss, learning rate of its last step, and seconds."""
+
+    epoch: float = Field(ge=1)
+    loss: float
+    lr: float = Field(ge=0)
+    seconds: float = Field(ge=0)
+
+
+class InputRecord(_Section):
+    """Float weights that a run starts or learns from: those of which entry and seed, and the sha256 of their file."""
+
+    entry: str
+    seed: int = Field(ge=0, le=LARGEST_SEED)
+    weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+def _checked(section: type[BaseModel]) -> AfterValidator:
+    """For a mapping that stays one: its values have to be those of `section`."""
+
+    def check(values: dict[str, Any]) -> dict[str, Any]:
+        section.model_validate(values)
+        return values
+
+    return AfterValidator(check)
+
+
+_Input = Annotated[dict[str, Any], _checked(InputRecord)]
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_Text = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+class RunRecord(BaseModel):
+    """One finished run.
+
+    Attributes:
+        entry, seed: which run of which table entry.
+        numerics: the version of the arithmetic that trained it, `cnvzoo.training.NUMERICS`.
+        epochs: how many were trained.
+        trial: whether these are others than the recipe's, or a held-out split was scored; it enters no table then.
+        holdout: training images held out and scored on instead of the test set; 0 for a real run.
+        accuracy: top-1 in percent of the last epoch's weights, `correct` of `total` images in float32.
+        weights: `final`, or `ema` where the recipe averages.
+        recipe, recipe_sha256: the whole recipe with the seed, and `Recipe.fingerprint()`.
+        data_sha256: `Dataset.sha256` of the images and labels, before any were held out.
+        weights_sha256: of the safetensors file of all weights.
+        seconds: training time, evaluation excluded.
+        device: what `cnvzoo.training.numerics.Machine` has of the machine.
+        versions: of the libraries that decide the bits.
+        commit: of the checkout that trained, if it is one; `+` at its end if it had changes.
+        float_start: entry, seed and weights_sha256 of the float model that a quantized run started from.
+        teacher: entry, seed and weights_sha256 of the float model that taught this one, or a list of several.
+        finished: UTC, ISO 8601.
+        history: per epoch: epoch, loss (training), lr, seconds.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    entry: _Text
+    seed: int = Field(ge=0, le=LARGEST_SEED)
+    numerics: int = Field(ge=1)
+    epochs: int = Field(ge=1)
+    trial: bool
+    holdout: int = Field(ge=0)
+    accuracy: float = Field(ge=0, le=100)
+    correct: int = Field(ge=0)
+    total: int = Field(gt=0)
+    weights: Literal["final", "ema"]
+    recipe: dict[str, Any]
+    recipe_sha256: _Sha256
+    data_sha256: _Sha256
+    weights_sha256: _Sha256
+    seconds: float = Field(ge=0)
+    device: Annotated[dict[str, Any], _checked(Machine)]
+    versions: dict[_Text, _Text]
+    commit: str | None = Field(pattern=r"^[0-9a-f]{40}\+?$")
+    float_start: _Input | None
+    teacher: _Input | list[_Input] | None = None
+    finished: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")
+    history: list[Annotated[dict[str, float], _checked(EpochRecord)]]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> RunRecord:
+        if self.correct > self.total or abs(100 * self.correct / self.total - self.accuracy) > 0.005:
+            raise ValueError(f"accuracy {self.accuracy} is not {self.correct} of {self.total}")
+        recipe = self.parsed_recipe()
+        if (fingerprint := recipe.fingerprint()) != self.recipe_sha256:
+            raise ValueError(
+                f"recipe_sha256 is {self.recipe_sha256[:8]}..., but that of the recipe in it is {fingerprint[:8]}...: "
+                "the recipe or its fingerprint was edited"
+            )
+        for key, found, expected in (
+            ("recipe.name", recipe.name, self.entry),
+            ("recipe.seed", recipe.seed, self.seed),
+            ("trial", self.trial, self.epochs != recipe.epochs or self.holdout > 0),
+            ("weights", self.weights, "ema" if recipe.ema else "final"),
+            ("float_start", self._entries_of("float_start"), [*recipe.needs.get("float_start", ())]),
+            ("teacher", self._entries_of("teacher"), [*recipe.needs.get("teacher", ())]),
+            ("history", len(self.history), self.epochs),
+        ):
+            if found != expected:
+                raise ValueError(f"{key} is {found!r}, and by the rest of the record it has to be {expected!r}")
+        total = self.holdout or dataset_info(recipe.dataset).test_size
+        if self.data_sha256 == published_sha256(recipe.dataset) and self.total != total:
+            raise ValueError(f"total is {self.total}, and {total} images of {recipe.dataset} are scored")
+        return self
+
+    def parsed_recipe(self) -> Recipe:
+        """The recipe as a `Recipe`, with the seed of this run."""
+        return Recipe.model_validate_json(json.dumps(self.recipe))
+
+    def inputs(self) -> dict[tuple[str, int], str]:
+        """The sha256 of the weights that the run started or learned from, by entry and seed."""
+        found = [*self._inputs("float_start"), *self._inputs("teacher")]
+        return {(weights["entry"], weights["seed"]): weights["weights_sha256"] for weights in found}
+
+    def _entries_of(self, purpose: Literal["float_start", "teacher"]) -> list[str]:
+        return [weights["entry"] for weights in self._inputs(purpose)]
+
+    def _inputs(self, purpose: Literal["float_start", "teacher"]) -> list[dict[str, Any]]:
+        found = self.float_start if purpose == "float_start" else self.teacher
+        return found if isinstance(found, list) else [] if found is None else [found]
+
+    @classmethod
+    def read(cls, path: str | Path) -> RunRecord:
+        """Read a record.
+
+        Raises:
+            RecordError: the file is unreadable, or not a valid record: a field is missing or out of range, or does not
+                agree with the others.
+        """
+        try:
+            with Path(path).open("rb") as file:
+                content = file.read(_LARGEST_RECORD + 1)
+        except OSError as error:
+            raise RecordError(f"{path}: cannot be read: {error.strerror}") from None
+        if len(content) > _LARGEST_RECORD:
+            raise RecordError(f"{path}: not a valid run record: more than {_LARGEST_RECORD:,} bytes")
+        try:
+            return cls.model_validate_json(content.decode())
+        except ValidationError as error:
+            raise RecordError(f"{path}: not a valid run record: {explain(error)}") from None
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise RecordError(f"{path}: not a valid run record: {error}") from None
+
+    def write(self, path: str | Path) -> None:
+        """Write the record as JSON, whole or not at all."""
+        write_text(path, self.model_dump_json(indent=1) + "\n")

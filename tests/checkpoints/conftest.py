@@ -1,0 +1,72 @@
+"""A Hub of one's own, the way to it, and a checkpoint to publish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fake_http import GOOD_TOKEN
+from fake_hub import FakeHub
+from huggingface_hub import close_session, constants, file_download
+
+from cnvzoo.checkpoints.format import FileFacts
+from cnvzoo.checkpoints.huggingface import HubStore
+from cnvzoo.checkpoints.retry import Patience
+
+NAME = "resnet20.mnist"
+CARD = "---\nlicense: apache-2.0\n---\n\n# A checkpoint\n"
+SHORT = Patience(tries=3, first_wait=0.001, read_timeout=0.3, write_timeout=0.3)
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[FakeHub]:
+    with FakeHub() as server:
+        yield server
+    close_session()
+
+
+@pytest.fixture
+def hub(hub_server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    """A Hub with nothing in it, for a user who is logged in and may write; the client's waits are short."""
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.001)))
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", SHORT.read_timeout)
+    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", SHORT.read_timeout)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    hub_server.reset()
+    return hub_server
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shelf")
+
+
+@pytest.fixture
+def checkpoint(shelf: Path, make_checkpoint: Callable[..., Path]) -> Path:
+    """The folder of a checkpoint that can be published and loaded; not to be changed."""
+    if not (shelf / NAME).exists():
+        (make_checkpoint(shelf, "resnet20", "mnist") / "README.md").write_text(CARD)
+    return shelf / NAME
+
+
+@pytest.fixture
+def contents(checkpoint: Path) -> dict[str, bytes]:
+    """Its files."""
+    return {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+
+
+@pytest.fixture
+def facts(contents: dict[str, bytes]) -> dict[str, FileFacts]:
+    """What an index says of them."""
+    return {name: FileFacts.of(content) for name, content in contents.items()}
+
+
+@pytest.fixture
+def store(hub: FakeHub, tmp_path: Path) -> HubStore:
+    """The organisation `zoo` of that Hub, read through a cache with nothing in it."""
+    return HubStore("zoo", endpoint=hub.endpoint, cache_dir=tmp_path / "cache", patience=SHORT)

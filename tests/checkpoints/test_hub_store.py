@@ -1,0 +1,316 @@
+"""Checkpoints to a Hub and back, spoken to by huggingface_hub as it is."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fake_http import READ_TOKEN
+from fake_hub import FakeHub
+from fake_repos import Commit
+from huggingface_hub import HfApi, constants
+
+from cnvzoo.checkpoints.format import FileFacts, StoreError
+from cnvzoo.checkpoints.huggingface import HubStore
+from cnvzoo.checkpoints.load import load_checkpoint
+from cnvzoo.checkpoints.locations import open_store
+from cnvzoo.checkpoints.retry import Patience
+from cnvzoo.checkpoints.store import Publication
+from cnvzoo.zoo import create_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own upload
+
+FILES = ("model.safetensors", "README.md", "config.json")
+REPO = "zoo/resnet20.mnist"
+
+
+@pytest.fixture
+def other(checkpoint: Path, tmp_path: Path) -> Path:
+    """The same checkpoint with another card."""
+    folder = tmp_path / "other" / checkpoint.name
+    shutil.copytree(checkpoint, folder)
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "\nMore is known now.\n")
+    return folder
+
+
+def facts_in(folder: Path) -> dict[str, FileFacts]:
+    return {path.name: FileFacts.of(path.read_bytes()) for path in folder.iterdir()}
+
+
+def test_published_and_fetched_it_is_the_same_model(
+    hub: FakeHub, store: HubStore, checkpoint: Path, contents: dict[str, bytes], facts: dict[str, FileFacts]
+) -> None:
+    publication = store.publish(checkpoint, message="Publish it")
+    commit = hub.repos[REPO].commits[-1]
+    assert publication == Publication(
+        "resnet20.mnist", "hf://zoo", new=FILES, changed=(), unchanged=(), commit=commit.id
+    )
+    assert commit.message == "Publish it"
+    assert hub.contents(REPO) == contents
+    folder = store.fetch("resnet20.mnist", facts)
+    images = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    logits = [load_checkpoint(path)[0](images) for path in (checkpoint, folder)]
+    assert torch.equal(*logits)
+
+
+def test_a_second_publish_changes_nothing(hub: FakeHub, store: HubStore, checkpoint: Path) -> None:
+    store.publish(checkpoint, message="first")
+    commits = list(hub.repos[REPO].commits)
+    hub.requests.clear()
+    publication = store.publish(checkpoint, message="second")
+    assert publication == Publication("resnet20.mnist", "hf://zoo", new=(), changed=(), unchanged=FILES)
+    assert str(publication) == "resnet20.mnist to hf://zoo: unchanged"
+    assert hub.repos[REPO].commits == commits
+    assert hub.requests == {"info": 1}
+
+
+def test_only_what_changed_is_sent_and_in_one_commit(
+    hub: FakeHub, store: HubStore, checkpoint: Path, other: Path
+) -> None:
+    store.publish(checkpoint, message="first")
+    hub.requests.clear()
+    publication = store.publish(other, message="second")
+    assert (publication.new, publication.changed) == ((), ("README.md",))
+    assert publication.unchanged == ("model.safetensors", "config.json")
+    assert hub.requests["upload"] == 0
+    assert len(hub.repos[REPO].commits) == 3  # the Hub's own, and two
+    assert hub.contents(REPO) == {path.name: path.read_bytes() for path in other.iterdir()}
+
+
+def test_a_dry_run_says_what_would_go_and_sends_nothing(
+    hub: FakeHub, store: HubStore, checkpoint: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publication = store.publish(checkpoint, message="first", tag="v1", dry_run=True)
+    assert str(publication) == (
+        "resnet20.mnist to hf://zoo: would publish new model.safetensors, README.md, config.json, would tag v1"
+    )
+    assert hub.repos == {}
+    store.publish(checkpoint, message="first")
+    monkeypatch.delenv("HF_TOKEN")  # looking needs no login
+    publication = store.publish(other, message="second", dry_run=True)
+    assert str(publication) == "resnet20.mnist to hf://zoo: would publish changed README.md"
+    assert len(hub.repos[REPO].commits) == 2
+
+
+def test_what_is_in_the_cache_costs_no_request(
+    hub: FakeHub, store: HubStore, checkpoint: Path, facts: dict[str, FileFacts]
+) -> None:
+    store.publish(checkpoint, message="first")
+    folder = store.fetch("resnet20.mnist", facts)
+    hub.requests.clear()
+    assert store.fetch("resnet20.mnist", facts) == folder
+    assert not hub.requests
+    offline = HubStore("zoo", "v9", endpoint="http://127.0.0.1:9", cache_dir=store._cache_dir, patience=Patience())
+    assert offline.fetch("resnet20.mnist", facts) == folder
+
+
+def test_offline_without_the_files_it_says_so(
+    store: HubStore, facts: dict[str, FileFacts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(StoreError, match=r"HF_HUB_OFFLINE is set, and what is needed is not in the cache\. Unset it"):
+        store.fetch("resnet20.mnist", facts)
+
+
+def test_a_closed_port_is_an_error_in_words(tmp_path: Path, facts: dict[str, FileFacts]) -> None:
+    patience = Patience(tries=2, first_wait=0.001)
+    store = HubStore("zoo", endpoint="http://127.0.0.1:9", cache_dir=tmp_path, patience=patience)
+    with pytest.raises(StoreError, match=r"zoo/resnet20.mnist: its files was asked.*Check the network"):
+        store.fetch("resnet20.mnist", facts)
+
+
+@pytest.mark.parametrize("damage", [lambda good: good[:-1], lambda good: b"?" + good[1:], lambda good: b""])
+@pytest.mark.parametrize("file", FILES)
+def test_wrong_bytes_in_the_cache_are_thrown_away_and_fetched_anew(
+    hub: FakeHub, store: HubStore, checkpoint: Path, contents: dict[str, bytes], facts: dict[str, FileFacts],
+    file: str, damage: Callable[[bytes], bytes],
+) -> None:  # fmt: skip
+    store.publish(checkpoint, message="first")
+    folder = store.fetch("resnet20.mnist", facts)
+    (folder / file).write_bytes(damage(contents[file]))
+    hub.requests.clear()
+    assert store.fetch("resnet20.mnist", facts) == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == contents
+    assert hub.requests["get"] + hub.requests["storage_get"] == 1
+
+
+def test_another_version_on_the_hub_is_refused_before_it_is_downloaded(
+    hub: FakeHub, store: HubStore, checkpoint: Path, other: Path, facts: dict[str, FileFacts]
+) -> None:
+    store.publish(checkpoint, message="first", tag="v1")
+    store.publish(other, message="second")
+    hub.requests.clear()
+    with pytest.raises(StoreError, match=r"README.md .*has another file than this cnvzoo knows.*hub='hf://zoo@TAG'"):
+        store.fetch("resnet20.mnist", facts)
+    assert hub.requests == {"info": 1}
+    pinned = HubStore("zoo", "v1", endpoint=hub.endpoint, cache_dir=store._cache_dir, patience=Patience())
+    folder = pinned.fetch("resnet20.mnist", facts)
+    assert folder.name == hub.repos[REPO].tags["v1"]
+    assert store.fetch("resnet20.mnist", facts_in(other)).name == hub.repos[REPO].commits[-1].id
+
+
+def test_what_the_hub_does_not_have_is_said(
+    hub: FakeHub, store: HubStore, checkpoint: Path, facts: dict[str, FileFacts], tmp_path: Path
+) -> None:
+    with pytest.raises(StoreError, match=r"zoo/resnet20.mnist.*404.*no such repository"):
+        store.fetch("resnet20.mnist", facts)
+    store.publish(checkpoint, message="first")
+    with pytest.raises(StoreError, match=r"zoo/a--b: not the name of a repository"):
+        store.fetch("a--b", facts)
+    with pytest.raises(StoreError, match=r"labels.txt .*has no such file"):
+        store.fetch("resnet20.mnist", facts | {"labels.txt": FileFacts("0" * 64, 1)})
+    pinned = HubStore("zoo", "v7", endpoint=hub.endpoint, cache_dir=tmp_path / "cache", patience=Patience())
+    with pytest.raises(StoreError, match=r"at v7: the answer was 404.*name or revision"):
+        pinned.fetch("resnet20.mnist", facts)
+
+
+def test_publishing_needs_a_token_that_may(
+    hub: FakeHub, store: HubStore, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(StoreError, match=r"401 .*log in with 'hf auth login'"):
+        store.publish(checkpoint, message="first")
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    with pytest.raises(StoreError, match=r"403 .*with a token that can write"):
+        store.publish(checkpoint, message="first")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    with pytest.raises(StoreError, match=r"401 .*log in with 'hf auth login'"):
+        store.publish(checkpoint, message="first")
+    assert hub.repos == {}
+
+
+def test_a_tag_is_set_once_and_never_moved(hub: FakeHub, store: HubStore, checkpoint: Path, other: Path) -> None:
+    commit = store.publish(checkpoint, message="first", tag="v1").commit
+    assert hub.repos[REPO].tags == {"v1": commit}
+    assert store.publish(checkpoint, message="again", tag="v1").commit is None
+    with pytest.raises(StoreError, match=r"tag v1 stands at commit .*never moved: choose a new one; nothing was pub"):
+        store.publish(other, message="second", tag="v1")
+    assert len(hub.repos[REPO].commits) == 2
+    second = store.publish(other, message="second", tag="v2").commit
+    store.publish(other, message="second", tag="v2.1")
+    assert hub.repos[REPO].tags == {"v1": commit, "v2": second, "v2.1": second}
+
+
+def test_a_commit_in_between_is_not_overwritten_unseen(
+    hub: FakeHub, store: HubStore, checkpoint: Path, contents: dict[str, bytes], other: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    store.publish(other, message="first")
+    second = HubStore("zoo", endpoint=hub.endpoint, cache_dir=tmp_path, patience=Patience(first_wait=0.001))
+    create = second._api.create_commit
+
+    def create_late(*arguments, **options):
+        if hub.requests["commit"] == 1:  # the other publisher is a moment faster
+            store.publish(checkpoint, message="in between")
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(second._api, "create_commit", create_late)
+    shutil.copytree(other, tmp_path / "third" / checkpoint.name)
+    (tmp_path / "third" / checkpoint.name / "README.md").write_text("---\nlicense: mit\n---\n")
+    second.publish(tmp_path / "third" / checkpoint.name, message="last")
+    assert [commit.message for commit in hub.repos[REPO].commits[1:]] == ["first", "in between", "last"]
+    assert hub.contents(REPO) == contents | {"README.md": b"---\nlicense: mit\n---\n"}
+    assert hub.requests["commit"] == 4  # one was refused
+
+
+def test_a_long_wait_is_said_and_not_waited_for(
+    hub: FakeHub, store: HubStore, checkpoint: Path, facts: dict[str, FileFacts]
+) -> None:
+    store.publish(checkpoint, message="first")
+    hub.requests.clear()
+    hub.fail("info", 429, times=9, retry_after=3600)
+    with pytest.raises(StoreError, match="try again in 3600 seconds"):
+        store.fetch("resnet20.mnist", facts)
+    assert hub.requests == {"info": 1}
+
+
+def test_waits_double_and_follow_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("cnvzoo.checkpoints.retry.time.sleep", waits.append)
+
+    def fail() -> None:
+        raise ConnectionResetError
+
+    with pytest.raises(StoreError, match=r"^it was asked: .*ConnectionResetError"):
+        Patience(tries=4, first_wait=1.5).ask("it was asked", fail)
+    assert waits == [1.5, 3.0, 6.0]
+    waits.clear()
+    with pytest.raises(StoreError):
+        Patience(tries=4, first_wait=15, in_all=40).ask("it was asked", fail)
+    assert waits == [15, 30]
+
+
+def test_a_disk_that_refuses_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cnvzoo.checkpoints.retry.time.sleep", lambda _: pytest.fail("waited"))
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StoreError, match=r"this machine's disk refused: No space left on device. Make room"):
+        Patience().ask("it was asked", fail)
+
+
+def test_the_server_is_one_that_the_client_knows(hub: FakeHub, store: HubStore, checkpoint: Path) -> None:
+    store.publish(checkpoint, message="first", tag="v1")
+    api = HfApi(endpoint=hub.endpoint)
+    sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
+    listed = {file.path: file.size for file in api.list_repo_tree(REPO) if file.path in sizes}  # type: ignore[union-attr]
+    assert listed == sizes
+    (config,) = api.get_paths_info(REPO, ["config.json"], revision="v1")
+    assert config.size == sizes["config.json"]  # type: ignore[union-attr]
+
+
+def test_a_server_cannot_lead_out_of_the_cache(
+    hub: FakeHub, store: HubStore, checkpoint: Path, facts: dict[str, FileFacts], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    store.publish(checkpoint, message="first")
+    before = set(tmp_path.iterdir())
+    for commit in ("../../../outside", "/outside", "main", ""):
+        monkeypatch.setattr(Commit, "id", commit)
+        with pytest.raises(StoreError, match="not a commit"):
+            store.fetch("resnet20.mnist", facts)
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "cache"}
+    assert not list(store._cache_dir.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "location", ["hf://", "hf://zoo/resnet20", "hf://../zoo", "hf://zoo@", "hf://zoo@../x", "https://127.0.0.1/zoo", "s3://zoo"]
+)  # fmt: skip
+def test_a_location_that_is_none(location: str) -> None:
+    with pytest.raises(StoreError, match=r"no place for checkpoints: give a directory, hf://ORG or hf://ORG@REVISION"):
+        open_store(location)
+    with pytest.raises(StoreError, match="no place for checkpoints"):
+        open_store(Path(location))
+
+
+def test_locations(hub: FakeHub, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "mine"))
+    assert open_store("hf://zoo").publish(checkpoint, message="first", tag="v1").commit
+    pinned = open_store("hf://zoo@v1")
+    assert pinned.location == "hf://zoo@v1"
+    assert pinned.fetch("resnet20.mnist", facts_in(checkpoint)).is_relative_to(tmp_path / "mine")
+    with pytest.raises(StoreError, match="is one revision, for reading: publish to hf://zoo"):
+        pinned.publish(checkpoint, message="second")
+    assert open_store(tmp_path / "here").location == str(tmp_path / "here")
+
+
+HUB = Path(__file__).resolve().parents[2] / "hub"
+
+
+@pytest.mark.parametrize("published", sorted(path.parent for path in HUB.glob("*/config.json")), ids=lambda p: p.name)
+def test_every_published_checkpoint_goes_to_a_hub_and_comes_back(
+    hub: FakeHub, store: HubStore, published: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store.publish(published, message="all of it")
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    here, there = (create_model(published.name, pretrained=True, hub=place) for place in (HUB, "hf://zoo"))
+    for (name, mine), (other, theirs) in zip(here.state_dict().items(), there.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(mine, theirs), name
+    assert hub.requests["storage_get"] == 1

@@ -1,0 +1,180 @@
+"""The index inside the package: it is what is under hub/, and names in it lead nowhere else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness.publish
+import pytest
+from harness.entries import HarnessError
+
+import cnvzoo
+import cnvzoo.checkpoints.index
+from cnvzoo.checkpoints.format import CheckpointError, checked_name
+from cnvzoo.checkpoints.index import INDEX, read_index
+from cnvzoo.files import sha256_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_it_is_what_is_published() -> None:
+    remedy = "run: python benchmarks/reproduce.py --table all --time-limit 0"
+    assert (INDEX.read_text(), []) == harness.publish.render_index(ROOT / "hub"), remedy
+
+
+def test_it_names_every_file() -> None:
+    """Counted in another way: a file under hub/ that the index does not know could change unnoticed."""
+    entries = read_index().checkpoints
+    published = {(path.parent.name, path.name) for path in (ROOT / "hub").glob("*/*")}
+    assert {(name, file) for name, entry in entries.items() for file in entry.files} == published
+    for name, entry in entries.items():
+        for file, facts in entry.files.items():
+            path = ROOT / "hub" / name / file
+            assert (facts.size, facts.sha256) == (path.stat().st_size, sha256_of(path))
+
+
+def test_list_checkpoints() -> None:
+    rows = {row["name"]: row for row in cnvzoo.list_checkpoints()}
+    assert list(rows) == sorted(path.name for path in (ROOT / "hub").iterdir())
+    row = rows["cnv.cifar10"]
+    config = json.loads((ROOT / "hub" / "cnv.cifar10" / "config.json").read_text())
+    assert (row["correct"], row["total"]) == (config["correct"], config["total"])
+    assert row["accuracy"] == pytest.approx(100 * config["correct"] / config["total"])
+    assert (row["model"], row["dataset"], row["w_bits"], row["a_bits"]) == ("cnv", "cifar10", None, None)
+    assert (row["parameters"], row["macs"]) == (1_546_688, 59_461_376)
+    assert row["bytes"] == (ROOT / "hub" / "cnv.cifar10" / "model.safetensors").stat().st_size
+    assert {row["name"] for row in cnvzoo.list_checkpoints("*.mnist")} == {n for n in rows if n.endswith(".mnist")}
+    assert cnvzoo.list_checkpoints("vgg*") == []
+
+
+class TestOneThatIsDamaged:
+    """It is named, loses nothing that was published, and does no harm to the others."""
+
+    @pytest.fixture
+    def hub(self, tmp_path: Path, make_checkpoint: Callable[..., Path]) -> Path:
+        for model in ("cnv", "resnet20"):
+            make_checkpoint(tmp_path / "hub", model, "mnist")
+        return tmp_path / "hub"
+
+    @pytest.fixture
+    def index(self, hub: Path) -> Path:
+        return cnvzoo.checkpoints.index.INDEX
+
+    @staticmethod
+    def damage(path: Path, how: str) -> None:
+        content = path.read_bytes()
+        if how == "newer":
+            path.write_text(json.dumps(json.loads(content) | {"format_version": 2}))
+        elif how == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    @pytest.mark.parametrize(
+        ("file", "how", "said"),
+        [
+            ("config.json", "newer", "this cnvzoo reads 1: install a version that fits"),
+            ("config.json", "changed", "not a valid checkpoint config"),
+            ("config.json", "gone", "config.json missing"),
+            ("model.safetensors", "changed", "not the file that its config describes"),
+            ("model.safetensors", "gone", "model.safetensors missing"),
+        ],
+    )
+    def test_a_published_one_keeps_its_entry(self, hub: Path, index: Path, file: str, how: str, said: str) -> None:
+        before = read_index(index).checkpoints
+        self.damage(hub / "cnv.mnist" / file, how)
+        cnvzoo.write_card(hub / "resnet20.mnist")
+        (problem,) = harness.publish.update_index(index, hub)
+        assert problem.startswith("cnv.mnist: its entry in the index stays as it was: ")
+        assert said in problem
+        after = read_index(index).checkpoints
+        assert after["cnv.mnist"] == before["cnv.mnist"]
+        assert after.keys() == before.keys()
+        assert after["resnet20.mnist"].files.keys() - before["resnet20.mnist"].files.keys() == {"README.md"}
+
+    def test_a_new_one_is_left_out(self, hub: Path, index: Path) -> None:
+        before = index.read_text()
+        for name, content in (("cnv.own", b"{"), ("cnv.x y", b"{}"), (".hidden", b"{")):
+            (hub / name).mkdir()
+            (hub / name / "config.json").write_bytes(content)
+        problems = harness.publish.update_index(index, hub)
+        assert [problem.partition(": ")[0] for problem in problems] == ["cnv.own", "cnv.x y"]
+        assert all(": left out of the index: " in problem for problem in problems)
+        assert index.read_text() == before
+
+    def test_one_whose_folder_was_removed_is_taken_out_in_words(self, hub: Path, index: Path) -> None:
+        shutil.rmtree(hub / "cnv.mnist")
+        (problem,) = harness.publish.update_index(index, hub)
+        assert problem == f"cnv.mnist: no longer in the index: {hub / 'cnv.mnist'} is gone"
+        assert read_index(index).checkpoints.keys() == {"resnet20.mnist"}
+
+    def test_what_a_killed_writer_left_is_no_damage(self, hub: Path, index: Path) -> None:
+        before = index.read_text()
+        (hub / "cnv.mnist" / ".model.safetensors.0a1b2c3d.tmp").write_bytes(b"half")
+        assert harness.publish.update_index(index, hub) == []
+        assert index.read_text() == before
+
+    def test_with_a_damaged_index_nothing_is_written(self, hub: Path, index: Path) -> None:
+        good = index.read_text()
+        index.write_text("{")
+        self.damage(hub / "cnv.mnist" / "config.json", "newer")
+        with pytest.raises(
+            HarnessError, match=r"cnv\.mnist: left out.*and the index is damaged too.*index\.json: not a"
+        ):
+            harness.publish.update_index(index, hub)
+        assert index.read_text() == "{"
+        path = hub / "cnv.mnist" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1}, indent=1) + "\n")
+        assert harness.publish.update_index(index, hub) == []
+        assert index.read_text() == good
+
+
+@pytest.mark.parametrize("name", ["cnv.mnist", "quant_cnv_w4a4.cifar10", "config.json", "a", "_x-1.y"])
+def test_names(name: str) -> None:
+    assert checked_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../x", "a/b", "a\\b", "/etc", "a.", ".hidden", "-x", "C:x", "a b", "a\n", "a\x00", "é", "x" * 200],
+)  # fmt: skip
+def test_names_that_lead_elsewhere_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not the name of"):
+        checked_name(name)
+    index = json.loads(INDEX.read_text())
+    checkpoints: dict[str, Any] = index["checkpoints"]
+    entry = checkpoints["cnv.mnist"]
+    files = entry["files"] | {name: entry["files"]["config.json"]}
+    for where in (checkpoints | {name: entry}, {"cnv.mnist": entry | {"files": files}}):
+        (tmp_path / "index.json").write_text(json.dumps({"checkpoints": where}))
+        with pytest.raises(CheckpointError, match=r"index\.json: not a valid index"):
+            read_index(tmp_path / "index.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"files": {}}, "config.json and model.safetensors missing"),
+        ({"total": 0}, "total"),
+        ({"correct": "9"}, "correct"),
+        ({"files": {"config.json": {"sha256": "x", "size": 1}}}, "sha256"),
+        ({"files": {"config.json": {"sha256": "0" * 64, "size": -1}}}, "size"),
+        ({"url": "x"}, "url"),
+    ],
+)
+def test_a_damaged_index(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    index = json.loads(INDEX.read_text())
+    index["checkpoints"]["cnv.mnist"] |= change
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=said) as caught:
+        read_index(tmp_path / "index.json")
+    assert str(tmp_path / "index.json") in str(caught.value)
+
+
+def test_no_index(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"none\.json: cannot be read .*install cnvzoo again"):
+        read_index(tmp_path / "none.json")

@@ -1,0 +1,33 @@
+"""What the tests of training share: a hook into the steps of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from synthetic import StepHook
+
+from cnvzoo.training import Trainer
+from cnvzoo.training.progress import TrainingProgress
+
+
+@pytest.fixture
+def each_step(monkeypatch: pytest.MonkeyPatch) -> StepHook:
+    """`each_step(action)` has runs call `action(trainer)` after every step, before its state may be saved.
+
+    A further call replaces the action; None is none.
+    """
+    current: list[Callable[[Trainer], object]] = []
+    original = TrainingProgress.__call__
+
+    def call(self: TrainingProgress, trainer: Trainer) -> None:
+        original(self, trainer)
+        for action in current:
+            action(trainer)
+
+    monkeypatch.setattr(TrainingProgress, "__call__", call)
+
+    def hook(action: Callable[[Trainer], object] | None) -> None:
+        current[:] = [action] if action else []
+
+    return hook

@@ -1,0 +1,61 @@
+"""A step that ends with an error: an interruption where a signal is behind it, and else an error."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from synthetic import noise, recipe
+
+from cnvzoo.training import RunInterrupted, RunRecord, Trainer, run_recipe
+
+STEPS = 12  # of `recipe()` on `noise()`
+
+
+def run(folder: Path) -> RunRecord:
+    return run_recipe(recipe(ema=0.9), run_dir=folder, dataset=noise("mnist"), quiet=True, save_every=0)
+
+
+@pytest.fixture
+def breaking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals | None], list[int]]:
+    """`breaking(step, number)`: that step breaks, once, after signal `number`; returns the steps as they begin."""
+    take = Trainer.take_step
+
+    def arrange(step: int, number: signal.Signals | None) -> list[int]:
+        begun: list[int] = []
+
+        def take_or_break(trainer: Trainer) -> None:
+            begun.append(trainer.step)
+            if begun == list(range(step + 1)):
+                for parameter in trainer.model.parameters():
+                    parameter.data.zero_()  # half of a step
+                if number is not None:
+                    os.kill(os.getpid(), number)
+                raise RuntimeError("C++ compile error")
+            take(trainer)
+
+        monkeypatch.setattr(Trainer, "take_step", take_or_break)
+        return begun
+
+    return arrange
+
+
+def test_a_signal_that_ends_the_compiler_too_stops_the_run_which_goes_on_from_before_the_step(breaking, tmp_path):
+    whole = run(tmp_path / "whole")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        begun = breaking(8, number)
+        folder = tmp_path / number.name
+        with pytest.raises(RunInterrupted) as caught:
+            run(folder)
+        assert (caught.value.reason, caught.value.step) == (number.name, 8)
+        assert run(folder).weights_sha256 == whole.weights_sha256
+        assert begun == [*range(9), *range(8, STEPS)]
+
+
+def test_an_error_that_no_signal_is_behind_is_an_error(breaking, tmp_path):
+    breaking(0, None)
+    with pytest.raises(RuntimeError, match=r"^C\+\+ compile error$"):
+        run(tmp_path)

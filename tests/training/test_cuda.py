@@ -1,0 +1,53 @@
+"""Runs on a GPU: captured steps, and the same bits whatever the program does beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from synthetic import CNV_BITS, StepHook, interrupted, recipe, run
+
+from cnvzoo.training import Recipe, RunRecord
+
+pytestmark = pytest.mark.cuda
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "float": {"ema": 0.9},
+    "quantized": CNV_BITS | {"optimizer": {"name": "muon", "lr": 0.02, "sgd_lr": 0.05}, "precision": "bf16"},
+}
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def wanted(request: pytest.FixtureRequest) -> Recipe:
+    return recipe(**RECIPES[request.param])
+
+
+@pytest.fixture(scope="module")
+def whole(wanted: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
+    return run(wanted, tmp_path_factory.mktemp("whole"), device="cuda")
+
+
+def test_a_run_that_was_interrupted_ends_with_the_bits_of_one_that_was_not(
+    wanted: Recipe, whole: RunRecord, tmp_path: Path, each_step: StepHook
+) -> None:
+    interrupted(wanted, tmp_path, each_step, device="cuda")
+    assert run(wanted, tmp_path, device="cuda").weights_sha256 == whole.weights_sha256
+
+
+def test_tf32_of_the_program_changes_no_bit_and_stays_on(wanted: Recipe, whole: RunRecord, tmp_path: Path) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert run(wanted, tmp_path, device="cuda").weights_sha256 == whole.weights_sha256
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_the_programs_random_numbers_on_the_gpu_are_left_alone(wanted: Recipe, tmp_path: Path) -> None:
+    torch.cuda.manual_seed_all(7)
+    before = torch.cuda.get_rng_state_all()
+    run(wanted, tmp_path, device="cuda", epochs=1)
+    assert all(map(torch.equal, torch.cuda.get_rng_state_all(), before))

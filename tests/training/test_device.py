@@ -1,0 +1,270 @@
+"""Devices: resolved or refused with words, described for records, and left as they were found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from synthetic import StepHook, noise, recipe, run
+from torch import Tensor
+
+import cnvzoo
+from cnvzoo.errors import CnvzooError
+from cnvzoo.models import build_model
+from cnvzoo.training import RunRecord, resolve_device
+from cnvzoo.training.device import _malloc_settings, describe_device, deterministic
+
+ABSENT = "cuda:99" if torch.cuda.is_available() else "cuda"
+
+
+def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for available, kind in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda answer=available: answer)
+        assert resolve_device("auto") == torch.device(kind)
+
+
+def test_a_device_is_taken_by_name_or_as_it_is() -> None:
+    assert resolve_device("cpu") == resolve_device(torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", [ABSENT, "gpu", "", "cpu:x"])
+def test_a_device_that_is_not_there_is_refused_with_the_choices(name: str) -> None:
+    with pytest.raises(CnvzooError) as caught:
+        resolve_device(name)
+    assert str(caught.value).startswith(f"device {name!r} cannot be used (")
+    assert str(caught.value).endswith("use auto, cpu or cuda")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cpu_is_described_by_what_the_bits_depend_on() -> None:
+    facts = describe_device(torch.device("cpu"))
+    assert facts["kind"] == "cpu"
+    assert facts["name"].strip()
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["capability"] == torch.backends.cpu.get_cpu_capability()
+
+
+def test_cuda_is_described_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    assert describe_device(torch.device("cuda")) == {"kind": "cuda", "name": "Some GPU"}
+
+
+# --- the settings under which a seed gives the same bits
+
+BACKENDS: Any = torch.backends
+FILLS: Any = torch.utils.deterministic
+CUDNN, MATMUL, ONEDNN = BACKENDS.cudnn, BACKENDS.cuda.matmul, BACKENDS.mkldnn
+FLOAT32_SETTINGS: dict[str, Any] = {
+    "all": BACKENDS,
+    "cudnn": CUDNN,
+    "cudnn.conv": CUDNN.conv,
+    "cudnn.rnn": CUDNN.rnn,
+    "cuda.matmul": MATMUL,
+    "mkldnn": ONEDNN,
+    "mkldnn.matmul": ONEDNN.matmul,
+    "mkldnn.conv": ONEDNN.conv,
+    "mkldnn.rnn": ONEDNN.rnn,
+}
+
+
+def older(read: Callable[[], Any]) -> Any:
+    """What the older settings say; they raise where the newer ones disagree."""
+    try:
+        return read()
+    except RuntimeError:
+        return "mixed"
+
+
+def settings() -> dict[str, Any]:
+    """Every setting of torch, of either kind, that arithmetic depends on."""
+    found = {name: owner.fp32_precision for name, owner in FLOAT32_SETTINGS.items()}
+    return found | {
+        "float32_matmul_precision": older(torch.get_float32_matmul_precision),
+        "matmul.allow_tf32": older(lambda: MATMUL.allow_tf32),
+        "cudnn.allow_tf32": older(lambda: CUDNN.allow_tf32),
+        "benchmark": CUDNN.benchmark,
+        "bf16 sums": MATMUL.allow_bf16_reduced_precision_reduction,
+        "bf16 split": getattr(MATMUL, "allow_bf16_reduced_precision_reduction_split_k", None),
+        "fp16 sums": MATMUL.allow_fp16_reduced_precision_reduction,
+        "fp16 split": getattr(MATMUL, "allow_fp16_reduced_precision_reduction_split_k", None),
+        "fp16 accumulation": MATMUL.allow_fp16_accumulation,
+        "algorithms": torch.are_deterministic_algorithms_enabled(),
+        "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "fill": FILLS.fill_uninitialized_memory,
+        "dtype": torch.get_default_dtype(),
+        "flushes": float(torch.full((), 2.0**-140, dtype=torch.float32) * 1) == 0,
+    }
+
+
+@pytest.fixture
+def changed() -> Iterator[Callable[[str], object]]:
+    """`changed(case)` has the settings of a caller, until the end of the test."""
+    defaults = settings()
+    yield lambda case: CALLERS[case]()
+    BACKENDS.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    CUDNN.allow_tf32 = True
+    for name in ("cuda.matmul", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"):
+        FLOAT32_SETTINGS[name].fp32_precision = "none"
+    CUDNN.fp32_precision = "none"
+    MATMUL.allow_bf16_reduced_precision_reduction = MATMUL.allow_fp16_reduced_precision_reduction = True
+    MATMUL.allow_fp16_accumulation = CUDNN.benchmark = False
+    torch.use_deterministic_algorithms(False)
+    torch.set_default_dtype(torch.float32)
+    torch.set_flush_denormal(False)
+    assert settings() == defaults
+
+
+def set_all(owner: Any, **values: Any) -> None:
+    for name, value in values.items():
+        setattr(owner, name, value)
+
+
+CALLERS: dict[str, Callable[[], object]] = {
+    "nothing": lambda: None,
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "older, matmul": lambda: set_all(MATMUL, allow_tf32=True),
+    "older, cuDNN": lambda: set_all(CUDNN, allow_tf32=False),
+    "newer, all": lambda: set_all(BACKENDS, fp32_precision="tf32"),
+    "newer, all in bf16": lambda: set_all(BACKENDS, fp32_precision="bf16"),
+    "newer, cuDNN": lambda: set_all(CUDNN, fp32_precision="ieee"),
+    "newer, matmul": lambda: set_all(MATMUL, fp32_precision="tf32"),
+    "newer, convolution": lambda: set_all(CUDNN.conv, fp32_precision="ieee"),
+    "newer, oneDNN": lambda: (
+        set_all(ONEDNN.matmul, fp32_precision="bf16"),
+        set_all(ONEDNN.conv, fp32_precision="tf32"),
+    ),
+    "both": lambda: (torch.set_float32_matmul_precision("medium"), set_all(MATMUL, fp32_precision="ieee")),
+    "sums": lambda: set_all(
+        MATMUL,
+        allow_bf16_reduced_precision_reduction=False,
+        allow_fp16_reduced_precision_reduction=False,
+        allow_fp16_accumulation=True,
+    ),
+    "kernels": lambda: (torch.use_deterministic_algorithms(True, warn_only=True), set_all(CUDNN, benchmark=True)),
+    "float64": lambda: torch.set_default_dtype(torch.float64),
+    "flushed": lambda: torch.set_flush_denormal(True),
+}
+ARITHMETIC = {"float32_matmul_precision": "highest", "matmul.allow_tf32": False, "cudnn.allow_tf32": False} | {
+    "dtype": torch.float32,
+    "flushes": False,
+}
+ON_CUDA = {"benchmark": False, "algorithms": True, "warn only": False, "fill": False, "fp16 accumulation": False} | {
+    f"{dtype} {part}": True for dtype in ("bf16", "fp16") for part in ("sums", "split")
+}
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("case", CALLERS)
+def test_arithmetic_is_one_whatever_the_caller_has_set_and_the_settings_are_put_back(
+    kind: str, case: str, changed: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    changed(case)
+    before = settings()
+
+    def fail() -> None:
+        with deterministic(torch.device(kind)):
+            within = settings()
+            assert {within[name] for name in FLOAT32_SETTINGS} <= {"none", "ieee"}
+            expected = ARITHMETIC | (ON_CUDA if kind == "cuda" else {})
+            assert {name: within[name] for name in expected if within[name] is not None} == {
+                name: value for name, value in expected.items() if within[name] is not None
+            }
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert settings() == before
+    if kind == "cpu":
+        with deterministic(torch.device(kind)):
+            assert all(settings()[name] == before[name] for name in ON_CUDA)
+
+
+def test_a_setting_that_follows_another_follows_it_again(changed: Callable[[str], object]) -> None:
+    changed("newer, all")
+    with deterministic(torch.device("cpu")):
+        pass
+    set_all(BACKENDS, fp32_precision="ieee")
+    assert [FLOAT32_SETTINGS[name].fp32_precision for name in ("cudnn", "cuda.matmul", "mkldnn.conv")] == ["ieee"] * 3
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_uses_that_overlap_keep_the_settings_to_the_end_of_the_last(
+    kind: str, changed: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    changed("medium")
+    before, device = settings(), torch.device(kind)
+    first, second = deterministic(device), deterministic(device)
+    first.__enter__()
+    within = settings()
+    second.__enter__()
+    first.__exit__(None, None, None)  # as of two threads, of which the first ends first
+    assert settings() == within != before
+    second.__exit__(None, None, None)
+    assert settings() == before
+
+
+@pytest.mark.parametrize("case", ["medium", "newer, oneDNN", "float64", "flushed", "autocast", "autocast off"])
+def test_a_run_and_an_evaluation_have_the_bits_that_they_have_without_the_callers_settings(
+    case: str, changed: Callable[[str], object], plain_run: tuple[Path, RunRecord], tmp_path: Path, each_step: StepHook
+) -> None:
+    folder, record = plain_run
+    model = build_model("resnet20", in_chans=1)
+    model.load_state_dict(load_file(folder / "weights.safetensors"))
+    logits: list[Tensor] = []
+    model.register_forward_hook(lambda _module, _inputs, output: logits.append(output.clone()))
+    cnvzoo.evaluate(model, noise(), device="cpu")
+
+    within: list[dict[str, Any]] = []
+    each_step(lambda _: within.append(settings()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast") if "autocast" in case else nullcontext():
+        if case in CALLERS:
+            changed(case)
+        before = settings()
+        assert run(recipe(ema=0.9, precision="bf16"), tmp_path).weights_sha256 == record.weights_sha256
+        cnvzoo.evaluate(model, noise(), device="cpu")
+        assert settings() == before
+        assert torch.is_autocast_enabled("cpu") == (case == "autocast")
+    assert torch.equal(*logits)
+    assert logits[1].dtype == torch.float32
+    assert all(now["mkldnn.matmul"] == "ieee" and now["mkldnn.conv"] == "none" for now in within)
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunRecord]:
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, run(recipe(ema=0.9, precision="bf16"), folder)
+
+
+# --- memory that glibc keeps
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, {"mmap_max": 65536, "trim_threshold": 64 << 20, "mmap_threshold": 32 << 20}),
+        ({"MALLOC_TOP_PAD_": "0"}, {"mmap_max": 65536, "trim_threshold": 128 << 10, "mmap_threshold": 128 << 10}),
+        (
+            {"MALLOC_TRIM_THRESHOLD_": "1000", "MALLOC_MMAP_MAX_": "7"},
+            {"mmap_max": 7, "trim_threshold": 1000, "mmap_threshold": 128 << 10},
+        ),
+        (
+            {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=0x40000:glibc.cpu.x=1", "MALLOC_MMAP_THRESHOLD_": "1"},
+            {"mmap_max": 65536, "trim_threshold": 128 << 10, "mmap_threshold": 0x40000},
+        ),
+        (
+            {"MALLOC_MMAP_MAX_": "many", "GLIBC_TUNABLES": "::"},
+            {"mmap_max": 65536, "trim_threshold": 64 << 20, "mmap_threshold": 32 << 20},
+        ),
+    ],
+)
+def test_glibc_gets_back_what_the_environment_says(environment: dict[str, str], expected: dict[str, int]) -> None:
+    assert _malloc_settings(environment) == expected

@@ -1,0 +1,80 @@
+"""What a record says of the machine: enough to tell apart whatever makes other bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from cnvzoo.models.compiled import compiles
+from cnvzoo.training.device import deterministic
+from cnvzoo.training.numerics import Machine, describe_machine
+
+CPU = torch.device("cpu")
+DESCRIBE = """
+import json, torch
+from cnvzoo.training.device import deterministic
+from cnvzoo.training.device import deterministic
+from cnvzoo.training.numerics import describe_machine
+torch.set_num_threads(1)
+with deterministic(torch.device("cpu")):
+    print(json.dumps(describe_machine(torch.device("cpu"))))
+"""
+
+wide_only = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512" or not compiles(CPU),
+    reason="needs AVX512, to be told apart from AVX2, and a C++ compiler",
+)
+
+
+def described(**environment: str) -> dict[str, Any]:
+    command = [sys.executable, "-c", DESCRIBE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    """Of a process in which nothing is held back."""
+    return described()
+
+
+def test_a_machine_is_described_by_valid_fields_alike_every_time(whole: dict[str, Any]) -> None:
+    assert Machine(**whole).model_dump(exclude_none=True) == whole
+    assert (whole["kind"], whole["threads"]) == ("cpu", 1)
+    assert ("compiler" in whole) == (whole["loops"] == "compiled")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with deterministic(CPU):
+            assert describe_machine(CPU) == whole
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_random_numbers_of_the_caller_are_not_moved() -> None:
+    before = torch.random.get_rng_state()
+    describe_machine(CPU)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("environment", [{"TORCHDYNAMO_DISABLE": "1"}, {"CXX": "/bin/false"}], ids=str)
+def test_loops_that_run_uncompiled_are_said_to(environment: dict[str, str]) -> None:
+    machine = described(**environment)
+    assert machine["loops"] == "eager"
+    assert "compiler" not in machine
+
+
+@wide_only
+def test_instruction_sets_that_are_held_back_are_told_apart(whole: dict[str, Any]) -> None:
+    held_back = described(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
+    assert (whole["capability"], held_back["capability"]) == ("AVX512", "AVX2")
+    assert whole["onednn"].startswith("AVX512_CORE")
+    assert held_back["onednn"] == "AVX2"
+    assert held_back["kernels"] != whole["kernels"]

@@ -1,0 +1,203 @@
+"""Teachers that see every view once: what they said is what they would say, and no interruption changes the weights."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from synthetic import StepHook, interrupted, noise, recipe, run
+from torch import Tensor
+
+from cnvzoo.data import TrainBatches
+from cnvzoo.models import build_model
+from cnvzoo.training import Distillation, Recipe, RunInterrupted, RunRecord, Trainer, preprocessing_of
+from cnvzoo.training.distillation import Teacher, precompute_logits
+from cnvzoo.training.trainer import CapturedSteps
+
+VIEWS = 2
+EPOCHS = 5
+CROPS = {"crop_padding": 2, "flip": True}
+TAUGHT: dict[str, Any] = {
+    "name": "mnist_resnet20",
+    "teacher": "mnist_resnet32",
+    "epochs": EPOCHS,
+    "augmentation": CROPS,
+}
+
+
+def taught(views: int | None = VIEWS) -> Recipe:
+    return recipe(**TAUGHT, distillation={"views": views} if views else {})
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    run(recipe(name="mnist_resnet32", model="resnet32"), folder, epochs=1)
+    return folder / "weights.safetensors"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images teachers looked at, each time they did."""
+    sizes: list[int] = []
+    original = Teacher.logits
+
+    def logits(self: Teacher, images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(Teacher, "logits", logits)
+    return sizes
+
+
+def new_trainer(weights: Path) -> Trainer:
+    torch.manual_seed(0)
+    data, wanted, normalised = noise(), taught(), preprocessing_of("resnet20", "mnist")
+    batches = TrainBatches(
+        data.train_images, data.train_labels, num_classes=10, preprocessing=normalised,
+        augmentation=wanted.augmentation, batch_size=8, seed=0, device="cpu", views=VIEWS,
+    )  # fmt: skip
+    net = build_model("resnet32", in_chans=1)
+    net.load_state_dict(load_file(weights))
+    teacher = Teacher([(net, normalised)], normalised, Distillation())
+    return Trainer(build_model("resnet20", in_chans=1), batches, wanted, EPOCHS, teacher)
+
+
+def precompute(trainer: Trainer, path: Path) -> bool:
+    assert trainer.teacher is not None
+    return precompute_logits(
+        trainer.teacher, trainer.batches, path, {}, views=VIEWS, precision=trainer.precision,
+        should_stop=lambda: False, label="views", quiet=True,
+    )  # fmt: skip
+
+
+def test_it_remembers_what_it_would_say(weights: Path, tmp_path: Path) -> None:
+    trainer = new_trainer(weights)
+    batches, teacher = trainer.batches, trainer.teacher
+    assert teacher is not None
+    assert precompute(trainer, tmp_path / "teacher_logits.safetensors")
+    assert teacher.precomputed is not None
+    assert teacher.precomputed.logits.shape == (VIEWS * 48, 10)
+    for epoch in range(EPOCHS):
+        plan = batches.plan(epoch)
+        for step, (images, _) in enumerate(batches.epoch(epoch)):
+            remembered = teacher.precomputed.logits[plan.rows[step, -1]].float()
+            torch.testing.assert_close(remembered, teacher.logits(images), rtol=2e-3, atol=2e-3)
+    assert teacher.precomputed.logits.float().std(0).min() > 0.02  # images do not all look alike to it
+
+
+def test_replayed_steps_look_up_the_images_of_each(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step repeated with other inputs, as a CUDA graph is, finds what was said of those."""
+    looked_up: dict[int, list[Tensor]] = {}
+    original = Teacher.loss
+
+    def loss(self: Teacher, images: Tensor, shown: Tensor, *others: Tensor) -> Tensor:
+        looked_up.setdefault(id(self), []).append(shown.clone())
+        return original(self, images, shown, *others)
+
+    monkeypatch.setattr(Teacher, "loss", loss)
+    one_by_one, replayed = new_trainer(weights), new_trainer(weights)
+    replayed._stepper = CapturedSteps(replayed, lambda step: step)
+    for trainer in (one_by_one, replayed):
+        assert precompute(trainer, tmp_path / "teacher_logits.safetensors")
+        trainer.train(lambda: False, lambda _: None)
+    shown = [torch.stack(looked_up[id(trainer.teacher)]) for trainer in (one_by_one, replayed)]
+    assert torch.equal(shown[0], shown[1])
+    assert len(shown[0]) == EPOCHS * 6
+    assert len(shown[0][:12].unique()) == VIEWS * 48  # each image in either view, in two epochs
+    # rates are rounded to float32 on the device, which grows from epoch to epoch
+    losses = [[epoch["loss"] for epoch in trainer.history] for trainer in (one_by_one, replayed)]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_a_run_has_its_teachers_see_every_view_once(weights: Path, tmp_path: Path, asked: list[int]) -> None:
+    record = run(taught(), tmp_path / "run", teacher=weights)
+    assert sum(asked) == VIEWS * 48
+    assert record.recipe["distillation"]["views"] == VIEWS
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.*")) == [
+        ".lock", "record.json", "weights.safetensors",
+    ]  # fmt: skip
+    asked.clear()
+    run(taught(), tmp_path / "short", teacher=weights, epochs=1)
+    assert sum(asked) == 48
+    asked.clear()
+    run(taught(None), tmp_path / "looking", teacher=weights)
+    assert sum(asked) == EPOCHS * 48
+
+
+def test_the_seconds_of_a_run_have_those_of_its_teachers(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Teacher.logits
+
+    def slow(self: Teacher, images: Tensor) -> Tensor:
+        time.sleep(0.3)
+        return original(self, images)
+
+    monkeypatch.setattr(Teacher, "logits", slow)
+    stopped_after(1, taught(), tmp_path, weights)  # one view is seen before the stop, the other after it
+    record = run(taught(), tmp_path, teacher=weights)
+    assert record.seconds > sum(epoch["seconds"] for epoch in record.history) + 0.5
+
+
+def test_it_learns_what_it_would_learn_from_a_teacher_that_looks(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remembering = run(taught(), tmp_path / "remembering", teacher=weights)
+    monkeypatch.setattr(importlib.import_module("cnvzoo.training.run"), "precompute_logits", lambda *_, **__: True)
+    looking = run(taught(), tmp_path / "looking", teacher=weights)
+    losses = [[epoch["loss"] for epoch in record.history] for record in (remembering, looking)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    fresh = run(taught(None), tmp_path / "fresh", teacher=weights)
+    assert [epoch["loss"] for epoch in fresh.history] != pytest.approx(losses[0], rel=0.02)
+
+
+def stopped_after(batches: int, wanted: Recipe, folder: Path, weights: Path) -> RunInterrupted:
+    """Train until so many batches, of steps or of views, have been begun."""
+    asked = iter(range(10**6))
+    with pytest.raises(RunInterrupted) as caught:
+        run(wanted, folder, teacher=weights, stop=lambda: "enough" if next(asked) >= batches else None)
+    return caught.value
+
+
+@pytest.fixture(scope="module")
+def whole(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
+    return run(taught(), tmp_path_factory.mktemp("whole"), teacher=weights)
+
+
+def test_views_that_were_seen_before_a_stop_are_not_seen_again(
+    weights: Path, tmp_path: Path, whole: RunRecord, asked: list[int]
+) -> None:
+    assert stopped_after(1, taught(), tmp_path, weights).step == 0
+    assert asked == [48]
+    assert run(taught(), tmp_path, teacher=weights).weights_sha256 == whole.weights_sha256
+    assert asked == [48, 48]
+
+
+def test_a_stop_between_steps_ends_with_the_same_bits(
+    weights: Path, tmp_path: Path, whole: RunRecord, each_step: StepHook, asked: list[int]
+) -> None:
+    interrupted(taught(), tmp_path, each_step, teacher=weights)
+    assert run(taught(), tmp_path, teacher=weights).weights_sha256 == whole.weights_sha256
+    assert asked == [48, 48]
+
+
+@pytest.mark.parametrize("damage", [b"", b"half a file", None], ids=["empty", "damaged", "of another seed"])
+def test_a_memory_that_is_not_of_this_run_is_made_anew(
+    weights: Path, tmp_path: Path, whole: RunRecord, damage: bytes | None
+) -> None:
+    if damage is None:
+        with pytest.raises(RunInterrupted):
+            run(taught(), tmp_path, teacher=weights, seed=1, deadline=time.monotonic())
+        stopped_after(2, taught().model_copy(update={"seed": 1}), tmp_path, weights)
+    else:
+        (tmp_path / "teacher_logits.safetensors").write_bytes(damage)
+    assert run(taught(), tmp_path, teacher=weights).weights_sha256 == whole.weights_sha256

@@ -1,0 +1,117 @@
+"""What a run prints, to stderr alone: nothing if quiet, one line an epoch where there is no terminal."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from cnvzoo.training import Trainer, progress
+from cnvzoo.training.progress import TrainingProgress, counted
+
+NAME = "fashion_mnist_mobilenet_v1_with_a_long_name, seed 2"
+
+
+def show(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    start: int = 0,
+    stop: int = 6,
+    quiet: bool = False,
+    work: Callable[[int], float] = float,
+) -> None:
+    """Progress of three epochs of two steps, each of which takes 30 s."""
+    trainer: Any = SimpleNamespace(total_steps=6, steps_per_epoch=2, step=start, history=[], work=work)
+    now = 1000.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with TrainingProgress(NAME, cast(Trainer, trainer), quiet) as after_step:
+        for step in range(start + 1, stop + 1):
+            now += 30
+            trainer.step = step
+            if step % 2 == 0:
+                trainer.history.append({"epoch": step // 2, "loss": 9.87654 / step, "lr": 0.1, "seconds": 60.04})
+            after_step(cast(Trainer, trainer))
+
+
+def test_quiet_prints_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    show(monkeypatch, quiet=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_one_line_an_epoch_with_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show(monkeypatch)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        f"{NAME}: epoch 1/3, loss 4.9383, 60.0 s, 2.0 min left",
+        f"{NAME}: epoch 2/3, loss 2.4691, 60.0 s, 1.0 min left",
+        f"{NAME}: epoch 3/3, loss 1.6461, 60.0 s, 0.0 min left",
+    ]
+
+
+def test_the_time_left_of_a_resumed_run_follows_from_its_own_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show(monkeypatch, start=3, stop=4)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"{NAME}: epoch 2/3, loss 2.4691, 60.0 s, 1.0 min left"
+
+
+def test_a_terminal_gets_a_bar_with_step_loss_and_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "160"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    show(monkeypatch, stop=4)
+    out, err = capsys.readouterr()
+    assert out == ""
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", err).splitlines()[-1]
+    assert NAME in last
+    assert "4/6" in last
+    assert "1.0 min left, loss 2.469" in last
+
+
+def test_what_is_left_counts_by_its_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole images, after two of three epochs with parts of a tenth."""
+    show(monkeypatch, stop=4, work=lambda step: min(step, 4) / 10 + max(step - 4, 0))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(", ")[-1] for line in lines] == ["11.0 min left", "10.0 min left"]
+
+
+def test_a_thread_gets_plain_lines_on_a_terminal_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bars of several runs at once would overwrite each other."""
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+    thread = threading.Thread(target=show, args=(monkeypatch,))
+    thread.start()
+    thread.join()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[1] for line in lines] == [f" seed 2: epoch {epoch}/3" for epoch in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_counting_yields_everything_and_is_silent_where_it_is_quick(
+    quiet: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert list(counted(range(0, 50, 10), "evaluating", quiet=quiet)) == [0, 10, 20, 30, 40]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_counting_says_how_far_it_is_where_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    for _ in counted(range(6), "evaluating"):
+        now += 6
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["evaluating: 2/6, 24 s left", "evaluating: 4/6, 12 s left", "evaluating: 6/6, 0 s left"]

@@ -1,0 +1,663 @@
+"""`run_recipe`: what it trains and leaves behind, how it stops and goes on, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from synthetic import CNV_BITS, EVERY_AUGMENTATION, StepHook, coloured, interrupted, noise, recipe, run
+
+from cnvzoo.data import published_sha256
+from cnvzoo.errors import CnvzooError
+from cnvzoo.files import FileError, sha256_of
+from cnvzoo.models import build_model
+from cnvzoo.models.compiled import compiles
+from cnvzoo.models.quant import quantize_bias
+from cnvzoo.training import (
+    NUMERICS,
+    RunError,
+    RunInterrupted,
+    RunRecord,
+    RunUnderWay,
+    Trainer,
+    TrainingDiverged,
+    count_correct,
+    preprocessing_of,
+)
+from cnvzoo.training.state import load_checked
+
+STEPS = 12  # of `recipe()` on `noise()`: two epochs of six
+
+
+def fail(_: Trainer) -> None:
+    raise AssertionError("this run must not train")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
+    """The record of `recipe()` with an average, trained without a stop; its folder is not to be changed."""
+    return run(recipe(ema=0.9), tmp_path_factory.mktemp("whole"))
+
+
+# --- what a run is and leaves behind
+
+
+def test_a_record_says_what_the_run_was(tmp_path: Path) -> None:
+    wanted = recipe(label_smoothing=0.1, augmentation=EVERY_AUGMENTATION, precision="bf16")
+    record = run(wanted, tmp_path, seed=3)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != ".lock") == ["record.json", "weights.safetensors"]
+    assert RunRecord.read(tmp_path / "record.json") == record
+    assert (record.entry, record.seed, record.trial, record.holdout) == ("mnist_resnet20", 3, False, 0)
+    assert (record.total, record.weights, record.float_start) == (40, "final", None)
+    assert record.accuracy == pytest.approx(100 * record.correct / 40)
+    assert record.recipe == wanted.model_dump(mode="json") | {"seed": 3}
+    assert record.recipe_sha256 == wanted.fingerprint()
+    assert record.weights_sha256 == sha256_of(tmp_path / "weights.safetensors")
+    assert record.device["kind"] in ("cpu", "cuda")
+    assert record.versions["torch"] == torch.__version__
+    assert {"python", "cnvzoo"} <= record.versions.keys()
+    assert record.finished.endswith("+00:00")
+    assert [entry["epoch"] for entry in record.history] == [1, 2]
+    assert record.seconds == pytest.approx(sum(entry["seconds"] for entry in record.history), abs=0.06)
+
+
+def test_the_weights_left_behind_are_those_that_were_scored(tmp_path: Path) -> None:
+    data = coloured(train=48, test=40)
+    record = run(recipe(dataset="cifar10", ema=0.8), tmp_path, data)
+    model = build_model("resnet20")
+    model.load_state_dict(load_file(tmp_path / "weights.safetensors"), strict=True)
+    preprocessing = preprocessing_of("resnet20", "cifar10")
+    assert count_correct(model, data.test_images, data.test_labels, preprocessing, quiet=True) == record.correct
+    assert record.weights == "ema"
+
+
+def test_the_average_is_what_is_kept(whole: RunRecord, tmp_path: Path) -> None:
+    live = run(recipe(), tmp_path)
+    assert (whole.weights, live.weights) == ("ema", "final")
+    assert whole.weights_sha256 != live.weights_sha256
+    assert [e["loss"] for e in whole.history] == [e["loss"] for e in live.history]
+
+
+@pytest.mark.parametrize("changes", [{"ema": 0.8}, CNV_BITS], ids=["float", "quantized"])
+def test_what_can_be_learned_is_learned(tmp_path: Path, changes: dict[str, Any]) -> None:
+    optimizer = {"name": "adamw", "lr": 2e-3}
+    wanted = recipe(**{"dataset": "cifar10", "epochs": 4, "batch_size": 16, "optimizer": optimizer} | changes)
+    record = run(wanted, tmp_path, coloured(train=256, test=100))
+    losses = [entry["loss"] for entry in record.history]
+    assert losses[-1] < losses[0] * 0.7
+    assert record.accuracy > 60  # chance is 10
+
+
+def test_both_precisions_train_and_differ(whole: RunRecord, tmp_path: Path) -> None:
+    rough = run(recipe(ema=0.9, precision="bf16"), tmp_path)
+    assert rough.weights_sha256 != whole.weights_sha256
+    for one, other in zip(rough.history, whole.history, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.1)
+    dtypes = {tensor.dtype for tensor in load_file(tmp_path / "weights.safetensors").values()}
+    assert dtypes == {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_another_number_of_epochs_makes_a_trial(tmp_path: Path, epochs: int) -> None:
+    record = run(recipe(), tmp_path, epochs=epochs)
+    assert record.trial
+    assert len(record.history) == epochs
+    assert (record.epochs, record.recipe["epochs"]) == (epochs, 2)
+    assert record.recipe_sha256 == recipe().fingerprint()
+
+
+def test_as_many_epochs_as_the_recipe_make_no_trial(tmp_path: Path, whole: RunRecord) -> None:
+    record = run(recipe(ema=0.9), tmp_path, epochs=2)
+    assert not record.trial
+    assert record.weights_sha256 == whole.weights_sha256
+
+
+@pytest.mark.parametrize("epochs", [0, -1])
+def test_no_epochs_at_all_are_refused(tmp_path: Path, epochs: int) -> None:
+    with pytest.raises(CnvzooError, match="epochs"):
+        run(recipe(), tmp_path, epochs=epochs)
+    assert not (tmp_path / "record.json").exists()
+
+
+# --- the held-out split
+
+
+def test_a_holdout_reads_no_test_image_and_trains_on_no_held_out_one(tmp_path: Path) -> None:
+    data = noise("mnist", train=60)
+    split = data.holdout(12)
+    other_test = replace(data, test_images=255 - data.test_images, test_labels=(data.test_labels + 1) % 10)
+    held = (data.train_images[:, None] == split.test_images[None]).flatten(2).all(2).any(1)
+    assert held.sum() == 12
+    inverted = torch.where(held[:, None, None, None], 255 - data.train_images, data.train_images)
+    other_held = replace(data, train_images=inverted)
+
+    records = [run(recipe(), tmp_path / str(i), d, holdout=12) for i, d in enumerate((data, other_test, other_held))]
+    assert all((r.trial, r.holdout, r.total) == (True, 12, 12) for r in records)
+    assert len({r.weights_sha256 for r in records}) == 1
+    assert records[0].correct == records[1].correct
+
+    model = build_model("resnet20", in_chans=1)
+    model.load_state_dict(load_file(tmp_path / "0" / "weights.safetensors"))
+    preprocessing = preprocessing_of("resnet20", "mnist")
+    for record, part in ((records[0], split), (records[2], other_held.holdout(12))):
+        assert count_correct(model, part.test_images, part.test_labels, preprocessing, quiet=True) == record.correct
+
+
+def test_a_holdout_leaves_other_weights_than_the_whole_set(whole: RunRecord, tmp_path: Path) -> None:
+    assert run(recipe(ema=0.9), tmp_path, holdout=8).weights_sha256 != whole.weights_sha256
+
+
+@pytest.mark.parametrize("n", [-1, 48])
+def test_an_impossible_holdout_is_refused(tmp_path: Path, n: int) -> None:
+    with pytest.raises(ValueError, match="holdout"):
+        run(recipe(), tmp_path, holdout=n)
+
+
+# --- stopping and going on
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [1, 6, 8, STEPS])
+def test_a_signal_stops_after_the_step_and_the_run_goes_on_to_the_same_bits(
+    number: signal.Signals, step: int, whole: RunRecord, tmp_path: Path, each_step: StepHook
+) -> None:
+    handler = signal.getsignal(number)
+    steps: list[int] = []
+
+    def note_and_interrupt(trainer: Trainer) -> None:
+        steps.append(trainer.step)
+        if steps == list(range(1, step + 1)):
+            os.kill(os.getpid(), number)
+
+    each_step(note_and_interrupt)
+    with pytest.raises(RunInterrupted) as caught:
+        run(recipe(ema=0.9), tmp_path)
+    stop = caught.value
+    assert (stop.reason, stop.step, stop.total_steps, stop.run_dir) == (number.name, step, STEPS, tmp_path)
+    assert f"stopped ({number.name}) after step {step} of {STEPS}" in str(stop)
+    assert "mnist_resnet20, seed 0" in str(stop)
+    assert signal.getsignal(number) is handler
+    assert not (tmp_path / "record.json").exists()
+
+    record = run(recipe(ema=0.9), tmp_path)
+    assert steps == list(range(1, STEPS + 1))  # none twice, none left out
+    assert record.weights_sha256 == whole.weights_sha256
+    assert (record.correct, [e["loss"] for e in record.history]) == (whole.correct, [e["loss"] for e in whole.history])
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path: Path, each_step: StepHook) -> None:
+    def interrupt_twice(_: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        fail(_)
+
+    each_step(interrupt_twice)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe(), tmp_path)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_deadline_that_has_passed_stops_before_the_first_step(
+    whole: RunRecord, tmp_path: Path, each_step: StepHook
+) -> None:
+    steps: list[int] = []
+    each_step(lambda trainer: steps.append(trainer.step))
+    for _ in range(2):  # the second time from a saved state
+        with pytest.raises(RunInterrupted, match="time limit") as caught:
+            run(recipe(ema=0.9), tmp_path, deadline=time.monotonic())
+        assert (caught.value.reason, caught.value.step) == ("time limit", 0)
+    assert steps == []
+    assert run(recipe(ema=0.9), tmp_path).weights_sha256 == whole.weights_sha256
+
+
+def test_a_deadline_stops_a_run_step_by_step_to_the_same_bits(
+    whole: RunRecord, tmp_path: Path, each_step: StepHook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = {"now": 0.0}
+    monkeypatch.setattr(time, "monotonic", lambda: clock["now"])
+    each_step(lambda _: clock.update(now=clock["now"] + 1))
+    for step in (5, 10):
+        with pytest.raises(RunInterrupted) as caught:
+            run(recipe(ema=0.9), tmp_path, deadline=clock["now"] + 5)
+        assert caught.value.step == step
+    assert run(recipe(ema=0.9), tmp_path, deadline=clock["now"] + 5).weights_sha256 == whole.weights_sha256
+
+
+def test_a_signal_stops_a_run_whose_state_cannot_be_saved(
+    whole: RunRecord,
+    tmp_path: Path,
+    each_step: StepHook,
+    full_disk: Callable[[int], AbstractContextManager[None]],
+) -> None:
+    with pytest.raises(RunInterrupted):
+        run(recipe(ema=0.9), tmp_path, stop=iter([None] * 3 + ["time limit"]).__next__)
+    each_step(lambda trainer: os.kill(os.getpid(), signal.SIGINT) if trainer.step == 5 else None)
+    with full_disk(1000), pytest.raises(RunInterrupted, match="from the last state saved") as caught:
+        run(recipe(ema=0.9), tmp_path)
+    state = tmp_path / "state.safetensors"
+    assert (caught.value.reason, caught.value.step, caught.value.run_dir) == ("SIGINT", 5, tmp_path)
+    assert str(caught.value.unsaved).startswith(f"{state}: cannot be written: ")
+    each_step(lambda _: None)
+    assert run(recipe(ema=0.9), tmp_path).weights_sha256 == whole.weights_sha256
+
+
+def test_a_deadline_does_not_hide_that_the_state_cannot_be_saved(
+    tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    with full_disk(1000), pytest.raises(FileError, match=r"state\.safetensors: cannot be written"):
+        run(recipe(), tmp_path, deadline=time.monotonic())
+
+
+def test_state_is_saved_at_the_interval_asked_for(
+    tmp_path: Path, each_step: StepHook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, saved = {"now": 0.0}, []
+    monkeypatch.setattr(time, "monotonic", lambda: clock["now"])
+    state = tmp_path / "state.safetensors"
+
+    def note(trainer: Trainer) -> None:
+        clock["now"] += 1
+        if state.exists():
+            saved.append((trainer.step - 1, state.stat().st_mtime_ns))
+
+    each_step(note)
+    run(recipe(), tmp_path, save_every=4)
+    moments = [step for (step, at), (_, before) in zip(saved[1:], saved, strict=False) if at != before]
+    assert saved[0][0] == 4
+    assert moments == [8]
+
+
+def test_a_run_in_a_thread_trains_and_stops_too(tmp_path: Path) -> None:
+    """Only the main thread may catch signals."""
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            run(recipe(), tmp_path, deadline=time.monotonic())
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert [type(error) for error in raised] == [RunInterrupted]
+
+
+# --- what is in the folder already
+
+
+def test_a_finished_run_is_returned_and_not_trained_again(tmp_path: Path, each_step: StepHook) -> None:
+    record = run(recipe(), tmp_path)
+    before = {path: (path.stat().st_mtime_ns, sha256_of(path)) for path in tmp_path.iterdir() if path.suffix}
+    each_step(fail)
+    assert run(recipe(), tmp_path) == record
+    assert run(recipe(), tmp_path, seed=0, epochs=2, deadline=0.0) == record
+    assert {path: (path.stat().st_mtime_ns, sha256_of(path)) for path in tmp_path.iterdir() if path.suffix} == before
+
+
+@pytest.mark.parametrize("damage", ["weights changed", "weights gone", "record cut off", "record gone"])
+def test_a_run_whose_files_were_damaged_is_trained_again(whole: RunRecord, tmp_path: Path, damage: str) -> None:
+    run(recipe(ema=0.9), tmp_path)
+    what, how = damage.split()[0], damage.split(" ", 1)[1]
+    path = tmp_path / {"weights": "weights.safetensors", "record": "record.json"}[what]
+    content = bytearray(path.read_bytes())
+    if how == "changed":
+        content[-1] ^= 1
+        path.write_bytes(content)
+    elif how == "cut off":
+        path.write_bytes(content[:100])
+    else:
+        path.unlink()
+    again = run(recipe(ema=0.9), tmp_path)
+    assert again.weights_sha256 == sha256_of(tmp_path / "weights.safetensors") == whole.weights_sha256
+    assert RunRecord.read(tmp_path / "record.json") == again
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_a_state_that_was_cut_off_is_refused_by_name(tmp_path: Path, each_step: StepHook, keep: int) -> None:
+    state = interrupted(recipe(), tmp_path, each_step)
+    state.write_bytes(state.read_bytes()[:keep])
+    with pytest.raises(RunError, match="delete it to start over") as caught:
+        run(recipe(), tmp_path)
+    assert str(caught.value).startswith(f"{state}: ")
+
+
+def test_a_safetensors_file_that_is_no_state_is_refused_by_name(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    save_file({"x": torch.zeros(1)}, state)
+    with pytest.raises(RunError, match="delete it to start over") as caught:
+        run(recipe(), tmp_path)
+    assert str(caught.value).startswith(f"{state}: ")
+
+
+@pytest.mark.parametrize("other", [{"batch_size": 16}, {"optimizer": {"lr": 0.01}}, {"seed": 1}])
+def test_a_state_of_another_recipe_or_seed_is_set_aside_and_can_go_on(
+    whole: RunRecord, tmp_path: Path, each_step: StepHook, other: dict[str, Any]
+) -> None:
+    state = interrupted(recipe(ema=0.9), tmp_path, each_step)
+    content = state.read_bytes()
+    run(recipe(**other), tmp_path)
+    (aside,) = tmp_path.glob("state-*.safetensors")
+    assert aside.read_bytes() == content
+    assert not state.exists()
+    (tmp_path / "own").mkdir()
+    aside.rename(tmp_path / "own" / state.name)
+    assert run(recipe(ema=0.9), tmp_path / "own").weights_sha256 == whole.weights_sha256
+
+
+def test_states_set_aside_one_after_another_are_all_kept(tmp_path: Path, each_step: StepHook) -> None:
+    contents = [interrupted(recipe(), tmp_path, each_step, holdout=n).read_bytes() for n in (4, 8, 12)]
+    kept = [path.read_bytes() for path in tmp_path.glob("state*.safetensors")]
+    assert sorted(kept) == sorted(contents)
+
+
+def test_a_state_from_other_conditions_is_refused_and_kept(tmp_path: Path, each_step: StepHook) -> None:
+    state = interrupted(recipe(), tmp_path, each_step)
+    content = state.read_bytes()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(RunError, match="threads") as caught:
+            run(recipe(), tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert str(caught.value).startswith(f"{state}: ")
+    assert state.read_bytes() == content
+
+
+def test_a_state_of_compiled_loops_is_not_resumed_without_them(
+    tmp_path: Path, each_step: StepHook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiles(torch.device("cpu")):
+        pytest.skip("no C++ compiler here to compile with")
+    state = interrupted(recipe(), tmp_path, each_step)
+    content = state.read_bytes()
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with pytest.raises(RunError, match="here None, loops compiled, here eager: weights trained"):
+        run(recipe(), tmp_path)
+    assert state.read_bytes() == content
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"epochs": 1}, {"holdout": 8}, {"dataset": noise(seed=1)}])
+def test_a_finished_run_is_not_overwritten_by_another(tmp_path: Path, other: dict[str, Any]) -> None:
+    run(recipe(), tmp_path)
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RunError, match="holds the finished run of mnist_resnet20, seed 0, which differs in") as caught:
+        run(recipe(), tmp_path, **other)
+    assert "give another folder, or move that one away" in str(caught.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
+def test_a_record_tells_the_images_apart(tmp_path: Path) -> None:
+    data = noise(seed=1)
+    ours, theirs = run(recipe(), tmp_path / "ours", data, epochs=1), run(recipe(), tmp_path / "theirs", epochs=1)
+    assert ours.data_sha256 == data.sha256
+    assert len({ours.data_sha256, theirs.data_sha256, published_sha256("mnist")}) == 3
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(tmp_path: Path, each_step: StepHook) -> None:
+    each_step(fail)
+    with FileLock(tmp_path / ".lock"), pytest.raises(RunUnderWay, match="another process is training") as caught:
+        run(recipe(), tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+# --- starting from a float model
+
+
+FLOAT_START = CNV_BITS | {"name": "mnist_quant_cnv_w2a2", "float_start": "mnist_cnv", "optimizer": {"lr": 1e-12}}
+
+
+@pytest.fixture(scope="module")
+def float_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunRecord]:
+    folder = tmp_path_factory.mktemp("float")
+    return folder / "weights.safetensors", run(recipe(name="mnist_cnv", model="cnv"), folder, seed=5, epochs=1)
+
+
+def test_biases_are_quantized_before_the_model_is_scored(tmp_path: Path) -> None:
+    """And by no step of training: the weights are those of the run without, rounded."""
+    plain = run(recipe(**CNV_BITS), tmp_path / "plain")
+    record = run(recipe(**CNV_BITS, quantize_bias=True), tmp_path / "quantized")
+    model = build_model("quant_cnv", in_chans=1, num_classes=10, w_bits=2, a_bits=2)
+    model.load_state_dict(load_file(tmp_path / "plain" / "weights.safetensors"))
+    quantize_bias(model)
+    found = load_file(tmp_path / "quantized" / "weights.safetensors")
+    assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
+    assert record.weights_sha256 != plain.weights_sha256
+    data, preprocessing = noise(), preprocessing_of("quant_cnv", "mnist")
+    assert record.correct == count_correct(model.eval(), data.test_images, data.test_labels, preprocessing, quiet=True)
+
+
+def test_a_quantized_run_starts_from_the_weights_of_its_float_twin(
+    float_run: tuple[Path, RunRecord], tmp_path: Path
+) -> None:
+    weights, float_record = float_run
+    record = run(recipe(**FLOAT_START), tmp_path, seed=5, epochs=1, float_start=weights)
+    expected = {"entry": "mnist_cnv", "seed": 0, "weights_sha256": float_record.weights_sha256}
+    assert record.float_start == expected
+    assert "brevitas" in record.versions
+    # of a learning rate that moves nothing: all filters but the first, which takes up the normalisation
+    started, given = load_file(tmp_path / "weights.safetensors"), load_file(weights)
+    torch.testing.assert_close(started["classifier.0.weight"], given["classifier.0.weight"])
+    torch.testing.assert_close(started["features.0.weight"], given["features.0.weight"] / 0.3081)
+
+
+def test_the_float_weights_are_part_of_which_run_it_is(
+    float_run: tuple[Path, RunRecord], tmp_path: Path, each_step: StepHook
+) -> None:
+    weights, _ = float_run
+    other = tmp_path / "other.safetensors"
+    save_file({name: t * 2 if t.is_floating_point() else t for name, t in load_file(weights).items()}, other)
+    interrupted(recipe(**FLOAT_START), tmp_path / "run", each_step, float_start=weights)
+    with pytest.raises(RunInterrupted) as caught:
+        run(recipe(**FLOAT_START), tmp_path / "run", float_start=other, deadline=time.monotonic())
+    assert caught.value.step == 0
+    assert len(list((tmp_path / "run").glob("state-*.safetensors"))) == 1
+
+
+# --- weights that a run needs, as its float start or its teacher
+
+NEEDS = {
+    "float_start": recipe(**FLOAT_START),
+    "teacher": recipe(teacher="mnist_resnet32"),
+}
+
+
+@pytest.mark.parametrize("given", [None, "nowhere.safetensors"])
+@pytest.mark.parametrize(
+    ("purpose", "says"),
+    [
+        ("float_start", "mnist_quant_cnv_w2a2 starts from the weights of mnist_cnv, seed 0"),
+        ("teacher", "mnist_resnet20 learns from the weights of mnist_resnet32, seed 0"),
+    ],
+)
+def test_without_the_weights_it_says_which_to_train(tmp_path: Path, given: str | None, purpose: str, says: str) -> None:
+    path = given and tmp_path / given
+    weights: dict[str, Any] = {purpose: path}
+    with pytest.raises(RunError, match="train that entry first and give its weights") as caught:
+        run(NEEDS[purpose], tmp_path, seed=2, **weights)
+    assert says in str(caught.value)
+    assert str(path or "no file") in str(caught.value)
+
+
+def weights_of(model: str, **arguments: Any) -> dict[str, torch.Tensor]:
+    return {name: t.contiguous() for name, t in build_model(model, **arguments).state_dict().items()}
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(b"half a file")
+
+
+@pytest.mark.parametrize(
+    ("purpose", "write", "says"),
+    [
+        ("float_start", lambda path: save_file(weights_of("resnet20", in_chans=1), path), "features.0.weight"),
+        ("float_start", lambda path: save_file(weights_of("cnv", in_chans=3), path), "features.0.weight"),
+        ("float_start", damaged, "header"),
+        ("teacher", lambda path: save_file(weights_of("resnet20", in_chans=1), path), "Missing key"),
+        ("teacher", lambda path: save_file(weights_of("resnet32", in_chans=3), path), "size mismatch"),
+        ("teacher", damaged, "header"),
+    ],
+    ids=[f"{purpose}-{what}" for purpose in NEEDS for what in ("another model", "another dataset", "damaged")],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(
+    tmp_path: Path, purpose: str, write: Callable[[Path], object], says: str
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    weights: dict[str, Any] = {purpose: path}
+    write(path)
+    with pytest.raises(RunError, match=says) as caught:
+        run(NEEDS[purpose], tmp_path / "run", **weights)
+    assert str(path) in str(caught.value)
+    assert NEEDS[purpose].name in str(caught.value)
+
+
+# --- what goes wrong
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(TrainingDiverged) as caught:
+        run(recipe(optimizer={"lr": 1e30}, schedule={"warmup_epochs": 0.0}), tmp_path, seed=4)
+    said = str(caught.value)
+    assert said.startswith("mnist_resnet20, seed 4: the training loss is ")
+    assert "in epoch 1: lower optimizer.lr (1e+30) or lengthen schedule.warmup_epochs" in said
+    assert not (tmp_path / "record.json").exists()
+
+
+NO_WARM_UP = {"warmup_epochs": 0.0}
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_weights_that_grow_beyond_use_stop_the_run_though_the_loss_is_that_of_guessing(
+    bits: int, tmp_path: Path
+) -> None:
+    wanted = recipe(**CNV_BITS | {"w_bits": bits, "a_bits": bits}, optimizer={"lr": 1e6}, schedule=NO_WARM_UP)
+    with pytest.raises(TrainingDiverged) as caught:
+        run(wanted, tmp_path)
+    said = str(caught.value)
+    assert re.match(r"^mnist_resnet20, seed 0: \w+\.\d+\.\w+ has grown to \d\.?\d*e\+\d+ in epoch 1: lower", said), said
+    assert said.endswith("optimizer.lr (1000000.0) or lengthen schedule.warmup_epochs")
+    assert not (tmp_path / "record.json").exists()
+
+
+DAMAGES: dict[str, tuple[str, Callable[[torch.nn.Module], torch.Tensor], float]] = {
+    "parameter": ("fc.weight has values that are not finite", lambda m: m.get_parameter("fc.weight"), float("nan")),
+    "infinite": ("fc.weight has values that are not finite", lambda m: m.get_parameter("fc.weight"), float("-inf")),
+    "buffer": ("norm.running_var has values that are", lambda m: m.get_buffer("norm.running_var"), float("inf")),
+    "large": ("fc.bias has grown to 1.1e+06", lambda m: m.get_parameter("fc.bias"), -1.1e6),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_last_step_that_breaks_weights_stops_the_run_and_leaves_its_state(
+    damage: str, ema: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses of all steps are finite: each is that of the weights before the step."""
+    says, tensor, value = DAMAGES[damage]
+    take = Trainer.take_step
+
+    def take_and_break(trainer: Trainer) -> None:
+        take(trainer)
+        if trainer.step == trainer.total_steps:
+            tensor(trainer.model).data.view(-1)[3] = value
+
+    monkeypatch.setattr(Trainer, "take_step", take_and_break)
+    with pytest.raises(TrainingDiverged, match=re.escape(f"mnist_resnet20, seed 0: {says}")) as caught:
+        run(recipe(ema=ema), tmp_path, save_every=0)
+    assert "in epoch 2: lower optimizer.lr (0.05)" in str(caught.value)
+    assert not (tmp_path / "record.json").exists()
+    assert load_checked(tmp_path / "state.safetensors")[1]["values"]["step"] == STEPS - 1
+
+
+@pytest.mark.parametrize("which", ["average", "quantized bias"])
+def test_weights_that_break_after_the_last_step_are_not_scored(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(model: torch.nn.Module) -> None:
+        next(model.parameters()).data.fill_(float("inf"))
+
+    if which == "average":
+        monkeypatch.setattr(Trainer, "finish", lambda self: spoil(self.model))
+        wanted = recipe(ema=0.9)
+    else:
+        monkeypatch.setattr("cnvzoo.models.quant.quantize_bias", spoil)
+        wanted = recipe(**CNV_BITS, quantize_bias=True)
+    with pytest.raises(TrainingDiverged, match="has values that are not finite at the end: lower"):
+        run(wanted, tmp_path, epochs=1)
+    assert not (tmp_path / "record.json").exists()
+
+
+@pytest.mark.parametrize("loss", [float("inf"), float("-inf"), float("nan")])
+def test_a_loss_of_either_infinity_stops_the_run(loss: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Trainer.take_step
+
+    def take_and_spoil(trainer: Trainer) -> None:
+        take(trainer)
+        trainer._loss_sum.fill_(loss)
+
+    monkeypatch.setattr(Trainer, "take_step", take_and_spoil)
+    with pytest.raises(TrainingDiverged, match=f"the training loss is {loss} in epoch 1"):
+        run(recipe(), tmp_path)
+
+
+def test_a_batch_larger_than_the_training_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"^mnist_resnet20, seed 0: batch_size must be 1 to 48") as caught:
+        run(recipe(batch_size=49), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [-3, 2**63, 2**64, True, 1.0, "1"])
+@pytest.mark.parametrize("place", ["argument", "recipe"])
+def test_an_impossible_seed_is_refused_before_anything_is_made(tmp_path: Path, seed: Any, place: str) -> None:
+    wanted = recipe().model_copy(update={"seed": seed}) if place == "recipe" else recipe()
+    says = f"mnist_resnet20: seed={seed!r}: a seed is a whole number from 0 to 9223372036854775807 (2**63 - 1)"
+    with pytest.raises(RunError, match=f"^{re.escape(says)}$"):
+        run(wanted, tmp_path / "run", **({"seed": seed} if place == "argument" else {}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_largest_seed_trains(tmp_path: Path) -> None:
+    assert run(recipe(), tmp_path, seed=2**63 - 1, epochs=1).seed == 2**63 - 1
+
+
+def test_an_unknown_device_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(CnvzooError, match="use auto, cpu or cuda"):
+        run(recipe(), tmp_path / "run", device="tpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_state_says_which_run_it_is_of(tmp_path: Path, each_step: StepHook) -> None:
+    """For people, and for whoever finds a state set aside: plain JSON in the header."""
+    state = interrupted(recipe(), tmp_path, each_step, holdout=8)
+    size = int.from_bytes(state.read_bytes()[:8], "little")
+    metadata = json.loads(state.read_bytes()[8 : 8 + size])["__metadata__"]
+    identity = json.loads(metadata["identity"])
+    assert identity == {
+        "recipe": recipe().fingerprint(),
+        "seed": 0,
+        "epochs": 2,
+        "holdout": 8,
+        "numerics": NUMERICS,
+        "data": noise().sha256,
+        "float_start": None,
+        "teacher": None,
+    }

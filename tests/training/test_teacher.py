@@ -1,0 +1,164 @@
+"""Learning from a teacher: the loss that it makes, what it is shown, and runs that need its weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from synthetic import CNV_BITS, StepHook, coloured, interrupted, noise, recipe, run
+from torch import Tensor, nn
+
+from cnvzoo.files import sha256_of
+from cnvzoo.training import Distillation, RunError, RunRecord, preprocessing_of
+from cnvzoo.training.distillation import Teacher
+
+PIXELS = preprocessing_of("quant_cnv", "cifar10")
+NORMALISED = preprocessing_of("cnv", "cifar10")
+TAUGHT = {"name": "mnist_resnet20", "teacher": "mnist_resnet32"}
+
+
+class Says(nn.Module):
+    """A net that gives these logits for every image."""
+
+    def __init__(self, *logits: float) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits.expand(len(images), -1)
+
+
+# --- the loss
+
+
+def test_the_loss_of_a_case_done_by_hand() -> None:
+    """Softened by 2, the teacher says 3/4 and 1/4, the student 1/2 and 1/2."""
+    teacher = Teacher([(Says(2 * math.log(3), 0), PIXELS)], PIXELS, Distillation(temperature=2, weight=0.25))
+    found = teacher.loss(torch.zeros(5, 3, 32, 32), torch.arange(5), torch.zeros(5, 2), torch.tensor(2.0))
+    divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert float(found) == pytest.approx(0.75 * 2.0 + 0.25 * 4 * divergence, rel=1e-6)
+
+
+def test_its_gradient_is_the_difference_of_probabilities() -> None:
+    """Of KL(p || q) softened by T, times T^2: T (q - p), which Hinton et al. say keeps its size as T grows."""
+    logits = torch.tensor([[0.3, -1.0, 2.0]], requires_grad=True)
+    teacher = Teacher([(Says(1.0, 0.5, -0.5), PIXELS)], PIXELS, Distillation(temperature=3, weight=1))
+    teacher.loss(torch.zeros(1, 3, 32, 32), torch.arange(1), logits, torch.tensor(0.0)).backward()
+    student, other = (torch.softmax(x / 3, 1) for x in (logits.detach(), torch.tensor([[1.0, 0.5, -0.5]])))
+    torch.testing.assert_close(logits.grad, 3 * (student - other))
+
+
+@pytest.mark.parametrize(("own", "student"), [(NORMALISED, PIXELS), (PIXELS, NORMALISED), (PIXELS, PIXELS)])
+def test_a_teacher_sees_images_as_it_was_trained_to(own: Any, student: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 900, 10))
+    images = noise("cifar10").test_images
+    expected = model(own(images)).detach()
+    teacher = Teacher([(model, own)], student, Distillation(weight=1))
+    shown, ignored = torch.arange(len(images)), torch.tensor(9.0)
+    assert abs(float(teacher.loss(student(images), shown, expected, ignored))) < 1e-6
+    assert float(teacher.loss(student(images), shown, expected.roll(1, 1), ignored)) > 1e-3
+
+
+def test_several_teachers_speak_by_their_geometric_mean() -> None:
+    """Of odds 9 : 1 and 1 : 4 that is sqrt(9 * 1) : sqrt(1 * 4) = 3 : 2, which a student that says so has learned."""
+    nets = [(Says(math.log(9), 0), PIXELS), (Says(0, math.log(4)), PIXELS)]
+    teacher = Teacher(nets, PIXELS, Distillation(temperature=1, weight=1))
+    images, ignored = torch.zeros(5, 3, 32, 32), torch.tensor(9.0)
+    learned = torch.tensor([[0.6, 0.4]]).log().expand(5, -1)
+    assert abs(float(teacher.loss(images, torch.arange(5), learned, ignored))) < 1e-6
+    between = torch.tensor([[0.55, 0.45]]).log().expand(5, -1)  # the arithmetic mean of 0.9 and 0.2
+    assert float(teacher.loss(images, torch.arange(5), between, ignored)) > 1e-3
+
+
+def test_each_of_several_teachers_sees_images_as_it_was_trained_to() -> None:
+    torch.manual_seed(0)
+    nets = [(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), own) for own in (NORMALISED, PIXELS)]
+    images = noise("cifar10").test_images
+    expected = torch.stack([model(own(images)).detach() for model, own in nets]).mean(0)
+    teacher = Teacher(nets, PIXELS, Distillation(weight=1))
+    assert abs(float(teacher.loss(PIXELS(images), torch.arange(len(images)), expected, torch.tensor(9.0)))) < 1e-6
+
+
+# --- runs
+
+
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
+
+@pytest.fixture(scope="module")
+def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunRecord]:
+    folder = tmp_path_factory.mktemp("teacher")
+    return folder / "weights.safetensors", run(recipe(name="mnist_resnet32", model="resnet32"), folder, epochs=1)
+
+
+def test_what_a_teacher_knows_is_learned_though_all_labels_are_wrong(tmp_path: Path) -> None:
+    optimizer = {"name": "adamw", "lr": 2e-3}
+    common = {"dataset": "cifar10", "epochs": 4, "batch_size": 16, "optimizer": optimizer, "model": "cnv"}
+    data = coloured(train=256, test=100)
+    run(recipe(**common | {"name": "cifar10_cnv"}), tmp_path / "teacher", data)
+    wrong = replace(data, train_labels=(data.train_labels + 1) % 10)
+    taught = recipe(**common | CNV_BITS | {"teacher": "cifar10_cnv", "distillation": {"weight": 1.0}})
+    record = run(taught, tmp_path / "student", wrong, teacher=tmp_path / "teacher" / "weights.safetensors")
+    assert record.accuracy > 60  # of the test set's right labels
+
+
+def test_a_record_says_who_taught(teacher_run: tuple[Path, RunRecord], tmp_path: Path) -> None:
+    weights, teacher = teacher_run
+    record = run(recipe(**TAUGHT), tmp_path / "taught", teacher=weights)
+    assert record.teacher == {"entry": "mnist_resnet32", "seed": 0, "weights_sha256": teacher.weights_sha256}
+    assert RunRecord.read(tmp_path / "taught" / "record.json") == record
+    assert sha256_of(weights) == teacher.weights_sha256
+    alone = run(recipe(), tmp_path / "alone")
+    assert alone.teacher is None
+    assert alone.weights_sha256 != record.weights_sha256
+
+
+def test_a_run_learns_from_several_and_its_record_says_from_which(
+    teacher_run: tuple[Path, RunRecord], tmp_path: Path
+) -> None:
+    first, _ = teacher_run
+    other = run(recipe(name="mnist_mobilenet_v1", model="mobilenet_v1"), tmp_path / "other", epochs=1)
+    second = tmp_path / "other" / "weights.safetensors"
+    both = recipe(**TAUGHT | {"teacher": ["mnist_resnet32", "mnist_mobilenet_v1"]})
+    record = run(both, tmp_path / "taught", teacher=[first, second])
+    assert record.teacher == [
+        {"entry": "mnist_resnet32", "seed": 0, "weights_sha256": sha256_of(first)},
+        {"entry": "mnist_mobilenet_v1", "seed": 0, "weights_sha256": other.weights_sha256},
+    ]
+    assert run(both, tmp_path / "taught", teacher=[first, second]) == record  # found again, not trained again
+    alone = run(recipe(**TAUGHT), tmp_path / "alone", teacher=[first])
+    assert record.weights_sha256 != alone.weights_sha256
+    assert record.recipe_sha256 != alone.recipe_sha256
+
+    with pytest.raises(RunError, match=r"learns from the weights of mnist_mobilenet_v1, seed 0, and no file was given"):
+        run(both, tmp_path / "run", teacher=[first])
+    many = r"learns from mnist_resnet32, mnist_mobilenet_v1: .*state\.x is one file too many for teacher"
+    with pytest.raises(RunError, match=many):
+        run(both, tmp_path / "run", teacher=[first, second, tmp_path / "state.x"])
+    with pytest.raises(RunError, match=r"mnist_resnet20 has no teacher: .* is one file too many for teacher: leave it"):
+        run(recipe(), tmp_path / "run", teacher=first)
+
+
+def test_a_taught_run_that_was_stopped_ends_with_the_same_bits(
+    teacher_run: tuple[Path, RunRecord], tmp_path: Path, each_step: StepHook
+) -> None:
+    weights, _ = teacher_run
+    whole = run(recipe(**TAUGHT), tmp_path / "whole", teacher=weights)
+    interrupted(recipe(**TAUGHT), tmp_path / "stopped", each_step, teacher=weights)
+    assert run(recipe(**TAUGHT), tmp_path / "stopped", teacher=weights).weights_sha256 == whole.weights_sha256
+
+
+def test_the_teachers_weights_are_part_of_which_run_it_is(teacher_run: tuple[Path, RunRecord], tmp_path: Path) -> None:
+    weights, _ = teacher_run
+    other = tmp_path / "other.safetensors"
+    save_file({name: t * 2 if t.is_floating_point() else t for name, t in load_file(weights).items()}, other)
+    first = run(recipe(**TAUGHT), tmp_path / "run", teacher=weights)
+    with pytest.raises(RunError, match="which differs in teacher"):
+        run(recipe(**TAUGHT), tmp_path / "run", teacher=other)
+    assert run(recipe(**TAUGHT), tmp_path / "other", teacher=other).weights_sha256 != first.weights_sha256
