@@ -32,8 +32,8 @@ from cnvzoo.training.evaluation import Evaluation
 # dev.py, reproduce.py and its harness are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# The Hub that tests speak to is for more of them than those beside it.
-sys.path.insert(0, str(Path(__file__).resolve().parent / "hub"))
+# the simulated Hub of tests/checkpoints serves other tests too
+sys.path.insert(0, str(Path(__file__).resolve().parent / "checkpoints"))
 
 import harness.publish
 
