@@ -46,10 +46,15 @@ class RunInterrupted(CnvzooError):
     ) -> None:
         self.reason, self.step, self.total_steps, self.run_dir = reason, step, total_steps, run_dir
         self.unsaved = unsaved
+        self._arguments = (run, reason, step, total_steps, run_dir, unsaved)
         start = "there" if unsaved is None else f"the last state saved, if there is one: {unsaved}"
         super().__init__(
             f"{run}: stopped ({reason}) after step {step} of {total_steps}; the same command goes on from {start}"
         )
+
+    def __reduce__(self) -> tuple[type[RunInterrupted], tuple[Any, ...]]:
+        """Pickle by the arguments: worker processes send this error to the process that started them."""
+        return type(self), self._arguments
 
 
 class Resumable(Protocol):
