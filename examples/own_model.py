@@ -47,7 +47,7 @@ def main() -> None:
         epochs=arguments.epochs,
         batch_size=128,
         optimizer=Optimizer(lr=0.1),
-        schedule=Schedule(name="linear", warmup_epochs=0.2),
+        schedule=Schedule(warmup_epochs=0.2),
         augmentation=Augmentation(crop_padding=2),
     )
     result = cnvzoo.train(recipe, holdout=arguments.holdout)

@@ -25,7 +25,6 @@ model: {model}
 dataset: mnist
 epochs: 2
 batch_size: 32
-precision: fp32
 optimizer: {{lr: 0.05}}
 """
 

@@ -259,7 +259,7 @@ def test_training_leaves_the_random_numbers_alone(small_datasets) -> None:
     small_datasets(train=64, test=10)
     recipe = cnvzoo.Recipe.model_validate(
         {"name": "mnist_resnet20", "model": "resnet20", "dataset": "mnist", "epochs": 2, "batch_size": 32,
-         "precision": "fp32", "optimizer": {"lr": 0.1}}
+         "optimizer": {"lr": 0.1}}
     )  # fmt: skip
     torch.manual_seed(7)
     expected = torch.rand(4)

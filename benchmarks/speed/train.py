@@ -122,7 +122,7 @@ def _measured(published: Recipe, crop_side: int | None = None) -> Recipe:
     epochs = 10**6
     changes = {"optimizer": {"lr": 0.01}, "augmentation": {"crop_padding": 4, "flip": True}, "epochs": epochs}
     alone = dict.fromkeys(("float_start", "float_start_sha256", "teacher", "teacher_sha256"))
-    plain = {"ema": None, "label_smoothing": 0.0, "distillation": {}, **alone}
+    plain = {"label_smoothing": 0.0, "distillation": {}, **alone}
     crops = {"side": crop_side, "epochs": epochs - 1} if crop_side else None
     return Recipe.model_validate(published.model_dump() | changes | plain | {"early_crops": crops})
 

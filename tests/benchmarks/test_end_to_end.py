@@ -17,7 +17,7 @@ from cnvzoo.training.optimizers import lr_factor
 
 @pytest.fixture
 def real(bench: Bench) -> Bench:
-    bench.recipe("mnist_resnet20", epochs=3, batch_size=16, precision="fp32")
+    bench.recipe("mnist_resnet20", epochs=3, batch_size=16)
     bench.train = partial(run_recipe, dataset=tiny(), quiet=True)
     return bench
 

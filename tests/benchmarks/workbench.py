@@ -40,7 +40,6 @@ def make_record(recipe: Any, seed: int = 0, /, *, accuracy: float = 90.0, **chan
         "accuracy": accuracy,
         "correct": round(100 * accuracy),
         "total": 10000,
-        "weights": "final",
         "recipe": recipe.model_dump(mode="json") | {"seed": seed},
         "recipe_sha256": recipe.fingerprint(),
         "data_sha256": published_sha256(recipe.dataset),

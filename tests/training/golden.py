@@ -104,7 +104,7 @@ FAMILIES = {
 
 
 def recipe_of(name: str) -> Recipe:
-    """The recipe of a family: SGD, batches of 32, bfloat16."""
+    """The recipe of a family: SGD, batches of 32."""
     family = FAMILIES[name]
     tag = family.model if family.bits is None else f"{family.model}_w{family.bits}a{family.bits}"
     values: dict[str, Any] = {
@@ -116,7 +116,7 @@ def recipe_of(name: str) -> Recipe:
         "epochs": 2,
         "batch_size": 32,
         "optimizer": _SGD,
-        "schedule": {"name": "linear", "warmup_epochs": 1},
+        "schedule": {"warmup_epochs": 1},
     }
     return recipe_from_dict(values | family.values, name)
 

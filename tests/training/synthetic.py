@@ -69,7 +69,6 @@ def recipe(**changes: Any) -> Recipe:
         "batch_size": 8,
         "optimizer": {"lr": 0.05},
         "schedule": {"warmup_epochs": 0.5},
-        "precision": "fp32",
     }
     return recipe_from_dict(values | changes, "this test")
 

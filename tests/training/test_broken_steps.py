@@ -16,7 +16,7 @@ STEPS = 12  # of `recipe()` on `noise()`
 
 
 def run(folder: Path) -> RunRecord:
-    return run_recipe(recipe(ema=0.9), run_dir=folder, dataset=noise("mnist"), quiet=True, save_every=0)
+    return run_recipe(recipe(), run_dir=folder, dataset=noise("mnist"), quiet=True, save_every=0)
 
 
 @pytest.fixture

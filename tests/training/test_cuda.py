@@ -14,8 +14,8 @@ from cnvzoo.training import Recipe, RunRecord
 pytestmark = pytest.mark.cuda
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "float": {"ema": 0.9},
-    "quantized": CNV_BITS | {"optimizer": {"name": "muon", "lr": 0.02, "sgd_lr": 0.05}, "precision": "bf16"},
+    "float": {},
+    "quantized": CNV_BITS | {"optimizer": {"name": "muon", "lr": 0.02, "sgd_lr": 0.05}},
 }
 
 

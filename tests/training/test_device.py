@@ -229,7 +229,7 @@ def test_a_run_and_an_evaluation_have_the_bits_that_they_have_without_the_caller
         if case in CALLERS:
             changed(case)
         before = settings()
-        assert run(recipe(ema=0.9, precision="bf16"), tmp_path).weights_sha256 == record.weights_sha256
+        assert run(recipe(), tmp_path).weights_sha256 == record.weights_sha256
         cnvzoo.evaluate(model, noise(), device="cpu")
         assert settings() == before
         assert torch.is_autocast_enabled("cpu") == (case == "autocast")
@@ -241,7 +241,7 @@ def test_a_run_and_an_evaluation_have_the_bits_that_they_have_without_the_caller
 @pytest.fixture(scope="module")
 def plain_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunRecord]:
     folder = tmp_path_factory.mktemp("plain")
-    return folder, run(recipe(ema=0.9, precision="bf16"), folder)
+    return folder, run(recipe(), folder)
 
 
 # --- memory that glibc keeps

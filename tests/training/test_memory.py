@@ -30,7 +30,7 @@ def resident() -> int:
 def test_epochs_leave_nothing_behind() -> None:
     data = noise("mnist", train=320)
     wanted = recipe(
-        **CNV_BITS, name="mnist_quant_cnv_w2a2", epochs=12, batch_size=32, ema=0.9, precision="bf16",
+        **CNV_BITS, name="mnist_quant_cnv_w2a2", epochs=12, batch_size=32,
         augmentation={"crop_padding": 2, "flip": True, "cutout": 4, "mixup": 0.2, "cutmix": 1.0},
     )  # fmt: skip
     batches = TrainBatches(

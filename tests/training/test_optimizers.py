@@ -21,7 +21,6 @@ MODELS = {
 }
 OPTIMIZERS = {
     "sgd": Optimizer(name="sgd", lr=0.1, weight_decay=0.25),
-    "adamw": Optimizer(name="adamw", lr=0.001, weight_decay=0.25),
     "muon": Optimizer(name="muon", lr=0.02, sgd_lr=0.3, weight_decay=0.25),
 }
 

@@ -18,7 +18,6 @@ optimizer:
   name: sgd
   lr: 0.1
 schedule:
-  name: linear
   warmup_epochs: 1
 augmentation:
   flip: true
@@ -50,11 +49,11 @@ def test_a_recipe_is_named_after_its_file_and_defaults_are_filled_in(tmp_path: P
     assert recipe.name == "cifar10_resnet20"
     assert (recipe.model, recipe.dataset, recipe.epochs, recipe.batch_size) == ("resnet20", "cifar10", 10, 128)
     assert (recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.sgd_lr) == ("sgd", 0.1, None)
-    assert (recipe.schedule.name, recipe.schedule.warmup_epochs, recipe.schedule.final) == ("linear", 1, 0)
+    assert recipe.schedule.warmup_epochs == 1
     assert recipe.augmentation.flip
     assert not recipe.augmentation.mixes
-    assert recipe.w_bits is recipe.a_bits is recipe.ema is recipe.float_start is None
-    assert (recipe.label_smoothing, recipe.precision, recipe.seed) == (0, "bf16", 0)
+    assert recipe.w_bits is recipe.a_bits is recipe.float_start is None
+    assert (recipe.label_smoothing, recipe.seed) == (0, 0)
     assert recipe.tag == "resnet20"
 
 
@@ -124,10 +123,8 @@ def test_a_base_is_found_beside_the_file_that_extends_it(tmp_path: Path, monkeyp
         ("  lr: 0.1", "  lr: -5e-4", "optimizer.lr", "-0.0005: input should be greater than 0"),
         ("  lr: 0.1", "  lr: .inf", "optimizer.lr", "inf: input should be a finite number"),
         ("  lr: 0.1", "  lr: .nan", "optimizer.lr", "nan: input should be a finite number"),
-        ("  name: sgd", "  name: adam", "optimizer.name", "'adam': input should be 'sgd', 'adamw' or 'muon'"),
-        ("  name: linear", "  name: step", "schedule.name", "'step': input should be 'linear' or 'cosine'"),
+        ("  name: sgd", "  name: adam", "optimizer.name", "'adam': input should be 'sgd' or 'muon'"),
         ("  warmup_epochs: 1", "  warmup_epochs: -1", "schedule.warmup_epochs", "greater than or equal to 0"),
-        ("  warmup_epochs: 1", "  final: 1.5", "schedule.final", "1.5: input should be less than or equal to 1"),
         ("  flip: true", "  crop_padding: -1", "augmentation.crop_padding", "greater than or equal to 0"),
         ("  flip: true", "  cutout: -1", "augmentation.cutout", "greater than or equal to 0"),
         # what the dataset has no images for
@@ -176,9 +173,6 @@ def test_a_warm_up_leaves_some_epochs_to_train(tmp_path: Path, epochs: int, warm
     [
         (RESNET, "label_smoothing: 1", "label_smoothing", "less than 1"),
         (RESNET, "label_smoothing: -0.1", "label_smoothing", "greater than or equal to 0"),
-        (RESNET, "ema: 1", "ema", "less than 1"),
-        (RESNET, "ema: 0", "ema", "greater than 0"),
-        (RESNET, "precision: fp16", "precision", "input should be 'bf16' or 'fp32'"),
         (RESNET, "seed: -1", "seed", "greater than or equal to 0"),
         (RESNET, "seed: 9223372036854775808", "seed", "less than or equal to 9223372036854775807"),
         (RESNET, "float_start: cifar10_cnv", "float_start", "resnet20 is a float model: leave float_start out"),
@@ -227,7 +221,7 @@ def test_a_quantized_model_needs_both_bit_widths(tmp_path: Path, missing: str) -
 
 
 def test_missing_keys_are_all_named_with_their_section(tmp_path: Path) -> None:
-    text = "model: cnv\nschedule: {name: linear}\noptimizer:\n  name: sgd\n"
+    text = "model: cnv\nschedule: {warmup_epochs: 1}\noptimizer:\n  name: sgd\n"
     said = error(path := write(tmp_path, text)).splitlines()
     assert f"{path}:3: optimizer.lr: missing: add it" in said
     for key in ("dataset", "epochs", "batch_size"):
@@ -585,8 +579,6 @@ OTHER: dict[str, Any] = {
     "epochs": 11,
     "batch_size": 64,
     "label_smoothing": 0.1,
-    "ema": 0.99,
-    "precision": "fp32",
     "float_start": "cifar100_cnv",
     "float_start_sha256": "0" * 64,
     "quantize_bias": True,
@@ -601,7 +593,7 @@ OTHER: dict[str, Any] = {
         "sgd_lr": 0.2,
         "sgd_weight_decay": 0.0,
     },
-    "schedule": {"name": "linear", "warmup_epochs": 2.0, "final": 0.1},
+    "schedule": {"warmup_epochs": 2.0},
     "augmentation": {
         "crop_padding": 4,
         "flip": True,
@@ -646,7 +638,7 @@ def test_the_fingerprint_is_of_the_values_and_not_of_how_they_are_written(tmp_pa
     path = write(tmp_path, layered)
     assert load_recipe(path) == flat
     assert load_recipe(path).fingerprint() == flat.fingerprint()
-    explicit = load_recipe(write(tmp_path, RESNET + "label_smoothing: 0.1\nseed: 3\nema:\nprecision: bf16\n", "other"))
+    explicit = load_recipe(write(tmp_path, RESNET + "label_smoothing: 0.1\nseed: 3\nearly_crops:\n", "other"))
     assert explicit.fingerprint() == flat.fingerprint()
 
 

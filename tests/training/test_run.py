@@ -48,20 +48,20 @@ def fail(_: Trainer) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
-    """The record of `recipe()` with an average, trained without a stop; its folder is not to be changed."""
-    return run(recipe(ema=0.9), tmp_path_factory.mktemp("whole"))
+    """The record of `recipe()`, trained without a stop; its folder is not to be changed."""
+    return run(recipe(), tmp_path_factory.mktemp("whole"))
 
 
 # --- what a run is and leaves behind
 
 
 def test_a_record_says_what_the_run_was(tmp_path: Path) -> None:
-    wanted = recipe(label_smoothing=0.1, augmentation=EVERY_AUGMENTATION, precision="bf16")
+    wanted = recipe(label_smoothing=0.1, augmentation=EVERY_AUGMENTATION)
     record = run(wanted, tmp_path, seed=3)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != ".lock") == ["record.json", "weights.safetensors"]
     assert RunRecord.read(tmp_path / "record.json") == record
     assert (record.entry, record.seed, record.trial, record.holdout) == ("mnist_resnet20", 3, False, 0)
-    assert (record.total, record.weights, record.float_start) == (40, "final", None)
+    assert (record.total, record.float_start) == (40, None)
     assert record.accuracy == pytest.approx(100 * record.correct / 40)
     assert record.recipe == wanted.model_dump(mode="json") | {"seed": 3}
     assert record.recipe_sha256 == wanted.fingerprint()
@@ -76,38 +76,21 @@ def test_a_record_says_what_the_run_was(tmp_path: Path) -> None:
 
 def test_the_weights_left_behind_are_those_that_were_scored(tmp_path: Path) -> None:
     data = coloured(train=48, test=40)
-    record = run(recipe(dataset="cifar10", ema=0.8), tmp_path, data)
+    record = run(recipe(dataset="cifar10"), tmp_path, data)
     model = build_model("resnet20")
     model.load_state_dict(load_file(tmp_path / "weights.safetensors"), strict=True)
     preprocessing = preprocessing_of("resnet20", "cifar10")
     assert count_correct(model, data.test_images, data.test_labels, preprocessing, quiet=True) == record.correct
-    assert record.weights == "ema"
 
 
-def test_the_average_is_what_is_kept(whole: RunRecord, tmp_path: Path) -> None:
-    live = run(recipe(), tmp_path)
-    assert (whole.weights, live.weights) == ("ema", "final")
-    assert whole.weights_sha256 != live.weights_sha256
-    assert [e["loss"] for e in whole.history] == [e["loss"] for e in live.history]
-
-
-@pytest.mark.parametrize("changes", [{"ema": 0.8}, CNV_BITS], ids=["float", "quantized"])
+@pytest.mark.parametrize("changes", [{}, CNV_BITS], ids=["float", "quantized"])
 def test_what_can_be_learned_is_learned(tmp_path: Path, changes: dict[str, Any]) -> None:
-    optimizer = {"name": "adamw", "lr": 2e-3}
+    optimizer = {"lr": 0.05}
     wanted = recipe(**{"dataset": "cifar10", "epochs": 4, "batch_size": 16, "optimizer": optimizer} | changes)
     record = run(wanted, tmp_path, coloured(train=256, test=100))
     losses = [entry["loss"] for entry in record.history]
     assert losses[-1] < losses[0] * 0.7
     assert record.accuracy > 60  # chance is 10
-
-
-def test_both_precisions_train_and_differ(whole: RunRecord, tmp_path: Path) -> None:
-    rough = run(recipe(ema=0.9, precision="bf16"), tmp_path)
-    assert rough.weights_sha256 != whole.weights_sha256
-    for one, other in zip(rough.history, whole.history, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=0.1)
-    dtypes = {tensor.dtype for tensor in load_file(tmp_path / "weights.safetensors").values()}
-    assert dtypes == {torch.float32, torch.int64}
 
 
 @pytest.mark.parametrize("epochs", [1, 3])
@@ -120,7 +103,7 @@ def test_another_number_of_epochs_makes_a_trial(tmp_path: Path, epochs: int) -> 
 
 
 def test_as_many_epochs_as_the_recipe_make_no_trial(tmp_path: Path, whole: RunRecord) -> None:
-    record = run(recipe(ema=0.9), tmp_path, epochs=2)
+    record = run(recipe(), tmp_path, epochs=2)
     assert not record.trial
     assert record.weights_sha256 == whole.weights_sha256
 
@@ -157,7 +140,7 @@ def test_a_holdout_reads_no_test_image_and_trains_on_no_held_out_one(tmp_path: P
 
 
 def test_a_holdout_leaves_other_weights_than_the_whole_set(whole: RunRecord, tmp_path: Path) -> None:
-    assert run(recipe(ema=0.9), tmp_path, holdout=8).weights_sha256 != whole.weights_sha256
+    assert run(recipe(), tmp_path, holdout=8).weights_sha256 != whole.weights_sha256
 
 
 @pytest.mark.parametrize("n", [-1, 48])
@@ -184,7 +167,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_to_the_same_bits(
 
     each_step(note_and_interrupt)
     with pytest.raises(RunInterrupted) as caught:
-        run(recipe(ema=0.9), tmp_path)
+        run(recipe(), tmp_path)
     stop = caught.value
     assert (stop.reason, stop.step, stop.total_steps, stop.run_dir) == (number.name, step, STEPS, tmp_path)
     assert f"stopped ({number.name}) after step {step} of {STEPS}" in str(stop)
@@ -192,7 +175,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on_to_the_same_bits(
     assert signal.getsignal(number) is handler
     assert not (tmp_path / "record.json").exists()
 
-    record = run(recipe(ema=0.9), tmp_path)
+    record = run(recipe(), tmp_path)
     assert steps == list(range(1, STEPS + 1))  # none twice, none left out
     assert record.weights_sha256 == whole.weights_sha256
     assert (record.correct, [e["loss"] for e in record.history]) == (whole.correct, [e["loss"] for e in whole.history])
@@ -222,10 +205,10 @@ def test_a_deadline_that_has_passed_stops_before_the_first_step(
     each_step(lambda trainer: steps.append(trainer.step))
     for _ in range(2):  # the second time from a saved state
         with pytest.raises(RunInterrupted, match="time limit") as caught:
-            run(recipe(ema=0.9), tmp_path, deadline=time.monotonic())
+            run(recipe(), tmp_path, deadline=time.monotonic())
         assert (caught.value.reason, caught.value.step) == ("time limit", 0)
     assert steps == []
-    assert run(recipe(ema=0.9), tmp_path).weights_sha256 == whole.weights_sha256
+    assert run(recipe(), tmp_path).weights_sha256 == whole.weights_sha256
 
 
 def test_a_deadline_stops_a_run_step_by_step_to_the_same_bits(
@@ -236,9 +219,9 @@ def test_a_deadline_stops_a_run_step_by_step_to_the_same_bits(
     each_step(lambda _: clock.update(now=clock["now"] + 1))
     for step in (5, 10):
         with pytest.raises(RunInterrupted) as caught:
-            run(recipe(ema=0.9), tmp_path, deadline=clock["now"] + 5)
+            run(recipe(), tmp_path, deadline=clock["now"] + 5)
         assert caught.value.step == step
-    assert run(recipe(ema=0.9), tmp_path, deadline=clock["now"] + 5).weights_sha256 == whole.weights_sha256
+    assert run(recipe(), tmp_path, deadline=clock["now"] + 5).weights_sha256 == whole.weights_sha256
 
 
 def test_a_signal_stops_a_run_whose_state_cannot_be_saved(
@@ -248,15 +231,15 @@ def test_a_signal_stops_a_run_whose_state_cannot_be_saved(
     full_disk: Callable[[int], AbstractContextManager[None]],
 ) -> None:
     with pytest.raises(RunInterrupted):
-        run(recipe(ema=0.9), tmp_path, stop=iter([None] * 3 + ["time limit"]).__next__)
+        run(recipe(), tmp_path, stop=iter([None] * 3 + ["time limit"]).__next__)
     each_step(lambda trainer: os.kill(os.getpid(), signal.SIGINT) if trainer.step == 5 else None)
     with full_disk(1000), pytest.raises(RunInterrupted, match="from the last state saved") as caught:
-        run(recipe(ema=0.9), tmp_path)
+        run(recipe(), tmp_path)
     state = tmp_path / "state.safetensors"
     assert (caught.value.reason, caught.value.step, caught.value.run_dir) == ("SIGINT", 5, tmp_path)
     assert str(caught.value.unsaved).startswith(f"{state}: cannot be written: ")
     each_step(lambda _: None)
-    assert run(recipe(ema=0.9), tmp_path).weights_sha256 == whole.weights_sha256
+    assert run(recipe(), tmp_path).weights_sha256 == whole.weights_sha256
 
 
 def test_a_deadline_does_not_hide_that_the_state_cannot_be_saved(
@@ -315,7 +298,7 @@ def test_a_finished_run_is_returned_and_not_trained_again(tmp_path: Path, each_s
 
 @pytest.mark.parametrize("damage", ["weights changed", "weights gone", "record cut off", "record gone"])
 def test_a_run_whose_files_were_damaged_is_trained_again(whole: RunRecord, tmp_path: Path, damage: str) -> None:
-    run(recipe(ema=0.9), tmp_path)
+    run(recipe(), tmp_path)
     what, how = damage.split()[0], damage.split(" ", 1)[1]
     path = tmp_path / {"weights": "weights.safetensors", "record": "record.json"}[what]
     content = bytearray(path.read_bytes())
@@ -326,7 +309,7 @@ def test_a_run_whose_files_were_damaged_is_trained_again(whole: RunRecord, tmp_p
         path.write_bytes(content[:100])
     else:
         path.unlink()
-    again = run(recipe(ema=0.9), tmp_path)
+    again = run(recipe(), tmp_path)
     assert again.weights_sha256 == sha256_of(tmp_path / "weights.safetensors") == whole.weights_sha256
     assert RunRecord.read(tmp_path / "record.json") == again
 
@@ -352,7 +335,7 @@ def test_a_safetensors_file_that_is_no_state_is_refused_by_name(tmp_path: Path) 
 def test_a_state_of_another_recipe_or_seed_is_set_aside_and_can_go_on(
     whole: RunRecord, tmp_path: Path, each_step: StepHook, other: dict[str, Any]
 ) -> None:
-    state = interrupted(recipe(ema=0.9), tmp_path, each_step)
+    state = interrupted(recipe(), tmp_path, each_step)
     content = state.read_bytes()
     run(recipe(**other), tmp_path)
     (aside,) = tmp_path.glob("state-*.safetensors")
@@ -360,7 +343,7 @@ def test_a_state_of_another_recipe_or_seed_is_set_aside_and_can_go_on(
     assert not state.exists()
     (tmp_path / "own").mkdir()
     aside.rename(tmp_path / "own" / state.name)
-    assert run(recipe(ema=0.9), tmp_path / "own").weights_sha256 == whole.weights_sha256
+    assert run(recipe(), tmp_path / "own").weights_sha256 == whole.weights_sha256
 
 
 def test_states_set_aside_one_after_another_are_all_kept(tmp_path: Path, each_step: StepHook) -> None:
@@ -567,9 +550,8 @@ DAMAGES: dict[str, tuple[str, Callable[[torch.nn.Module], torch.Tensor], float]]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("ema", [None, 0.9])
 def test_a_last_step_that_breaks_weights_stops_the_run_and_leaves_its_state(
-    damage: str, ema: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The losses of all steps are finite: each is that of the weights before the step."""
     says, tensor, value = DAMAGES[damage]
@@ -582,27 +564,21 @@ def test_a_last_step_that_breaks_weights_stops_the_run_and_leaves_its_state(
 
     monkeypatch.setattr(Trainer, "take_step", take_and_break)
     with pytest.raises(TrainingDiverged, match=re.escape(f"mnist_resnet20, seed 0: {says}")) as caught:
-        run(recipe(ema=ema), tmp_path, save_every=0)
+        run(recipe(), tmp_path, save_every=0)
     assert "in epoch 2: lower optimizer.lr (0.05)" in str(caught.value)
     assert not (tmp_path / "record.json").exists()
     assert load_checked(tmp_path / "state.safetensors")[1]["values"]["step"] == STEPS - 1
 
 
-@pytest.mark.parametrize("which", ["average", "quantized bias"])
-def test_weights_that_break_after_the_last_step_are_not_scored(
-    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_biases_that_break_when_they_are_quantized_are_not_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoil(model: torch.nn.Module) -> None:
         next(model.parameters()).data.fill_(float("inf"))
 
-    if which == "average":
-        monkeypatch.setattr(Trainer, "finish", lambda self: spoil(self.model))
-        wanted = recipe(ema=0.9)
-    else:
-        monkeypatch.setattr("cnvzoo.models.quant.quantize_bias", spoil)
-        wanted = recipe(**CNV_BITS, quantize_bias=True)
+    monkeypatch.setattr("cnvzoo.models.quant.quantize_bias", spoil)
     with pytest.raises(TrainingDiverged, match="has values that are not finite at the end: lower"):
-        run(wanted, tmp_path, epochs=1)
+        run(recipe(**CNV_BITS, quantize_bias=True), tmp_path, epochs=1)
     assert not (tmp_path / "record.json").exists()
 
 

@@ -52,7 +52,7 @@ def places(content: bytes) -> dict[str, int]:
 
 
 def test_no_flipped_bit_of_a_state_gets_into_a_run(tmp_path: Path, each_step: StepHook) -> None:
-    state = interrupted(recipe(ema=0.9), tmp_path, each_step)
+    state = interrupted(recipe(), tmp_path, each_step)
     whole = state.read_bytes()
     for place in places(whole).values():
         state.write_bytes(flipped(whole, place))
@@ -62,13 +62,13 @@ def test_no_flipped_bit_of_a_state_gets_into_a_run(tmp_path: Path, each_step: St
         damaged = flipped(whole, places(whole)[what])
         state.write_bytes(damaged)
         with pytest.raises(RunError, match="delete it to start over") as caught:
-            run(recipe(ema=0.9), tmp_path)
+            run(recipe(), tmp_path)
         assert str(caught.value).startswith(f"{state}: "), what
         assert "\n" not in str(caught.value), what
         assert [path.name for path in tmp_path.glob("*.safetensors")] == [state.name], what
         assert state.read_bytes() == damaged, what
     state.write_bytes(whole)
-    assert len(run(recipe(ema=0.9), tmp_path).history) == 2
+    assert len(run(recipe(), tmp_path).history) == 2
 
 
 def test_a_state_without_a_checksum_is_refused_with_the_reason(tmp_path: Path, each_step: StepHook) -> None:

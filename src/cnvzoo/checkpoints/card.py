@@ -103,14 +103,13 @@ def _accuracy(config: CheckpointConfig) -> str:
         for result, accuracy in zip(config.results, accuracies, strict=True)
     ]
     spread = f", standard deviation {stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
-    weights = "the average of its weights" if config.recipe.get("ema") else "the weights of its last epoch"
     seeds = f"{len(accuracies)} seeds" if len(accuracies) > 1 else "one seed"
     return (
         f"## Accuracy\n\n{config.accuracy:.2f} % top-1 on the test set of {_title(config)}: {config.correct:,} of "
         f"{config.total:,} images, by the weights of this repository, which are those of seed {config.seed}, whatever "
         "came of the others.\n\n| seed | top-1, % | images right | sha256 of the run's weights |\n"
         "| --: | --: | --: | --- |\n" + "\n".join(lines) + f"\n\nMean over {seeds}: {fmean(accuracies):.2f} %{spread}. "
-        f"Each run reads the test set once, at its end, with {weights}; single crop, float32.{_grounds(config)}\n"
+        f"Each run reads the test set once, at its end, with the weights of its last epoch; single crop, float32.{_grounds(config)}\n"
     )
 
 

@@ -8,7 +8,6 @@ in its use on CIFAR-10, each flattened to [out_channels, in_channels * height * 
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,8 +24,7 @@ def lr_factor(schedule: Schedule, step: int, total_steps: int, steps_per_epoch: 
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(total_steps - warmup, 1)
-    decay = 1 - progress if schedule.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return schedule.final + (1 - schedule.final) * decay
+    return 1 - progress
 
 
 # Newton-Schulz iteration for the nearest semi-orthogonal matrix: coefficients of the quintic, from the source above
@@ -43,9 +41,6 @@ def build_optimizers(model: nn.Module, config: Optimizer) -> list[torch.optim.Op
     ids = {id(w) for w in weights}
     rest = [p for p in model.parameters() if id(p) not in ids]
     sgd: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.momentum > 0, "fused": True}
-    if config.name == "adamw":
-        groups = [_group(weights, config.lr, config.weight_decay), _group(rest, config.lr, 0.0)]
-        return [torch.optim.AdamW(groups, fused=True, capturable=weights[0].is_cuda)]
     if config.name == "sgd":
         groups = [_group(weights, config.lr, config.weight_decay), _group(rest, config.lr, 0.0)]
         return [torch.optim.SGD(groups, **sgd)]

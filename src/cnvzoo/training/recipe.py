@@ -77,17 +77,17 @@ class Optimizer(_Section):
     """How weights move.
 
     Attributes:
-        name: `sgd` (Nesterov), `adamw`, or `muon` (Jordan et al. 2024) for the hidden convolution and linear
-            weights with SGD for everything else.
+        name: `sgd` (Nesterov), or `muon` (Jordan et al. 2024) for the hidden convolution and linear weights with SGD
+            for everything else.
         lr: peak learning rate.
         momentum: of SGD and Muon.
         weight_decay: on convolution and linear weights only; BatchNorm, biases and quantizer scales have none.
-            Decoupled with `adamw` and `muon`: a step takes lr * weight_decay off, SGD 1 / (1 - momentum) times that.
+            Decoupled with `muon`: a step takes lr * weight_decay off, SGD 1 / (1 - momentum) times that.
         sgd_lr: with `muon`, the peak learning rate of the parameters that SGD moves.
         sgd_weight_decay: with `muon`, that of the first and the last weights, which SGD moves. None: weight_decay.
     """
 
-    name: Literal["sgd", "adamw", "muon"] = "sgd"
+    name: Literal["sgd", "muon"] = "sgd"
     lr: float = Field(gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
@@ -108,11 +108,9 @@ class Optimizer(_Section):
 
 
 class Schedule(_Section):
-    """Learning rate over the run: linear warm-up, then decay to `final` times the peak, every step."""
+    """Learning rate over the run, step by step: linear warm-up over `warmup_epochs`, then linear decay to 0."""
 
-    name: Literal["linear", "cosine"] = "cosine"
     warmup_epochs: float = Field(default=1.0, ge=0)
-    final: float = Field(default=0.0, ge=0, le=1)
 
 
 class EarlyCrops(_Section):
@@ -157,8 +155,6 @@ class Recipe(_Section):
         epochs, batch_size: passes over the training set and images per step, which are not more than the set has.
         label_smoothing: 0 to below 1.
         early_crops: parts of images for the first epochs; None for whole images in all.
-        ema: decay per step of the averaged weights, which are then the ones evaluated and kept; None for none.
-        precision: of the training step. Evaluation is in float32 always.
         float_start: the entry of the float twin whose published weights this run starts from, whatever its own
             seed: the name of a recipe in the same folder.
         float_start_sha256: fingerprint of that recipe, which decides these weights too; filled in by load_recipe.
@@ -183,8 +179,6 @@ class Recipe(_Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     augmentation: Augmentation = Field(default_factory=Augmentation)
     early_crops: EarlyCrops | None = None
-    ema: float | None = Field(default=None, gt=0, lt=1)
-    precision: Literal["bf16", "fp32"] = "bf16"
     float_start: str | None = None
     float_start_sha256: str | None = None
     quantize_bias: bool = False

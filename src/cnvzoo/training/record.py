@@ -92,7 +92,6 @@ class RunRecord(BaseModel):
         trial: whether these are others than the recipe's, or a held-out split was scored; it enters no table then.
         holdout: training images held out and scored on instead of the test set; 0 for a real run.
         accuracy: top-1 in percent of the last epoch's weights, `correct` of `total` images in float32.
-        weights: `final`, or `ema` where the recipe averages.
         recipe, recipe_sha256: the whole recipe with the seed, and `Recipe.fingerprint()`.
         data_sha256: `Dataset.sha256` of the images and labels, before any were held out.
         weights_sha256: of the safetensors file of all weights.
@@ -117,7 +116,6 @@ class RunRecord(BaseModel):
     accuracy: float = Field(ge=0, le=100)
     correct: int = Field(ge=0)
     total: int = Field(gt=0)
-    weights: Literal["final", "ema"]
     recipe: dict[str, Any]
     recipe_sha256: _Sha256
     data_sha256: _Sha256
@@ -145,7 +143,6 @@ class RunRecord(BaseModel):
             ("recipe.name", recipe.name, self.entry),
             ("recipe.seed", recipe.seed, self.seed),
             ("trial", self.trial, self.epochs != recipe.epochs or self.holdout > 0),
-            ("weights", self.weights, "ema" if recipe.ema else "final"),
             ("float_start", self._entries_of("float_start"), [*recipe.needs.get("float_start", ())]),
             ("teacher", self._entries_of("teacher"), [*recipe.needs.get("teacher", ())]),
             ("history", len(self.history), self.epochs),

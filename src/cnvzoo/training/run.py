@@ -176,7 +176,6 @@ def run_recipe(
         prepare = functools.partial(_precompute, trainer, run_dir / TEACHER_LOGITS, facts, quiet)
         if reason := _train(trainer, save, prepare, deadline, stop, quiet, save_every):
             raise RunInterrupted(recipe.run_name, reason, trainer.step, trainer.total_steps, run_dir)
-        trainer.finish()
         if recipe.quantize_bias:
             from cnvzoo.models.quant import quantize_bias  # Brevitas takes a second to import
 
@@ -197,7 +196,6 @@ def run_recipe(
             accuracy=round(100 * correct / total, 4),
             correct=correct,
             total=total,
-            weights="ema" if recipe.ema else "final",
             recipe=recipe.model_dump(mode="json"),
             recipe_sha256=identity.recipe,
             data_sha256=identity.data,

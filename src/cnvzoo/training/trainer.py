@@ -6,7 +6,7 @@ Nothing in an epoch waits for the device: losses add up on it and are read once,
 How the steps of an epoch are taken: one by one, or as replays of one captured CUDA graph.
 
 Networks this small leave a GPU idle while the host launches their hundreds of kernels. A captured step is one launch,
-from the augmentation of the images to the average of the weights: what changes from step to step is copied to fixed
+from the augmentation of the images to the new weights: what changes from step to step is copied to fixed
 places on the device before it.
 """
 
@@ -36,33 +36,6 @@ _LARGEST_WEIGHT = 1e6
 
 class TrainingDiverged(CnvzooError):
     """The loss or a weight is not a number any more, or a weight has grown beyond all use."""
-
-
-class WeightAverage:
-    """Exponential moving average of weights and BatchNorm statistics, in one foreach call a step."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._decay = decay
-        self._live = [t for t in model.state_dict(keep_vars=True).values() if t.is_floating_point()]
-        self.average = [t.detach().clone() for t in self._live]
-
-    def weight(self, step: int) -> float:
-        """Of the live weights after `step` steps: the average of the first must not remember the initial ones."""
-        return 1 - min(self._decay, (1 + step) / (10 + step))
-
-    @torch.no_grad()
-    def update(self, weight: float | Tensor) -> None:
-        live = [t.detach() for t in self._live]
-        if not isinstance(weight, Tensor):
-            torch._foreach_lerp_(self.average, live, weight)
-            return
-        change = torch._foreach_sub(live, self.average)  # a lerp by a tensor would be a launch for each of hundreds
-        torch._foreach_mul_(change, weight)
-        torch._foreach_add_(self.average, change)
-
-    @torch.no_grad()
-    def copy_to_model(self) -> None:
-        torch._foreach_copy_([t.detach() for t in self._live], self.average)
 
 
 def _gains_from_compiler(model: nn.Module) -> bool:
@@ -101,7 +74,6 @@ class Trainer:
         self.schedule = recipe.schedule.model_copy(update={"warmup_epochs": recipe.schedule.warmup_epochs * share})
         self._early_epochs = round(recipe.early_crops.epochs * share) if recipe.early_crops else 0
         self.optimizers = build_optimizers(model, recipe.optimizer)
-        self.average = WeightAverage(model, recipe.ema) if recipe.ema else None
         self.device = next(model.parameters()).device
         compiled = self.device.type == "cuda" and _gains_from_compiler(model)
         self._forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
@@ -139,18 +111,12 @@ class Trainer:
         share = (crops.side / self.batches.preprocessing.size) ** 2 if crops else 1.0
         return early * share + step - early
 
-    def finish(self) -> None:
-        """Leave the weights that count in the model: the averaged ones if the recipe averages."""
-        if self.average:
-            self.average.copy_to_model()
-
-    def learn(self, images: Tensor, targets: Tensor, shown: Tensor, average_weight: float | Tensor) -> None:
+    def learn(self, images: Tensor, targets: Tensor, shown: Tensor) -> None:
         """Move the weights by one batch: work for the device alone, which nothing here waits for.
 
         Args:
             images, targets: as TrainBatches makes them.
             shown: int64 [B], the numbers of the images in their views.
-            average_weight: of the live weights in their average.
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -165,18 +131,14 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
         self._loss_sum += loss.detach()
-        if self.average:
-            self.average.update(average_weight)
 
     def precision(self) -> torch.autocast:
         """The context in which nets run while this one is trained."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16)
 
-    def scalars(self, step: int) -> tuple[float, float]:
-        """What changes from step to step but is the same for all weights: the factor of the learning rates, and the
-        weight of the live weights in their average."""
-        factor = lr_factor(self.schedule, step, self.total_steps, self.steps_per_epoch)
-        return factor, self.average.weight(step + 1) if self.average else 0.0
+    def lr_factor(self, step: int) -> float:
+        """What the peak learning rates are multiplied by in a step."""
+        return lr_factor(self.schedule, step, self.total_steps, self.steps_per_epoch)
 
     def _end_epoch(self) -> None:
         began = time.monotonic()
@@ -186,7 +148,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise self._diverged(f"the training loss is {loss} in epoch {epoch}")
         self.check_weights(f"in epoch {epoch}")
-        lr = self.optimizers[0].param_groups[0]["peak_lr"] * self.scalars(self.step - 1)[0]
+        lr = self.optimizers[0].param_groups[0]["peak_lr"] * self.lr_factor(self.step - 1)
         self.history.append(
             {"epoch": epoch, "loss": round(loss, 6), "lr": lr, "seconds": round(self._epoch_seconds, 2)}
         )
@@ -224,8 +186,6 @@ class Trainer:
         for index, optimizer in enumerate(self.optimizers):
             for number, values in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{index}.{number}.{k}": v for k, v in values.items() if v is not None}
-        if self.average:
-            tensors |= {f"average.{i}": t for i, t in enumerate(self.average.average)}
         tensors["loss_sum"] = self._loss_sum
         return tensors, {"step": self.step, "history": self.history, "epoch_seconds": self._epoch_seconds}
 
@@ -244,9 +204,6 @@ class Trainer:
                 layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
                 state.setdefault(int(number), {})[key] = tensor.contiguous(memory_format=layout)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        if self.average:
-            for i, tensor in enumerate(self.average.average):
-                tensor.copy_(tensors[f"average.{i}"])
         self._loss_sum.copy_(tensors["loss_sum"])
         self.step, self.history = values["step"], values["history"]
         self._epoch_seconds = values["epoch_seconds"]
@@ -275,12 +232,12 @@ class Steps:
 
     def _take(self, epoch: int, index: int) -> None:
         trainer = self._trainer
-        factor, average_weight = trainer.scalars(epoch * trainer.steps_per_epoch + index)
+        factor = trainer.lr_factor(epoch * trainer.steps_per_epoch + index)
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
         images, targets = trainer.batches.make(self._plan, index)
-        trainer.learn(images, targets, self._plan.rows[index, -1], average_weight)
+        trainer.learn(images, targets, self._plan.rows[index, -1])
 
 
 class CapturedSteps(Steps):
@@ -307,8 +264,8 @@ class CapturedSteps(Steps):
         trainer, steps = self._trainer, self._trainer.steps_per_epoch
         if self._plan.side != self._captured_side:
             self._replay = None  # and let go of its memory
-        scalars = [trainer.scalars(epoch * steps + index) for index in range(steps)]
-        self._scalars = torch.tensor(scalars, dtype=torch.float32).to(trainer.device)
+        factors = [trainer.lr_factor(epoch * steps + index) for index in range(steps)]
+        self._factors = torch.tensor(factors, dtype=torch.float32).to(trainer.device)
 
     def _take(self, epoch: int, index: int) -> None:
         if self._replay is None:
@@ -321,7 +278,7 @@ class CapturedSteps(Steps):
         """Capture a step, and put everything back that the capture's own steps moved."""
         trainer = self._trainer
         self._captured_side = self._plan.side
-        self._now = self._scalars[index].clone()
+        self._factor = self._factors[index].clone()
         self._inputs = tuple(t.clone() for t in self._step_inputs(index))
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
@@ -341,23 +298,22 @@ class CapturedSteps(Steps):
         return (plan.rows[index],) if plan.mix is None else (plan.rows[index], plan.mix[index])
 
     def _copy_inputs(self, index: int) -> None:
-        self._now.copy_(self._scalars[index])
+        self._factor.copy_(self._factors[index])
         for place, value in zip(self._inputs, self._step_inputs(index), strict=True):
             place.copy_(value)
 
     def _take_from_inputs(self) -> None:
         trainer = self._trainer
-        factor, average_weight = self._now
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                torch.mul(factor, group["peak_lr"], out=group["lr"])
+                torch.mul(self._factor, group["peak_lr"], out=group["lr"])
         rows, *more = self._inputs
         mixing = more[0] if more else None
         if self._plan.trivial is None:
             images, targets = trainer.batches.make_from(rows, mixing, side=self._captured_side)
         else:
             images, targets = more
-        trainer.learn(images, targets, rows[-1], average_weight)
+        trainer.learn(images, targets, rows[-1])
 
 
 def _capture_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
