@@ -1,12 +1,10 @@
-"""The errors that users meet, one base class for all, and the "did you mean" that they share."""
+"""The base class of all errors of this library, and functions that turn errors into one-line messages."""
 
 from __future__ import annotations
 
 import difflib
-import gc
 import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,18 +13,18 @@ if TYPE_CHECKING:
 
 
 class CnvzooError(Exception):
-    """Base of every error that cnvzoo raises on purpose: bad input, a bad file, an impossible request."""
+    """Base class of the errors that cnvzoo raises for invalid input: an argument, a file, or a request."""
 
 
 class ModelError(CnvzooError, ValueError):
-    """A model was asked for, or fed, in a way that its topology does not allow."""
+    """An unknown model, an invalid argument of a model, or input that the model does not take."""
 
 
 def in_a_line(error: BaseException) -> str:
-    """What to print of an error in the place of a traceback.
+    """The message to print instead of a traceback.
 
-    The message of ours; the file and the reason of the operating system's; of any other its class, its message on one
-    line, and the line of code that raised it.
+    For a CnvzooError, its message; for an OSError, the file and the reason; for any other error, its class, its message
+    on one line, and the file and line of the code that raised it.
     """
     if isinstance(error, CnvzooError):
         return str(error)
@@ -38,7 +36,7 @@ def in_a_line(error: BaseException) -> str:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return the valid choices as text, those most like `word` named first: `did you mean 'a'? Choices: a, b`."""
+    """The valid choices as text, after those most similar to `word`: `did you mean 'a'? Choices: a, b`."""
     names = list(choices)
     close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
@@ -46,20 +44,8 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def explain(error: ValidationError) -> str:
-    """What pydantic found wrong, in one line: `key: what`, for each key."""
+    """The mistakes that pydantic found, in one line: `key: mistake; key: mistake`."""
     return "; ".join(
         ": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, "))))
         for e in error.errors(include_url=False, include_context=False, include_input=False)
     )
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """No cyclic garbage collection inside; afterwards it is as before."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -21,7 +21,7 @@ from cnvzoo.checkpoints.folder import read_model
 from cnvzoo.checkpoints.format import CheckpointConfig, CheckpointError
 from cnvzoo.checkpoints.locations import find_checkpoint
 from cnvzoo.checkpoints.weights import build_skeleton, fit_scale
-from cnvzoo.errors import ModelError, without_collection
+from cnvzoo.errors import ModelError
 from cnvzoo.models.layers import without_initialization
 from cnvzoo.models.registry import build_model, model_names, model_spec
 
@@ -81,9 +81,8 @@ def load_checkpoint(
     Raises:
         CheckpointError: a file is missing or damaged, or its tensors are not exactly the model's; all are named.
     """
-    with without_collection():  # the first quantized model imports Brevitas
-        located = find_checkpoint(checkpoint, hub)
-        model, config = read_model(located.folder, located.files)
+    located = find_checkpoint(checkpoint, hub)
+    model, config = read_model(located.folder, located.files)
     wanted = {"num_classes": num_classes, "in_chans": in_chans}
     changes = {key: value for key, value in wanted.items() if value is not None and value != config.model[key]}
     if changes:
