@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from cnvzoo.data import Augmentation, Preprocessing, TrainBatches
 
 RAW = {chans: Preprocessing(32, (0.0,) * chans, (1.0,) * chans) for chans in (1, 3)}
-EVERYTHING = Augmentation(crop_padding=4, flip=True, trivial_augment=True, cutout=8, mixup=0.4, cutmix=1.0)
+EVERYTHING = Augmentation(crop_padding=4, flip=True, cutout=8, mixup=0.4)
 
 
 def noise(n: int, side: int = 32, chans: int = 3) -> Tensor:
@@ -114,7 +114,6 @@ def test_partial_last_batch_is_dropped_and_differs_between_epochs() -> None:
         (Augmentation(), False),
         (Augmentation(crop_padding=4, flip=True, cutout=8), False),
         (Augmentation(mixup=0.2), True),
-        (Augmentation(cutmix=1.0), True),
         (EVERYTHING, True),
     ],
 )
@@ -135,7 +134,7 @@ def test_form_of_a_batch(augmentation: Augmentation, soft: bool, normalize: bool
 
 
 def test_uint8_augmentations_keep_8_bit_values() -> None:
-    augmentation = Augmentation(crop_padding=4, flip=True, trivial_augment=True, cutout=8)
+    augmentation = Augmentation(crop_padding=4, flip=True, cutout=8)
     for x, _ in make(noise(24), augmentation=augmentation).epoch(0):
         as_uint8(x)
 
@@ -154,49 +153,33 @@ def test_cutout_fills_with_the_mean_colour_of_the_set() -> None:
     assert changed.sum((1, 2)).max() <= 36
 
 
-@pytest.mark.parametrize("augmentation", [Augmentation(mixup=1.0), Augmentation(cutmix=1.0)])
-def test_targets_say_what_is_in_the_image(augmentation: Augmentation) -> None:
+def test_targets_say_what_is_in_the_image() -> None:
     # Image k is all of level k and has label k, so the mean level of a mixed image is the mean of its target.
     levels = torch.arange(64, dtype=torch.uint8)
     images = levels[:, None, None, None].expand(64, 32, 32, 3)
-    batches = make(images, augmentation=augmentation, num_classes=64, batch_size=16)
+    batches = make(images, augmentation=Augmentation(mixup=1.0), num_classes=64, batch_size=16)
     kept = []
     for epoch in range(5):
         for x, target in batches.epoch(epoch):
             torch.testing.assert_close(x.mean((1, 2, 3)) * 255, target @ levels.float(), rtol=1e-5, atol=1e-4)
             kept.append(float(target.max(1).values.min()))
     assert len(set(kept)) > 10
-    if augmentation.cutmix:
-        x, target = next(batches.epoch(0))
-        for image, row in zip(as_uint8(x), target, strict=True):
-            share = torch.bincount(image[0].flatten(), minlength=64) / 1024
-            torch.testing.assert_close(share, row)
 
 
-def test_each_batch_is_mixed_one_way_when_both_are_on() -> None:
-    images = noise(1024, 8, 1)
-    preprocessing = Preprocessing(8, (0.0,), (1.0,))
-    augmentation = Augmentation(mixup=0.2, cutmix=1.0)
+def test_lam_is_beta_distributed() -> None:
     batches = make(
-        images,
+        noise(1024, 8, 1),
         torch.zeros(1024, dtype=torch.int64),
-        preprocessing=preprocessing,
-        augmentation=augmentation,
+        preprocessing=Preprocessing(8, (0.0,), (1.0,)),
+        augmentation=Augmentation(mixup=0.2),
         batch_size=2,
     )
-    mixing = batches.plan(0).mix
-    assert mixing is not None
-    mixing = mixing.double()
-    cut = mixing[:, 0] == 1
-    assert abs(int(cut.sum()) - 256) < 4 * 128**0.5
-    lam, top, bottom, left, right, share = mixing[~cut].T
+    lam = batches.plan(0).lam
+    assert lam is not None
+    assert lam.shape == (512,)
     # Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)); four standard errors.
     assert abs(float(lam.mean()) - 0.5) < 4 * (1 / 5.6 / len(lam)) ** 0.5
     assert abs(float(lam.var()) - 1 / 5.6) < 0.03
-    assert torch.equal(share, lam)
-    assert not torch.stack([top, bottom, left, right]).any()
-    _, top, bottom, left, right, share = mixing[cut].T
-    torch.testing.assert_close(share, 1 - (bottom - top) * (right - left) / 64)
 
 
 def collect(batches: TrainBatches, epoch: int, start: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -275,7 +258,7 @@ def test_no_batch_waits_for_the_host() -> None:
         for step in range(batches.steps_per_epoch):
             batches.make(plan, step)
     assert reads.found == []
-    assert reads.operations > 100
+    assert reads.operations > 50
 
 
 @pytest.mark.parametrize(

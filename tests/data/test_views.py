@@ -74,16 +74,7 @@ def test_without_views_no_epoch_comes_back() -> None:
     assert all(alike(first, shown_in(made, epoch)) < 5 for epoch in range(1, 9))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"views": 0},
-        {"augmentation": Augmentation(mixup=0.2)},
-        {"augmentation": Augmentation(cutmix=1.0)},
-        {"augmentation": Augmentation(trivial_augment=True)},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("changes", [{"views": 0}, {"augmentation": Augmentation(mixup=0.2)}], ids=str)
 def test_what_no_view_can_hold_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="views must be at least 1, without TrivialAugment, mixup and CutMix"):
+    with pytest.raises(ValueError, match="views must be at least 1, and without mixup"):
         batches(**changes)

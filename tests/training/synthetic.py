@@ -21,10 +21,8 @@ StepHook = Callable[[Callable[[Trainer], object] | None], None]  # the fixture `
 EVERY_AUGMENTATION = {
     "crop_padding": 2,
     "flip": True,
-    "trivial_augment": True,
     "cutout": 8,
     "mixup": 0.4,
-    "cutmix": 1.0,
 }
 CNV_BITS = {"model": "quant_cnv", "w_bits": 2, "a_bits": 2}
 

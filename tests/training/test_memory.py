@@ -31,7 +31,7 @@ def test_epochs_leave_nothing_behind() -> None:
     data = noise("mnist", train=320)
     wanted = recipe(
         **CNV_BITS, name="mnist_quant_cnv_w2a2", epochs=12, batch_size=32,
-        augmentation={"crop_padding": 2, "flip": True, "cutout": 4, "mixup": 0.2, "cutmix": 1.0},
+        augmentation={"crop_padding": 2, "flip": True, "cutout": 4, "mixup": 0.2},
     )  # fmt: skip
     batches = TrainBatches(
         data.train_images, data.train_labels, num_classes=10, preprocessing=preprocessing_of("quant_cnv", "mnist"),

@@ -51,7 +51,7 @@ def test_a_recipe_is_named_after_its_file_and_defaults_are_filled_in(tmp_path: P
     assert (recipe.optimizer.name, recipe.optimizer.lr, recipe.optimizer.sgd_lr) == ("sgd", 0.1, None)
     assert recipe.schedule.warmup_epochs == 1
     assert recipe.augmentation.flip
-    assert not recipe.augmentation.mixes
+    assert recipe.augmentation.mixup == 0
     assert recipe.w_bits is recipe.a_bits is recipe.float_start is None
     assert (recipe.label_smoothing, recipe.seed) == (0, 0)
     assert recipe.tag == "resnet20"
@@ -132,7 +132,6 @@ def test_a_base_is_found_beside_the_file_that_extends_it(tmp_path: Path, monkeyp
         ("  flip: true", "  crop_padding: 32", "augmentation.crop_padding", "32: must be below 32, the side of the im"),
         ("  flip: true", "  cutout: 33", "augmentation.cutout", "33: must be at most 32, the side of the images"),
         ("  flip: true", "  mixup: -0.1", "augmentation.mixup", "greater than or equal to 0"),
-        ("  flip: true", "  cutmix: -0.1", "augmentation.cutmix", "greater than or equal to 0"),
         # values that are wrong in the light of others
         ("model: resnet20", "model: resnet21", "model", "unknown model 'resnet21': did you mean 'resnet"),
         ("dataset: cifar10", "dataset: cifar", "dataset", "unknown dataset 'cifar': did you mean 'cifar10'"),
@@ -486,8 +485,6 @@ def test_views_are_part_of_what_decides_the_weights_where_there_are_some(tmp_pat
     [
         (10, "flip: true", "10: must be below epochs, 10, to be seen again"),
         (4, "mixup: 0.2", "goes with crop_padding, flip and cutout alone"),
-        (4, "cutmix: 1.0", "goes with crop_padding, flip and cutout alone"),
-        (4, "trivial_augment: true", "goes with crop_padding, flip and cutout alone"),
     ],
 )
 def test_views_that_cannot_be_are_refused(tmp_path: Path, views: int, augmentation: str, says: str) -> None:
@@ -597,10 +594,8 @@ OTHER: dict[str, Any] = {
     "augmentation": {
         "crop_padding": 4,
         "flip": True,
-        "trivial_augment": True,
         "cutout": 8,
         "mixup": 0.2,
-        "cutmix": 1.0,
     },
 }
 

@@ -1,4 +1,4 @@
-"""Which augmentations a recipe may choose, and those that act on a finished batch: cutout, mixup, CutMix.
+"""Which augmentations a recipe may choose, and those that act on a finished batch: cutout and mixup.
 
 All are batched tensor operations whose random numbers come in as arguments, so a batch is a function of its plan and
 nothing waits for the host.
@@ -6,7 +6,6 @@ nothing waits for the host.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 import torch
@@ -17,27 +16,15 @@ from torch import Tensor
 class Augmentation(BaseModel):
     """The augmentation of a recipe; everything is off by default.
 
-    Applied in this order: crop, flip, TrivialAugmentWide, cutout, then mixup or CutMix.
+    Applied in this order: crop, flip, cutout, mixup.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     crop_padding: Annotated[int, Field(ge=0, description="Random crop after reflect-padding by so many pixels.")] = 0
     flip: Annotated[bool, Field(description="Mirror left-right with probability 1/2.")] = False
-    trivial_augment: Annotated[bool, Field(description="TrivialAugmentWide (Mueller & Hutter 2021).")] = False
     cutout: Annotated[int, Field(ge=0, description="Side in pixels of a square filled with the mean colour.")] = 0
     mixup: Annotated[float, Field(ge=0, allow_inf_nan=False, description="alpha of mixup's Beta; 0 is off.")] = 0.0
-    cutmix: Annotated[float, Field(ge=0, allow_inf_nan=False, description="alpha of CutMix's Beta; 0 is off.")] = 0.0
-
-    @property
-    def mixes(self) -> bool:
-        """Whether targets become class probabilities."""
-        return self.mixup > 0 or self.cutmix > 0
-
-    @property
-    def is_each_images_own(self) -> bool:
-        """Whether what happens to an image depends on no other image of its batch."""
-        return not self.mixes and not self.trivial_augment
 
 
 def cutout_(images: Tensor, rows: Tensor, cols: Tensor, side: int, fill: Tensor) -> Tensor:
@@ -61,30 +48,15 @@ def cutout_(images: Tensor, rows: Tensor, cols: Tensor, side: int, fill: Tensor)
     return images
 
 
-def mix(x: Tensor, partner: Tensor, lam: Tensor, box: Tensor) -> Tensor:
-    """lam * x + (1 - lam) * x[partner] outside of a box, x[partner] alone inside: mixup and CutMix in one.
-
-    mixup (Zhang et al. 2018, arXiv:1710.09412) has an empty box, CutMix (Yun et al. 2019, arXiv:1905.04899) lam 1.
+def mix(x: Tensor, partner: Tensor, lam: Tensor) -> Tensor:
+    """mixup (Zhang et al. 2018, arXiv:1710.09412): lam * x + (1 - lam) * x[partner].
 
     Args:
         x: float [B, C, S, S].
         partner: int64 [B], a permutation of the batch.
-        lam: share of each image itself, 0 to 1.
-        box: [4], rows top to bottom and columns left to right, ends exclusive.
+        lam: share of each image itself, a number from 0 to 1.
     """
-    span = torch.arange(x.shape[2], device=x.device)
-    top, bottom, left, right = box
-    inside = ((span >= top) & (span < bottom))[:, None] & ((span >= left) & (span < right))
-    return x[partner].lerp_(x, torch.where(inside, 0.0, lam))
-
-
-def cutmix_box(size: int, lam: float, row: int, col: int) -> tuple[int, int, int, int]:
-    """The box (top, bottom, left, right; ends exclusive) of CutMix around a centre, cut off at the borders.
-
-    Before it is cut off, its area is 1 - lam of the image (Yun et al. 2019, arXiv:1905.04899, appendix A).
-    """
-    half = int(size * math.sqrt(1 - lam)) // 2
-    return max(row - half, 0), min(row + half, size), max(col - half, 0), min(col + half, size)
+    return x[partner].lerp_(x, lam)
 
 
 def mixed_targets(labels: Tensor, partner: Tensor, lam: Tensor, num_classes: int) -> Tensor:

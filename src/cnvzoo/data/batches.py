@@ -16,24 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cnvzoo.data import trivial_augment
-from cnvzoo.data.augmentation import Augmentation, cutmix_box, cutout_, mix, mixed_targets
+from cnvzoo.data.augmentation import Augmentation, cutout_, mix, mixed_targets
 from cnvzoo.data.preprocessing import Preprocessing
 
 
 class BatchPlan(NamedTuple):
-    """The random numbers of an epoch, on the device; `rows` and `mix` have those of step k at index k.
+    """The random numbers of an epoch, on the device; `rows` and `lam` have those of step k at index k.
 
-    rows:    int64 [steps, 8, B]: image, row and column of the crop, flip, row and column of the cutout, mixing partner,
-             and the number of what is shown, view * N + image
-    mix:     float32 [steps, 6], or None: lam and box of `augment.mix`, then the share of an image's own label
-    trivial: parameters of TrivialAugment [steps, ...], and how many images of each step an operation gets
-    side:    of the images
+    rows: int64 [steps, 8, B]: image, row and column of the crop, flip, row and column of the cutout, mixup partner,
+          and the number of what is shown, view * N + image
+    lam:  float32 [steps], the share of each image itself in mixup; None without mixup
+    side: height and width of the batch's images in pixels
     """
 
     rows: Tensor
-    mix: Tensor | None
-    trivial: tuple[Tensor, list[list[int]]] | None
+    lam: Tensor | None
     side: int
 
 
@@ -72,10 +69,8 @@ class TrainBatches:
     ) -> None:
         padded = preprocessing.pad(images)
         _check(padded, labels, num_classes, augmentation, batch_size)
-        if views is not None and (views < 1 or not augmentation.is_each_images_own):
-            raise ValueError(
-                f"views must be at least 1, without TrivialAugment, mixup and CutMix, got {views} with {augmentation}."
-            )
+        if views is not None and (views < 1 or augmentation.mixup):
+            raise ValueError(f"views must be at least 1, and without mixup, got {views} with {augmentation}.")
         self.num_classes = num_classes
         self.preprocessing = preprocessing
         self.augmentation = augmentation
@@ -105,7 +100,7 @@ class TrainBatches:
 
         Yields:
             x: float32 [B, C, S, S] in channels_last.
-            target: int64 [B], or float32 [B, K] with rows that sum to 1 where mixup or CutMix is on.
+            target: int64 [B], or float32 [B, K] with rows that sum to 1 with mixup.
 
         Raises:
             ValueError: a negative epoch, `start` outside 0..steps_per_epoch, a side that no image has, or part of a
@@ -133,8 +128,7 @@ class TrainBatches:
 
     def make(self, plan: BatchPlan, step: int) -> tuple[Tensor, Tensor]:
         """The batch of a step, as `epoch` yields it."""
-        trivial = None if plan.trivial is None else (plan.trivial[0][step], plan.trivial[1][step])
-        return self.make_from(plan.rows[step], None if plan.mix is None else plan.mix[step], trivial, plan.side)
+        return self.make_from(plan.rows[step], None if plan.lam is None else plan.lam[step], plan.side)
 
     def plan(self, epoch: int, side: int | None = None) -> BatchPlan:
         """Draw the random numbers of an epoch; arguments and errors as of `epoch`."""
@@ -151,14 +145,9 @@ class TrainBatches:
         if side < self._size:
             self._narrow_(own, side, epoch)
         partner = torch.rand(shape, generator=g).argsort(dim=1)
-        mixing = self._draw_mix(g, side)
-        trivial = None
-        if self.augmentation.trivial_augment:
-            ops, magnitudes = trivial_augment.draw(shape, g)
-            parameters = trivial_augment.parameters(ops, magnitudes, side).to(self.device)
-            trivial = parameters, trivial_augment.counts(ops)
+        lam = self._draw_lam(g)
         rows = torch.stack([image, *own, partner, view * len(self._labels) + image], dim=1)
-        return BatchPlan(rows.to(self.device), None if mixing is None else mixing.to(self.device), trivial, side)
+        return BatchPlan(rows.to(self.device), None if lam is None else lam.to(self.device), side)
 
     def _draw_own(self, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
         """What an image goes through by itself, int64 [5, *shape]: row and column of the crop, flip, cutout."""
@@ -185,35 +174,22 @@ class TrainBatches:
         for some in rows.split(batch_size, dim=1):
             yield self.make_from(some)[0]
 
-    def _draw_mix(self, g: torch.Generator, side: int) -> Tensor | None:
-        mixup_alpha, cutmix_alpha, steps = self.augmentation.mixup, self.augmentation.cutmix, self.steps_per_epoch
-        if not self.augmentation.mixes:
+    def _draw_lam(self, g: torch.Generator) -> Tensor | None:
+        """lam of every step, float32 [steps]; None without mixup."""
+        alpha = self.augmentation.mixup
+        if not alpha:
             return None
         # torch's Beta takes no generator, so NumPy's is seeded from ours.
-        beta = np.random.default_rng(int(torch.randint(2**62, (), generator=g))).beta
-        probability = 0.5 if mixup_alpha and cutmix_alpha else float(cutmix_alpha > 0)
-        use_cutmix = (torch.rand(steps, generator=g) < probability).tolist()
-        centres = torch.randint(side, (steps, 2), generator=g).tolist()
-        mixing = []
-        for cut, (row, col) in zip(use_cutmix, centres, strict=True):
-            alpha = cutmix_alpha if cut else mixup_alpha
-            lam = float(beta(alpha, alpha))
-            if cut:
-                top, bottom, left, right = cutmix_box(side, lam, row, col)
-                share = 1 - (bottom - top) * (right - left) / side**2
-                mixing.append((1.0, top, bottom, left, right, share))
-            else:
-                mixing.append((lam, 0, 0, 0, 0, lam))
-        return torch.tensor(mixing, dtype=torch.float32)
+        numpy_generator = np.random.default_rng(int(torch.randint(2**62, (), generator=g)))
+        return torch.from_numpy(numpy_generator.beta(alpha, alpha, self.steps_per_epoch)).float()
 
-    def make_from(
-        self,
-        rows: Tensor,
-        mixing: Tensor | None = None,
-        trivial: tuple[Tensor, list[int]] | None = None,
-        side: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The batch of one step of a plan; without TrivialAugment, a function of what lies on the device alone."""
+    def make_from(self, rows: Tensor, lam: Tensor | None = None, side: int | None = None) -> tuple[Tensor, Tensor]:
+        """The batch of one step of a plan: a function of tensors on the device, so it can be captured in a CUDA graph.
+
+        Args:
+            rows, lam: those of the step.
+            side: that of the plan. None: whole images.
+        """
         augmentation, s = self.augmentation, self._size
         side = side or s
         span = self._span[:side]
@@ -223,15 +199,12 @@ class TrainBatches:
         q = self._reflect[col[:, None] + column]
         index = ((image[:, None] * s + r) * s)[:, :, None] + q[:, None, :]
         images = self._pixels.index_select(0, index.view(-1)).view(len(image), side, side, -1)
-        if trivial is not None:
-            trivial_augment.apply_(images, *trivial)
         if self._mean_colour is not None:
             cutout_(images, cutout_row, cutout_col, augmentation.cutout, self._mean_colour)
         x, labels = replace(self.preprocessing, size=side, image_size=None)(images), self._labels[image]
-        if mixing is None:
+        if lam is None:
             return x, labels
-        x = mix(x, partner, mixing[0], mixing[1:5])
-        return x, mixed_targets(labels, partner, mixing[5], self.num_classes)
+        return mix(x, partner, lam), mixed_targets(labels, partner, lam, self.num_classes)
 
 
 def _hashed(what: str, seed: int, number: int) -> int:

@@ -218,7 +218,7 @@ class Recipe(_Section):
         if (views := self.distillation.views) is not None:
             if views >= self.epochs:
                 raise _at("distillation.views", f"{views}: must be below epochs, {self.epochs}, to be seen again")
-            if not self.augmentation.is_each_images_own:
+            if self.augmentation.mixup:
                 raise _at("distillation.views", "goes with crop_padding, flip and cutout alone: leave one or other out")
         self._check_fits_dataset()
         if self.early_crops:

@@ -244,8 +244,6 @@ class CapturedSteps(Steps):
     """Takes the first step of a trainer by capturing it, and every step by replaying that, until the images' side is
     another.
 
-    TrivialAugment chooses its kernels by how many images it gives to each, so batches with it are made outside.
-
     Args:
         trainer: in the state from which to go on when the first step is taken.
         capture: runs the function that it is given a few times, and returns another that does what it does.
@@ -292,10 +290,8 @@ class CapturedSteps(Steps):
                 tensor.zero_()
 
     def _step_inputs(self, index: int) -> tuple[Tensor, ...]:
-        batches, plan = self._trainer.batches, self._plan
-        if plan.trivial is not None:
-            return plan.rows[index], *batches.make(plan, index)
-        return (plan.rows[index],) if plan.mix is None else (plan.rows[index], plan.mix[index])
+        plan = self._plan
+        return (plan.rows[index],) if plan.lam is None else (plan.rows[index], plan.lam[index])
 
     def _copy_inputs(self, index: int) -> None:
         self._factor.copy_(self._factors[index])
@@ -307,12 +303,8 @@ class CapturedSteps(Steps):
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 torch.mul(self._factor, group["peak_lr"], out=group["lr"])
-        rows, *more = self._inputs
-        mixing = more[0] if more else None
-        if self._plan.trivial is None:
-            images, targets = trainer.batches.make_from(rows, mixing, side=self._captured_side)
-        else:
-            images, targets = more
+        rows, *lam = self._inputs
+        images, targets = trainer.batches.make_from(rows, *lam, side=self._captured_side)
         trainer.learn(images, targets, rows[-1])
 
 
