@@ -1,7 +1,6 @@
-"""Models outside PyTorch: running exported files, which needs numpy, Pillow and onnxruntime only, never torch.
+"""Models outside PyTorch. Running exported files needs numpy, Pillow and onnxruntime, but not torch.
 
-The modules that write these files (`export`, `integer`, `requantize`, `writers`) import torch; `cnvzoo.export` is their
-public entrance.
+The modules that write the files (`export`, `integer`, `requantize`, `writers`) import torch; call `cnvzoo.export`.
 """
 
 from cnvzoo.deploy.metadata import DeployError, Metadata

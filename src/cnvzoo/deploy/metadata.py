@@ -1,4 +1,4 @@
-"""What an exported file says of itself: everything that its user needs beside the graph, as JSON in the ONNX file."""
+"""The metadata of an exported file: all that its user needs besides the graph, as JSON in the ONNX file."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from cnvzoo.errors import CnvzooError
 
 
 class DeployError(CnvzooError, ValueError):
-    """A model that the format cannot express, a file that is not ours, or images that a file cannot take."""
+    """A model that a format cannot express, a file that cnvzoo did not export, or images that a model cannot take."""
 
 
-KEY = "cnvzoo"  # of ONNX's metadata_props
-VERSION = 1
+KEY = "cnvzoo"  # key in ONNX's metadata_props
+VERSION = 1  # of this layout
 FORMATS = ("integer", "qonnx", "onnx")
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """Of an exported model.
+    """The metadata of an exported model.
 
     Attributes:
         format: `integer`, `qonnx` or `onnx`.
-        name: of the checkpoint or model.
-        dataset: what it was trained on, or None where that is not known.
+        name: name of the checkpoint or model.
+        dataset: dataset that it was trained on, or None if unknown.
         classes: names of the outputs, in order.
-        size: side in pixels of the graph's square input.
-        image_size: side in pixels of the images before they are padded to `size`.
-        mean, std: per channel, in units of [0, 1]; what the input of an `onnx` file is normalised with. 0 and 1 in
-            the others.
-        scale: what makes logits of the accumulators of an `integer` file; 1 in the others.
+        size: side of the graph's square input, in pixels.
+        image_size: side of the images before they are padded to `size`, in pixels.
+        mean, std: normalisation of the input of an `onnx` file, per channel, for pixels from 0 to 1; 0 and 1 in other
+            formats.
+        scale: logits = scale * accumulators in an `integer` file; 1 in other formats.
         w_bits, a_bits: bit widths of weights and activations; None for float models.
-        version: of this layout.
+        version: version of this layout.
     """
 
     format: str
@@ -59,10 +59,10 @@ class Metadata:
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Metadata:
-        """The inverse of `to_json`; `source` is named where something is wrong.
+        """The inverse of `to_json`; error messages name `source`.
 
         Raises:
-            DeployError: not what `to_json` writes.
+            DeployError: `text` was not written by `to_json`, or by another version of it.
         """
         try:
             values: dict[str, Any] = json.loads(text)
@@ -79,7 +79,7 @@ class Metadata:
         if self.format not in FORMATS:
             raise ValueError(f"format {self.format!r} is none of {', '.join(FORMATS)}")
         if not all(isinstance(c, str) for c in self.classes) or not self.classes:
-            raise ValueError("classes has to be names")
+            raise ValueError("classes must be names")
         if self.in_chans not in (1, 3) or len(self.std) != self.in_chans:
             raise ValueError("mean and std must have 1 or 3 values")
         numbers = (*self.mean, *self.std, self.scale)
@@ -87,7 +87,7 @@ class Metadata:
             not all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers)
             or min(*self.std, self.scale) <= 0
         ):
-            raise ValueError("mean, std and scale have to be finite, std and scale positive")
+            raise ValueError("mean, std and scale must be finite, and std and scale positive")
         margin = self.size - self.image_size
         if self.image_size < 1 or margin < 0 or margin % 2:
             raise ValueError(f"images of side {self.image_size} do not pad to {self.size}")

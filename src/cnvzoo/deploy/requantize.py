@@ -1,14 +1,15 @@
-"""From accumulators to activations: the multiplier and the int32 bias of each channel, and how exact they are.
+"""Requantization: the int32 bias and the float32 multiplier of each channel that turn accumulators into levels.
 
-A trained layer gives level round(multiplier * acc + offset) of its activation quantizer for the integer accumulator
-`acc`. The integer graph gives round(float32(gain * acc + bias) * float32 multiplier): its bias is a whole number. Both
-are staircases in acc, so they are equal exactly where their steps are at the same accumulators. Here the bias and the
-multiplier are chosen by that, and the accumulators where the staircases differ are counted: none, or next to none, if
-the model's biases were quantized.
+A trained layer has level round(multiplier * accumulator + offset), a step function of the integer accumulator. The
+integer graph has round(float32(gain * accumulator + bias) * float32 multiplier) with an integer bias, another step
+function. The two are equal where their steps are at the same accumulators. So bias and multiplier are chosen to move
+the fewest steps, and the accumulators with different levels are counted: none, or almost none, if the biases of the
+model were quantized (`cnvzoo.quantize_bias`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +20,19 @@ from cnvzoo.models.quant import LARGEST_BIAS
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-_LEAST_MULTIPLIER = 1e-12  # of a channel whose level no input can change
-_BIASES = (0, -1, 1)  # tried around the rounded bias
+_LEAST_MULTIPLIER = 1e-12  # avoids division by zero in channels whose level does not depend on the input
+_BIAS_CHANGES = (0, -1, 1)  # tried around the rounded bias
 
 
 @dataclass(frozen=True)
 class Staircase:
-    """The exact layer, one row for each channel: level round(multiplier * acc + offset), clipped to 0..high.
+    """The step functions of a trained layer, one for each channel: round(multiplier * acc + offset) in 0..high.
 
     Attributes:
         multiplier: [channels], at least 0.
         offset: [channels].
-        low_acc, high_acc: [channels], the least and the largest accumulator that any input can give.
-        high: the highest level.
+        low_acc, high_acc: [channels], smallest and largest accumulator that any input can give.
+        high: the largest level.
     """
 
     multiplier: Floats
@@ -43,14 +44,14 @@ class Staircase:
 
 @dataclass(frozen=True)
 class Requantization:
-    """What the integer graph computes: level round(float32(gain * acc + bias) * multiplier), clipped to 0..high.
+    """What the integer graph computes: round(float32(gain * acc + bias) * multiplier), clipped to 0..high.
 
     Attributes:
-        gain: by which the integer weights are multiplied.
+        gain: integer by which the weights are multiplied.
         bias: int32 [channels].
         multiplier: float32 [channels].
-        differing: int64 [channels], reachable accumulators whose level is not that of the exact layer.
-        reachable: int64 [channels], how many there are.
+        differing: int64 [channels], number of reachable accumulators whose level differs from the trained layer's.
+        reachable: int64 [channels], number of reachable accumulators.
     """
 
     gain: int
@@ -61,17 +62,23 @@ class Requantization:
 
 
 def levels(acc: NDArray[Any], bias: NDArray[Any], multiplier: NDArray[np.float32], high: int) -> NDArray[np.uint8]:
-    """The levels of accumulators that are `gain` times the plain ones; the arithmetic of the integer graph.
+    """The levels of accumulators, in the arithmetic of the integer graph.
 
-    int32 sum, rounded to float32 (half to even), times multiplier in float32, rounded half to even, clipped to 0..high.
+    The sum in int32, rounded to float32 (half to even), times the multiplier in float32, rounded half to even, clipped
+    to 0..high.
+
+    Args:
+        acc: accumulators of weights that were multiplied by the gain; an integer type.
+        bias, multiplier: of the channels, broadcast against `acc`.
+        high: the largest level.
     """
     product = (acc + bias).astype(np.int32).astype(np.float32) * multiplier
     return np.clip(np.rint(product), 0, high).astype(np.uint8)
 
 
-def requantization(exact: Staircase, gain: int) -> Requantization:
-    """Choose bias and multiplier for weights that are scaled up by `gain`, so that the fewest accumulators differ."""
-    wanted = _steps(exact)
+def requantize(exact: Staircase, gain: int) -> Requantization:
+    """Choose bias and multiplier, for weights multiplied by `gain`, such that the fewest accumulators differ."""
+    wanted = _exact_steps(exact)
     multiplier = np.maximum(exact.multiplier, _LEAST_MULTIPLIER)
     ideal = np.clip(gain * exact.offset / multiplier, -LARGEST_BIAS, LARGEST_BIAS)
     channels = len(ideal)
@@ -79,9 +86,9 @@ def requantization(exact: Staircase, gain: int) -> Requantization:
         gain, np.zeros(channels, np.int32), np.zeros(channels, np.float32), np.full(channels, np.iinfo(np.int64).max),
         exact.high_acc - exact.low_acc + 1,
     )  # fmt: skip
-    for nudge in _BIASES:
-        bias = np.clip(np.rint(ideal) + nudge, -LARGEST_BIAS, LARGEST_BIAS)
-        tried = _between_steps(exact, wanted, bias, gain).astype(np.float32)
+    for change in _BIAS_CHANGES:
+        bias = np.clip(np.rint(ideal) + change, -LARGEST_BIAS, LARGEST_BIAS)
+        tried = _multiplier_for(exact, wanted, bias, gain).astype(np.float32)
         differing = np.abs(_integer_steps(exact, gain, bias, tried) - wanted).sum(1)
         better = differing < best.differing
         best.bias[better], best.multiplier[better] = bias[better].astype(np.int32), tried[better]
@@ -91,8 +98,8 @@ def requantization(exact: Staircase, gain: int) -> Requantization:
     return best
 
 
-def _between_steps(exact: Staircase, wanted: Ints, bias: Floats, gain: int) -> Floats:
-    """The multiplier in the middle of those that put every step where it is wanted, if there are any.
+def _multiplier_for(exact: Staircase, wanted: Ints, bias: Floats, gain: int) -> Floats:
+    """The middle of the interval of multipliers that put every step at its wanted accumulator, if there is one.
 
     Step k is at accumulator T if multiplier * (gain * T + bias) >= k - 1/2 > multiplier * (gain * (T - 1) + bias).
     """
@@ -107,8 +114,8 @@ def _between_steps(exact: Staircase, wanted: Ints, bias: Floats, gain: int) -> F
     return (low + high) / 2
 
 
-def _steps(exact: Staircase) -> Ints:
-    """[channels, high]: the least reachable accumulator that gives level k or more, k from 1; high_acc + 1 if none."""
+def _exact_steps(exact: Staircase) -> Ints:
+    """[channels, high]: the smallest reachable accumulator with level k or more, k from 1; high_acc + 1 if none."""
     k = np.arange(1, exact.high + 1)
     m, b = exact.multiplier[:, None], exact.offset[:, None]
 
@@ -117,10 +124,11 @@ def _steps(exact: Staircase) -> Ints:
 
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         start = (k - 0.5 - b) / m
-    return _refined(start, exact, reached)
+    return _search(start, exact, reached)
 
 
 def _integer_steps(exact: Staircase, gain: int, bias: Floats, multiplier: NDArray[np.float32]) -> Ints:
+    """As `_exact_steps`, for the step functions of the integer graph."""
     k = np.arange(1, exact.high + 1)
     m, b = multiplier[:, None], bias[:, None]
 
@@ -129,11 +137,11 @@ def _integer_steps(exact: Staircase, gain: int, bias: Floats, multiplier: NDArra
 
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         start = ((k - 0.5) / m.astype(np.float64) - b) / gain
-    return _refined(start, exact, reached)
+    return _search(start, exact, reached)
 
 
-def _refined(start: Floats, exact: Staircase, reached: Any) -> Ints:
-    """The exact place of each step, from a guess that is off by a few: by asking on either side of it."""
+def _search(start: Floats, exact: Staircase, reached: Callable[[Floats], NDArray[np.bool_]]) -> Ints:
+    """The smallest accumulators for which `reached` holds, by linear search from `start`, which is off by a few."""
     low, high = exact.low_acc[:, None].astype(np.float64), exact.high_acc[:, None] + 1.0
     at = np.clip(np.ceil(np.nan_to_num(start, nan=np.inf)), low, high)
     while (late := (at > low) & reached(at - 1)).any():

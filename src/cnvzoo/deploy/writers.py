@@ -1,28 +1,4 @@
-"""Integer weights in as few bytes as they have values, unpacked by ONNX operators that fold when a session loads.
-
-A byte tells 256 combinations apart: eight weights of two values, five of three (2 bits), three of six, two of up to
-sixteen (4 bits), one of more. It is the index of a row in a table that holds these weights as int8, so unpacking is
-one Gather, of opset 13, and a tensor that is constant: ONNX Runtime computes it once and goes on as with int8 weights.
-
-
-The integer net as an ONNX graph of operators that stock ONNX Runtime has fast kernels for.
-
-QLinearConv with scales of 1 and zero points of 0 is exactly a convolution in int32, a bias, a float32 multiplier for
-each channel, rounding half to even and saturation to 0..255; its per-channel weight scale is that multiplier. Clip
-takes what is left down to a_bits, after the pool where there is one, which is the same and less work. Once a map is
-one pixel, the batch takes the place of the pixels, so that the linear layers are matrix products over all images.
-
-
-A quantized model as QONNX: integers as float tensors with `Quant` nodes, which FINN and the qonnx package read.
-
-Pappalardo et al. 2022, "QONNX: Representing Arbitrary-Precision Quantized Neural Networks" (arXiv:2206.07527). The
-graph is Brevitas' own export, cleaned: constants folded, shapes inferred, tensors named. Only the image goes in
-otherwise: as the pixels themselves, 0 to 255, and without the model's quantizer in front, since what has eight bits
-already needs none. FINN v0.10 refuses an unsigned quantizer there, and later versions build one in hardware. The scale
-of the pixels follows behind the first convolution, so that the operands of every convolution are integers.
-
-
-A float model as plain ONNX, for any runtime: float32, any batch size."""
+"""The ONNX graphs of the three formats: the integer graph and QONNX of a quantized CNV, plain ONNX of a float model."""
 
 from __future__ import annotations
 
@@ -36,82 +12,46 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from cnvzoo.deploy.integer import HiddenLayer, IntegerNet, quantized_cnv
 from cnvzoo.deploy.metadata import DeployError
 from cnvzoo.models.cnv import CNV
-
-
-def pack(weight: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[np.int8]] | None:
-    """(bytes [n], table int8 [rows, weights in a byte]) of a weight of any shape; None where bytes cannot be saved.
-
-    `table[bytes].reshape(-1)` starts with the weights in row-major order; what is beyond them is padding.
-    """
-    values = np.unique(weight)
-    count = max((n for n in range(1, 9) if len(values) ** n <= 256), default=1)
-    if count == 1:
-        return None
-    table = np.array(list(itertools.product(values, repeat=count)), np.int8)
-    digits = np.searchsorted(values, weight.reshape(-1))
-    digits = np.pad(digits, (0, -len(digits) % count)).reshape(-1, count)
-    powers = len(values) ** np.arange(count - 1, -1, -1)
-    return (digits @ powers).astype(np.uint8), table
-
+from cnvzoo.models.quant import quantizer_of
 
 OPSET = 13
-IR_VERSION = 8  # what onnxruntime 1.10 and later read
+IR_VERSION = 8  # read by onnxruntime 1.10 and later
 INPUT, ACCUMULATORS, SCALE = "image", "accumulators", "scale"
 _BATCH_TO_PIXELS = [2, 1, 0, 3]  # [N, C, 1, 1] to [1, C, N, 1], and back
 
+QONNX_OPSET = 13  # with which FINN exports the models of its own tests
+QONNX_DOMAIN, QONNX_VERSION = "qonnx.custom_op.general", 1  # Quant and BipolarQuant are unchanged since version 1
+QONNX_INPUT, QONNX_OUTPUT = "global_in", "global_out"  # names that FINN expects
 
-class _Graph:
-    """Nodes and constants as they are added."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: list[onnx.TensorProto] = []
-        self.add_constant("one", np.float32(1))
-        self.add_constant("zero", np.uint8(0))
-
-    def add_constant(self, name: str, value: Any) -> str:
-        self.constants.append(numpy_helper.from_array(np.asarray(value), name))
-        return name
-
-    def add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
-        return output
-
-    def add_weight(self, name: str, weight: NDArray[np.int8]) -> str:
-        packed = pack(weight)
-        if packed is None:
-            return self.add_constant(f"{name}.weight", weight)
-        content, table = packed
-        index = self.add("Cast", [self.add_constant(f"{name}.packed", content)], f"{name}.index", to=TensorProto.INT32)
-        flat = self.add("Gather", [self.add_constant(f"{name}.table", table), index], f"{name}.gathered")
-        if content.size * table.shape[1] != weight.size:
-            flat = self.add("Reshape", [flat, self.add_constant(f"{name}.flat", np.array([-1]))], f"{name}.padded")
-            ends = [self.add_constant(f"{name}.{key}", np.array([value])) for key, value in _ENDS(weight.size)]
-            flat = self.add("Slice", [flat, *ends], f"{name}.values")
-        shape = self.add_constant(f"{name}.shape", np.array(weight.shape))
-        return self.add("Reshape", [flat, shape], f"{name}.weight")
-
-
-def _ENDS(size: int) -> tuple[tuple[str, int], tuple[str, int]]:
-    return ("start", 0), ("end", size)
+FLOAT_OPSET = 18
 
 
 def integer_graph(net: IntegerNet) -> onnx.ModelProto:
-    """uint8 images [N, in_chans, size, size] to `accumulators`, int32 [N, num_classes], and `scale`, float32."""
-    graph = _Graph()
+    """The integer graph, of operators for which ONNX Runtime has fast kernels.
+
+    QLinearConv with scales of 1 and zero points of 0 is exactly a convolution in int32, plus a bias, times a float32
+    multiplier for each channel, rounded half to even and saturated to 0..255; its per-channel weight scale is that
+    multiplier. Clip then limits levels to a_bits; after the max pooling, which gives the same and is less work. Linear
+    layers are 1x1 convolutions with the batch in the place of the height, so that each is one matrix product.
+
+    Returns:
+        A model from uint8 `image` [N, in_chans, size, size] to int32 `accumulators` [N, num_classes], and float32
+        `scale`, a constant: logits are scale * accumulators.
+    """
+    graph = _GraphBuilder()
     x = INPUT
-    on_pixels = False
+    is_transposed = False
     for layer in net.hidden:
-        if layer.linear and not on_pixels:
+        if layer.linear and not is_transposed:
             x = graph.add("Transpose", [x], "features", perm=_BATCH_TO_PIXELS)
-            on_pixels = True
+            is_transposed = True
         x = _add_layer(graph, x, layer)
     x = graph.add("Transpose", [x], "pixels", perm=_BATCH_TO_PIXELS)
     x = graph.add("Flatten", [x], "flat")
@@ -138,7 +78,8 @@ def integer_graph(net: IntegerNet) -> onnx.ModelProto:
     return model
 
 
-def _add_layer(graph: _Graph, x: str, layer: HiddenLayer) -> str:
+def _add_layer(graph: _GraphBuilder, x: str, layer: HiddenLayer) -> str:
+    """Add the nodes of a layer with input `x`; returns the name of the output."""
     name, chosen = layer.name, layer.requantization
     inputs = [
         x, "one", "zero",
@@ -156,17 +97,76 @@ def _add_layer(graph: _Graph, x: str, layer: HiddenLayer) -> str:
     return x
 
 
-QONNX_OPSET = 13  # what FINN exports the models of its own tests with
-QONNX_DOMAIN, QONNX_VERSION = "qonnx.custom_op.general", 1  # Quant and BipolarQuant are what they were in version 1
-QONNX_INPUT, QONNX_OUTPUT = "global_in", "global_out"  # names that FINN expects
+class _GraphBuilder:
+    """Collects the nodes and constants of a graph; each method returns the name of the tensor it adds."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.add_constant("one", np.float32(1))
+        self.add_constant("zero", np.uint8(0))
+
+    def add_constant(self, name: str, value: ArrayLike) -> str:
+        self.constants.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def add(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        return output
+
+    def add_weight(self, name: str, weight: NDArray[np.int8]) -> str:
+        """An int8 weight; packed if that saves bytes, with the nodes that unpack it."""
+        packed = pack(weight)
+        if packed is None:
+            return self.add_constant(f"{name}.weight", weight)
+        content, table = packed
+        index = self.add("Cast", [self.add_constant(f"{name}.packed", content)], f"{name}.index", to=TensorProto.INT32)
+        flat = self.add("Gather", [self.add_constant(f"{name}.table", table), index], f"{name}.gathered")
+        if content.size * table.shape[1] != weight.size:
+            flat = self.add("Reshape", [flat, self.add_constant(f"{name}.flat", np.array([-1]))], f"{name}.padded")
+            slice_bounds = (("start", 0), ("end", weight.size))
+            bounds = [self.add_constant(f"{name}.{key}", np.array([value])) for key, value in slice_bounds]
+            flat = self.add("Slice", [flat, *bounds], f"{name}.values")
+        shape = self.add_constant(f"{name}.shape", np.array(weight.shape))
+        return self.add("Reshape", [flat, shape], f"{name}.weight")
+
+
+def pack(weight: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[np.int8]] | None:
+    """Several weights in each byte: 8 of two values, 5 of three (2 bits), 3 of up to six, 2 of up to 16 (4 bits).
+
+    A byte is the index of a row of a table that holds the weights as int8. So one Gather unpacks them, whose inputs are
+    constant: ONNX Runtime computes it once, when it loads the file, and then runs as with int8 weights.
+
+    Returns:
+        (bytes [n], table int8 [rows, weights in a byte]): `table[bytes].reshape(-1)` starts with the weights in
+        row-major order, and ends with padding. None for more than 16 values, which need a byte each.
+    """
+    values = np.unique(weight)
+    count = max((n for n in range(1, 9) if len(values) ** n <= 256), default=1)
+    if count == 1:
+        return None
+    table = np.array(list(itertools.product(values, repeat=count)), np.int8)
+    digits = np.searchsorted(values, weight.reshape(-1))
+    digits = np.pad(digits, (0, -len(digits) % count)).reshape(-1, count)
+    powers = len(values) ** np.arange(count - 1, -1, -1)
+    return (digits @ powers).astype(np.uint8), table
 
 
 @torch.no_grad()
-def qonnx_graph(model: nn.Module, in_chans: int, size: int) -> Any:
-    """Pixels, 0 to 255, `global_in` [1, in_chans, size, size] to `global_out`, the logits [1, num_classes].
+def qonnx_graph(model: nn.Module, in_chans: int, size: int) -> onnx.ModelProto:
+    """The QONNX graph: float tensors of integer values with `Quant` nodes, which FINN and the qonnx package read.
+
+    Pappalardo et al. 2022, "QONNX: Representing Arbitrary-Precision Quantized Neural Networks" (arXiv:2206.07527). It
+    is Brevitas' own export, cleaned: constants folded, shapes inferred, tensors named. Only the input differs: pixels
+    0 to 255 without a quantizer. FINN v0.10 refuses an unsigned quantizer there, and later versions build hardware for
+    it. The division by 255 follows the first convolution, so that the operands of all convolutions are integers.
+
+    Returns:
+        A model from float32 `global_in` [1, in_chans, size, size], pixels from 0 to 255, to float32 `global_out`, the
+        logits [1, num_classes].
 
     Raises:
-        DeployError: a float model, a layer or bit width that has no node in QONNX, or qonnx is not installed.
+        DeployError: a float model, a layer or bit width that QONNX has no node for, or qonnx is not installed.
     """
     net = quantized_cnv(model, "QONNX")
     _check_layers(net)
@@ -179,7 +179,7 @@ def qonnx_graph(model: nn.Module, in_chans: int, size: int) -> Any:
         raise DeployError("exporting to QONNX needs the qonnx package: pip install 'cnvzoo[export]'") from None
     device = next(model.parameters()).device
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's words about its own future
+        warnings.simplefilter("ignore")  # deprecations inside the exporter
         from brevitas.export import export_qonnx
 
         path = Path(folder) / "model.onnx"
@@ -195,10 +195,8 @@ def qonnx_graph(model: nn.Module, in_chans: int, size: int) -> Any:
 
 
 def _check_layers(model: CNV) -> None:
-    """All that computes has integers: FINN builds nothing else."""
+    """Refuse layers without integers, which FINN cannot build."""
     from brevitas.nn import QuantConv2d, QuantLinear, QuantReLU
-
-    from cnvzoo.models.quant import quantizer_of
 
     known = (QuantConv2d, QuantLinear, QuantReLU, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d)
     for part, layers in (("features", model.features), ("classifier", model.classifier)):
@@ -206,7 +204,19 @@ def _check_layers(model: CNV) -> None:
             if not isinstance(layer, known):
                 raise DeployError(f"{part}.{name}: {type(layer).__name__} is not quantized, as all layers of QONNX are")
             if isinstance(layer, QuantReLU) and quantizer_of(layer).bits == 1:
-                raise DeployError("1-bit activations of levels 0 and 1 have no node in QONNX: use a_bits of 2 or more")
+                raise DeployError("QONNX has no node for 1-bit activations of levels 0 and 1: use a_bits of 2 or more")
+
+
+def _on_pixels(model: CNV) -> CNV:
+    """A copy of the model that takes pixels from 0 to 255, prepared for Brevitas' exporter."""
+    scale = quantizer_of(model.input).effective_scale()
+    model = copy.deepcopy(model)
+    for layer in model.modules():  # the exporter reads scales and bit widths from Brevitas' own tensors
+        if hasattr(layer, "skip_create_quant_tensor"):
+            layer.skip_create_quant_tensor = False  # type: ignore[assignment]
+    model.input = nn.Identity()
+    model.features[0] = nn.Sequential(model.features[0], _Scale(scale))
+    return model
 
 
 class _Scale(nn.Module):
@@ -220,44 +230,28 @@ class _Scale(nn.Module):
         return x * self.scale
 
 
-def _on_pixels(model: CNV) -> CNV:
-    """A copy that takes pixels, with the quantizers as the exporter wants them."""
-    from cnvzoo.models.quant import quantizer_of
-
-    scale = quantizer_of(model.input).effective_scale()
-    model = copy.deepcopy(model)
-    for layer in model.modules():  # the exporter asks Brevitas' own tensors for scales and bit widths
-        if hasattr(layer, "skip_create_quant_tensor"):
-            layer.skip_create_quant_tensor = False  # type: ignore[assignment]
-    model.input = nn.Identity()
-    model.features[0] = nn.Sequential(model.features[0], _Scale(scale))
-    return model
-
-
-def _declare_opsets(model: Any) -> None:
-    """ONNX's first: qonnx takes the first for ONNX's, and exporters differ in what they declare of the other."""
-    from onnx import helper
-
+def _declare_opsets(model: onnx.ModelProto) -> None:
+    """Declare ONNX's opset first, as qonnx expects, and QONNX's version, which exporters declare differently."""
     del model.opset_import[:]
     model.opset_import.extend([helper.make_opsetid("", QONNX_OPSET), helper.make_opsetid(QONNX_DOMAIN, QONNX_VERSION)])
 
 
-FLOAT_OPSET = 18
-
-
 @torch.no_grad()
-def plain_graph(model: nn.Module, in_chans: int, size: int) -> Any:
-    """Normalised images `image` [N, in_chans, size, size] to `logits` [N, num_classes], both float32.
+def plain_graph(model: nn.Module, in_chans: int, size: int) -> onnx.ModelProto:
+    """A float model as plain ONNX: float32, any batch size, for any runtime.
+
+    Returns:
+        A model from normalised images `image` [N, in_chans, size, size] to `logits` [N, num_classes].
 
     Raises:
         DeployError: a quantized model.
     """
     if any(hasattr(layer, "weight_quant") for layer in model.modules()):
-        raise DeployError("plain ONNX has no integers: export a quantized model with format='integer' or 'qonnx'")
+        raise DeployError("format='onnx' is for float models: export a quantized model with 'integer' or 'qonnx'")
     device = next(model.parameters()).device
     batch = torch.zeros(2, in_chans, size, size, device=device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's words about its own future
+        warnings.simplefilter("ignore")  # deprecations inside the exporter
         program = torch.onnx.export(
             model, (batch,), input_names=["image"], output_names=["logits"], opset_version=FLOAT_OPSET, dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("N")},), verbose=False,
