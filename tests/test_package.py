@@ -15,7 +15,7 @@ SOURCE = Path(cnvzoo.__file__).parent
 # from the lowest layer up; packages of one layer do not import each other
 LAYERS = [
     {"errors"},
-    {"files", "strict_yaml"},
+    {"files", "images", "strict_yaml"},
     {"data", "models"},
     {"training"},
     {"checkpoints"},
@@ -24,8 +24,6 @@ LAYERS = [
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# modules that run where there is no PyTorch
-TORCH_FREE = {"deploy.metadata", "deploy.images", "deploy.runner"}
 
 
 def imports(path: Path) -> set[str]:

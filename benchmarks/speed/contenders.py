@@ -27,7 +27,7 @@ import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.checkpoints.format import CheckpointConfig
 from cnvzoo.checkpoints.locations import find_checkpoint
-from cnvzoo.deploy.images import normalised
+from cnvzoo.images import normalize
 
 PYTORCH, PYTORCH_CHANNELS_LAST = "PyTorch float32", "PyTorch float32, channels_last"
 COMPILED, BREVITAS = "torch.compile float32, channels_last", "Brevitas eager"
@@ -73,7 +73,7 @@ def float_contenders(
     mean, std = config.preprocessing["mean"], config.preprocessing["std"]
 
     def prepare(images: Images) -> NDArray[np.float32]:
-        return normalised(images, mean, std)
+        return normalize(images, mean, std)
 
     contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     yield Contender(PYTORCH, net, size, lambda x: torch.from_numpy(prepare(x)), _run(contiguous))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import pytest
@@ -12,11 +11,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from cnvzoo.data import DatasetError, Preprocessing, dataset_info, list_datasets, transforms
+from cnvzoo.images import ImageError
 
-CASES = [
-    (name, normalize, size)
-    for name, normalize, size in itertools.product(list_datasets(), (True, False), (None, 32, 40))
-]
+CASES = [("mnist", True, 32), ("mnist", False, None), ("cifar10", True, None), ("cifar10", False, 40)]
 
 
 def random_images(n: int, side: int, chans: int) -> Tensor:
@@ -91,58 +88,32 @@ def test_a_view_of_a_larger_tensor_is_taken() -> None:
     assert preprocessing(images[:0]).shape == (0, 3, 32, 32)
 
 
-def test_image_of_another_size_keeps_its_proportions_and_loses_the_margins() -> None:
+def test_an_image_of_another_size_keeps_its_proportions_and_loses_its_ends() -> None:
     image = torch.zeros(3, 64, 128, dtype=torch.uint8)
-    image[0, :, :32] = 255  # red margin left
-    image[2, :, 96:] = 255  # blue margin right
+    image[0, :, :32] = 255  # red on the left
+    image[2, :, 96:] = 255  # blue on the right
     image[1, :, 32:96] = 200
     x = transforms(Preprocessing(32, (0.0,) * 3, (1.0,) * 3))(image)
     assert x.shape == (3, 32, 32)
     torch.testing.assert_close(x[:, :, 2:-2], torch.tensor([0, 200 / 255, 0])[:, None, None].expand(3, 32, 28))
 
 
-def test_resize_is_antialiased_and_precedes_padding() -> None:
+def test_resize_is_antialiased_and_comes_before_padding() -> None:
     stripes = (torch.arange(280) // 2).remainder(2).mul(255).to(torch.uint8).expand(1, 280, 280)
     x = transforms(Preprocessing(32, (0.0,), (1.0,), 28))(stripes)
     assert (x[:, :2] == 0).all()
     assert ((x[0, 2:-2, 3:-3] - 0.5).abs() < 0.1).all()
-    small = transforms("cifar10")(Image.new("RGB", (8, 5), (10, 20, 30)))
-    assert small.shape == (3, 32, 32)
-
-
-def test_grey_and_colour_are_converted_to_what_the_dataset_has() -> None:
-    grey = random_images(1, 32, 1)[0]
-    raw = transforms(Preprocessing(32, (0.0,) * 3, (1.0,) * 3))
-    x = raw(to_pil(grey))
-    assert x.shape == (3, 32, 32)
-    assert torch.equal(x[0], x[2])
-    assert torch.equal(x, raw(grey.permute(2, 0, 1)))
-
-    colour = random_images(1, 28, 3)[0]
-    raw = transforms(Preprocessing(28, (0.0,), (1.0,)))
-    x = raw(to_pil(colour))
-    luma = (colour.double() * torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)).sum(2) / 255
-    assert x.shape == (1, 28, 28)
-    assert (x[0] - luma).abs().max() < 1.5 / 255
-    assert torch.equal(x, raw(colour.permute(2, 0, 1)))
-
-
-@pytest.mark.parametrize("mode", ["P", "RGBA", "CMYK", "1", "LA"])
-def test_other_pil_modes_become_rgb(mode: str) -> None:
-    image = to_pil(random_images(1, 32, 3)[0]).convert(mode)
-    transform = transforms("cifar10")
-    assert torch.equal(transform(image), transform(image.convert("RGB")))
 
 
 def test_wrong_images_are_refused() -> None:
     transform = transforms("cifar10")
-    with pytest.raises(TypeError, match="uint8"):
+    with pytest.raises(ImageError, match="uint8"):
         transform(torch.zeros(3, 32, 32))
-    with pytest.raises(ValueError, match=r"\[4, 32, 32\]"):
+    with pytest.raises(ImageError, match=r"\[4, 32, 32\]"):
         transform(torch.zeros(4, 32, 32, dtype=torch.uint8))
-    with pytest.raises(TypeError, match="PIL image or a uint8 tensor"):
+    with pytest.raises(ImageError, match="got str"):
         transform("cat.png")
-    with pytest.raises(ValueError, match="8-bit"):
+    with pytest.raises(ImageError, match="8-bit"):
         transform(Image.new("I;16", (32, 32)))
     with pytest.raises(DatasetError, match="svhn"):
         transforms("svhn")

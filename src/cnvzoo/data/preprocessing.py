@@ -1,7 +1,7 @@
-"""From an 8-bit image to a network's input: pad, scale, normalise. Said once, here.
+"""From 8-bit images to a network's input: pad, scale, normalise.
 
-`Preprocessing` is the batched form that training and evaluation use; `transforms` is the same thing as a torchvision
-pipeline for a user's own images. The two give equal bits, so an accuracy measured here holds there.
+`Preprocessing` does it for batches, in training and evaluation. `transforms` is a torchvision pipeline that does it for
+a user's own images, of any size. On images of the dataset's own size both give the same bits.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from cnvzoo.data.datasets import DatasetInfo, dataset_info
+from cnvzoo.images import ImageError, prepare
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torchvision.transforms.v2 import Compose
 
 
@@ -25,14 +27,17 @@ class Preprocessing:
     """Zero-pad to `size`, scale to [0, 1], subtract `mean`, divide by `std`.
 
     Attributes:
-        size: side in pixels of the network's square input.
-        mean: per channel, in units of [0, 1]; its length is the number of channels.
-        std: per channel, in units of [0, 1].
-        image_size: side in pixels of the images before padding (None: `size`). A user's image of another size is
-            brought to it by `transforms`.
+        size: height and width in pixels of the network's input.
+        mean: per channel, for pixels in [0, 1]; its length is the number of channels, 1 or 3.
+        std: per channel, for pixels in [0, 1].
+        image_size: height and width in pixels of the images before padding (None: `size`). `transforms` resizes images
+            of another size to it.
 
-    Padding is symmetric, with raw zeros, and comes before normalisation: a padded pixel is a black pixel.
-    Scaling multiplies by float32(1/255), like torchvision's `ToDtype(scale=True)`.
+    Padding is the same on all sides and comes before normalisation, so a padded pixel is a black pixel.
+    Scaling multiplies by float32(1/255), as torchvision's `ToDtype(scale=True)` does.
+
+    Raises:
+        ValueError: values that are impossible or do not fit together.
     """
 
     size: int
@@ -55,9 +60,9 @@ class Preprocessing:
 
     @classmethod
     def for_dataset(cls, info: DatasetInfo, *, size: int | None = None, normalize: bool = True) -> Preprocessing:
-        """The preprocessing for a dataset's images at a network's input `size` (None: the images' own).
+        """The preprocessing of a dataset's images for a network whose input has `size` (None: that of the images).
 
-        `normalize=False` leaves the scaled 8-bit image, which is what quantized models take.
+        `normalize=False` sets mean 0 and std 1: quantized models take the image as uint8 / 255.
         """
         mean = info.mean if normalize else (0.0,) * info.in_chans
         std = info.std if normalize else (1.0,) * info.in_chans
@@ -69,16 +74,16 @@ class Preprocessing:
 
     @property
     def native_size(self) -> int:
-        """Side in pixels of the images before padding."""
+        """Height and width in pixels of the images before padding."""
         return self.size if self.image_size is None else self.image_size
 
     @property
     def normalizes(self) -> bool:
-        """False where mean 0 and std 1 leave the scaled image as it is."""
+        """Whether mean and std change anything: False for mean 0 and std 1."""
         return any(self.mean) or any(s != 1 for s in self.std)
 
     def to_dict(self) -> dict[str, Any]:
-        """A form for JSON; `from_dict` takes it back."""
+        """The values as JSON has them: lists in place of tuples."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
     @classmethod
@@ -99,11 +104,11 @@ class Preprocessing:
         return margin // 2
 
     def pad(self, images: Tensor) -> Tensor:
-        """Zero-pad uint8 images [N, H, W, C], H == W, to [N, size, size, C]; not copied if they have that size.
+        """Zero-pad uint8 images [N, H, W, C], H == W, to [N, size, size, C]; no copy if they have that size.
 
         Raises:
             TypeError: images that are not uint8.
-            ValueError: another shape or channel count, or a side that does not pad symmetrically to `size`.
+            ValueError: another shape or number of channels, or a size that cannot be padded equally on all sides.
         """
         if images.dtype != torch.uint8:
             raise TypeError(f"Images must be uint8 (0 to 255), got {images.dtype}.")
@@ -133,61 +138,52 @@ def _row_constants(preprocessing: Preprocessing, device: torch.device) -> tuple[
     return mean, std
 
 
-class _EightBit(nn.Module):
-    """A PIL image or uint8 tensor [C, H, W] to a uint8 tensor of `in_chans` channels."""
+class _PrepareImage(nn.Module):
+    """A PIL image or uint8 tensor [C, H, W] of any size to uint8 [in_chans, size, size]; see cnvzoo.images.prepare."""
 
-    def __init__(self, in_chans: int) -> None:
+    def __init__(self, in_chans: int, image_size: int, size: int) -> None:
         super().__init__()
         self.in_chans = in_chans
+        self.image_size = image_size
+        self.size = size
 
     def extra_repr(self) -> str:
-        return f"in_chans={self.in_chans}"
+        return f"in_chans={self.in_chans}, image_size={self.image_size}, size={self.size}"
 
-    def forward(self, image: Any) -> Tensor:
-        from PIL import Image
-        from torchvision.transforms.v2 import functional as F
-
-        if isinstance(image, Image.Image):
-            if image.mode in ("F", "I") or image.mode.startswith("I;"):
-                raise ValueError(f"Expected an 8-bit image, got one of PIL mode {image.mode!r}: scale it to 8 bits.")
-            image = F.pil_to_tensor(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-        if not isinstance(image, Tensor):
-            raise TypeError(f"Expected a PIL image or a uint8 tensor [C, H, W], got {type(image).__name__}.")
-        if image.dtype != torch.uint8:
-            raise TypeError(f"An image tensor must be uint8 (0 to 255), got {image.dtype}.")
-        if image.ndim != 3 or image.shape[0] not in (1, 3):
-            raise ValueError(f"An image tensor must be [C, H, W] with C 1 or 3, got shape {list(image.shape)}.")
-        return F.rgb_to_grayscale(image) if self.in_chans == 1 else F.grayscale_to_rgb(image)
+    def forward(self, image: Image | Tensor) -> Tensor:
+        if isinstance(image, Tensor):
+            if image.dtype != torch.uint8:
+                raise ImageError(f"an image tensor has to be uint8 (0 to 255), got {image.dtype}")
+            if image.ndim != 3 or image.shape[0] not in (1, 3):
+                raise ImageError(f"an image tensor has to be [C, H, W] with C 1 or 3, got shape {list(image.shape)}")
+            pixels = prepare(image.permute(1, 2, 0).cpu().numpy(), self.in_chans, self.image_size, self.size)
+            return torch.from_numpy(pixels).to(image.device)
+        return torch.from_numpy(prepare(image, self.in_chans, self.image_size, self.size))
 
 
 def transforms(source: str | DatasetInfo | Preprocessing) -> Compose:
-    """The torchvision v2 pipeline for a user's own images: PIL image or uint8 [C, H, W] -> float32 [C, size, size].
+    """A torchvision v2 pipeline for a user's own images: PIL image or uint8 [C, H, W] -> float32 [C, size, size].
 
-    Greyscale and RGB are converted to the channels expected; an image of another size has its shorter side resized
-    (bilinear, antialiased) to the dataset's own and its middle cut out. On images of the dataset's own size and
-    channels the result equals `Preprocessing` bit for bit.
+    Greyscale and colour are converted to the channels that the network takes. An image of another size is resized to
+    the dataset's own: its shorter side (bilinear, antialiased, by Pillow), then the centre is cropped. On an image of
+    the dataset's own size and channels the result equals that of `Preprocessing` bit for bit.
 
     Args:
-        source: a dataset's name or info (normalised, at its own size), or the preprocessing of a checkpoint.
+        source: name or info of a dataset (normalised, no padding), or the preprocessing of a checkpoint.
 
     Raises:
         DatasetError: unknown dataset name.
+        ImageError: by the pipeline, for input that is not an 8-bit image of 1 or 3 channels.
     """
     from torchvision.transforms import v2
 
     if isinstance(source, str):
         source = dataset_info(source)
     preprocessing = Preprocessing.for_dataset(source) if isinstance(source, DatasetInfo) else source
-    side = preprocessing.native_size
-    steps: list[nn.Module] = [
-        _EightBit(preprocessing.in_chans),
-        v2.Resize(side, antialias=True),
-        v2.CenterCrop(side),
-    ]
-    if preprocessing.size > side:
-        steps.append(v2.Pad((preprocessing.size - side) // 2))
-    steps += [
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(list(preprocessing.mean), list(preprocessing.std)),
-    ]
-    return v2.Compose(steps)
+    return v2.Compose(
+        [
+            _PrepareImage(preprocessing.in_chans, preprocessing.native_size, preprocessing.size),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(preprocessing.mean), list(preprocessing.std)),
+        ]
+    )

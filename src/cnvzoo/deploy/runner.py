@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cnvzoo.deploy.images import normalised, prepare
 from cnvzoo.deploy.metadata import KEY, DeployError, Metadata
+from cnvzoo.images import normalize, prepare
 
 _BATCH = 64  # images at a time: more fall out of the caches
 _MIN_ONNXRUNTIME = "pip install 'cnvzoo[runtime]'"
@@ -44,7 +44,7 @@ class DeployedModel:
             return self.accumulators(images).astype(np.float32) * np.float32(self.metadata.scale)
         self._check(images)
         mean, std = self.metadata.mean, self.metadata.std
-        return self._run(images, lambda part: normalised(part, mean, std), np.dtype(np.float32))
+        return self._run(images, lambda part: normalize(part, mean, std), np.dtype(np.float32))
 
     def accumulators(self, images: NDArray[np.uint8]) -> NDArray[np.int32]:
         """uint8 images [N, C, size, size] to what an integer graph computes: int32 [N, num_classes].
@@ -65,7 +65,8 @@ class DeployedModel:
             top: how many classes, at least 1.
 
         Raises:
-            DeployError: `top` below 1, no list, or something in it that is not an image.
+            DeployError: `top` below 1, or no list.
+            ImageError: something in the list that is not an 8-bit image of 1 or 3 channels.
         """
         if top < 1:
             raise DeployError(f"top={top}: at least 1 class has to be asked for")

@@ -1,0 +1,95 @@
+"""One image of any size to the input of a network, with Pillow and numpy: the same bits with PyTorch and without it.
+
+`cnvzoo.transforms` and the runner of exported files both call `prepare`. PyTorch is not imported here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cnvzoo.errors import CnvzooError
+
+Pixels = NDArray[np.uint8]
+
+_MODES = {1: "L", 3: "RGB"}  # Pillow's names of 8-bit greyscale and colour, by channels
+_MAX_ASPECT = 64  # longer images are cropped before they are resized too
+
+
+class ImageError(CnvzooError, ValueError):
+    """Input that is not an 8-bit image of 1 or 3 channels."""
+
+
+def prepare(image: Any, in_chans: int, image_size: int, size: int) -> Pixels:
+    """Convert, resize, crop and pad one image.
+
+    Channels are converted as Pillow does it (`Image.convert`; grey is the luma of ITU-R 601). The shorter side is
+    resized to `image_size` (bilinear, antialiased), as torchvision's Resize does with a PIL image, and the centre is
+    cropped. An image that has the size and channels keeps its pixels.
+
+    Args:
+        image: a PIL image, or a uint8 array [H, W] or [H, W, C] with C 1 or 3.
+        in_chans: channels of the result, 1 or 3.
+        image_size: height and width in pixels before padding.
+        size: height and width in pixels of the result; padded with black to it, equally on all sides.
+
+    Returns:
+        uint8 [in_chans, size, size].
+
+    Raises:
+        ImageError: not an image, not of 8 bits, or not of 1 or 3 channels.
+    """
+    picture = _pil_image(image)
+    if picture.mode != _MODES[in_chans]:
+        picture = picture.convert(_MODES[in_chans])
+    pixels = np.asarray(_resize_and_crop(picture, image_size)).reshape(image_size, image_size, in_chans)
+    margin = (size - image_size) // 2
+    return np.pad(pixels.transpose(2, 0, 1), ((0, 0), (margin, margin), (margin, margin)))
+
+
+def normalize(pixels: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
+    """uint8 [N, C, H, W] to float32: times float32(1/255), minus `mean`, divided by `std`, given for each channel."""
+    center, spread = (np.array(values, np.float32)[:, None, None] for values in (mean, std))
+    return (pixels.astype(np.float32) * np.float32(1 / 255) - center) / spread
+
+
+def _pil_image(image: Any) -> Image.Image:
+    """The image in mode L or RGB."""
+    if isinstance(image, Image.Image):
+        if image.mode in ("F", "I") or image.mode.startswith("I;"):
+            raise ImageError(f"expected an 8-bit image, got one of PIL mode {image.mode!r}: scale it to 8 bits")
+        if 0 in image.size:
+            raise ImageError(f"expected an image with pixels, got one of {image.width}x{image.height}")
+        return image if image.mode in _MODES.values() else image.convert("RGB")
+    if not isinstance(image, np.ndarray):
+        raise ImageError(f"expected a PIL image or a uint8 array [H, W, C], got {type(image).__name__}")
+    if image.dtype != np.uint8:
+        raise ImageError(f"an image has to be uint8 (0 to 255), got {image.dtype}")
+    if image.ndim == 2:
+        image = image[:, :, None]
+    if image.ndim != 3 or image.shape[2] not in _MODES or 0 in image.shape:
+        raise ImageError(f"an image has to be [H, W] or [H, W, C] with C 1 or 3, got shape {list(image.shape)}")
+    return Image.fromarray(np.ascontiguousarray(image[:, :, 0] if image.shape[2] == 1 else image))
+
+
+def _resize_and_crop(image: Image.Image, side: int) -> Image.Image:
+    """Resize the shorter side to `side` and crop the centre, side x side. Sizes are rounded as torchvision does."""
+    shorter = min(image.size)
+    # Resizing a 1x20000 image whole would take 32x640000 pixels, of which the crop keeps 32x32. The number of pixels
+    # taken off is even, so that the centre stays where it is.
+    width, height = (min(length, _MAX_ASPECT * shorter + length % 2) for length in image.size)
+    image = _crop_centre(image, width, height)
+    if shorter != side:
+        size = (side * width // shorter, side * height // shorter)
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    return _crop_centre(image, side, side)
+
+
+def _crop_centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    if image.size == (width, height):
+        return image
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))

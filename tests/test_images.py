@@ -1,0 +1,93 @@
+"""`cnvzoo.images`: one image of any size to a network's input, against torchvision and against `cnvzoo.transforms`."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+import cnvzoo
+from cnvzoo.data import Preprocessing, dataset_info
+from cnvzoo.images import ImageError, normalize, prepare
+
+MODES = ["RGB", "L", "RGBA", "P", "LA", "CMYK", "1"]
+
+
+def noise(height: int, width: int, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(height).integers(256, size=(height, width, 3)).astype(np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(28, 28), (32, 32), (48, 64), (33, 500), (7, 9), (200, 31), (29, 28), (1, 20000), (19999, 1)],
+)
+@pytest.mark.parametrize(("mode", "in_chans"), [("RGB", 3), ("L", 1)])
+def test_resize_and_crop_are_those_of_torchvision_for_pil_images(
+    height: int, width: int, mode: str, in_chans: int
+) -> None:
+    image = noise(height, width, mode)
+    expected = F.pil_to_tensor(F.center_crop(F.resize(cast(Any, image), [28]), [28]))
+    assert torch.equal(torch.from_numpy(prepare(image, in_chans, 28, 28)), expected)
+    padded = prepare(image, in_chans, 28, 32)
+    assert torch.equal(torch.from_numpy(padded), F.pad(expected, [2]))
+
+
+@pytest.mark.parametrize("shape", [(1, 20000), (20000, 1), (7, 9), (33, 500), (32, 32), (28, 28)])
+@pytest.mark.parametrize("mode", MODES)
+def test_with_and_without_torch_the_bits_are_equal(shape: tuple[int, int], mode: str) -> None:
+    image = noise(*shape, mode)
+    for dataset, normalized in (("cifar10", True), ("mnist", True), ("mnist", False)):
+        info = dataset_info(dataset)
+        preprocessing = Preprocessing.for_dataset(info, size=32, normalize=normalized)
+        transform = cnvzoo.transforms(preprocessing)
+        pixels = prepare(image, info.in_chans, info.image_size, 32)
+        found = normalize(pixels[None], preprocessing.mean, preprocessing.std)[0]
+        assert torch.equal(torch.from_numpy(found), transform(image))
+        if mode in ("RGB", "L"):
+            assert torch.equal(transform(F.pil_to_tensor(image)), transform(image))
+            assert np.array_equal(prepare(np.asarray(image), info.in_chans, info.image_size, 32), pixels)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_other_modes_are_converted_through_rgb(mode: str) -> None:
+    image = noise(32, 32, mode)
+    if mode != "L":
+        assert np.array_equal(prepare(image, 3, 32, 32), np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+        assert np.array_equal(prepare(image, 1, 32, 32)[0], np.asarray(image.convert("RGB").convert("L")))
+    else:
+        assert np.array_equal(prepare(image, 3, 32, 32), np.stack([np.asarray(image)] * 3))
+
+
+def test_a_very_long_image_is_not_resized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    resized: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def noted(self: Image.Image, size: tuple[int, int], *arguments: Any, **keywords: Any) -> Image.Image:
+        resized.append(size)
+        return resize(self, size, *arguments, **keywords)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    prepare(noise(1, 20000), 3, 32, 32)
+    assert [width * height < 100_000 for width, height in resized] == [True]
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((8, 8, 4), np.uint8), r"C 1 or 3, got shape \[8, 8, 4\]"),
+        (np.zeros((8, 0, 3), np.uint8), r"got shape \[8, 0, 3\]"),
+        (np.zeros((8, 8, 3), np.int64), "has to be uint8 .* got int64"),
+        (Image.new("I", (8, 8)), "PIL mode 'I'"),
+        (Image.new("I;16", (8, 8)), "PIL mode 'I;16'"),
+        (Image.new("RGB", (8, 0)), "8x0"),
+        ("photo.png", "got str"),
+    ],
+)
+def test_what_is_not_an_8_bit_image_is_refused(image: Any, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        prepare(image, 3, 32, 32)
