@@ -13,11 +13,11 @@ from huggingface_hub import close_session, constants, file_download
 
 from cnvzoo.checkpoints.format import FileFacts
 from cnvzoo.checkpoints.huggingface import HubStore
-from cnvzoo.checkpoints.retry import Patience
+from cnvzoo.checkpoints.retry import RetryPolicy
 
 NAME = "resnet20.mnist"
 CARD = "---\nlicense: apache-2.0\n---\n\n# A checkpoint\n"
-SHORT = Patience(tries=3, first_wait=0.001, read_timeout=0.3, write_timeout=0.3)
+SHORT = RetryPolicy(tries=3, first_wait=0.001, timeout=0.3)
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +32,9 @@ def hub(hub_server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A Hub with nothing in it, for a user who is logged in and may write; the client's waits are short."""
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.001)))
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", SHORT.read_timeout)
-    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", SHORT.read_timeout)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", SHORT.timeout)
+    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", SHORT.timeout)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -69,4 +70,4 @@ def facts(contents: dict[str, bytes]) -> dict[str, FileFacts]:
 @pytest.fixture
 def store(hub: FakeHub, tmp_path: Path) -> HubStore:
     """The organisation `zoo` of that Hub, read through a cache with nothing in it."""
-    return HubStore("zoo", endpoint=hub.endpoint, cache_dir=tmp_path / "cache", patience=SHORT)
+    return HubStore("zoo", endpoint=hub.endpoint, cache_dir=tmp_path / "cache", retry=SHORT)

@@ -30,7 +30,7 @@ class Pair:
     def __init__(self, endpoint: str, cache: Path) -> None:
         self.cache = cache
         command = [sys.executable, str(Path(__file__).with_name("worker.py")), endpoint, str(cache)]
-        environment = {**os.environ, "HF_TOKEN": GOOD_TOKEN, "NO_PROXY": "127.0.0.1"}
+        environment = {**os.environ, "HF_TOKEN": GOOD_TOKEN, "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
         self.processes = [
             subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             for _ in range(2)
@@ -87,7 +87,7 @@ def test_downloading(
     first, second = pair.perform(task, task)
     assert first == second
     assert content_of(Path(first["folder"])) == contents
-    assert hub.requests["storage_get"] == 1  # one has fetched it, the other has waited
+    assert hub.requests["storage_get"] <= (2 if damaged else 1)  # a second download of a new file waits for the first
 
 
 def test_publishing_the_same(

@@ -15,12 +15,12 @@ from typing import Any
 
 from cnvzoo.checkpoints.format import FileFacts, StoreError
 from cnvzoo.checkpoints.locations import open_store
-from cnvzoo.checkpoints.retry import Patience
+from cnvzoo.checkpoints.retry import RetryPolicy
 
 
 def perform(task: dict[str, Any], endpoint: str, cache: str) -> dict[str, str | None]:
-    patience = Patience(tries=6, first_wait=0.02)
-    store = open_store(task.get("to", "hf://zoo"), endpoint=endpoint, cache_dir=cache, patience=patience)
+    retry = RetryPolicy(tries=6, first_wait=0.02)
+    store = open_store(task.get("to", "hf://zoo"), endpoint=endpoint, cache_dir=cache, retry=retry)
     time.sleep(max(0.0, task["at"] - time.time()))
     try:
         if task["do"] == "fetch":

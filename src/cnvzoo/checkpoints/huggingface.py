@@ -1,59 +1,57 @@
 """A store that is an organisation of the Hugging Face Hub: one model repository for each checkpoint.
 
-Everything goes through huggingface_hub: its login, its cache, its transfer. What it cannot know is checked here: that
-the bytes are the published ones, and that a commit holds the files of one publisher.
+huggingface_hub does login, cache, transfer and the retries of transfers. Added here: each file is compared with the
+index, a commit holds the files of one publisher, and a tag is never moved. Files are fetched one by one, not with
+`snapshot_download`, which returns a cached folder without all of the files where their list cannot be fetched.
+Uploads have no timeout, because huggingface_hub offers none.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
-from filelock import FileLock
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, constants
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import tqdm, validate_repo_id
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import validate_repo_id
 
 from cnvzoo.checkpoints.folder import FILES, checkpoint_files, plain_name, read_verified
 from cnvzoo.checkpoints.format import CheckpointError, FileFacts, StoreError
-from cnvzoo.checkpoints.retry import Patience, redacted, secrets_in_use
+from cnvzoo.checkpoints.retry import RetryPolicy, redacted
 from cnvzoo.checkpoints.store import Publication
 from cnvzoo.files import expanded
 
-T = TypeVar("T")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_CONFLICTS = (409, 412)  # another commit came first
+_CONFLICTS = (409, 412)  # another publisher was faster
+_OTHER_RELEASE = "Update cnvzoo, or choose the release that belongs to it with hub='hf://ORG@TAG' or CNVZOO_HUB"
 
 
 @dataclass(frozen=True)
-class _Head:
-    """A repository at one commit: its files' sizes and hashes, sha256 for those in LFS, git's for others."""
+class _Snapshot:
+    """A repository at one commit, with size and hash of each file."""
 
     commit: str
-    sizes: Mapping[str, int]
-    sha256s: Mapping[str, str]
-    git_hashes: Mapping[str, str]
+    files: Mapping[str, RepoSibling]
 
     def has(self, name: str, content: bytes) -> bool:
-        """Whether the repository's file is this one."""
-        if self.sizes.get(name) != len(content):
+        """Whether the repository's file has this content, by its sha256 in LFS, else by git's hash."""
+        file = self.files.get(name)
+        if file is None or file.size != len(content):
             return False
-        if name in self.sha256s:
-            return self.sha256s[name] == hashlib.sha256(content).hexdigest()
-        return self.git_hashes.get(name) == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        if file.lfs:
+            return file.lfs.sha256 == hashlib.sha256(content).hexdigest()
+        return file.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class HubStore:
-    """The model repositories `organisation/<name>`. See `cnvzoo.hub.Store` and `open_store`."""
+    """The model repositories `organisation/<name>`; arguments and errors are those of `open_store`."""
 
     def __init__(
         self,
@@ -62,14 +60,19 @@ class HubStore:
         *,
         endpoint: str | None = None,
         cache_dir: str | Path | None = None,
-        patience: Patience,
+        retry: RetryPolicy | None = None,
     ) -> None:
         self.organisation, self.revision = organisation, revision
-        # huggingface_hub reads its environment once, when it is imported; here what holds now counts
-        self._endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-        self._cache_dir = expanded(cache_dir or os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
-        self._patience = patience
-        self._api = HfApi(endpoint=self._endpoint, library_name="cnvzoo")
+        # huggingface_hub reads these variables only when it is imported.
+        self.endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+        self.cache_dir = expanded(cache_dir or os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE)
+        if redacted(self.endpoint) != self.endpoint:
+            raise StoreError(
+                f"{redacted(self.endpoint)}: HF_ENDPOINT has a user name or password, which logs would show: leave it "
+                "out, and log in with 'hf auth login'"
+            )
+        self._retry = retry or RetryPolicy()
+        self._api = HfApi(endpoint=self.endpoint, library_name="cnvzoo")
 
     @property
     def location(self) -> str:
@@ -79,18 +82,10 @@ class HubStore:
         repo = self._repo(name)
         for file in files:
             plain_name(file, f"a file of {name}")
-        if folder := self._cached(repo, files):
-            return folder
-        try:
-            lock = self._cache_dir / ".locks" / repo_folder_name(repo_id=repo, repo_type="model") / "cnvzoo.lock"
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock):  # one process downloads, and throws away; the others find what it has fetched
-                return self._cached(repo, files) or self._download(repo, files)
-        except OSError as error:
-            raise StoreError(
-                f"{repo}: the cache {self._cache_dir} cannot be written ({error.strerror}): allow it, or choose "
-                "another folder with HF_HUB_CACHE"
-            ) from None
+        for folder in sorted(self._snapshots(repo).glob("*")):
+            if not _damaged(folder, files):
+                return folder
+        return self._download(repo, files)
 
     def publish(
         self, folder: str | Path, *, message: str, tag: str | None = None, dry_run: bool = False
@@ -102,248 +97,135 @@ class HubStore:
             plain_name(tag, "tag")
         files = checkpoint_files(folder)
         repo = self._repo(folder.resolve().name)
-        before = self._head(repo, may_be_missing=True)
-        publication = self._compare(repo, files, before, tag)
-        tagged = self._tags(repo).get(tag) if tag and before else None
-        if tagged is not None and (publication.to_write or not before or tagged != before.commit):
+        before = self._find(repo, None, RepositoryNotFoundError)
+        present = [file for file in FILES if before and file in before.files]
+        same = [file for file in present if before and before.has(file, files[file])]
+        publication = Publication.of_comparison(folder.resolve().name, self.location, present, same, tag=tag)
+        tagged = self._find(repo, tag, RevisionNotFoundError) if before and tag else None
+        if before and tagged and (publication.to_write or tagged.commit != before.commit):
             raise StoreError(
-                f"{repo}: tag {tag} stands at commit {tagged[:12]} already, where other files are, and a tag is never "
-                "moved: choose a new one; nothing was published"
+                f"{repo}: tag {tag} is at commit {tagged.commit[:12]} with other files, and a tag is never moved: "
+                "choose a new one; nothing was published"
             )
         if dry_run:
             return replace(publication, dry_run=True)
         commit = before.commit if before else None
         if publication.to_write:
-            commit = self._commit(repo, files, message, exists=before is not None)
+            commit = self._commit(repo, files, message, is_new=before is None)
             publication = replace(publication, commit=commit)
-        if tag and commit and tagged is None:
+        if tag and commit and not tagged:
             self._tag(repo, tag, commit)
         return publication
 
-    # Reading
-
-    def _cached(self, repo: str, files: Mapping[str, FileFacts]) -> Path | None:
-        """A snapshot in the cache with all the files, proven; no request is made."""
-        for folder in sorted(self._snapshots(repo).glob("*")):
-            if all(_differs(folder / file, facts) is None for file, facts in files.items()):
-                return folder
-        return None
-
     def _download(self, repo: str, files: Mapping[str, FileFacts]) -> Path:
-        head = self._head(repo)
-        assert head is not None
+        """The folder of the files in the cache. What is damaged, on the way or in the cache, is fetched once more."""
+        snapshot = self._retry.call(self._get(repo), partial(self._snapshot, repo, self.revision))
         for file, facts in files.items():
-            if file not in head.sizes:
-                raise StoreError(
-                    f"{self._asked(repo, file)}: commit {head.commit[:12]} has no such file. {self._other()}"
-                )
-            if head.sizes[file] != facts.size or head.sha256s.get(file, facts.sha256) != facts.sha256:
-                raise StoreError(
-                    f"{self._asked(repo, file)}: commit {head.commit[:12]} has another file than this cnvzoo knows "
-                    f"({head.sizes[file]:,} bytes, and {facts.size:,} were expected, sha256 {facts.sha256[:16]}...). "
-                    f"{self._other()}"
-                )
-        for file, facts in files.items():
-            self._download_file(repo, file, facts, head.commit)
-        return self._snapshots(repo) / head.commit
+            self._check_published(repo, file, facts, snapshot)
+        folder = self._snapshots(repo) / snapshot.commit
+        wrong = dict.fromkeys(files, "")
+        for force in (False, True):
+            for file in wrong:
+                if force and not (folder / file).is_symlink():  # huggingface_hub replaces only what links lead to
+                    (folder / file).unlink(missing_ok=True)
+                download = partial(
+                    self._api.hf_hub_download, repo, file, revision=snapshot.commit, cache_dir=self.cache_dir,
+                    etag_timeout=self._retry.timeout, force_download=force,
+                )  # fmt: skip
+                self._retry.call(self._get(repo, file), download)
+            if not (wrong := _damaged(folder, files)):
+                return folder
+        problems = "; ".join(wrong.values())
+        raise StoreError(f"{self._get(repo)} failed: the wrong bytes came twice: {problems}. {_OTHER_RELEASE}")
 
-    def _download_file(self, repo: str, file: str, facts: FileFacts, commit: str) -> None:
-        asked, path = self._asked(repo, file), self._snapshots(repo) / commit / file
-
-        def get() -> None:
-            self._api.hf_hub_download(
-                repo, file, revision=commit, cache_dir=self._cache_dir, etag_timeout=self._patience.read_timeout
+    def _check_published(self, repo: str, file: str, facts: FileFacts, snapshot: _Snapshot) -> None:
+        """Raise StoreError before anything is downloaded where the repository has another file, or none."""
+        found = snapshot.files.get(file)
+        if found is None or found.size != facts.size or (found.lfs and found.lfs.sha256 != facts.sha256):
+            content = "no such file" if found is None else f"another file of {found.size} bytes"
+            raise StoreError(
+                f"{self._get(repo, file)} failed: commit {snapshot.commit[:12]} has {content}, and the index of this "
+                f"cnvzoo expects {facts.size} bytes with sha256 {facts.sha256[:16]}.... {_OTHER_RELEASE}"
             )
-
-        self._ask(asked, get)
-        if _differs(path, facts):
-            _throw_away(path)
-            self._ask(asked, get)
-            if problem := _differs(path, facts):
-                _throw_away(path)
-                raise StoreError(f"{asked}: what came is not the published file, twice: {problem}. {self._other()}")
 
     def _snapshots(self, repo: str) -> Path:
-        return self._cache_dir / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots"
+        return self.cache_dir / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots"
 
-    def _other(self) -> str:
-        if self.revision:
-            return "Choose the revision that belongs to this cnvzoo, or another store with hub= or CNVZOO_HUB"
-        return (
-            f"Update cnvzoo, or choose the release that belongs to this one: hub='{self.location}@TAG', or CNVZOO_HUB"
-        )
+    def _commit(self, repo: str, files: Mapping[str, bytes], message: str, *, is_new: bool) -> str:
+        """Bring the repository to these files in one commit; returns its id.
 
-    # Writing
-
-    def _commit(self, repo: str, files: Mapping[str, bytes], message: str, *, exists: bool) -> str:
-        """Bring the repository to these files in one commit on top of what it has then; the commit's id.
-
-        Asked again, it reads again first: what another publisher did is compared with, and a commit whose answer was
-        lost on the way is found rather than made twice.
+        Every attempt compares with the newest commit, which becomes the parent: so the files of two publishers do not
+        mix, and a commit whose answer was lost is not made twice.
         """
-        asked = self._asked(repo, "a commit")
-
-        def create() -> None:
-            with _patient_session(self._patience.write_timeout):
-                self._api.create_repo(repo, exist_ok=True)
 
         def commit() -> str:
-            head = self._head(repo)
-            assert head is not None
-            differing = [name for name in FILES if not head.has(name, files[name])]
-            if not differing:
+            head = self._snapshot(repo, None)
+            changed = [name for name in FILES if not head.has(name, files[name])]
+            if not changed:
                 return head.commit
-            size = sum(len(files[name]) for name in differing)
-            bar = tqdm(total=size, desc=repo, unit="B", unit_scale=True, delay=2, leave=False, disable=None)
-            # file objects, because bytes and paths go through Xet, which only the Hub itself has
-            additions = [CommitOperationAdd(name, _Watched(files[name], bar)) for name in differing]
-            with bar, _patient_session(self._patience.write_timeout):
-                made = self._api.create_commit(
-                    repo, additions, commit_message=message, parent_commit=head.commit
-                )  # fmt: skip
+            additions = [CommitOperationAdd(name, files[name]) for name in changed]
+            made = self._api.create_commit(repo, additions, commit_message=message, parent_commit=head.commit)
             return _checked_commit(made.oid)
 
-        if not exists:
-            self._ask(self._asked(repo, "a new repository"), create)
-        made = self._ask(asked, commit, again_on=_CONFLICTS)
-        after = self._head(repo, revision=made)
-        assert after is not None
-        if wrong := [name for name in FILES if not after.has(name, files[name])]:
-            raise StoreError(
-                f"{asked}: commit {made[:12]} was made, and {', '.join(wrong)} in it is not what was sent: "
-                "publish again"
-            )
-        return made
-
-    def _tags(self, repo: str) -> dict[str, str]:
-        def get() -> dict[str, str]:
-            with _patient_session(self._patience.read_timeout):
-                return {ref.name: _checked_commit(ref.target_commit) for ref in self._api.list_repo_refs(repo).tags}
-
-        return self._ask(self._asked(repo, "its tags"), get)
+        if is_new:
+            create = partial(self._api.create_repo, repo, exist_ok=True)
+            self._retry.call(f"Creating {repo} at {self.endpoint}", create)
+        return self._retry.call(f"Commit to {repo} at {self.endpoint}", commit, retry_on=_CONFLICTS)
 
     def _tag(self, repo: str, tag: str, commit: str) -> None:
         def create() -> None:
-            standing = self._tags(repo).get(tag)
-            if standing == commit:
-                return
-            if standing is not None:
-                raise StoreError(
-                    f"{repo}: tag {tag} was set at commit {standing[:12]} by somebody else meanwhile, and the files "
-                    f"are in commit {commit[:12]}: choose a new tag"
-                )
-            with _patient_session(self._patience.write_timeout):
-                self._api.create_tag(repo, tag=tag, revision=commit)
-
-        self._ask(self._asked(repo, f"tag {tag}"), create, again_on=_CONFLICTS)
-
-    def _compare(self, repo: str, files: Mapping[str, bytes], head: _Head | None, tag: str | None) -> Publication:
-        present = [name for name in FILES if head and name in head.sizes]
-        same = [name for name in present if head and head.has(name, files[name])]
-        return Publication(
-            name=repo.split("/")[1],
-            location=self.location,
-            new=tuple(name for name in FILES if name not in present),
-            changed=tuple(name for name in present if name not in same),
-            unchanged=tuple(same),
-            tag=tag,
-        )
-
-    # Both
-
-    def _head(self, repo: str, *, revision: str | None = None, may_be_missing: bool = False) -> _Head | None:
-        """The repository at `revision`, at the store's by default; None if it is missing and that is allowed."""
-
-        def get() -> _Head | None:
             try:
-                info = self._api.model_info(
-                    repo, revision=revision or self.revision, files_metadata=True, timeout=self._patience.read_timeout
+                found = self._snapshot(repo, tag).commit
+            except RevisionNotFoundError:
+                self._api.create_tag(repo, tag=tag, revision=commit)
+                return
+            if found != commit:
+                raise StoreError(
+                    f"{repo}: somebody else has set tag {tag} at commit {found[:12]} meanwhile, and the files are in "
+                    f"commit {commit[:12]}: choose a new tag"
                 )
-            except RepositoryNotFoundError:
-                if may_be_missing:
-                    return None
-                raise
-            siblings = info.siblings or []
-            return _Head(
-                commit=_checked_commit(info.sha),
-                sizes={file.rfilename: int(file.size or 0) for file in siblings},
-                sha256s={file.rfilename: file.lfs.sha256 for file in siblings if file.lfs},
-                git_hashes={file.rfilename: file.blob_id for file in siblings if file.blob_id},
-            )
 
-        return self._ask(self._asked(repo, "its files"), get)
+        self._retry.call(f"Tag {tag} of {repo} at {self.endpoint}", create, retry_on=_CONFLICTS)
 
-    def _ask(self, asked: str, request: Callable[[], T], *, again_on: Collection[int] = ()) -> T:
-        secrets = secrets_in_use(self._endpoint)
-        return self._patience.ask(asked, request, again_on=again_on, secrets=secrets)
+    def _find(self, repo: str, revision: str | None, not_found: type[Exception]) -> _Snapshot | None:
+        def find() -> _Snapshot | None:
+            try:
+                return self._snapshot(repo, revision)
+            except not_found:
+                return None
+
+        return self._retry.call(self._get(repo), find)
+
+    def _snapshot(self, repo: str, revision: str | None) -> _Snapshot:
+        info = self._api.model_info(repo, revision=revision, files_metadata=True, timeout=self._retry.timeout)
+        return _Snapshot(_checked_commit(info.sha), {file.rfilename: file for file in info.siblings or []})
 
     def _repo(self, name: str) -> str:
         repo = f"{self.organisation}/{plain_name(name, 'checkpoint')}"
         try:
             validate_repo_id(repo)
         except HFValidationError as error:
-            raise StoreError(f"{repo}: not the name of a repository, as the Hub wants them: {error}") from None
+            raise StoreError(f"{repo}: not a valid name of a repository on the Hub: {error}") from None
         return repo
 
-    def _asked(self, repo: str, what: str) -> str:
-        return f"{repo}: {what} was asked of {redacted(self._endpoint)}" + (
-            f" at {self.revision}" if self.revision else ""
-        )
+    def _get(self, repo: str, file: str | None = None) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"GET {repo}{revision}{f'/{file}' if file else ''} from {self.endpoint}"
 
 
-def _checked_commit(said: object) -> str:
-    """What a server says is a commit, if it can be one. It is part of paths and of messages."""
-    if not isinstance(said, str) or not _COMMIT.fullmatch(said):
-        raise ValueError(f"{said!r} is not a commit")
-    return said
+def _checked_commit(commit: object) -> str:
+    """A commit id from a server. It becomes part of paths and messages, so anything else is a ValueError."""
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+        raise ValueError(f"{commit!r} is not a commit")
+    return commit
 
 
-def _differs(path: Path, facts: FileFacts) -> str | None:
-    """What tells the cached file apart from the published one; None if it is that one."""
-    try:
-        read_verified(path, facts)
-    except CheckpointError as error:
-        return str(error)
-    return None
-
-
-def _throw_away(path: Path) -> None:
-    """Remove a cached file and the blob that it stands for, so that both are fetched anew."""
-    if path.is_symlink() and path.resolve().parent == (path.parents[2] / "blobs").resolve():
-        path.resolve().unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-
-
-class _Watched(io.BytesIO):
-    """A file in memory whose readers move a progress bar, back as well, where they begin again."""
-
-    def __init__(self, content: bytes, bar: tqdm) -> None:
-        super().__init__(content)
-        self._bar, self._shown = bar, 0
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        content = super().read(size)
-        self._bar.update(self.tell() - self._shown)
-        self._shown = self.tell()
-        return content
-
-
-@contextmanager
-def _patient_session(timeout: float) -> Iterator[None]:
-    """Within, a request without a timeout of its own is given up after so many seconds without a byte.
-
-    huggingface_hub sets none for uploads: a server that stops answering would be waited for until the end of days.
-    What it says about file objects not going through Xet is left out: that is on purpose.
-    """
-    session, log = get_session(), logging.getLogger("huggingface_hub._commit_api")
-    before, session.timeout = session.timeout, timeout
-    log.addFilter(_is_not_about_xet)
-    try:
-        yield
-    finally:
-        session.timeout = before
-        log.removeFilter(_is_not_about_xet)
-
-
-def _is_not_about_xet(record: logging.LogRecord) -> bool:
-    return "not supported by Xet" not in record.getMessage()
+def _damaged(folder: Path, files: Mapping[str, FileFacts]) -> dict[str, str]:
+    """The files that are not in `folder` as they were published, each with what is wrong."""
+    wrong = {}
+    for file, facts in files.items():
+        try:
+            read_verified(folder / file, facts)
+        except CheckpointError as error:
+            wrong[file] = str(error)
+    return wrong

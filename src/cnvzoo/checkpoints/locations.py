@@ -20,7 +20,7 @@ from typing import Any
 from cnvzoo.checkpoints.folder import checkpoint_folders, read_config
 from cnvzoo.checkpoints.format import CONFIG, WEIGHTS, CheckpointError, FileFacts, StoreError, checked_name
 from cnvzoo.checkpoints.index import read_index
-from cnvzoo.checkpoints.retry import Patience, redacted
+from cnvzoo.checkpoints.retry import RetryPolicy, redacted
 from cnvzoo.checkpoints.store import DirectoryStore, Store
 from cnvzoo.errors import ModelError, nearest
 from cnvzoo.files import expanded
@@ -43,7 +43,7 @@ def open_store(
     *,
     endpoint: str | None = None,
     cache_dir: str | Path | None = None,
-    patience: Patience | None = None,
+    retry: RetryPolicy | None = None,
 ) -> Store:
     """Open a store; nothing is asked of it yet.
 
@@ -52,7 +52,7 @@ def open_store(
             `hf://ORG@REVISION` to read them at a tag or commit.
         endpoint: address of the Hub; default HF_ENDPOINT, else https://huggingface.co.
         cache_dir: where downloads are kept; default HF_HUB_CACHE, else the cache of huggingface_hub.
-        patience: how long to wait and how often to try again.
+        retry: how long to wait and how often to try again; `RetryPolicy` has the defaults.
 
     Raises:
         StoreError: the location is neither.
@@ -69,7 +69,7 @@ def open_store(
         HubStore,  # huggingface_hub takes a while to import, and directories do without
     )
 
-    return HubStore(match[1], match[2], endpoint=endpoint, cache_dir=cache_dir, patience=patience or Patience())
+    return HubStore(match[1], match[2], endpoint=endpoint, cache_dir=cache_dir, retry=retry)
 
 
 ORGANISATION = "hf://cnvzoo"

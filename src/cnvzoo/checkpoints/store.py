@@ -1,24 +1,13 @@
-"""What goes through a store: the files of one checkpoint, under names that lead nowhere else, and what became of them.
+"""A store: a place that holds checkpoints by name. Here the interface, and the store that is a directory.
 
-A name that reaches a store may come from a command line, an index or a server. Only plain names are let through, so
-that nothing can be read or written outside of the folder that is meant.
-
-Which folders of a directory are checkpoints, and which files of a folder are a checkpoint's, is decided here alone:
-publishing, the index and the search by name have to agree on it.
-
-
-Where checkpoints come from and go to: a directory, or an organisation of the Hugging Face Hub.
-
-Whatever a store hands out was compared with the sha256 that its caller knows it by; whatever it takes in arrives whole
-or not at all.
-
-
-A store that is a folder of checkpoints: on this disk, on a mounted one, or the `hub/` of a checkout."""
+What a store returns was compared with the sha256 that the caller expects; what it takes is published whole or not at
+all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -42,12 +31,12 @@ class Publication:
     """What publishing one checkpoint did, or would do.
 
     Attributes:
-        name: of the checkpoint.
-        location: of the store, such as `hf://cnvzoo`, or a folder.
+        name: name of the checkpoint.
+        location: location of the store, such as `hf://cnvzoo` or a folder.
         new, changed, unchanged: names of files, compared with what the store had.
-        commit: that the Hub made of it; None where nothing was written, and in directories, which have no commits.
-        tag: that stands at these files, if one was asked for.
-        dry_run: nothing was written.
+        commit: id of the new commit on the Hub; None where nothing was written, and for directories.
+        tag: the tag at these files, where one was asked for.
+        dry_run: whether this is what would be done; nothing was written.
     """
 
     name: str
@@ -58,6 +47,20 @@ class Publication:
     commit: str | None = None
     tag: str | None = None
     dry_run: bool = False
+
+    @classmethod
+    def of_comparison(
+        cls, name: str, location: str, present: Sequence[str], same: Sequence[str], *, tag: str | None = None
+    ) -> Publication:
+        """What there is to publish where the store has the files `present`, and of these `same` as they are here."""
+        return cls(
+            name=name,
+            location=location,
+            new=tuple(file for file in FILES if file not in present),
+            changed=tuple(file for file in present if file not in same),
+            unchanged=tuple(same),
+            tag=tag,
+        )
 
     @property
     def to_write(self) -> tuple[str, ...]:
@@ -80,32 +83,32 @@ class Store(Protocol):
     """A place that holds checkpoints by name.
 
     Attributes:
-        location: as it was given to `open_store`.
+        location: the place as `open_store` takes it: a directory or `hf://ORG`.
     """
 
     @property
     def location(self) -> str: ...
 
     def fetch(self, name: str, files: Mapping[str, FileFacts]) -> Path:
-        """A local folder in which each of `files` is present and has been compared, size first, then sha256.
+        """A local folder with each of `files`, after comparison of size and sha256.
 
         Raises:
-            StoreError: there is no such checkpoint or file, it is not the one that `files` describe, a name or a
-                symbolic link leads out of the folder, or the Hub does not give it.
+            CheckpointError: there is no such checkpoint or file, its content is another, a name or a symbolic link
+                leads out of the folder, or the Hub cannot be read.
         """
         ...
 
     def publish(
         self, folder: str | Path, *, message: str, tag: str | None = None, dry_run: bool = False
     ) -> Publication:
-        """Put the checkpoint in `folder` into the store, under the folder's name.
+        """Publish the checkpoint in `folder` under the folder's name.
 
-        Nothing is written where nothing changed. What the store has besides a checkpoint's files is left alone.
+        Only files that changed are written. Other files in the store are left alone.
 
         Args:
-            folder: with the weights, the config and the model card, and nothing else.
-            message: of the commit, where the store has commits.
-            tag: to set at these files, where the store has tags. A tag that exists is never moved.
+            folder: weights, config and model card, and nothing else.
+            message: commit message, where the store has commits.
+            tag: tag to set at these files, where the store has tags. An existing tag is never moved.
             dry_run: compare, and write nothing.
 
         Raises:
@@ -115,7 +118,7 @@ class Store(Protocol):
 
 
 class DirectoryStore:
-    """Checkpoints in the folders of `root`, each under its name. See `cnvzoo.hub.Store`."""
+    """The checkpoints in the folders of `root`: on this disk, on a mounted one, or the `hub/` of a checkout."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -154,7 +157,7 @@ class DirectoryStore:
         files = checkpoint_files(folder)
         name = folder.resolve().name
         if dry_run:
-            return self._compare(name, files, dry_run=True)
+            return replace(self._compare(name, files), dry_run=True)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             # The files of two publishers must not mix: one writes, the other waits and then compares again.
@@ -169,17 +172,10 @@ class DirectoryStore:
             ) from error
         return publication
 
-    def _compare(self, name: str, files: Mapping[str, bytes], *, dry_run: bool = False) -> Publication:
+    def _compare(self, name: str, files: Mapping[str, bytes]) -> Publication:
         target = self.root / name
         if target.is_symlink():
             raise StoreError(f"{target}: a symbolic link, which could lead out of the store; remove it, then publish")
         present = [file for file in FILES if (target / file).exists() or (target / file).is_symlink()]
         same = [file for file in present if read_plain_file(target / file) == files[file]]
-        return Publication(
-            name=name,
-            location=self.location,
-            new=tuple(file for file in FILES if file not in present),
-            changed=tuple(file for file in present if file not in same),
-            unchanged=tuple(same),
-            dry_run=dry_run,
-        )
+        return Publication.of_comparison(name, self.location, present, same)
