@@ -1,32 +1,32 @@
-"""Reproduce the tables of this project: train what has no record yet, and show what came out.
+"""Reproduce the tables of this project: train what has no record yet, and show the results.
 
     python benchmarks/reproduce.py --table cifar10                              every entry of a table, three seeds
     python benchmarks/reproduce.py --table mnist --entry mnist_cnv --seeds 0    one run
     python benchmarks/reproduce.py --table all --time-limit 0                   train nothing, show the tables
-    python benchmarks/reproduce.py --table cifar10 --epochs 3                   a trial of everything, in no table
+    python benchmarks/reproduce.py --table cifar10 --epochs 3                   a short trial of each, in no table
     python benchmarks/reproduce.py --table cifar10 --at-once 4                  four runs at once
     python benchmarks/reproduce.py --table cifar10 --publish hf://ORG           and publish the checkpoints at the end
 
-Like make: a run with a valid record under benchmarks/results/ is not trained again, one that was stopped goes on
-where it stopped, and a record of a recipe that has changed since is out of date. Several runs go at once, by default
-as many as keep the machine busy: on a CPU each in a process of its own, with one thread, on a GPU in one process, each
-on a stream of its own. What goes beside a run changes none of its bits. To merge the work of several
-machines, copy their records into benchmarks/results/: the tables, printed and written to benchmarks/RESULTS.md and
-into README.md, are made of these and of what benchmarks/retired.json keeps of replaced ones.
+It works like make: a run with a valid record under benchmarks/results/ is not trained again, an interrupted run is
+resumed, and a record whose recipe has changed is out of date. Several runs are trained at once, by default as many as
+keep the machine busy: on a CPU each in a process of its own with one thread, on a GPU in one process, each on a stream
+of its own. A run's bits do not depend on what runs beside it. To merge the work of several machines, copy their records
+into benchmarks/results/: the tables, printed and written to benchmarks/RESULTS.md and README.md, are made of these and
+of benchmarks/retired.json, which keeps the results of replaced records.
 
-Once nothing is left to train, and before the time limit, the published checkpoints of the entries asked for are
-measured as integer graphs, if they are quantized and have not been, and verified as `cnvzoo verify` does it: a minute
-and some seconds each. Then, with --publish, those that are there go to a directory or
-to the Hugging Face Hub, unless one of them was found to be other than published.
+When nothing is left to train, and before the time limit, the published checkpoints of the selected entries are measured
+as integer graphs, if they are quantized and have not been measured, and verified as `cnvzoo verify` does it: a minute
+and some seconds each. Then, with --publish, they are sent to a directory or to the Hugging Face Hub, unless one of them
+fails its verification.
 
-Several of these commands may share their folders: what one is training the others leave to it, and what one has
-finished the others do not train again. A run that fails does not keep the others from being trained, and tables that
-cannot be written are printed all the same.
+Several of these commands may share their folders: each leaves alone what another is training, and does not train again
+what another has finished. A run that fails does not stop the others, and tables that cannot be written are still
+printed.
 
-Exit status: 0 every run asked for has its record; 1 a run failed, a checkpoint is not as it was published or could
-not be published, or a file of the results is out of date and cannot be written; 2 wrong request, recipe or reference;
-3 stopped at the time limit; 4 all is done but for what another process is training, and what waits for that; 130 or
-143 stopped by Ctrl-C or SIGTERM. After 3, 4, 130 and 143 the same command goes on.
+Exit status: 0 every selected run has its record; 1 a run failed, a checkpoint is not as published or could not be
+published, or a file of the results is out of date and cannot be written; 2 invalid request, recipe or reference;
+3 stopped at the time limit; 4 all is done except what another process is training, and what needs that; 130 or 143
+stopped by Ctrl-C or SIGTERM. After 3, 4, 130 and 143 the same command resumes.
 """
 
 from __future__ import annotations
@@ -37,20 +37,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
-from harness.entries import SEEDS, TABLES, HarnessError, Layout, load_entries, select_entries, shown
+import torch
+from harness.entries import SEEDS, TABLES, Entry, HarnessError, Layout, load_entries, select_entries, shown
 from harness.execute import Outcome, execute
-from harness.plot import update_plot
-from harness.publish import keep_missing, measure_missing, publish_checkpoints, update_index
+from harness.outputs import Outputs
+from harness.publish import publish_checkpoints
 from harness.records import Records, load_retired, recipes_scored
 from harness.references import load_references
-from harness.report import page, print_listing, print_table, print_trials, rows, summary, update_readme
-from harness.schedule import Job, make_plan
-from harness.workers import LocalRunner, ProcessRunner, Runner, at_once_by_default, settings
+from harness.report import print_listing, print_table, print_trials, rows
+from harness.schedule import Run, make_plan
+from harness.workers import LocalRunner, ProcessRunner, Runner, default_runs_at_once, process_settings
 from rich.console import Console
 from torch import nn
 
@@ -58,42 +56,12 @@ from cnvzoo.checkpoints.format import IntegerResult
 from cnvzoo.checkpoints.verify import Verification, verify
 from cnvzoo.deploy.export import measure_integer
 from cnvzoo.errors import CnvzooError, in_a_line
-from cnvzoo.files import FileError, update_text
 from cnvzoo.training import PUBLISHED_SEED, RecipeError, RunRecord, resolve_device, run_recipe
 
-_T = TypeVar("_T")
 _HOME = Path(__file__).resolve().parent
 _EXIT = {"time limit": 3, "SIGINT": 130, "SIGTERM": 143}
 _EXIT_LEFT_TO_OTHERS = 4
 _LEFT_SHOWN = 10
-
-
-@dataclass
-class _Writing:
-    """The writing of what follows from the runs. A file that cannot be written keeps no other from being written.
-
-    out_of_date: what could not be written when it was last tried
-    """
-
-    say: Callable[[str], None]
-    out_of_date: set[str] = field(default_factory=set)
-    said: set[str] = field(default_factory=set)
-
-    def attempt(self, what: str, write: Callable[[], _T], otherwise: _T) -> _T:
-        """What `write` returns, or `otherwise` where it fails, for a reason that is said once."""
-        try:
-            result = write()
-        except (CnvzooError, OSError, UnicodeDecodeError) as error:
-            self.out_of_date.add(what)
-            self.once(f"{what} stays as it was: {in_a_line(error)}")
-            return otherwise
-        self.out_of_date.discard(what)
-        return result
-
-    def once(self, text: str) -> None:
-        if text not in self.said:
-            self.said.add(text)
-            self.say(text)
 
 
 def main(
@@ -109,7 +77,7 @@ def main(
     Args:
         argv: arguments; those of the process if None.
         home: the folder with configs/, references.yaml and results/.
-        train: in the place of cnvzoo.training.run_recipe, and in this process, in threads where several go at once.
+        train: instead of cnvzoo.training.run_recipe; called in this process, in threads if several runs go at once.
         verify: what verifies checkpoints, called as cnvzoo.verify.
         measure: what measures the integer graph of a quantized model, called as cnvzoo.deploy.export.measure_integer.
     """
@@ -119,7 +87,7 @@ def main(
     except (CnvzooError, OSError) as error:
         print(f"reproduce.py: error: {in_a_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, (HarnessError, RecipeError)) else 1
-    except KeyboardInterrupt:  # between two runs: one under way saves its state, and stops as an outcome
+    except KeyboardInterrupt:  # between two runs; a run under way catches the signal itself and saves its state
         print("reproduce.py: interrupted", file=sys.stderr)
         return _EXIT["SIGINT"]
 
@@ -138,121 +106,95 @@ def _reproduce(
     if arguments.list:
         print_listing(Console(), selected, records.survey())
         return 0
-
-    if arguments.dry_run and arguments.publish is None:
-        raise HarnessError("--dry-run shows what --publish would send: give both")
     if arguments.dry_run:
+        if arguments.publish is None:
+            raise HarnessError("--dry-run shows what --publish would send: give both")
         publish_checkpoints(selected, layout, arguments.publish, tag=arguments.tag, dry_run=True, say=print)
         return 0
 
     references = load_references(layout.references, entries)
-    load_retired(layout.retired)  # a problem in it is named before anything is trained
+    load_retired(layout.retired)  # reports a problem in it before anything is trained
     device = resolve_device(arguments.device)
     deadline = None if arguments.time_limit is None else time.monotonic() + arguments.time_limit
-    messages = Console(stderr=True)
-
-    def say(text: str) -> None:
-        with suppress(OSError):  # stderr may be a file on the disk that is full, which is no reason to end a run
-            messages.print(text, soft_wrap=True, highlight=False, markup=False)
-
-    writing = _Writing(say)
-
-    def bring_index_up_to_date() -> bool:
-        try:
-            for problem in update_index(layout.index, layout.hub):
-                writing.once(problem)
-        except FileError:
-            raise
-        except CnvzooError as error:  # what was trained is worth keeping, whatever else is in the folder
-            writing.once(f"the index of published checkpoints stays as it was: {error}")
-            return False
-        return True
-
-    def keep() -> None:
-        for entry in selected:
-            write = partial(keep_missing, [entry], records, verify)
-            for folder in writing.attempt(f"the checkpoint of {entry.name}", write, []):
-                say(f"{shown(folder)}: checkpoint written")
-        if writing.attempt("the index of published checkpoints", bring_index_up_to_date, False):
-            problem = writing.attempt("the picture", partial(update_plot, layout.plot, layout.index), None)
-            if problem is not None:
-                writing.once(problem)
-        survey = records.survey()
-        lines = rows(entries.values(), survey, references, recipes_scored(entries.values(), layout))
-        writing.attempt("the page of results", partial(update_text, layout.page, page(lines, survey)), False)
-        writing.attempt("the README", partial(update_readme, layout.readme, summary(lines)), None)
-
-    for entry in selected:
-        for seed in seeds:
-            collect = partial(records.collect, entry, seed)
-            if path := writing.attempt(f"the record of {entry.name} seed {seed}", collect, None):
-                say(f"{shown(path)}: brought from the run that finished before")
+    outputs = Outputs(selected, records, references, verify, _say)
+    outputs.collect_records(seeds)
     for problem in records.problems():
-        say(f"no table reads {problem}")
-    jobs = make_plan(selected, seeds, records=records, epochs=arguments.epochs, retrain=arguments.retrain)
-    threads = arguments.threads
-    at_once = min(arguments.at_once or at_once_by_default(device, threads), max(1, len(jobs)))
-    if train is None and device.type == "cpu" and at_once > 1:
-        runner: Runner = ProcessRunner(threads, deadline, say)
-    else:
-        own_stream = device.type == "cuda" and at_once > 1
-        runner = LocalRunner(train or run_recipe, device, deadline, own_stream=own_stream)
-    with settings(device, threads):
-        outcome = execute(
-            jobs,
-            runner,
-            at_once=at_once,
-            records=records,
-            deadline=deadline,
-            say=say,
-            on_finished=keep,
-        )
-    keep()
+        _say(f"in no table: {problem}")
+
+    runs = make_plan(selected, seeds, records=records, epochs=arguments.epochs, retrain=arguments.retrain)
+    outcome = _train(runs, arguments, device, deadline, train, outputs)
+    outputs.update()
     verified: list[Verification] = []
     in_time = outcome.stopped is None and (deadline is None or time.monotonic() < deadline)
     if in_time and arguments.epochs is None and PUBLISHED_SEED in seeds:
-        for entry in selected:
-            write = partial(measure_missing, [entry], layout, measure, say)
-            if writing.attempt(f"the config of {layout.checkpoint(entry.recipe).name}", write, []):
-                keep()
+        outputs.measure(measure)
         names = [folder.name for entry in selected if (folder := layout.checkpoint(entry.recipe)).is_dir()]
         verified = verify(names, hub=layout.hub, device=arguments.device)
 
-    console, survey = Console(), records.survey()
-    recipes = recipes_scored(entries.values(), layout)
-    for table in TABLES:
-        if arguments.table in ("all", table):
-            members = [entry for entry in entries.values() if entry.table == table]
-            print_table(console, table, rows(members, survey, references, recipes))
-    print_trials(console, records.trials(selected, seeds, arguments.epochs))
+    _print_tables(arguments, selected, seeds, outputs)
     if arguments.publish is not None and outcome.stopped in (None, "time limit"):
         if any(result.problem for result in verified):
-            say("nothing is published: see below")
+            _say("nothing is published: a checkpoint is not as published, see below")
         else:
-            publish_checkpoints(selected, layout, arguments.publish, tag=arguments.tag, dry_run=False, say=say)
-    if writing.out_of_date:
-        say(f"not written, see above: {', '.join(sorted(writing.out_of_date))}")
-    status = _conclude(outcome, verified, say, arguments.retrain)
-    return 1 if writing.out_of_date and status in (0, _EXIT["time limit"], _EXIT_LEFT_TO_OTHERS) else status
+            publish_checkpoints(selected, layout, arguments.publish, tag=arguments.tag, dry_run=False, say=_say)
+    if outputs.out_of_date:
+        _say(f"not written, see above: {', '.join(sorted(outputs.out_of_date))}")
+    status = _conclude(outcome, verified, arguments.retrain)
+    return 1 if outputs.out_of_date and status in (0, _EXIT["time limit"], _EXIT_LEFT_TO_OTHERS) else status
 
 
-def _conclude(outcome: Outcome, verified: Sequence[Verification], say: Callable[[str], None], retrain: bool) -> int:
-    """Say what is not there, or not as it should be, and what to do about it; returns the exit status."""
+def _train(
+    runs: Sequence[Run],
+    arguments: argparse.Namespace,
+    device: torch.device,
+    deadline: float | None,
+    train: Callable[..., RunRecord] | None,
+    outputs: Outputs,
+) -> Outcome:
+    """Train the runs: in worker processes if several go at once on a CPU, else in this process."""
+    threads, records = arguments.threads, outputs.records
+    at_once = min(arguments.at_once or default_runs_at_once(device, threads), max(1, len(runs)))
+    if train is None and device.type == "cpu" and at_once > 1:
+        runner: Runner = ProcessRunner(threads, deadline, _say, run_recipe)
+    else:
+        own_stream = device.type == "cuda" and at_once > 1
+        runner = LocalRunner(train or run_recipe, device, deadline, own_stream=own_stream)
+    with process_settings(device, threads):
+        return execute(
+            runs, runner, at_once=at_once, records=records, deadline=deadline, say=_say, on_finished=outputs.update
+        )
+
+
+def _print_tables(
+    arguments: argparse.Namespace, selected: Sequence[Entry], seeds: Sequence[int], outputs: Outputs
+) -> None:
+    console, records = Console(), outputs.records
+    survey, entries = records.survey(), list(records.entries.values())
+    recipes = recipes_scored(entries, records.layout)
+    for table in TABLES:
+        if arguments.table in ("all", table):
+            members = [entry for entry in entries if entry.table == table]
+            print_table(console, table, rows(members, survey, outputs.references, recipes))
+    print_trials(console, records.trials(selected, seeds, arguments.epochs))
+
+
+def _conclude(outcome: Outcome, verified: Sequence[Verification], retrain: bool) -> int:
+    """Say what is missing or not as it should be, and what to do about it; returns the exit status."""
     if outcome.failed:
-        say(f"failed, see above: {', '.join(map(str, outcome.failed))}")
+        _say(f"failed, see above: {', '.join(map(str, outcome.failed))}")
     different = [result for result in verified if result.problem]
     for result in different:
-        say(f"{result.name}: not as published: {result.problem}")
+        _say(f"{result.name}: not as published: {result.problem}")
     if len(verified) > len(different):
-        say(f"{len(verified) - len(different)} checkpoints verified: their files, and their numbers on the test set")
+        _say(f"{len(verified) - len(different)} checkpoints verified: their files, and their accuracy on the test set")
     if outcome.left:
         again = ", after training the finished ones once more: choose with --entry and --seeds" if retrain else ""
         why = f"stopped ({outcome.stopped})" if outcome.stopped else "another process is training the rest"
-        say(f"{why}; the same command goes on from here{again}. Left, {len(outcome.left)} in all:")
-    for job in outcome.left[:_LEFT_SHOWN]:
-        say(f"  {job}: {_state(job, outcome)}")
+        _say(f"{why}; the same command resumes here{again}. Left, {len(outcome.left)} in all:")
+    for run in outcome.left[:_LEFT_SHOWN]:
+        _say(f"  {run}: {_progress(run, outcome)}")
     if len(outcome.left) > _LEFT_SHOWN:
-        say(f"  and {len(outcome.left) - _LEFT_SHOWN} more")
+        _say(f"  and {len(outcome.left) - _LEFT_SHOWN} more")
     if outcome.stopped is not None:
         return _EXIT[outcome.stopped]
     if outcome.failed or different:
@@ -260,10 +202,16 @@ def _conclude(outcome: Outcome, verified: Sequence[Verification], say: Callable[
     return _EXIT_LEFT_TO_OTHERS if outcome.left else 0
 
 
-def _state(job: Job, outcome: Outcome) -> str:
-    if job in outcome.elsewhere:
+def _progress(run: Run, outcome: Outcome) -> str:
+    if run in outcome.elsewhere:
         return "another process is training it"
-    return f"state in {shown(job.run_dir)}" if job.started else "not started"
+    return f"state in {shown(run.run_dir)}" if run.started else "not started"
+
+
+def _say(text: str) -> None:
+    """Print a line on stderr, which may be a file on a full disk: that is no reason to end a run."""
+    with suppress(OSError):
+        Console(stderr=True).print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -279,16 +227,18 @@ def _parser() -> argparse.ArgumentParser:
         "--epochs",
         type=_whole("epochs"),
         metavar="N",
-        help="at most N epochs a run; a run that is cut short is a trial: it enters no table and lives under "
+        help="at most N epochs per run; a run of fewer than its recipe's is a trial: it enters no table and is kept in "
         "<runs>/trials",
     )
-    add("--time-limit", type=_seconds, metavar="SECONDS", help="stop then, with every run under way saved")
+    add(
+        "--time-limit", type=_seconds, metavar="SECONDS", help="stop after this time, with the state of every run saved"
+    )
     add(
         "--at-once",
         type=_whole("runs"),
         metavar="N",
         help="train N runs at once (default: on a CPU the usable cores divided by --threads, on a GPU 3); each needs "
-        "memory of its own, and its bits do not depend on N",
+        "its own memory; its bits do not depend on N",
     )
     add(
         "--threads",
@@ -296,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="threads of one run on a CPU (default: 1). The bits of a run depend on it, so it is the same on every "
-        "machine unless you say otherwise; a record has the number that it was made with",
+        "machine unless you choose another; a record states the number that it was made with",
     )
     add(
         "--runs",
@@ -306,12 +256,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--publish", metavar="TO", help="publish the checkpoints at the end: to a directory, or to hf://ORG")
     add("--tag", help="with --publish: a tag to set at each, such as a release; it is never moved")
-    add("--dry-run", action="store_true", help="with --publish: train nothing, and only show what would go")
+    add("--dry-run", action="store_true", help="with --publish: train nothing, only show what would be sent")
     add("--list", action="store_true", help="print the status of every run of the entries, and do nothing else")
     add(
         "--retrain",
         action="store_true",
-        help="train again what has a record, which is replaced at the end of the new run; a run under way goes on",
+        help="train again what has a record, which the finished run replaces; an interrupted run is resumed",
     )
     return parser
 

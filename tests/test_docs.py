@@ -19,6 +19,7 @@ from fake_http import GOOD_TOKEN  # pyright: ignore[reportMissingImports]  (in t
 from fake_hub import FakeHub  # pyright: ignore[reportMissingImports]
 from harness import report as render
 from harness.entries import Layout, load_entries
+from harness.plot import pictured
 from harness.records import Records, recipes_scored
 from harness.references import load_references
 from harness.report import END, START, rows
@@ -184,9 +185,10 @@ def test_results_are_those_of_the_records():
     recipes = recipes_scored(entries.values(), layout)
     lines = rows(entries.values(), survey, load_references(layout.references, entries), recipes)
     remedy = "run: python benchmarks/reproduce.py --table all --time-limit 0"
-    assert layout.page.read_text(encoding="utf-8") == render.page(lines, survey), remedy
+    shows = pictured(layout.index)
+    assert layout.page.read_text(encoding="utf-8") == render.page(lines, survey, shows), remedy
     readme = layout.readme.read_text(encoding="utf-8")
-    assert readme.split(START)[1].split(END)[0].strip() == render.summary(lines), remedy
+    assert readme.split(START)[1].split(END)[0].strip() == render.summary(lines, shows), remedy
 
 
 def test_recipes_page_has_every_key_with_its_default():

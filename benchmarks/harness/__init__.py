@@ -1,6 +1,6 @@
-"""The parts of `benchmarks/reproduce.py`, one idea a file.
+"""The parts of `benchmarks/reproduce.py`.
 
-entries (what a table holds) -> records (what has been run) -> plan (what is missing) -> execute (train it, by one of
-runners and processes) -> tables and render (what came out). A plain folder beside the script: it is not part of the
-installed library.
+entries (what a table holds) -> records (what has been run) -> schedule (what is missing) -> execute (train it, through
+the runners of workers) -> outputs (checkpoints by publish, pictures by plot, pages by report). A plain folder
+beside the script: it is not part of the installed library.
 """

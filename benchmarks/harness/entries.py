@@ -1,8 +1,7 @@
-"""The entries of the tables, read from the recipes: a table holds what `configs/` holds, in a fixed order.
+"""The entries of the tables, read from the recipes in `configs/`, in a fixed order; and the folders of a checkout.
 
-A file is named after what it trains, `<dataset>_<model>[_w<W>a<A>].yaml`, and a file whose name says something else
-is refused: the name is what records, checkpoints and tables go by. A leading underscore marks a base that is only
-extended.
+A recipe file is named after what it trains, `<dataset>_<model>[_w<W>a<A>].yaml`, and any other name is an error:
+records, checkpoints and tables use the name. A leading underscore marks a base that other recipes extend.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from cnvzoo.training.recipe import Recipe, load_recipe
 
 
 class HarnessError(CnvzooError):
-    """A recipe folder, reference file, record or request that cannot be worked with; the message has the remedy."""
+    """An invalid recipe folder, reference file, record or request; the message names the remedy."""
 
 
 def shown(path: Path) -> str:
-    """`path` as a person would type it: relative to the working directory where it lies below that."""
+    """`path` relative to the working directory if it is below that, else as it is."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename `folder` to `<name>.previous`, in place of an earlier one, and return that path."""
+    """Rename `folder` to `<name>.previous`, replacing an earlier one, and return that path."""
     previous = folder.with_name(f"{folder.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
     folder.rename(previous)
@@ -41,9 +40,10 @@ def set_aside(folder: Path) -> Path:
 class Layout:
     """The folders of one checkout.
 
-    home: the `benchmarks` folder (recipes, references, records, the page)
-    runs: state and weights of runs, large and never committed
-    hub:  published checkpoints
+    Attributes:
+        home: the `benchmarks` folder (recipes, references, records, pages).
+        runs: state and weights of runs, never committed.
+        hub: published checkpoints.
     """
 
     home: Path
@@ -52,17 +52,17 @@ class Layout:
 
     @classmethod
     def of(cls, home: Path, runs: Path | None = None) -> Layout:
-        """The folders of the checkout whose `benchmarks` folder is `home`, with `runs` where the user wants them.
+        """The folders of the checkout whose `benchmarks` folder is `home`, with `runs` from the command line.
 
-        Raises HarnessError if `runs` can be no folder.
+        Raises HarnessError if `runs` cannot be a folder.
         """
         try:
             runs = home.parent / "runs" if runs is None else expanded(runs)
         except FileError as error:
             raise HarnessError(f"--runs {error}") from None
-        there = next(path for path in (runs, *runs.absolute().parents) if path.exists())
-        if not there.is_dir():
-            raise HarnessError(f"--runs {runs}: {there} is a file, not a folder: choose another folder")
+        existing = next(path for path in (runs, *runs.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise HarnessError(f"--runs {runs}: {existing} is a file, not a folder: choose another folder")
         return cls(home=home, runs=runs, hub=home.parent / "hub")
 
     @property
@@ -79,17 +79,16 @@ class Layout:
 
     @property
     def retired(self) -> Path:
-        """What is kept of the records that others have replaced."""
+        """The results of records that were replaced."""
         return self.home / "retired.json"
 
     @property
     def page(self) -> Path:
         return self.home / "RESULTS.md"
 
-    @property
-    def plot(self) -> Path:
-        """Accuracy against bytes, on the page and on the README."""
-        return self.home / "accuracy.svg"
+    def picture(self, table: str) -> Path:
+        """Accuracy against bytes of the published checkpoints of a table."""
+        return self.home / f"accuracy-{table}.svg"
 
     @property
     def readme(self) -> Path:
@@ -109,13 +108,13 @@ class Layout:
         return self.results / entry / f"seed{seed}.json"
 
     def run_dir(self, entry: str, seed: int, trial_epochs: int | None = None) -> Path:
-        """State and weights of a run; trials live apart, where nothing looks for the weights of a table."""
+        """Folder of the state and weights of a run; trials have their own, so that no table uses their weights."""
         if trial_epochs is None:
             return self.runs / entry / f"seed{seed}"
         return self.runs / "trials" / entry / f"seed{seed}-{trial_epochs}epochs"
 
 
-# The tables, each with the models that open it; the others follow by name, quantized ones last, most bits first.
+# The tables, each with its first models; the others follow by name, quantized ones last, most bits first.
 _LEADING = {
     "mnist": ("resnet18", "resnet20", "mobilenet_v1", "cnv"),
     "fashion_mnist": ("resnet18", "resnet20", "mobilenet_v1", "cnv"),
@@ -123,12 +122,13 @@ _LEADING = {
     "cifar100": ("mobilenet_v1", "cnv"),
 }
 TABLES = tuple(_LEADING)
+TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of a table: a recipe and the file that it came from."""
+    """One row of a table: a recipe, its file, and its fingerprint."""
 
     recipe: Recipe
     path: Path
@@ -143,7 +143,7 @@ class Entry:
         return self.recipe.dataset
 
     def trial_epochs(self, epochs: int | None) -> int | None:
-        """`epochs` where that is fewer than the recipe's, else None: the run is the recipe's own."""
+        """`epochs` if fewer than the recipe's, which makes the run a trial, else None."""
         return epochs if epochs is not None and epochs < self.recipe.epochs else None
 
 
@@ -168,8 +168,10 @@ def select_entries(entries: Mapping[str, Entry], table: str, names: Sequence[str
         if name not in entries:
             raise HarnessError(f"unknown entry {name!r}: {nearest(name, entries)}")
         if entries[name] not in in_table:
-            theirs = entries[name].table
-            raise HarnessError(f"entry {name} is in table {theirs}, not in {table}; ask for --table {theirs} or all")
+            its_table = entries[name].table
+            raise HarnessError(
+                f"entry {name} is in table {its_table}, not in {table}: give --table {its_table} or --table all"
+            )
     return [entry for entry in in_table if entry.name in names]
 
 

@@ -1,4 +1,4 @@
-"""Sending the checkpoints of entries to where people find them."""
+"""The checkpoints of entries: written from runs, measured as integer graphs, listed in the index, and published."""
 
 from __future__ import annotations
 
@@ -41,33 +41,33 @@ from cnvzoo.training.record import RunRecord
 from cnvzoo.training.run import WEIGHTS as RUN_WEIGHTS
 from harness.entries import SEEDS, Entry, HarnessError, Layout, shown
 from harness.records import Records, recipes_scored
-from harness.schedule import proven
+from harness.schedule import recorded_weights
 
 
 def publish_checkpoints(
     entries: Iterable[Entry], layout: Layout, to: str, *, tag: str | None, dry_run: bool, say: Callable[[str], None]
 ) -> None:
-    """Publish the checkpoints that the entries have, and print a line for each.
+    """Publish the checkpoints of the entries that have one, and print a line for each.
 
-    Raises CheckpointError where one is not whole, or the store does not take it.
+    Raises CheckpointError if one is incomplete, or the store refuses it.
     """
     folders = {entry.name: layout.checkpoint(entry.recipe) for entry in entries}
-    whole = checkpoint_folders(layout.hub).values()  # the config is written last: without it a folder is none yet
-    if missing := [name for name, folder in folders.items() if folder not in whole]:
+    complete = checkpoint_folders(layout.hub).values()  # with a config, which is written last
+    if missing := [name for name, folder in folders.items() if folder not in complete]:
         say(f"no checkpoint to publish yet: {', '.join(missing)}")
-    present = [folder for folder in folders.values() if folder in whole]
+    present = [folder for folder in folders.values() if folder in complete]
     cnvzoo.publish(present, to, tag=tag, dry_run=dry_run, on_published=print)
 
 
 def keep_missing(entries: Iterable[Entry], records: Records, verify: Callable[..., list[Verification]]) -> list[Path]:
-    """Write the checkpoint of every finished run that should have one and has not; returns the folders written.
+    """Write the missing checkpoints of the finished runs of `entries`; returns the folders written.
 
-    Only weights that are those of the record in the table are kept, and only if `verify`, which is called as
-    cnvzoo.verify, finds them to be as good as the record says. Where they are there already and only the facts are
-    others, because another seed has finished since, the config alone is written, and the model card made of it.
+    Only weights of the record in the table are published, and only if `verify`, called as cnvzoo.verify, confirms the
+    accuracy of the record. If they are published already and only other facts have changed, because another seed has
+    finished since, only the config and the model card are written.
 
     Raises:
-        HarnessError: weights are not as good as their record says; their checkpoint is not written.
+        HarnessError: the weights do not have the accuracy of their record; their checkpoint is not written.
     """
     kept = []
     for entry in entries:
@@ -84,7 +84,7 @@ def keep_missing(entries: Iterable[Entry], records: Records, verify: Callable[..
             is_new = config != published
             if is_new:
                 write_config(folder, config)
-        elif is_new := proven(weights, record) is not None:
+        elif is_new := recorded_weights(weights, record) is not None:
             _check(facts, weights, records.layout.record(entry.name, PUBLISHED_SEED), verify)
             write_checkpoint(folder, facts, weights)
         else:
@@ -95,17 +95,17 @@ def keep_missing(entries: Iterable[Entry], records: Records, verify: Callable[..
 
 
 def _check(facts: CheckpointFacts, weights: Path, record: Path, verify: Callable[..., list[Verification]]) -> None:
-    """Raise HarnessError where the checkpoint that these would make does not classify what its record says."""
+    """Raise HarnessError if the checkpoint of these weights does not have the accuracy of its record."""
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / facts.name
         write_checkpoint(staged, facts, weights)
         (result,) = verify([staged])
     if result.problem:
-        raise HarnessError(f"{shown(record)}: not published, because its weights do not bear it out: {result.problem}")
+        raise HarnessError(f"{shown(record)}: not published, because its weights do not confirm it: {result.problem}")
 
 
 def _published(folder: Path, facts: CheckpointFacts) -> CheckpointConfig | None:
-    """The config of the checkpoint in `folder`, if its weights are there and those of the facts."""
+    """The config of the checkpoint in `folder` if its weights are those of the facts, else None."""
     try:
         config = read_config(folder)
         check_weights(folder, config)
@@ -125,9 +125,9 @@ def measure_missing(
     measure: Callable[[nn.Module, str], IntegerResult],
     say: Callable[[str], None],
 ) -> list[Path]:
-    """Measure every quantized checkpoint of the entries that has not been; returns the folders written.
+    """Measure the integer graph of every quantized checkpoint that has not been measured; returns the folders written.
 
-    What cannot be measured is said, and left for another time. `measure` takes a model and the name of its dataset.
+    A checkpoint that cannot be measured is reported and skipped. `measure` takes a model and the name of its dataset.
     """
     written = []
     for entry in entries:
@@ -145,20 +145,20 @@ def measure_missing(
         write_config(folder, config.model_copy(update={"integer": result}))
         write_card(folder)
         say(
-            f"{folder.name}: as an integer graph {result.correct:,} of {config.total:,} right, on {result.agreeing:,} "
-            f"the class that PyTorch gives, {result.bytes:,} bytes"
+            f"{folder.name}: as an integer graph {result.correct:,} of {config.total:,} correct, the class of PyTorch "
+            f"for {result.agreeing:,}, {result.bytes:,} bytes"
         )
         written.append(folder)
     return written
 
 
 def render_index(hub: Path, before: Mapping[str, IndexEntry] | None = None) -> tuple[str, list[str]]:
-    """The text of index.json for the checkpoints in `hub`, and a line for each that is not in it as it is there.
+    """The text of index.json for the checkpoints in `hub`, and a line for each problem.
 
     Args:
         hub: the directory of the checkpoints.
-        before: the entries of the index as it was. Those of checkpoints that are damaged are kept; those of folders
-            that are gone are not.
+        before: the entries of the index as it was. Those of damaged checkpoints are kept, those of removed folders are
+            not.
     """
     before = before or {}
     folders = checkpoint_folders(hub) | {name: hub / name for name in before if (hub / name).is_dir()}
@@ -169,18 +169,18 @@ def render_index(hub: Path, before: Mapping[str, IndexEntry] | None = None) -> t
         except CnvzooError as error:
             if name in before:
                 entries[name] = before[name]
-            done = "its entry in the index stays as it was" if name in before else "left out of the index"
-            problems.append(f"{name}: {done}: {error}")
+            effect = "its entry in the index stays as it was" if name in before else "left out of the index"
+            problems.append(f"{name}: {effect}: {error}")
     problems += [f"{name}: no longer in the index: {hub / name} is gone" for name in sorted(before.keys() - folders)]
     index = Index(checkpoints=dict(sorted(entries.items())))
     return json.dumps(index.model_dump(mode="json"), indent=1) + "\n", problems
 
 
 def update_index(path: Path, hub: Path) -> list[str]:
-    """Bring the index at `path` up to date with `hub`; returns a line for each checkpoint that is a problem.
+    """Write the index at `path` for the checkpoints in `hub`; returns a line for each problem.
 
     Raises:
-        HarnessError: the index cannot be read, and has entries that would have to be kept. It stays as it was.
+        HarnessError: a checkpoint is damaged, and the index that holds its entry cannot be read. It stays as it was.
     """
     damage, before = None, {}
     try:
@@ -212,5 +212,5 @@ def _entry(folder: Path) -> IndexEntry:
 
 @functools.cache
 def _cost(arguments: str) -> ModelInfo:
-    """What the model costs that is built with these arguments, as JSON; counting runs the model once."""
+    """Parameters and operations of the model with these arguments, given as JSON; counting runs the model once."""
     return cnvzoo.model_info(**json.loads(arguments))

@@ -1,9 +1,9 @@
-"""What has been run: the status of every run, read from the records and from nothing else.
+"""The status of every run, read from the records alone; and the results of replaced records (retired.json).
 
-A record counts if it can be read, is of the run that its path says, of the recipe as it is now, of the published
-dataset, and started or learned from weights that have a record themselves. One of an older version of the arithmetic
-counts too, marked, and is due again. Any other is named, with the remedy, and counts as missing; it stays where it is
-until a finished run replaces it.
+A record is valid if it can be read, belongs to the run that its path names, to the recipe as it is now and to the
+published dataset, and if the weights that it started or learned from have a record themselves. One of an older version
+of the arithmetic is valid too, marked, and due again. Any other is reported with the remedy and counts as missing; it
+is kept until a finished run replaces it.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from harness.entries import SEEDS, Entry, HarnessError, Layout, shown
 
 
 class RetiredRecord(BaseModel):
-    """The part of a run record that says what was scored on the test set, and what came of it.
+    """The part of a replaced run record that states what was scored on the test set.
 
     Attributes:
         entry, seed: which run of which table entry.
-        recipe_sha256: `Recipe.fingerprint()` of the recipe as it was then.
-        numerics: the version of the arithmetic; None for those from before it was kept.
-        epochs: of that recipe.
+        recipe_sha256: `Recipe.fingerprint()` of the recipe at that time.
+        numerics: the version of the arithmetic; None for records from before it was recorded.
+        epochs: epochs of that recipe.
         accuracy: top-1 in percent on the test set, `correct` of `total` images.
-        weights_sha256: of the safetensors file of all weights.
-        commit: of the checkout that trained, as in the record: None if it was none, `+` at its end if it had changes.
+        weights_sha256: sha256 of the safetensors file of all weights.
+        commit: commit of the checkout that trained; None without one, with a final `+` if it had changes.
         finished: UTC, ISO 8601.
     """
 
@@ -63,7 +63,7 @@ class RetiredRecord(BaseModel):
 
     @classmethod
     def of(cls, record: RunRecord) -> RetiredRecord:
-        """What is kept of `record`."""
+        """The part of `record` that is kept."""
         return cls.model_validate(record.model_dump(include=set(cls.model_fields)))
 
 
@@ -89,9 +89,10 @@ def load_retired(path: Path) -> list[RetiredRecord]:
 
 
 def retire(path: Path, record: RunRecord) -> bool:
-    """Add to the file at `path` what is kept of `record`, whole or not at all; returns whether it was not there yet.
+    """Add `record` to the file at `path`; returns whether it was added.
 
-    A trial is not added: no table ever had it. Raises HarnessError if the file is not a list of retired records.
+    A trial is not added, because it was in no table, and a record that is there already is not added again. Raises
+    HarnessError if the file is not a list of retired records.
     """
     retired, new = load_retired(path), RetiredRecord.of(record)
     if record.trial or any(_identity(old) == _identity(new) for old in retired):
@@ -102,9 +103,9 @@ def retire(path: Path, record: RunRecord) -> bool:
 
 
 def recipes_scored(entries: Iterable[Entry], layout: Layout) -> dict[str, int]:
-    """How many recipes of each entry, told apart by their fingerprints, were ever scored on the test set.
+    """How many recipes of each entry, by fingerprint, were ever scored on the test set.
 
-    Those of the retired records count, and those of the records among the results, out of date or not; trials do not.
+    Counts the retired records and the records among the results, out of date or not, but no trials.
     """
     fingerprints: dict[str, set[str]] = {entry.name: set() for entry in entries}
     for old in load_retired(layout.retired):
@@ -114,7 +115,7 @@ def recipes_scored(entries: Iterable[Entry], layout: Layout) -> dict[str, int]:
         for seed in SEEDS:
             try:
                 record = RunRecord.read(layout.record(name, seed))
-            except RecordError:  # not there, or named with its problem by harness.records
+            except RecordError:  # missing, or reported by `Records.problems`
                 continue
             if not record.trial and record.entry == name:
                 found.add(record.recipe_sha256)
@@ -140,10 +141,12 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What is known of one run.
+    """The status of one run.
 
-    record:  that of its table, if and only if the status is DONE or OLDER
-    problem: why a record is OLDER, or counts as missing
+    Attributes:
+        status: see `Status`.
+        record: the valid record; not None if and only if the status is DONE or OLDER.
+        problem: why a record is OLDER or not valid.
     """
 
     status: Status
@@ -152,7 +155,7 @@ class RunStatus:
 
     @property
     def done(self) -> RunRecord | None:
-        """The record, if it is of today's arithmetic."""
+        """The record if it is of today's arithmetic."""
         return self.record if self.status is Status.DONE else None
 
 
@@ -161,13 +164,13 @@ Survey = Mapping[tuple[str, int], RunStatus]
 
 @dataclass(frozen=True)
 class Records:
-    """The records of a checkout. They are read anew for every answer: other processes write them too."""
+    """The records of a checkout, read again for every call because other processes write them too."""
 
     entries: Mapping[str, Entry]
     layout: Layout
 
     def status(self, entry: Entry, seed: int, path: Path | None = None, *, trial: bool = False) -> RunStatus:
-        """The status of the run of `entry` with `seed` by the record at `path`, by default that among the results."""
+        """The status of the run of `entry` with `seed` by the record at `path`, by default the one in results/."""
         path = path or self.layout.record(entry.name, seed)
         if not path.exists():
             return RunStatus(Status.MISSING)
@@ -178,20 +181,20 @@ class Records:
             problem = f"{' '.join(str(error).split())}; restore it, or delete it and run again"
             return RunStatus(Status.INVALID, problem=problem)
         if problem := misplaced(record, entry, seed, trial=trial):
-            return RunStatus(Status.INVALID, problem=f"{where}: {problem}; move it where it belongs, or delete it")
+            return RunStatus(Status.INVALID, problem=f"{where}: {problem}; move it to its place, or delete it")
         if record.recipe_sha256 != entry.fingerprint:
             problem = (
                 f"{where}: of another recipe ({record.recipe_sha256[:8]}) than {entry.path.name} is now "
                 f"({entry.fingerprint[:8]}); run again, or restore the recipe"
             )
             return RunStatus(Status.STALE, problem=problem)
-        if problem := self._not_ours(record, entry):
+        if problem := self._foreign(record, entry):
             return RunStatus(Status.INVALID, problem=f"{where}: {problem}")
         found = self._judged_by_arithmetic(record) if trial else self._judged_by_inputs(record)
         return found if found.problem is None else RunStatus(found.status, found.record, f"{where}: {found.problem}")
 
-    def _not_ours(self, record: RunRecord, entry: Entry) -> str | None:
-        """Why `record` cannot be of this checkout's dataset, code and published checkpoint, or None."""
+    def _foreign(self, record: RunRecord, entry: Entry) -> str | None:
+        """Why `record` does not fit this checkout's dataset, code and published checkpoint, or None."""
         if record.data_sha256 != published_sha256(entry.recipe.dataset):
             return f"trained on other images than {entry.recipe.dataset} has; delete it and run again"
         if record.numerics > NUMERICS:
@@ -201,7 +204,7 @@ class Records:
         try:
             config = read_config(self.layout.checkpoint(entry.recipe))
         except CheckpointError:
-            return None  # none is published, or one that is named elsewhere
+            return None  # none is published, or `cnvzoo verify` reports it
         same = config.weights_sha256 == record.weights_sha256
         if same and (config.correct, config.total) != (record.correct, record.total):
             return (
@@ -217,13 +220,13 @@ class Records:
         return RunStatus(Status.DONE, record)
 
     def _judged_by_inputs(self, record: RunRecord) -> RunStatus:
-        """As by its arithmetic, unless the weights that it started or learned from are not those of today."""
+        """Its status by its arithmetic, unless the weights that it started or learned from have been replaced."""
         found = self._judged_by_arithmetic(record)
         for (name, seed), sha256 in record.inputs().items():
-            now = self.status(self.entries[name], seed)
-            if now.record is not None and now.record.weights_sha256 == sha256:
-                if now.status is Status.OLDER:
-                    problem = f"uses the weights of {name} seed {seed}, of older arithmetic; it is due again"
+            source = self.status(self.entries[name], seed)
+            if source.record is not None and source.record.weights_sha256 == sha256:
+                if source.status is Status.OLDER:
+                    problem = f"uses the weights of {name} seed {seed}, which are of older arithmetic; it is due again"
                     found = RunStatus(Status.OLDER, record, found.problem or problem)
             elif any(old.weights_sha256 == sha256 for old in self._retired(name, seed)):
                 problem = f"uses weights of {name} seed {seed} that were replaced since; it is due again"
@@ -237,7 +240,7 @@ class Records:
         return found
 
     def _retired(self, name: str, seed: int) -> list[RunRecord | RetiredRecord]:
-        """What is known of runs whose records are no longer in a table, or not for the recipe as it is now."""
+        """Records of this run that are no longer in a table, or not for the recipe as it is now."""
         known: list[RunRecord | RetiredRecord] = [
             old for old in load_retired(self.layout.retired) if (old.entry, old.seed) == (name, seed)
         ]
@@ -250,19 +253,19 @@ class Records:
         found = {}
         for entry in self.entries.values():
             for seed in seeds:
-                now = self.status(entry, seed)
-                if now.status is Status.MISSING and (self.layout.run_dir(entry.name, seed) / STATE).exists():
-                    now = RunStatus(Status.STARTED)
-                found[entry.name, seed] = now
+                run_status = self.status(entry, seed)
+                if run_status.status is Status.MISSING and (self.layout.run_dir(entry.name, seed) / STATE).exists():
+                    run_status = RunStatus(Status.STARTED)
+                found[entry.name, seed] = run_status
         return found
 
     def problems(self) -> list[str]:
-        """A line for each file among the records that no table reads: out of date, not valid, or of no run of one."""
-        found = [now.problem for now in self.survey().values() if now.problem is not None and now.record is None]
+        """A line for each file in results/ that is in no table: out of date, not valid, or of no run of a table."""
+        found = [s.problem for s in self.survey().values() if s.problem is not None and s.record is None]
         expected = {self.layout.record(name, seed) for name in self.entries for seed in SEEDS}
         seeds = "|".join(map(str, SEEDS))
         return found + [
-            f"{shown(path)}: of no run of a table; records are <entry>/seed<{seeds}>.json, <entry> the name of a recipe"
+            f"{shown(path)}: of no run of a table; records are <entry>/seed<{seeds}>.json, with the name of a recipe"
             for path in sorted(self.layout.results.rglob("*.json"))
             if path not in expected
         ]
@@ -270,7 +273,7 @@ class Records:
     def trials(
         self, entries: Iterable[Entry], seeds: Sequence[int], epochs: int | None
     ) -> list[tuple[Entry, RunRecord]]:
-        """The finished trials that `epochs` makes of the runs of `entries`."""
+        """The records of the finished trials of `entries` with this number of epochs."""
         found = []
         for entry in entries:
             if (trial_epochs := entry.trial_epochs(epochs)) is not None:
@@ -281,32 +284,32 @@ class Records:
         return found
 
     def collect(self, entry: Entry, seed: int) -> Path | None:
-        """Bring the record of a finished run to the results, unless one that is done is there; returns its path then.
+        """Copy the record of a finished run to the results unless a valid one is there; returns its path if copied.
 
-        A run is finished a moment before its record is copied, and a results folder can be lost: neither costs a
-        training.
+        A process may end between the end of a run and the copy, and the results folder may be lost: no run is repeated
+        for that.
         """
-        home = self.layout.record(entry.name, seed)
+        path = self.layout.record(entry.name, seed)
         finished = self.status(entry, seed, self.layout.run_dir(entry.name, seed) / RECORD).done
         if finished is None or self.status(entry, seed).done is not None:
             return None
         self.keep(finished)
-        return home
+        return path
 
     def keep(self, record: RunRecord) -> None:
-        """Write a record to its place among the results; what is kept of one that it replaces goes to the retired."""
-        home = self.layout.record(record.entry, record.seed)
+        """Write a record to its place among the results; one that it replaces is added to the retired ones."""
+        path = self.layout.record(record.entry, record.seed)
         try:
-            replaced = RunRecord.read(home)
-        except RecordError:  # none is there, or none that could say what was scored
+            replaced = RunRecord.read(path)
+        except RecordError:  # none, or one that cannot be read
             replaced = None
         if replaced is not None and replaced.weights_sha256 != record.weights_sha256:
             retire(self.layout.retired, replaced)
-        record.write(home)
+        record.write(path)
 
 
 def misplaced(record: RunRecord, entry: Entry, seed: int, *, trial: bool = False) -> str | None:
-    """Why `record` is not of this run at all, or None."""
+    """Why `record` belongs to another run, or None."""
     if (record.entry, record.seed) != (entry.name, seed):
         return f"the record of {record.entry} seed {record.seed}, not of {entry.name} seed {seed}"
     if record.trial != trial:

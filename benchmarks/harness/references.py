@@ -1,4 +1,4 @@
-"""The figures that ours are compared with: `references.yaml`, typed."""
+"""The figures that ours are compared with: `references.yaml`, validated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cnvzoo.errors import nearest
 from cnvzoo.strict_yaml import StrictYamlError, Where, explain, place_of, read_yaml
 from harness.entries import Entry, HarnessError
 
-_TOLERANCE = 0.0101  # points between a published figure of two decimals, rounded or cut, and that of the runs
+_TOLERANCE = 0.0101  # points between a published figure of two decimals, rounded or truncated, and that of the runs
 _Accuracy = Annotated[float, Field(strict=True, gt=0, le=100)]  # in percent
 
 
@@ -24,7 +24,7 @@ class _Section(BaseModel):
 
 
 class Source(_Section):
-    """Who measured figures, where they are published, and on what they were measured; see references.yaml."""
+    """Who measured figures, where they are published, and the hardware and versions; see references.yaml."""
 
     project: str = Field(min_length=1)
     url: str = Field(pattern=r"^https?://\S+$")
@@ -50,7 +50,7 @@ class _Figures(_Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> _Figures:
-        """Both the runs and what was published of them are written down, so that a slip in one shows in the other."""
+        """The file has both the runs and their published mean, so that a typing error in one is noticed."""
         if self.runs is None and self.mean is None:
             raise ValueError("give runs, or the mean if only that was published")
         if self.runs is not None:
@@ -58,9 +58,9 @@ class _Figures(_Section):
             self._compare("std", self.std, stdev(self.runs) if len(self.runs) > 1 else None)
         return self
 
-    def _compare(self, key: str, published: float | None, of_runs: float | None) -> None:
-        if published is not None and (of_runs is None or abs(published - of_runs) > _TOLERANCE):
-            found = "one has none" if of_runs is None else f"theirs is {of_runs:.4f}"
+    def _compare(self, key: str, published: float | None, computed: float | None) -> None:
+        if published is not None and (computed is None or abs(published - computed) > _TOLERANCE):
+            found = "one has none" if computed is None else f"theirs is {computed:.4f}"
             message = f"{published}: not that of the runs, {found}: correct one or the other"
             raise PydanticCustomError("at_key", "{message}", {"key": key, "message": message})
 
@@ -74,8 +74,10 @@ class _File(_Section):
 class Reference:
     """What an entry is compared with.
 
-    mean: test accuracy in percent, as published, or of the runs.
-    runs: the single runs in the order of their seeds; empty where only the mean was published.
+    Attributes:
+        source: where the figures come from.
+        mean: test accuracy in percent, as published, or of the runs.
+        runs: the single runs in the order of their seeds; empty if only the mean was published.
     """
 
     source: Source
@@ -86,8 +88,8 @@ class Reference:
 def load_references(path: Path, entries: Mapping[str, Entry]) -> dict[str, Reference]:
     """The reference of each entry that has one.
 
-    Raises HarnessError, with file and line, where the file cannot be read, a figure is not valid or does not agree with
-    the runs, or a name is that of no entry or no source.
+    Raises HarnessError, with file and line, if the file cannot be read, a figure is not valid or does not agree with
+    the runs, or a name is no entry or no source.
     """
     try:
         found = read_yaml(path)

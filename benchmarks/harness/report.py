@@ -1,18 +1,14 @@
-"""The tables as numbers: a pure function of the entries, the records and the references.
+"""The tables: as numbers, as Markdown for RESULTS.md and README.md, and on the terminal.
 
-The tables as text: the Markdown page, the same on a terminal, and the listing.
-
-The page is a pure function of the records: no date, no path, no order of a file system, so that two machines with the
-same records write the same bytes.
-
-
-The results on the README: a table between two markers, which follows the records as the page of results does."""
+The pages have no date, no path and no order of a file system: two machines with the same records and the same index
+write the same bytes.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev, variance
@@ -24,18 +20,21 @@ from cnvzoo.files import update_text
 from cnvzoo.training.numerics import NUMERICS
 from cnvzoo.training.recipe import PUBLISHED_SEED
 from cnvzoo.training.record import RunRecord
-from harness.entries import SEEDS, TABLES, Entry
+from harness.entries import SEEDS, TABLES, TITLES, Entry
 from harness.records import RunStatus, Status, Survey
 from harness.references import Reference
 
 
 @dataclass(frozen=True)
 class Row:
-    """One entry.
+    """One entry of a table.
 
-    runs: its test accuracies in percent by seed, None for a run that is not there.
-    older: the seeds of those of an older version of the arithmetic, which are due again.
-    recipes: how many recipes of it were ever scored on the test set.
+    Attributes:
+        entry: what was trained.
+        runs: test accuracy of each seed in percent, None without a valid record.
+        reference: what it is compared with.
+        recipes: how many of its recipes were ever scored on the test set.
+        older: the seeds whose records are of an older version of the arithmetic, which are due again.
     """
 
     entry: Entry
@@ -59,14 +58,14 @@ class Row:
 
     @property
     def difference(self) -> float | None:
-        """Ours minus the reference's, both to two decimals as they are printed: a reader can redo it."""
+        """Our mean minus the reference's, both rounded to two decimals as they are printed."""
         if self.mean is None or self.reference is None:
             return None
         return round(self.mean, 2) - round(self.reference.mean, 2)
 
     @property
     def error(self) -> float | None:
-        """Standard error of the difference, in points; None if ours or the reference's are fewer than two runs."""
+        """Standard error of the difference, in percentage points; None if either side has fewer than two runs."""
         if self.reference is None or min(len(self.finished), len(self.reference.runs)) < 2:
             return None
         return math.sqrt(sum(variance(runs) / len(runs) for runs in (self.finished, self.reference.runs)))
@@ -75,7 +74,7 @@ class Row:
 def rows(
     entries: Iterable[Entry], survey: Survey, references: Mapping[str, Reference], recipes: Mapping[str, int]
 ) -> list[Row]:
-    """A row for every entry, in the order given; `recipes`: as from harness.retired.recipes_scored."""
+    """A row for every entry, in the order given; `recipes` as from `recipes_scored`."""
     return [
         Row(
             entry=entry,
@@ -100,40 +99,38 @@ _HEADER = (
 _TRIAL_HEADER = ("entry", "seed", "epochs", "accuracy")
 _NONE = "-"
 _OLDER = "†"
-_PICTURE = (
-    "![Test accuracy against the size of the weights file of every published checkpoint, by dataset](accuracy.svg)\n\n"
-    "Every published checkpoint: the test accuracy of its own weights, which are those of seed 0 and not the mean over "
-    "the seeds, against the bytes of its `model.safetensors`. A line joins the bit widths of one graph.\n"
-)
+_ALT = "Test accuracy against the size of the weights file of the published checkpoints"
 
 
-def page(rows: Sequence[Row], survey: Survey) -> str:
-    """The whole of RESULTS.md: every table, then the hardware and versions behind it."""
+def page(rows: Sequence[Row], survey: Survey, pictured: Collection[str]) -> str:
+    """The text of RESULTS.md: the tables, with pictures of those in `pictured`, and the hardware and versions."""
     citations = dict.fromkeys(row.reference.source.citation for row in rows if row.reference is not None)
     parts = [
         "<!-- Generated: edits are lost. See the end of the page. -->\n# Results\n",
-        "Accuracy on the test set in percent: the mean over the runs, their sample standard deviation, and every run. "
-        "The entry's name leads to its recipe. Where an entry starts or learns from another's weights, all of its runs "
-        f"have the published ones, of seed {PUBLISHED_SEED}: how those vary is not part of its deviation.\n",
-        "The difference is our mean minus the reference's, in points, ± its standard error, √(s₁²/n₁ + s₂²/n₂) with "
-        "the sample standard deviation s and number n of the runs of each side, at least two; a difference within two "
-        "standard errors is shown as none.\n",
-        "Each run reads the test set once, at its end. The last column counts the recipes of a row that were ever "
-        "scored on it, with those that were replaced since ([retired.json](retired.json)): where they are more than "
-        "one, the choice of the recipe has seen the test set. Recipes are chosen on held-out training images now.\n",
-        f"The arithmetic of training has a version, {NUMERICS} now ([numerics](../docs/numerics.md)). Runs marked "
+        "Accuracy on the test set in percent: mean over the runs, sample standard deviation, and every run. Each entry "
+        "links to its recipe. If an entry starts or learns from the weights of another, all of its runs use the "
+        f"published ones, of seed {PUBLISHED_SEED}: their variation is not part of its deviation.\n",
+        "The difference is our mean minus the reference's, in percentage points, ± its standard error, "
+        "√(s₁²/n₁ + s₂²/n₂) with the sample standard deviation s and the number n of runs of each side, at least two; "
+        "a difference within two standard errors is shown as none.\n",
+        "Each run reads the test set once, at its end. The last column counts the recipes of an entry that were ever "
+        "scored on it, replaced ones included ([retired.json](retired.json)): if they are several, the choice of the "
+        "recipe has seen the test set. Recipes are now chosen on held-out training images.\n",
+        f"The arithmetic of training has a version, now {NUMERICS} ([numerics](../docs/numerics.md)). Runs marked "
         f"{_OLDER} are of an older one, or start or learn from weights that are: today's code gives other bits, and "
         "they are due again.\n",
         f"The weights of seed {PUBLISHED_SEED} are published, and scored again before they are. Those of the other "
-        "seeds are not: their numbers rest on their [records](results), which have the sha256 of their weights.\n",
+        "seeds are not: their numbers rest on their [records](results), which state the sha256 of their weights.\n",
+        "A picture shows every published checkpoint of a dataset: the test accuracy of its own weights, not the mean "
+        "over the seeds, against the bytes of its `model.safetensors`. A line joins the bit widths of one graph.\n",
     ]
     parts += [f"Reference: {citation}.\n" for citation in citations]
-    if any(row.runs[0] is not None for row in rows):  # then there are checkpoints to show
-        parts.append(_PICTURE)
     for table in TABLES:
         members = [row for row in rows if row.entry.table == table]
-        lines = [_cells(row, name=f"[{row.entry.name}](configs/{row.entry.path.name})") for row in members]
-        parts.append(f"## {table}\n\n{_markdown(_HEADER, lines) if lines else 'No recipe yet.'}\n")
+        text = _table(members, "") if members else "No recipe yet."
+        parts.append(f"## {TITLES[table]}\n\n{text}\n")
+        if table in pictured:
+            parts.append(f"{_picture(table, '')}\n")
     records = [record for row in rows for seed in SEEDS if (record := survey[row.entry.name, seed].record)]
     parts.append(f"## Hardware and versions\n\n{_provenance(records)}\n")
     parts.append(
@@ -143,14 +140,27 @@ def page(rows: Sequence[Row], survey: Survey) -> str:
     return "\n".join(parts)
 
 
-def summary(rows: Iterable[Row]) -> str:
-    """The table of the README: the entries that have been run, of every dataset."""
+def summary(rows: Iterable[Row], pictured: Collection[str]) -> str:
+    """The results on README.md: a table of the entries that have been run, and a picture, for each dataset."""
     finished = [row for row in rows if row.finished]
-    lines = [_cells(row, name=f"[{row.entry.name}](benchmarks/configs/{row.entry.path.name})") for row in finished]
-    if not lines:
-        return "No run yet."
-    note = f"\n\n{_OLDER} By older [arithmetic](docs/numerics.md): due again."
-    return _markdown(_HEADER, lines) + (note if any(row.older for row in finished) else "")
+    parts = []
+    for table in TABLES:
+        if members := [row for row in finished if row.entry.table == table]:
+            parts.append(f"### {TITLES[table]}\n\n{_table(members, 'benchmarks/')}")
+            if table in pictured:
+                parts.append(_picture(table, "benchmarks/"))
+    if any(row.older for row in finished):
+        parts.append(f"{_OLDER} By older [arithmetic](docs/numerics.md): due again.")
+    return "\n\n".join(parts) or "No run yet."
+
+
+def _table(rows: Iterable[Row], folder: str) -> str:
+    lines = [_cells(row, name=f"[{row.entry.name}]({folder}configs/{row.entry.path.name})") for row in rows]
+    return _markdown(_HEADER, lines)
+
+
+def _picture(table: str, folder: str) -> str:
+    return f"![{_ALT} on {TITLES[table]}]({folder}accuracy-{table}.svg)"
 
 
 def print_table(console: Console, title: str, rows: Iterable[Row]) -> None:
@@ -158,7 +168,7 @@ def print_table(console: Console, title: str, rows: Iterable[Row]) -> None:
 
 
 def print_trials(console: Console, trials: Iterable[tuple[Entry, RunRecord]]) -> None:
-    """Trials, apart from the tables that they do not enter; nothing if there are none."""
+    """A table of the trials, which enter no other table; nothing if there are none."""
     lines = [
         (
             entry.name,
@@ -173,27 +183,27 @@ def print_trials(console: Console, trials: Iterable[tuple[Entry, RunRecord]]) ->
 
 
 def print_listing(console: Console, entries: Sequence[Entry], survey: Survey) -> None:
-    """The status of every run: a table on a terminal, else lines of entry, seed, status and accuracy, with tabs."""
+    """The status of every run: a table on a terminal, else tab-separated lines of entry, seed, status and accuracy."""
     runs = [(entry.name, seed, survey[entry.name, seed]) for entry in entries for seed in SEEDS]
-    counts = Counter(now.status for _, _, now in runs)
+    counts = Counter(run_status.status for _, _, run_status in runs)
     if not console.is_terminal:
-        for name, seed, now in runs:
-            line = f"{name}\t{seed}\t{now.status.value}\t{_number(now.record.accuracy if now.record else None)}"
-            print(line, file=console.file)
+        for name, seed, run_status in runs:
+            accuracy = _number(run_status.record.accuracy if run_status.record else None)
+            print(f"{name}\t{seed}\t{run_status.status.value}\t{accuracy}", file=console.file)
         return
     lines = [(entry.name, *(_listed(survey[entry.name, seed]) for seed in SEEDS)) for entry in entries]
     summary = ", ".join(f"{count} {status.value}" for status in Status if (count := counts[status]))
     _print(console, f"{len(runs)} runs: {summary}", ("entry", *(f"seed {seed}" for seed in SEEDS)), lines)
 
 
-def _listed(now: RunStatus) -> str:
-    if now.record is None:
-        return now.status.value
-    return f"{now.record.accuracy:.2f}" + ("" if now.done else f", {now.status.value}")
+def _listed(run_status: RunStatus) -> str:
+    if run_status.record is None:
+        return run_status.status.value
+    return f"{run_status.record.accuracy:.2f}" + ("" if run_status.done else f", {run_status.status.value}")
 
 
 def duration(seconds: float) -> str:
-    """Two units at most: `2 h 5 min`, `5 min 10 s`, `10 s`."""
+    """A duration in at most two units: `2 h 5 min`, `5 min 10 s`, `10 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -278,7 +288,7 @@ START, END = "<!-- results -->", "<!-- /results -->"
 
 
 def update_readme(path: Path, table: str) -> None:
-    """Put `table` between the markers of the README at `path`; one that is not there, or has no markers, is left be."""
+    """Put `table` between the markers of the README at `path`; does nothing if there is no file or no markers."""
     if not path.is_file():
         return
     text = path.read_text(encoding="utf-8")

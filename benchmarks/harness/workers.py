@@ -1,102 +1,96 @@
-"""What a runner is: one run in, its record out.
+"""Runners train one run: in this process, or in a worker process.
 
-Runs in this process, and how many of them go at once where nobody says: the machine decides that, not the bits.
-
-On a CPU, several runs are several processes instead (processes.py): a process has one number of threads for all that
-it does, and one run at a time that the interpreter works for.
-
-
-Runs on the CPU in processes of their own, so that each has its threads, and a crash takes one run along."""
+On a CPU several runs at once are several processes: the number of threads belongs to a process, and Python runs one
+thread at a time. On a GPU they are threads of one process, each with a CUDA stream of its own.
+"""
 
 from __future__ import annotations
 
 import collections
-import json
+import multiprocessing
 import os
+import pickle
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_any
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from cnvzoo.errors import CnvzooError
+from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo.training.device import deterministic
-from cnvzoo.training.recipe import Recipe
 from cnvzoo.training.record import RunRecord
-from cnvzoo.training.run import RECORD
-from cnvzoo.training.state import RunError, RunInterrupted, RunUnderWay
-from cnvzoo.training.trainer import TrainingDiverged
+from cnvzoo.training.run import run_recipe
+from cnvzoo.training.state import RunError, RunInterrupted
+from harness.schedule import Run
 
+Stop: TypeAlias = Callable[[], "str | None"]  # the reason to stop for, once there is one
+Train: TypeAlias = Callable[..., RunRecord]  # cnvzoo.training.run_recipe, or a replacement in tests
+Weights: TypeAlias = Mapping[str, "Path | list[Path]"]  # by the argument of run_recipe: float_start and teacher
 
-@dataclass(frozen=True)
-class Run:
-    """One run to be trained, or to be gone on with.
-
-    epochs:  its length where that is less than the recipe's, else None
-    weights: files that the recipe needs, by what run_recipe calls them: one as float_start, any number as teacher
-    """
-
-    recipe: Recipe
-    seed: int
-    run_dir: Path
-    epochs: int | None = None
-    weights: Mapping[str, Path | list[Path]] = field(default_factory=dict)
+_AT_ONCE_ON_A_GPU = 3
+_POLL_SECONDS = 0.1
+_LINES_KEPT = 5
 
 
 class Runner(Protocol):
-    """Trains one run, or goes on with it."""
+    """Trains or resumes one run."""
 
-    def run(self, run: Run, stop: Callable[[], str | None]) -> RunRecord:
+    def run(self, run: Run, weights: Weights, stop: Stop) -> RunRecord:
         """Return the record, with `record.json` and `weights.safetensors` in `run.run_dir`.
 
-        Called in several threads at once where several runs go at once. `stop()` is to be asked often; once it gives
-        a reason, the run is to stop with its state saved.
+        Called from several threads when several runs are trained at once. The run polls `stop()`; when it returns a
+        reason, the run saves its state and stops.
 
-        Raises RunInterrupted where it stops before the end, its state in `run_dir`; RunUnderWay where another process
-        is training it; any other exception where this run cannot be had, which says nothing about others.
+        Raises:
+            RunInterrupted: it stopped before its end, with its state in `run_dir`.
+            RunUnderWay: another process is training it.
+            Exception: any other error concerns this run alone.
         """
         ...
 
 
-_AT_ONCE_ON_A_GPU = 3
-
-
 @dataclass(frozen=True)
 class LocalRunner:
-    """In this process. `train` is cnvzoo.training.run_recipe, or what a test puts in its place.
+    """Trains in this process.
 
-    own_stream: on a GPU, each run on a CUDA stream of its own, so that those of several threads overlap.
+    Attributes:
+        train: called as cnvzoo.training.run_recipe.
+        device: to train on.
+        deadline: of time.monotonic().
+        own_stream: on a GPU, use a new CUDA stream for each run, so that the runs of several threads overlap.
     """
 
-    train: Callable[..., RunRecord]
+    train: Train
     device: torch.device
     deadline: float | None
     own_stream: bool = False
 
-    def run(self, run: Run, stop: Callable[[], str | None]) -> RunRecord:
+    def run(self, run: Run, weights: Weights, stop: Stop) -> RunRecord:
         stream = torch.cuda.stream(torch.cuda.Stream(self.device)) if self.own_stream else nullcontext()
         with stream:
             return self.train(
-                run.recipe,
+                run.entry.recipe,
                 run_dir=run.run_dir,
                 seed=run.seed,
                 device=self.device,
-                epochs=run.epochs,
+                epochs=run.trial_epochs,
                 deadline=self.deadline,
                 stop=stop,
-                **run.weights,
+                **weights,
             )
 
 
-def at_once_by_default(device: torch.device, threads: int) -> int:
-    """How many runs keep the device busy: a GPU by three, a CPU by one for every `threads` usable cores."""
+def default_runs_at_once(device: torch.device, threads: int) -> int:
+    """How many runs keep the device busy: three on a GPU, one for every `threads` usable cores on a CPU."""
     if device.type == "cuda":
         return _AT_ONCE_ON_A_GPU
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -104,9 +98,10 @@ def at_once_by_default(device: torch.device, threads: int) -> int:
 
 
 @contextmanager
-def settings(device: torch.device, threads: int) -> Iterator[None]:
-    """What holds for a whole process, set around all of its runs and put back after the last: on a CPU the threads,
-    on a GPU deterministic kernels, which a run that ends would else put back while another is under way.
+def process_settings(device: torch.device, threads: int) -> Iterator[None]:
+    """Settings of the whole process for the time of all runs: the threads on a CPU, deterministic kernels on a GPU.
+
+    The first run to end would otherwise restore the previous settings while another is still training.
     """
     if device.type != "cpu":
         with deterministic(device):
@@ -120,131 +115,188 @@ def settings(device: torch.device, threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-WORKER = Path(__file__).with_name("worker.py")
-_LOOK_EVERY_SECONDS = 0.1
-_LINES_KEPT = 5
-_ERRORS = {"RunError": RunError, "RunUnderWay": RunUnderWay, "TrainingDiverged": TrainingDiverged}
-
-
 class WorkerEnded(RunInterrupted):
-    """A worker that a request to stop ended before it could say how far it came."""
+    """A worker process ended after a request to stop, before it could report how far it came."""
 
     def __init__(self, run: str, reason: str, run_dir: Path) -> None:
         super().__init__(run, reason, 0, 0, run_dir)
         self.run = run
 
     def __str__(self) -> str:
-        return (
-            f"{self.run}: stopped ({self.reason}); the same command goes on from the last state saved, if there is one"
-        )
+        return f"{self.run}: stopped ({self.reason}); the same command resumes from the last saved state, if any"
 
 
 @dataclass(frozen=True)
 class ProcessRunner:
-    """On the CPU of this machine, each run in a process that is started for it.
+    """Trains on the CPU, each run in a new process, so that a crash ends one run only.
 
-    threads: of each run
-    say:     is called with each line that a worker prints, from the thread that runs it
+    Attributes:
+        threads: of each run.
+        deadline: of time.monotonic().
+        say: called with each line that a worker prints, from the thread that waits for it.
+        train: called as cnvzoo.training.run_recipe in the worker; it must be picklable.
     """
 
     threads: int
     deadline: float | None
     say: Callable[[str], None]
+    train: Train = run_recipe
+    _starting: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    def run(self, run: Run, stop: Callable[[], str | None]) -> RunRecord:
-        name = f"{run.recipe.name}, seed {run.seed}"
-        order = {
-            "recipe": run.recipe.model_dump(mode="json"),
-            "seed": run.seed,
+    def run(self, run: Run, weights: Weights, stop: Stop) -> RunRecord:
+        name = f"{run.entry.name}, seed {run.seed}"
+        arguments = {
+            "recipe": run.entry.recipe,
             "run_dir": run.run_dir,
-            "epochs": run.epochs,
-            "weights": run.weights,
+            "seed": run.seed,
             "device": "cpu",
-            "threads": self.threads,
-            "seconds_left": None if self.deadline is None else self.deadline - time.monotonic(),
+            "epochs": run.trial_epochs,
+            **weights,
         }
-        with self._started(order, name) as (worker, last_lines):
-            _wait(worker, stop)
-            assert worker.stdout is not None
-            report = worker.stdout.read()  # a line that fits into the pipe: the worker never waits for a reader
-        if not report.endswith("\n"):
-            raise _ended(name, worker.returncode, stop(), last_lines, run.run_dir)
-        _raise_unless_finished(report, name, run.run_dir)
-        return RunRecord.read(run.run_dir / RECORD)
+        with self._started(name, arguments) as (process, connection, last_lines):
+            outcome = _wait_for_outcome(process, connection, stop)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if outcome is None:
+            raise _worker_error(name, process.exitcode or 0, stop(), last_lines, run.run_dir)
+        return outcome
 
     @contextmanager
     def _started(
-        self, order: dict[str, object], name: str
-    ) -> Iterator[tuple[subprocess.Popen[str], collections.deque[str]]]:
-        """The worker, and the last of its lines; the end of its stdin stops it where this process goes first."""
-        # a stream that is no terminal gets plain lines, unless these say otherwise
-        environment = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
-        environment["OMP_NUM_THREADS"] = str(self.threads)
-        command = [sys.executable, str(WORKER), json.dumps(order, default=str)]
-        lines, written = os.pipe()
+        self, name: str, arguments: dict[str, Any]
+    ) -> Iterator[tuple[SpawnProcess, Connection, collections.deque[str]]]:
+        """A worker process, the connection to it, and the last lines that it printed; it has ended afterwards."""
+        context = multiprocessing.get_context("spawn")
+        connection, theirs = context.Pipe()
+        lines, written = context.Pipe(duplex=False)
+        seconds_left = None if self.deadline is None else self.deadline - time.monotonic()
+        process = context.Process(
+            target=_work, args=(theirs, written, self.train, arguments, self.threads, seconds_left)
+        )
         try:
-            worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=written, text=True, errors="replace",
-                env=environment,
-            )  # fmt: skip
+            with self._starting, _environment(self.threads), _sigint_blocked():
+                process.start()
         except OSError as error:
-            os.close(lines)
             raise RunError(f"its worker process cannot be started: {error}") from None
         finally:
-            os.close(written)
+            theirs.close()
+            written.close()
         last_lines: collections.deque[str] = collections.deque(maxlen=_LINES_KEPT)
-        reader = threading.Thread(target=self._hand_on, args=(lines, name, last_lines), daemon=True)
+        reader = threading.Thread(target=self._forward_lines, args=(lines, name, last_lines), daemon=True)
         reader.start()
-        with worker:
-            yield worker, last_lines
-        reader.join(timeout=1)  # not for ever: a process that the worker left behind would hold the pipe open
+        try:
+            yield process, connection, last_lines
+            process.join()
+        finally:
+            connection.close()  # after an error, this asks the worker to stop
+            process.join()
+            reader.join(timeout=1)  # a process that the worker left behind may keep the pipe open
 
-    def _hand_on(self, lines: int, name: str, last_lines: collections.deque[str]) -> None:
-        with open(lines, errors="replace") as stream:
+    def _forward_lines(self, lines: Connection, name: str, last_lines: collections.deque[str]) -> None:
+        with lines, open(lines.fileno(), errors="replace", closefd=False) as stream:
             for line in map(str.rstrip, stream):
                 last_lines.append(line)
                 self.say(line if line.startswith(name) else f"{name}: {line}")
 
 
-def _raise_unless_finished(report: str, name: str, run_dir: Path) -> None:
-    """Raise what a worker reports, if that is anything but the end of its run."""
-    line = report.splitlines()[-1]  # in front of it may be what Python printed when it started
+@contextmanager
+def _environment(threads: int) -> Iterator[None]:
+    """OMP_NUM_THREADS for a process started inside: OpenMP reads it when torch is imported."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
-        outcome = json.loads(line)
-        if "finished" in outcome:
-            return
-        if "failed" in outcome:
-            error: CnvzooError = _ERRORS.get(outcome["failed"], CnvzooError)(outcome["message"])
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
         else:
-            error = RunInterrupted(
-                name, outcome["stopped"], outcome["step"], outcome["total_steps"], run_dir, outcome["unsaved"]
-            )
-    except (ValueError, KeyError, TypeError):
-        raise RunError(f"its worker process printed {line[:200]!r} in the place of a report") from None
-    raise error
+            os.environ["OMP_NUM_THREADS"] = before
 
 
-def _wait(worker: subprocess.Popen[str], stop: Callable[[], str | None]) -> None:
-    """Wait for the worker's end; ask it to stop, once, when `stop` says so."""
-    told = False
-    while worker.poll() is None:
-        if not told and (reason := stop()):
-            assert worker.stdin is not None
-            with suppress(OSError):  # it has ended just now; a buffer would be flushed again when it is closed
-                os.write(worker.stdin.fileno(), f"{reason}\n".encode())
-            told = True
-        with suppress(subprocess.TimeoutExpired):
-            worker.wait(timeout=_LOOK_EVERY_SECONDS)
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """A process started inside never gets SIGINT, which a terminal sends to all processes: this one passes it on."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # the first start of a process would start it, which unblocks SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _ended(name: str, status: int, reason: str | None, last_lines: Iterable[str], run_dir: Path) -> CnvzooError:
-    """What to raise for a worker that left no report."""
-    by = -status if status < 0 else None
-    if reason is None and by in (signal.SIGINT, signal.SIGTERM):
-        reason = signal.Signals(by).name
+def _wait_for_outcome(process: SpawnProcess, connection: Connection, stop: Stop) -> RunRecord | Exception | None:
+    """The record or error that the worker sends, None if it ended without. Forwards the first reason to stop."""
+    asked = False
+    while not wait_for_any([connection, process.sentinel], timeout=_POLL_SECONDS):
+        if not asked and (reason := stop()):
+            with suppress(OSError):  # it has just ended
+                connection.send(reason)
+            asked = True
+    try:
+        return connection.recv() if connection.poll() else None
+    except (EOFError, OSError):
+        return None
+
+
+def _worker_error(name: str, status: int, reason: str | None, last_lines: Iterable[str], run_dir: Path) -> CnvzooError:
+    """The error for a worker that ended without an outcome."""
+    number = -status if status < 0 else None
+    if reason is None and number in (signal.SIGINT, signal.SIGTERM):
+        reason = signal.Signals(number).name
     if reason is not None:
         return WorkerEnded(name, reason, run_dir)
-    cause = f"ended with status {status}" if by is None else f"was killed by signal {by} ({signal.strsignal(by)})"
-    if by == signal.SIGKILL:
-        cause += ", as the kernel does where memory runs out: fewer --at-once need less"
+    cause = f"ended with status {status}"
+    if number is not None:
+        cause = f"was killed by signal {number} ({signal.strsignal(number)})"
+    if number == signal.SIGKILL:
+        cause += ", as the kernel does when memory runs out: a smaller --at-once needs less"
     return RunError("\n  ".join([f"its worker process {cause}. Its last lines:", *last_lines]))
+
+
+def _work(
+    connection: Connection,
+    lines: Connection,
+    train: Train,
+    arguments: dict[str, Any],
+    threads: int,
+    seconds_left: float | None,
+) -> None:
+    """The worker process: train one run and send its record or error."""
+    deadline = None if seconds_left is None else time.monotonic() + seconds_left
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(lines.fileno(), 2)
+    os.dup2(2, 1)
+    lines.close()
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):  # with these, rich writes colours and bars to a pipe too
+        os.environ.pop(name, None)
+    reasons: list[str] = []
+    threading.Thread(target=_receive_stop, args=(connection, reasons), daemon=True).start()
+    torch.set_num_threads(threads)
+    try:
+        outcome: RunRecord | Exception = train(**arguments, deadline=deadline, stop=lambda: next(iter(reasons), None))
+    except Exception as error:
+        outcome = _picklable(error)
+    with suppress(OSError):  # the parent is gone
+        connection.send(outcome)
+
+
+def _receive_stop(connection: Connection, reasons: list[str]) -> None:
+    """Collect requests to stop; the end of the parent process is one too, and ends this process after another."""
+    with suppress(EOFError, OSError):
+        while True:
+            reasons.append(connection.recv())
+    if reasons:
+        os._exit(1)
+    reasons.append("SIGTERM")
+
+
+def _picklable(error: Exception) -> Exception:
+    """The error if it is one of cnvzoo and the parent process can unpickle it, else its message."""
+    if isinstance(error, CnvzooError):
+        with suppress(Exception):
+            pickle.loads(pickle.dumps(error))
+            return error
+    return CnvzooError(in_a_line(error))

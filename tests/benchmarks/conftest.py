@@ -33,6 +33,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """Without the picture, which takes longer than all the rest; test_plot.py has its own."""
+    """Without drawing pictures, which takes most of the time; test_plot.py has its own fixture."""
     monkeypatch.setattr(plot, "draw", lambda points, path: None)
     return Bench(tmp_path)

@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import report as render
-from harness import workers as runners
+from harness import outputs, workers
 from harness.entries import Layout
 from harness.execute import execute
 from harness.records import Records
-from harness.schedule import make_plan
-from harness.workers import LocalRunner, Run, at_once_by_default, settings
+from harness.schedule import Run, make_plan
+from harness.workers import LocalRunner, default_runs_at_once, process_settings
 from tiny import publish_tiny, tiny
 from workbench import Bench, FakeTraining
 
@@ -114,14 +113,14 @@ def test_a_failed_run_takes_along_only_what_starts_from_it(trio, capsys):
     calls = [(FLOAT, 0), (OTHER, 0), (FLOAT, 1), (OTHER, 1)]
     assert sorted(trio.training.calls) == sorted(calls)
     message = capsys.readouterr().err
-    assert f"{QUANTIZED} seed 0 failed: it needs the weights of {FLOAT} seed 0, which are not there" in message
+    assert f"{QUANTIZED} seed 0 failed: it needs the weights of {FLOAT} seed 0, which are missing" in message
     assert f"failed, see above: {FLOAT} seed 0, {QUANTIZED} seed 0, {QUANTIZED} seed 1\n" in message
 
 
 def test_all_but_the_runs_happens_in_the_calling_thread(trio):
     entries = {name: trio.entry(name) for name in (FLOAT, OTHER, QUANTIZED)}
     records = Records(entries, Layout.of(trio.home, trio.runs))
-    jobs = make_plan(list(entries.values()), (0, 1, 2), records=records)
+    runs = make_plan(list(entries.values()), (0, 1, 2), records=records)
     here: list[bool] = []
     there: list[bool] = []
 
@@ -130,7 +129,7 @@ def test_all_but_the_runs_happens_in_the_calling_thread(trio):
 
     play = Play(lambda key, stop: there.append(threading.current_thread() is threading.main_thread()))
     outcome = execute(
-        jobs,
+        runs,
         LocalRunner(play, torch.device("cpu"), None),
         at_once=4,
         records=records,
@@ -233,7 +232,7 @@ def test_an_error_that_is_not_of_one_run_ends_it_all_with_the_others_saved(trio,
         raise KeyError("a bug")
 
     trio.train = Play(scene)
-    monkeypatch.setattr(render, "page", page)
+    monkeypatch.setattr(outputs, "page", page)
     with pytest.raises(KeyError, match="a bug"):
         trio.run("--table", "cifar10", "--seeds", "0", "--at-once", "2")
     assert asked == ["an error"]
@@ -283,7 +282,7 @@ def test_deterministic_kernels_stay_on_when_a_run_ends_beside_others():
         return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
 
     gpu, before = torch.device("cuda"), switches()
-    with settings(gpu, 1):
+    with process_settings(gpu, 1):
         first, second = deterministic(gpu), deterministic(gpu)
         first.__enter__()
         second.__enter__()
@@ -308,19 +307,17 @@ def test_a_run_on_a_gpu_beside_others_has_a_stream_of_its_own(trio, monkeypatch)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     play = Play(lambda key, stop: seen.append(list(current)))
     seen: list[list[str]] = []
-    recipe = trio.entry(FLOAT).recipe
     runner = LocalRunner(play, torch.device("cuda", 1), None, own_stream=True)
     for seed in (0, 1):
-        folder = trio.runs / str(seed)
-        runner.run(Run(recipe, seed, folder), lambda: None)
+        runner.run(Run(trio.entry(FLOAT), seed, trio.runs / str(seed)), {}, lambda: None)
     assert seen == [["cuda:1 0"], ["cuda:1 1"]]
 
 
 @pytest.mark.parametrize(("cores", "threads", "runs"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])
 def test_the_cores_of_this_process_are_used_and_no_more(monkeypatch, cores, threads, runs):
-    monkeypatch.setattr(runners.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-    assert at_once_by_default(torch.device("cpu"), threads) == runs
-    assert at_once_by_default(torch.device("cuda"), threads) == 3
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert default_runs_at_once(torch.device("cpu"), threads) == runs
+    assert default_runs_at_once(torch.device("cuda"), threads) == 3
 
 
 @pytest.mark.parametrize("wrong", [["--at-once", "0"], ["--threads", "1.5"]])

@@ -115,7 +115,7 @@ def test_the_page_has_every_table_whichever_was_asked_for(bench, capsys):
     bench.put("cifar10_cnv", accuracy=91.2)
     bench.run("--table", "mnist", "--time-limit", "0")
     assert [line for line in bench.page.splitlines() if line.startswith("## ")] == [
-        "## mnist", "## fashion_mnist", "## cifar10", "## cifar100", "## Hardware and versions",
+        "## MNIST", "## Fashion-MNIST", "## CIFAR-10", "## CIFAR-100", "## Hardware and versions",
     ]  # fmt: skip
     assert "91.20" in bench.page
     assert "91.20" not in capsys.readouterr().out

@@ -1,23 +1,22 @@
-"""The picture of the checkpoints: what it shows, that it can be read, and when it is drawn again."""
+"""The pictures of the checkpoints: what they show, that they can be read, and when they are drawn again."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from harness import plot
-from harness.entries import Layout
+from harness.entries import TABLES, Layout
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation, Text
 from workbench import BENCHMARKS, Bench
 
-from cnvzoo.checkpoints.index import CheckpointInfo
+from cnvzoo.checkpoints.index import INDEX, CheckpointInfo
 
 MB = 1_000_000
 # model, bits, bytes, and roughly what each reaches on cifar10
@@ -39,7 +38,7 @@ def checkpoint(model: str, bits: int | None, megabytes: float, accuracy: float, 
 
 
 def every_entry() -> list[CheckpointInfo]:
-    """All tables complete; on the digits within the few hundredths of a percent that they end up in."""
+    """All tables complete, with accuracies as close together as trained nets have on each dataset."""
     tables = {"mnist": DIGITS, "fashion_mnist": DIGITS[:4], "cifar10": TABLE, "cifar100": TABLE}
     scale = {"mnist": (0.01, 98.7), "fashion_mnist": (0.1, 84.5), "cifar10": (1.0, 0.0), "cifar100": (1.3, -53.0)}
     rows = []
@@ -50,15 +49,20 @@ def every_entry() -> list[CheckpointInfo]:
     return sorted(rows, key=lambda row: (list(tables).index(row["dataset"]), row["bytes"]))
 
 
+def of(dataset: str) -> list[CheckpointInfo]:
+    return [point for point in every_entry() if point["dataset"] == dataset]
+
+
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     bench = Bench(tmp_path)
     bench.recipe("mnist_cnv")
+    bench.recipe("mnist_resnet20")
     return bench
 
 
 def picture(bench: Bench) -> Path:
-    return bench.home / "accuracy.svg"
+    return bench.home / "accuracy-mnist.svg"
 
 
 def names_in(axes: Axes) -> dict[str, Annotation]:
@@ -69,81 +73,65 @@ def sizes_in(line: Line2D) -> list[float]:
     return np.asarray(line.get_xdata()).tolist()
 
 
-def test_every_checkpoint_is_named_once_in_the_panel_of_its_dataset():
-    points = every_entry()
-    panels = plot.figure(points).axes
-    assert [axes.get_title(loc="left") for axes in panels] == ["mnist", "fashion_mnist", "cifar10", "cifar100"]
-    for axes in panels:
-        own = [p for p in points if p["dataset"] == axes.get_title(loc="left")]
-        named = {name: text.xy for name, text in names_in(axes).items()}
-        assert named == {p["name"].split(".")[0]: (p["bytes"], p["accuracy"]) for p in own}
-        assert len(axes.texts) == len(own)
+@pytest.mark.parametrize("dataset", TABLES)
+def test_every_checkpoint_is_named_once_and_no_name_covers_another_or_a_point(dataset):
+    points = of(dataset)
+    figure = plot.figure(points)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    named = {name: text.xy for name, text in names_in(axes).items()}
+    assert named == {p["name"].split(".")[0]: (p["bytes"], p["accuracy"]) for p in points}
+    assert len(axes.texts) == len(points)
+    boxes = {name: Text.get_window_extent(text) for name, text in names_in(axes).items()}
+    for (one, box), (other, other_box) in itertools.combinations(boxes.items(), 2):
+        assert not box.overlaps(other_box), (one, other)
+    for name, box in boxes.items():
+        assert figure.bbox.contains(box.x0, box.y0), name
+        assert figure.bbox.contains(box.x1, box.y1), name
+        for other, text in names_in(axes).items():
+            assert not box.contains(*axes.transData.transform(text.xy)), (name, other)
 
 
-@pytest.mark.parametrize("datasets", [["mnist", "cifar10"], ["mnist", "fashion_mnist", "cifar10", "cifar100"]])
-def test_no_name_covers_another_or_a_point_or_leaves_its_panel(datasets):
-    figure = plot.figure([point for point in every_entry() if point["dataset"] in datasets])
-    figure.draw_without_rendering()  # which puts the names where they are to be
-    for axes in figure.axes:
-        inside = axes.get_window_extent()
-        names = {name: Text.get_window_extent(text) for name, text in names_in(axes).items()}  # without its line
-        for (one, box), (other, box_of_other) in itertools.combinations(names.items(), 2):
-            assert not box.overlaps(box_of_other), (axes.get_title(loc="left"), one, other)
-        for name, box in names.items():
-            assert inside.contains(box.x0, box.y0), name
-            assert inside.contains(box.x1, box.y1), name
-            for other, text in names_in(axes).items():
-                assert not box.contains(*axes.transData.transform(text.xy)), (name, other)
-
-
-def test_a_dataset_that_no_table_has_comes_last_under_its_own_name(tmp_path):
-    # As it happens with a checkpoint of one's own in hub/: the index has whatever is there.
-    index = json.loads((BENCHMARKS.parent / "src" / "cnvzoo" / "hub" / "index.json").read_text())
-    own = index["checkpoints"]["resnet20.cifar10"]
-    names = {"resnet20.svhn": "svhn", "resnet20.cinic": "cinic"}
-    own = {name: own | {"dataset": dataset} for name, dataset in names.items()}
-    own["vgg.svhn"] = own["resnet20.svhn"] | {"model": {"name": "vgg"}}  # nor has this version such a model
-    (tmp_path / "index.json").write_text(json.dumps({"checkpoints": own | index["checkpoints"]}))
-    points = plot.points(tmp_path / "index.json")
-    assert [p["name"] for p in points[-3:]] == ["resnet20.cinic", "resnet20.svhn", "vgg.svhn"]
-    assert list(dict.fromkeys(p["dataset"] for p in points)) == ["mnist", "cifar10", "cinic", "svhn"]
-    titles = [axes.get_title(loc="left") for axes in plot.figure(points).axes]
-    assert titles == ["mnist", "cifar10", "cinic", "svhn"]
+def test_a_dataset_without_a_table_has_no_picture_and_a_table_of_one_checkpoint_neither(tmp_path):
+    index = json.loads(INDEX.read_text())["checkpoints"]
+    resnet20 = index["resnet20.cifar10"]
+    own = {f"resnet20.{name}": resnet20 | {"dataset": name} for name in ("svhn", "mnist")}
+    own["vgg.svhn"] = own["resnet20.svhn"] | {"model": {"name": "vgg"}}  # a model that this version does not have
+    cifar10 = {name: entry for name, entry in index.items() if entry["dataset"] == "cifar10"}
+    (tmp_path / "index.json").write_text(json.dumps({"checkpoints": own | cifar10}))
+    assert plot.pictured(tmp_path / "index.json") == {"cifar10"}
+    assert [p["name"] for p in plot.points(tmp_path / "index.json", "svhn")] == ["resnet20.svhn", "vgg.svhn"]
+    assert len(plot.figure(plot.points(tmp_path / "index.json", "svhn")).axes) == 1
 
 
 def test_float_and_quantized_look_different():
-    figure = plot.figure(every_entry())
-    (axes,) = (axes for axes in figure.axes if axes.get_title(loc="left") == "cifar10")
-    looks = {}
-    for line in axes.lines:
-        if line.get_marker() != "None" and len(sizes_in(line)) == 1:
-            looks[sizes_in(line)[0]] = (line.get_marker(), line.get_color())
-    quantized = {looks[round(megabytes * MB)] for _, bits, megabytes, _ in TABLE if bits}
-    floats = {looks[round(megabytes * MB)] for _, bits, megabytes, _ in TABLE if not bits}
-    assert (len(looks), len(quantized), len(floats)) == (len(TABLE), 1, 1)
-    assert all(a != b for a, b in zip(*quantized, *floats, strict=True))
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["float", "quantized"]
+    (axes,) = plot.figure(of("cifar10")).axes
+    looks = {line.get_label(): line for line in axes.lines if line.get_marker() != "None"}
+    assert sizes_in(looks["quantized"]) == [430_000, 820_000, 1_600_000]
+    assert len(sizes_in(looks["float"])) == 7
+    assert looks["float"].get_marker() != looks["quantized"].get_marker()
+    assert looks["float"].get_color() != looks["quantized"].get_color()
 
 
 def test_a_line_joins_the_widths_of_one_graph_and_nothing_else():
-    (axes,) = plot.figure([p for p in every_entry() if p["dataset"] == "cifar10"]).axes
-    (line,) = (line for line in axes.lines if len(sizes_in(line)) > 1)
+    (axes,) = plot.figure(of("cifar10")).axes
+    (line,) = (line for line in axes.lines if line.get_marker() == "None")
     assert sizes_in(line) == [430_000, 820_000, 1_600_000, 6_210_000]
 
 
 def test_the_same_points_give_the_same_bytes(tmp_path, monkeypatch):
     import matplotlib
 
-    plot.draw(every_entry(), tmp_path / "one.svg")
-    monkeypatch.setitem(matplotlib.rcParams, "font.size", 20)  # what somebody likes better
-    plot.draw(every_entry(), tmp_path / "two.svg")
+    plot.draw(of("cifar10"), tmp_path / "one.svg")
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 20)  # a setting of the user
+    plot.draw(of("cifar10"), tmp_path / "two.svg")
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
-    assert plot.shows(tmp_path / "one.svg", every_entry())
+    assert plot.shows(tmp_path / "one.svg", of("cifar10"))
 
 
 @pytest.mark.parametrize(("change", "value"), [("accuracy", 91.23), ("bytes", 6_210_001), ("name", "other.cifar10")])
 def test_another_point_is_another_picture(tmp_path, change, value):
-    points = every_entry()
+    points = of("cifar10")
     plot.draw(points, tmp_path / "kept.svg")
     (cnv,) = (p for p in points if p["name"] == "cnv.cifar10")
     cnv[change] = value
@@ -151,49 +139,42 @@ def test_another_point_is_another_picture(tmp_path, change, value):
     assert not plot.shows(tmp_path / "kept.svg", points[:-1])
 
 
-def test_the_picture_that_is_kept_shows_the_index_of_the_package():
-    layout = Layout.of(BENCHMARKS)
-    points = plot.points(layout.index)
-    assert plot.shows(layout.plot, points), "run: python benchmarks/reproduce.py --table all --time-limit 0"
-    drawn = layout.plot.read_text(encoding="utf-8")
-    for point in points:  # matplotlib notes the text of what it draws as outlines
-        tag = point["name"].split(".")[0]
-        assert drawn.count(f"<!-- {tag} -->") == sum(p["name"].startswith(f"{tag}.") for p in points)
-    assert {path.name for path in layout.hub.iterdir()} == {point["name"] for point in points}
+def test_the_pictures_of_this_repository_show_the_index_of_the_package():
+    layout, remedy = Layout.of(BENCHMARKS), "run: python benchmarks/reproduce.py --table all --time-limit 0"
+    for table in plot.pictured(layout.index):
+        points = plot.points(layout.index, table)
+        assert plot.shows(layout.picture(table), points), remedy
+        drawn = layout.picture(table).read_text(encoding="utf-8")
+        for point in points:  # matplotlib draws text as outlines, with the text in a comment
+            assert drawn.count(f"<!-- {point['name'].split('.')[0]} -->") == 1
 
 
 def test_a_run_that_changes_the_checkpoints_draws_them(bench):
-    assert bench.run("--table", "mnist", "--seeds", "1") == 0
+    assert bench.run("--table", "mnist", "--entry", "mnist_cnv", "--seeds", "0") == 0
     assert not picture(bench).exists()
-    assert "accuracy.svg" not in bench.page
+    assert ".svg" not in bench.page
     assert bench.run("--table", "mnist", "--seeds", "0") == 0
     assert "cnv.mnist: 90.00 %, 6," in picture(bench).read_text()
-    assert "![" in bench.page
-    assert "](accuracy.svg)" in bench.page
+    assert "](accuracy-mnist.svg)" in bench.page
 
 
-def test_what_is_drawn_already_is_left_alone_without_matplotlib_even(bench, monkeypatch, capsys):
+def test_a_picture_that_is_up_to_date_is_kept_even_without_matplotlib(bench, monkeypatch, capsys):
     assert bench.run("--table", "mnist", "--seeds", "0") == 0
     before = picture(bench).stat().st_mtime_ns
     capsys.readouterr()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert bench.run("--table", "mnist") == 0
+    assert bench.run("--table", "mnist", "--seeds", "0") == 0
     assert picture(bench).stat().st_mtime_ns == before
     assert "pip install" not in capsys.readouterr().err
 
 
 def test_without_matplotlib_the_picture_stays_and_a_line_says_so(bench, monkeypatch, capsys):
-    bench.recipe("mnist_resnet20")
     picture(bench).write_text("<svg>an old one</svg>")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
-        assert bench.run("--table", "mnist") == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "pip install matplotlib" in line]
-    # once for all runs of the command
-    assert len(said) == 1
-    assert "accuracy.svg stays as it was" in said[0]
-    assert said[0].endswith("pip install matplotlib, and the same command draws it")
+        assert bench.run("--table", "mnist", "--seeds", "0", "1") == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "pip install matplotlib" in line)
+    assert "accuracy-mnist.svg stays as it was" in line
     assert picture(bench).read_text() == "<svg>an old one</svg>"
-    shutil.rmtree(bench.runs)
-    assert bench.run("--table", "mnist") == 0
+    assert bench.run("--table", "mnist", "--seeds", "0") == 0
     assert "resnet20.mnist: 90.00 %" in picture(bench).read_text()

@@ -238,7 +238,7 @@ class TestFloatStart:
         assert pair.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
         message = capsys.readouterr().err
         assert f"{QUANTIZED} needs its weights, which are not under" in message
-        assert "its weights are not those of" in message
+        assert "its weights differ from those of" in message
         assert RunRecord.read(pair.result(FLOAT)) == kept
 
     def test_is_not_needed_by_a_run_that_is_done(self, pair):
@@ -321,7 +321,7 @@ class TestTeacher:
         school.training.fail_at.add(("cifar10_resnet56", 0))
         assert school.run("--table", "cifar10", "--seeds", "0") == 1
         assert [name for name, _ in school.training.calls] == ["cifar10_resnet56"]
-        assert "it needs the weights of cifar10_resnet20 seed 0, which are not there" in capsys.readouterr().err
+        assert "it needs the weights of cifar10_resnet20 seed 0, which are missing" in capsys.readouterr().err
 
     def test_with_another_recipe_makes_the_student_out_of_date(self, school):
         assert school.run("--table", "cifar10", "--seeds", "0") == 0
@@ -408,7 +408,7 @@ def test_a_record_of_older_arithmetic_stays_marked_and_is_due_after_all_that_is_
     bench.put("mnist_resnet20", 0, accuracy=99.11, numerics=NUMERICS - 1)
     assert bench.run("--table", "mnist", "--seeds", "0", "1", "--time-limit", "0") == 3
     assert "| 99.11†, -, - |" in bench.page
-    assert "no table reads" not in capsys.readouterr().err
+    assert "in no table" not in capsys.readouterr().err
     assert bench.run("--table", "mnist", "--seeds", "0", "1") == 0
     assert bench.training.calls == [
         ("mnist_cnv", 0), ("mnist_resnet20", 1), ("mnist_cnv", 1), ("mnist_resnet20", 0),
@@ -464,7 +464,7 @@ def test_an_accuracy_that_the_weights_do_not_bear_out_is_not_published(bench, ca
     bench.training.accuracy = lambda name, seed: 99.99
     assert bench.run("--table", "mnist", "--seeds", "0") == 1
     message = capsys.readouterr().err
-    assert "mnist_cnv/seed0.json: not published, because its weights do not bear it out: 9,000 images right" in message
+    assert "mnist_cnv/seed0.json: not published, because its weights do not confirm it: 9,000 images right" in message
     assert not (bench.hub / "cnv.mnist").exists()
 
 

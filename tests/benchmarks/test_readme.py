@@ -15,7 +15,8 @@ def test_it_shows_the_entries_that_have_been_run(bench):
     bench.run("--table", "mnist", "--time-limit", "0")
     before, table, after = readme.read_text().replace("<!-- /results -->", "<!-- results -->").split("<!-- results -->")
     assert (before, after) == ("# A project\n\n", "\n\nAnd more.\n")
-    _, _, *rows = table.strip().splitlines()
+    title, _, _, _, *rows = table.strip().splitlines()
+    assert title == "### CIFAR-10"
     link = "[cifar10_cnv](benchmarks/configs/cifar10_cnv.yaml)"
     assert rows == [f"| {link} | 91.25 (1 of 3 seeds) | - | 91.25, -, - | - | - | 1 |"]
 

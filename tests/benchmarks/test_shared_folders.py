@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-import reproduce
 from filelock import FileLock
+from harness import outputs
 from test_at_once import Play, left
 from workbench import Bench, FakeTraining, make_record
 
@@ -52,7 +52,7 @@ class Neighbour:
 
 @pytest.fixture
 def neighbour(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[Neighbour]:
-    monkeypatch.setattr(reproduce, "keep_missing", lambda *_: [])  # which takes most of the time
+    monkeypatch.setattr(outputs, "keep_missing", lambda *_: [])  # which takes most of the time
     for name in (FIRST, FLOAT, OTHER):
         bench.recipe(name)
     bench.recipe(QUANTIZED, float_start=FLOAT)
@@ -88,7 +88,7 @@ def test_what_another_finishes_meanwhile_is_not_trained_again(bench, neighbour, 
     assert bench.run("--table", "cifar10", "--entry", FIRST, OTHER, "--seeds", "0", "1") == 0
     assert play.fake.calls == [(FIRST, 0), (FIRST, 1), (OTHER, 1)]
     said = capsys.readouterr()
-    assert f"{OTHER} seed 0: finished by now, and not trained again" in said.err
+    assert f"{OTHER} seed 0: finished meanwhile, not trained again" in said.err
     assert "77.00, 91.00, -" in said.out
     assert RunRecord.read(bench.result(OTHER)).accuracy == 77
     assert no_previous(bench)
@@ -105,7 +105,7 @@ def test_a_record_that_is_copied_in_during_its_run_stands(bench, neighbour, duri
     during(OTHER, lambda: bench.put(OTHER, accuracy=66.0))
     assert bench.run("--table", "cifar10", "--entry", OTHER, "--seeds", "0") == 0
     assert RunRecord.read(bench.result(OTHER)).accuracy == 66
-    assert "its weights are not those of" in capsys.readouterr().err
+    assert "its weights differ from those of" in capsys.readouterr().err
 
 
 def test_a_record_of_another_recipe_is_not_taken_for_it(bench, neighbour, during):

@@ -1,19 +1,17 @@
-"""reproduce.py and its workers on a few random images.
+"""reproduce.py and its worker processes on a few random images.
 
-    python tiny.py HOME ARGUMENT ...    as reproduce.py, with HOME in the place of benchmarks/
-    python tiny.py '<a run as JSON>'    as harness/worker.py; reproduce.py finds this file in its place
+    python tiny.py HOME ARGUMENT ...    as reproduce.py, with HOME instead of benchmarks/
 
-TINY_EPOCH_SECONDS are added to every epoch, at its end: time to be stopped in.
+TINY_EPOCH_SECONDS is a pause at the end of every epoch: time to be stopped in.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import torch
 
 from cnvzoo.data import Dataset, dataset_info, datasets
 from cnvzoo.data.datasets import CHECKSUMS, sha256_of_array
-from cnvzoo.training import run
+from cnvzoo.training import RunRecord, run
 from cnvzoo.training.progress import TrainingStatus
 
 TINY = Path(__file__).resolve()
@@ -44,7 +42,7 @@ def tiny() -> Dataset:
 
 
 def publish_tiny(put: Callable[[dict[str, Any], str, Any], object] = dict.__setitem__) -> None:
-    """Have `tiny()` pass for the published MNIST; `put` sets an item, which it may put back later."""
+    """Make `tiny()` the published MNIST; `put` sets an item, and may restore it later."""
     data = tiny()
     arrays = ("train_images", "train_labels", "test_images", "test_labels")
     put(datasets._DATASETS, "mnist", data.info)
@@ -58,20 +56,32 @@ class SlowProgress(run.TrainingProgress):
             time.sleep(float(os.environ.get("TINY_EPOCH_SECONDS", "0")))
 
 
+def train_tiny(recipe: Any, **arguments: Any) -> RunRecord:
+    """Like run_recipe, on `tiny()`; for a process of its own, whose progress it slows down."""
+    publish_tiny()
+    run.TrainingProgress = SlowProgress
+    return run.run_recipe(recipe, dataset=tiny(), **arguments)
+
+
+@dataclass(frozen=True)
+class Script:
+    """Python code that runs in place of run_recipe; `recipe` and `options` are its arguments, `record` its result."""
+
+    code: str
+
+    def __call__(self, recipe: Any, **options: Any) -> Any:
+        names: dict[str, Any] = {"recipe": recipe, "options": options, "record": None}
+        exec(self.code, names)
+        return names["record"]
+
+
 def main(arguments: list[str]) -> int:
     sys.path[0] = str(TINY.parents[2] / "benchmarks")
     import reproduce
-    from harness import worker
-    from harness import workers as processes
 
     publish_tiny()
-    run.load_dataset = lambda name, root=None: tiny()
-    run.TrainingProgress = SlowProgress
-    processes.WORKER = TINY
-    if len(arguments) > 1:
-        return reproduce.main(arguments[1:], home=Path(arguments[0]))
-    worker.main(json.loads(arguments[0]))
-    return 0
+    reproduce.run_recipe = train_tiny
+    return reproduce.main(arguments[1:], home=Path(arguments[0]))
 
 
 if __name__ == "__main__":

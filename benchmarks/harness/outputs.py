@@ -1,0 +1,109 @@
+"""The files that follow from the records: checkpoints with cards and index, pictures, RESULTS.md and README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+from torch import nn
+
+from cnvzoo.checkpoints.format import CheckpointError, IntegerResult
+from cnvzoo.checkpoints.verify import Verification
+from cnvzoo.errors import CnvzooError, in_a_line
+from cnvzoo.files import FileError, update_text
+from harness.entries import Entry, shown
+from harness.plot import pictured, update_pictures
+from harness.publish import keep_missing, measure_missing, update_index
+from harness.records import Records, recipes_scored
+from harness.references import Reference
+from harness.report import page, rows, summary, update_readme
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class Outputs:
+    """Writes what follows from the records. A file that cannot be written does not keep others from being written.
+
+    Attributes:
+        selected: the entries whose checkpoints are written and measured.
+        records: of all entries.
+        references: what the tables compare with.
+        verify: called as cnvzoo.verify.
+        say: called with each line for people.
+        out_of_date: what could not be written when it was last tried.
+    """
+
+    selected: Sequence[Entry]
+    records: Records
+    references: Mapping[str, Reference]
+    verify: Callable[..., list[Verification]]
+    say: Callable[[str], None]
+    out_of_date: set[str] = field(default_factory=set)
+    _said: set[str] = field(default_factory=set)
+
+    def collect_records(self, seeds: Sequence[int]) -> None:
+        """Copy records of finished runs that are not yet among the results."""
+        for entry in self.selected:
+            for seed in seeds:
+                collect = partial(self.records.collect, entry, seed)
+                if path := self._attempt(f"the record of {entry.name} seed {seed}", collect, None):
+                    self.say(f"{shown(path)}: copied from the finished run")
+
+    def update(self) -> None:
+        """Write everything that is missing or out of date."""
+        layout = self.records.layout
+        for entry in self.selected:
+            write = partial(keep_missing, [entry], self.records, self.verify)
+            for folder in self._attempt(f"the checkpoint of {entry.name}", write, []):
+                self.say(f"{shown(folder)}: checkpoint written")
+        if self._attempt("the index of published checkpoints", self._update_index, False):
+            for problem in self._attempt("the pictures", partial(update_pictures, layout), []):
+                self._say_once(problem)
+        survey = self.records.survey()
+        entries = self.records.entries.values()
+        lines = rows(entries, survey, self.references, recipes_scored(entries, layout))
+        try:
+            shows = pictured(layout.index)
+        except CheckpointError:  # reported by _update_index
+            shows = frozenset()
+        self._attempt("the page of results", partial(update_text, layout.page, page(lines, survey, shows)), False)
+        self._attempt("the README", partial(update_readme, layout.readme, summary(lines, shows)), None)
+
+    def measure(self, measure: Callable[[nn.Module, str], IntegerResult]) -> None:
+        """Measure the integer graphs of the quantized checkpoints that have not been measured."""
+        layout = self.records.layout
+        for entry in self.selected:
+            write = partial(measure_missing, [entry], layout, measure, self.say)
+            if self._attempt(f"the config of {layout.checkpoint(entry.recipe).name}", write, []):
+                self.update()
+
+    def _update_index(self) -> bool:
+        layout = self.records.layout
+        try:
+            for problem in update_index(layout.index, layout.hub):
+                self._say_once(problem)
+        except FileError:
+            raise
+        except CnvzooError as error:  # a damaged checkpoint or index is no reason to exit with an error after training
+            self._say_once(f"the index of published checkpoints stays as it was: {error}")
+            return False
+        return True
+
+    def _attempt(self, what: str, write: Callable[[], _T], otherwise: _T) -> _T:
+        """What `write` returns, or `otherwise` if it fails, for a reason that is said once."""
+        try:
+            result = write()
+        except (CnvzooError, OSError, UnicodeDecodeError) as error:
+            self.out_of_date.add(what)
+            self._say_once(f"{what} stays as it was: {in_a_line(error)}")
+            return otherwise
+        self.out_of_date.discard(what)
+        return result
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
