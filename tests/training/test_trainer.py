@@ -135,9 +135,7 @@ def captured_twice(step: Callable[[], None]) -> Callable[[], None]:
     return step
 
 
-@pytest.mark.parametrize(
-    "augmentation", [{}, {"mixup": 0.5, "flip": True}], ids=str
-)
+@pytest.mark.parametrize("augmentation", [{}, {"mixup": 0.5, "flip": True}], ids=str)
 @pytest.mark.parametrize(
     "optimizer",
     [{"lr": 0.1}, {"name": "muon", "lr": 0.02, "sgd_lr": 0.1, "weight_decay": 0.0}],

@@ -42,10 +42,8 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
-    model_serializer,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
@@ -217,15 +215,10 @@ def _preprocessing(values: dict[str, Any]) -> dict[str, Any]:
 
 PreprocessingValues = Annotated[dict[str, Any], AfterValidator(_preprocessing)]
 FORMAT_VERSION = 1
-_NEWER = ("recipes_scored", "numerics")  # not written where they are not known: older configs keep their sha256
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    @model_serializer(mode="wrap")
-    def _without_newer_keys_that_are_not_known(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in serialize(self).items() if value is not None or key not in _NEWER}
 
 
 class SeedResult(_Section):

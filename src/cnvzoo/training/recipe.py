@@ -20,10 +20,8 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
-    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
-    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -41,15 +39,6 @@ LARGEST_SEED = 2**63 - 1  # of torch's generators
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    def _unused(self) -> set[str]:
-        """Newer keys that are not in use: recipes keep the fingerprint that they had before there were these."""
-        return set()
-
-    @model_serializer(mode="wrap")
-    def _silent_about_what_is_not_used(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        unused = self._unused()
-        return {key: value for key, value in serialize(self).items() if key not in unused}
 
 
 def _at(key: str, message: str) -> PydanticCustomError:
@@ -103,9 +92,6 @@ class Optimizer(_Section):
             raise _at("sgd_weight_decay", "sgd_weight_decay goes with name: muon: others have one weight_decay for all")
         return self
 
-    def _unused(self) -> set[str]:
-        return {"sgd_weight_decay"} if self.sgd_weight_decay is None else set()
-
 
 class Schedule(_Section):
     """Learning rate over the run, step by step: linear warm-up over `warmup_epochs`, then linear decay to 0."""
@@ -141,9 +127,6 @@ class Distillation(_Section):
     weight: float = Field(default=0.9, gt=0, le=1)
     views: int | None = Field(default=None, ge=1)
 
-    def _unused(self) -> set[str]:
-        return {"views"} if self.views is None else set()
-
 
 class Recipe(_Section):
     """One training run, seed included.
@@ -177,7 +160,7 @@ class Recipe(_Section):
     optimizer: Optimizer
     schedule: Schedule = Schedule()
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    augmentation: Augmentation = Field(default_factory=Augmentation)
+    augmentation: Augmentation = Augmentation()
     early_crops: EarlyCrops | None = None
     float_start: str | None = None
     float_start_sha256: str | None = None
@@ -268,11 +251,6 @@ class Recipe(_Section):
         if (spec.input_size or own) != (model_spec(self.model).input_size or own):
             raise _at("teacher", f"{model} takes images of another size than {self.model}")
 
-    def _unused(self) -> set[str]:
-        unused = set() if self.teacher else {"teacher", "distillation", "teacher_sha256"}
-        unused |= set() if self.quantize_bias else {"quantize_bias"}
-        return unused | (set() if self.early_crops else {"early_crops"})
-
     @property
     def teacher_models(self) -> tuple[str, ...]:
         """The models of the teachers, as for `cnvzoo.create_model`."""
@@ -295,10 +273,13 @@ class Recipe(_Section):
         return self.model if self.w_bits is None else f"{self.model}_w{self.w_bits}a{self.a_bits}"
 
     def fingerprint(self) -> str:
-        """sha256 of everything in the recipe that decides the weights, the seed excluded."""
-        values = self.model_dump(mode="json", exclude={"seed", "name"})
-        if self.float_start is None:
-            del values["float_start_sha256"]
+        """sha256 of everything in the recipe that decides the weights, the seed excluded.
+
+        Keys that have their default are left out, so that a new key changes no fingerprint of recipes without it. For
+        the same reason a default may never change: recipes that rely on it would train otherwise under the same
+        fingerprint.
+        """
+        values = self.model_dump(mode="json", exclude={"seed", "name"}, exclude_defaults=True)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
