@@ -1,0 +1,134 @@
+"""Comparisons of recipes on held-out training images: `comparisons.yaml`, validated."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from cnvzoo.errors import nearest
+from cnvzoo.strict_yaml import StrictYamlError, Where, explain, place_of, read_yaml
+from harness.entries import HarnessError
+
+_Percent = Annotated[float, Field(strict=True, ge=0, le=100)]
+_Seconds = Annotated[float, Field(strict=True, gt=0)]
+_Text = Annotated[str, Field(min_length=1)]
+_ROUNDING = 1e-6  # images that floating point may make of a whole number
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Variant(_Section):
+    """One of the recipes compared; the keys are described in comparisons.yaml.
+
+    Attributes:
+        name: what `chosen` refers to.
+        change: what distinguishes it, as text or as keys of a recipe.
+        correct: held-out images classified correctly; either this or `accuracy` is given.
+        accuracy: the same in percent.
+        seconds_per_epoch: one figure, or the least and the most.
+    """
+
+    name: _Text
+    change: _Text | dict[str, Any]
+    correct: int | None = Field(default=None, ge=0)
+    accuracy: _Percent | None = None
+    seconds_per_epoch: _Seconds | list[_Seconds] | None = None
+
+    @model_validator(mode="after")
+    def _has_one_figure(self) -> Variant:
+        if (self.correct is None) == (self.accuracy is None):
+            raise ValueError("give either correct or accuracy")
+        return self
+
+
+class Comparison(_Section):
+    """Variants of a recipe, each trained once and scored on the same held-out training images."""
+
+    entries: list[_Text] = Field(min_length=1)
+    date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
+    command: _Text
+    machine: _Text
+    versions: _Text
+    holdout: int = Field(gt=0)
+    seed: int | None
+    epochs: int = Field(ge=1)
+    variants: list[Variant] = Field(min_length=2)
+    chosen: str | None
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Comparison:
+        names = [variant.name for variant in self.variants]
+        for number, variant in enumerate(self.variants):
+            place = f"variants.{number}"
+            if variant.name in names[:number]:
+                raise _at(f"{place}.name", f"{variant.name!r}: the name of another variant too: rename one")
+            if variant.correct is not None and variant.correct > self.holdout:
+                raise _at(f"{place}.correct", f"{variant.correct}: more than the {self.holdout} images held out")
+            if variant.accuracy is not None and not _is_whole(variant.accuracy * self.holdout / 100):
+                images = variant.accuracy * self.holdout / 100
+                raise _at(
+                    f"{place}.accuracy",
+                    f"{variant.accuracy}: {images:.2f} of {self.holdout} images, not a whole number: correct one",
+                )
+        if self.chosen is not None and self.chosen not in names:
+            raise _at("chosen", f"{self.chosen!r}: no variant: {nearest(self.chosen, names)}")
+        return self
+
+    def correct(self, variant: Variant) -> int:
+        """Held-out images that the variant classifies correctly."""
+        return round((variant.accuracy or 0) * self.holdout / 100) if variant.correct is None else variant.correct
+
+    def standard_error(self, variant: Variant) -> float:
+        """Standard error of the variant's accuracy in percentage points, sqrt(p (1 - p) / n) for n held-out images.
+
+        It covers the choice of the images, but not the variation between seeds.
+        """
+        share = self.correct(variant) / self.holdout
+        return 100 * math.sqrt(share * (1 - share) / self.holdout)
+
+
+def load_comparisons(path: Path, configs: Path) -> list[Comparison]:
+    """The comparisons in the file at `path`, whose entries are recipes or base recipes in `configs`.
+
+    Raises HarnessError, with file and line, if the file cannot be read, a value is not valid, an accuracy is not a
+    whole number of images, or a name is no recipe.
+    """
+    try:
+        found = read_yaml(path)
+    except OSError as error:
+        raise HarnessError(f"{path}: cannot be read ({error.strerror}); restore it from version control") from error
+    except StrictYamlError as error:
+        raise HarnessError(str(error)) from None
+    if not isinstance(found.values, list):
+        raise HarnessError(f"{path}:1: comparisons are a list, not {type(found.values).__name__}")
+    comparisons = [_comparison(number, values, found.where, path) for number, values in enumerate(found.values)]
+    recipes = [file.stem for file in sorted(configs.glob("*.yaml"))]
+    for number, comparison in enumerate(comparisons):
+        for position, name in enumerate(comparison.entries):
+            if name not in recipes:
+                place = place_of(found.where, (str(number), "entries", str(position)), str(path))
+                raise HarnessError(f"{place}: entries: no recipe is named {name!r}: {nearest(name, recipes)}")
+    return comparisons
+
+
+def _comparison(number: int, values: Any, where: Where, path: Path) -> Comparison:
+    try:
+        return Comparison.model_validate(values)
+    except ValidationError as error:
+        prefix = str(number)
+        own = {key[1:]: place for key, place in where.items() if key[:1] == (prefix,)}
+        raise HarnessError(explain(error, Comparison, own, where.get((prefix,), str(path)))) from None
+
+
+def _is_whole(images: float) -> bool:
+    return abs(images - round(images)) < _ROUNDING
+
+
+def _at(key: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("at_key", "{message}", {"key": key, "message": message})

@@ -1,0 +1,76 @@
+"""The comparisons on held-out images: ours are valid, and wrong ones are refused by line and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness.comparisons import load_comparisons
+from harness.entries import HarnessError
+from workbench import BENCHMARKS
+
+VALID = """\
+- entries: [_base]
+  date: 2026-11-27
+  command: cnvzoo train a.yaml --holdout 5000
+  machine: a CPU
+  versions: torch 2.14.1
+  holdout: 5000
+  seed: 0
+  epochs: 20
+  variants:
+    - {name: sgd, change: as it is, accuracy: 90.0, seconds_per_epoch: [98, 107]}
+    - {name: muon, change: {optimizer: {name: muon}}, correct: 4526}
+  chosen: muon
+"""
+
+
+def write(folder: Path, text: str) -> tuple[Path, Path]:
+    configs = folder / "configs"
+    configs.mkdir()
+    for name in ("_base", "mnist_cnv"):
+        (configs / f"{name}.yaml").touch()
+    path = folder / "comparisons.yaml"
+    path.write_text(text)
+    return path, configs
+
+
+def test_the_comparisons_of_this_repository_are_valid():
+    comparisons = load_comparisons(BENCHMARKS / "comparisons.yaml", BENCHMARKS / "configs")
+    assert {name for comparison in comparisons for name in comparison.entries} >= {"cifar10_cnv", "mnist_cnv"}
+
+
+def test_images_and_standard_error(tmp_path):
+    (comparison,) = load_comparisons(*write(tmp_path, VALID))
+    sgd, muon = comparison.variants
+    assert [comparison.correct(variant) for variant in (sgd, muon)] == [4500, 4526]
+    # by hand: sqrt(0.9 * 0.1 / 5000) = 0.004243, sqrt(0.9052 * 0.0948 / 5000) = 0.004143
+    assert [round(comparison.standard_error(variant), 4) for variant in (sgd, muon)] == [0.4243, 0.4143]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (("accuracy: 90.0", "accuracy: 90.01"), "10: variants.0.accuracy: 90.01: 4500.50 of 5000 images, not a whole"),
+        (
+            ("accuracy: 90.0", "accuracy: 190"),
+            "10: variants.0.accuracy: 190: input should be less than or equal to 100",
+        ),
+        (("accuracy: 90.0", "correct: 9, accuracy: 1"), "10: variants.0: give either correct or accuracy"),
+        (("correct: 4526", "correct: 5001"), "11: variants.1.correct: 5001: more than the 5000 images held out"),
+        (("name: muon,", "name: sgd,"), "11: variants.1.name: 'sgd': the name of another variant too"),
+        (("chosen: muon", "chosen: mouon"), "12: chosen: 'mouon': no variant: did you mean 'muon'?"),
+        (("  machine: a CPU\n", ""), "1: machine: missing: add it"),
+        (("seed: 0", "sead: 0"), "7: sead: unknown key: did you mean 'seed'?"),
+        (
+            ("[_base]", "[mnist_cnv, mnist_cvn]"),
+            "1: entries: no recipe is named 'mnist_cvn': did you mean 'mnist_cnv'?",
+        ),
+        (("2026-11-27", "27.11.2026"), "2: date: '27.11.2026': string should match pattern"),
+        ((VALID, "entries: []\n"), "1: comparisons are a list, not dict"),
+    ],
+)
+def test_a_wrong_comparison_is_refused_by_line_and_key(tmp_path, change, complaint):
+    with pytest.raises(HarnessError) as caught:
+        load_comparisons(*write(tmp_path, VALID.replace(*change)))
+    assert f"{tmp_path / 'comparisons.yaml'}:{complaint}" in str(caught.value)
