@@ -154,7 +154,9 @@ def test_damaged_file_without_network_is_explained(
 
 def test_no_cache_and_no_network(network: Downloader, tmp_path: Path) -> None:
     network.online = False
-    with pytest.raises(DatasetError, match=r"is not in the dataset cache, and fetching it failed: .*no route to host"):
+    with pytest.raises(
+        DatasetError, match=r"is not in the dataset cache, and downloading it failed: .*no route to host"
+    ):
         load_dataset("mnist", root=tmp_path)
     assert files(tmp_path) == set()
 

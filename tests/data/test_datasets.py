@@ -20,7 +20,7 @@ def synthetic(labels: Tensor, num_classes: int) -> Dataset:
     images = torch.zeros(n, 28, 28, 1, dtype=torch.uint8)
     images[:, 0, 0, 0] = (torch.arange(n) // 256).to(torch.uint8)
     images[:, 0, 1, 0] = (torch.arange(n) % 256).to(torch.uint8)
-    info = DatasetInfo("synthetic", tuple(map(str, range(num_classes))), 1, 28, (0.5,), (0.5,), n, 3)
+    info = DatasetInfo("synthetic", "Synthetic", tuple(map(str, range(num_classes))), 1, 28, (0.5,), (0.5,), n, 3)
     return Dataset(info, images, labels.to(torch.uint8), images[:3], labels[:3].to(torch.uint8))
 
 

@@ -151,6 +151,6 @@ def test_a_side_that_no_image_has_is_refused(side: int) -> None:
 
 def test_parts_of_views_with_cutout_are_refused() -> None:
     made = batches(noise(8), augmentation=Augmentation(cutout=4), views=2)
-    with pytest.raises(ValueError, match="Parts of views go without cutout"):
+    with pytest.raises(ValueError, match="Parts of views cannot have cutout"):
         made.epoch(0, side=PART)
     assert made.plan(0, SIDE).side == SIDE

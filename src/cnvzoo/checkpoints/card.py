@@ -18,14 +18,8 @@ import yaml
 
 from cnvzoo.checkpoints.folder import preprocessing_from
 from cnvzoo.checkpoints.format import CheckpointConfig, IntegerResult
+from cnvzoo.data.datasets import DatasetInfo, dataset_info, list_datasets
 
-_HUB_DATASETS = {
-    "mnist": "ylecun/mnist",
-    "fashion_mnist": "zalando-datasets/fashion_mnist",
-    "cifar10": "uoft-cs/cifar10",
-    "cifar100": "uoft-cs/cifar100",
-}
-_TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 _INSTALLED = ("torch", "torchvision", "numpy", "brevitas")  # of the versions, those that pip can install
 
 # what means something within a line of Markdown, as the Hub and GitHub read it; _ only at the end of a word
@@ -58,13 +52,14 @@ def render_card(config: CheckpointConfig, summary: str, parameters: int, macs: i
 def _metadata(config: CheckpointConfig) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    dataset = _HUB_DATASETS.get(config.dataset, config.dataset)
+    info = _dataset_info(config)
+    dataset = info.huggingface_id if info and info.huggingface_id else config.dataset
     bits = ["quantization", "quantization-aware-training", "brevitas", _bits(config)] if _is_quantized(config) else []
     result = EvalResult(
         task_type="image-classification",
         task_name="Image Classification",
         dataset_type=dataset,
-        dataset_name=_TITLES.get(config.dataset, config.dataset),
+        dataset_name=info.title if info else config.dataset,
         dataset_split="test",
         metric_type="accuracy",
         metric_name="Top-1 accuracy",
@@ -194,7 +189,7 @@ def _reproduce(config: CheckpointConfig) -> str:
     facts = f"- {_listed(config.device)}\n- {_listed(config.versions)}\n"
     if config.numerics is not None:
         facts += f"- arithmetic version {config.numerics} (docs/numerics.md)\n"
-    if config.dataset not in _TITLES or not entry:
+    if _dataset_info(config) is None or not entry:
         return (
             "## Reproduce\n\nNo table of cnvzoo has this entry, so there is no command that trains it again. The run's "
             f"weights have the sha256 `{config.weights_sha256}`; its machine and versions:\n\n{facts}"
@@ -271,7 +266,13 @@ def _bits(config: CheckpointConfig) -> str:
 
 
 def _title(config: CheckpointConfig) -> str:
-    return _escaped(_TITLES.get(config.dataset, config.dataset))
+    info = _dataset_info(config)
+    return _escaped(info.title if info else config.dataset)
+
+
+def _dataset_info(config: CheckpointConfig) -> DatasetInfo | None:
+    """The facts about the dataset; None for a dataset of a user's own."""
+    return dataset_info(config.dataset) if config.dataset in list_datasets() else None
 
 
 def _listed(facts: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""Which augmentations a recipe may choose, and those that act on a finished batch: cutout and mixup.
+"""The augmentation options of a recipe, and the operations on a finished batch: cutout and mixup.
 
-All are batched tensor operations whose random numbers come in as arguments, so a batch is a function of its plan and
-nothing waits for the host.
+The operations take their random numbers as arguments. Crop and flip are in `cnvzoo.data.batches`, where they are part
+of gathering a batch.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from torch import Tensor
 
 
 class Augmentation(BaseModel):
-    """The augmentation of a recipe; everything is off by default.
-
-    Applied in this order: crop, flip, cutout, mixup.
-    """
+    """The augmentation of a recipe, applied in the order crop, flip, cutout, mixup. By default there is none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -30,16 +27,17 @@ class Augmentation(BaseModel):
 def cutout_(images: Tensor, rows: Tensor, cols: Tensor, side: int, fill: Tensor) -> Tensor:
     """Fill a square of each image, in place (DeVries & Taylor 2017, arXiv:1708.04552).
 
-    The square covers `side` pixels from centre - side // 2 on, cut off at the borders.
+    The square begins side // 2 pixels before its centre and is clipped at the borders.
 
     Args:
         images: contiguous [B, S, S, C].
         rows, cols: int64 [B], the centres, in 0..S-1.
+        side: height and width of the square in pixels.
         fill: [C], of the images' dtype.
     """
     b, s, _, c = images.shape
     span = torch.arange(side, device=images.device) - side // 2
-    # Positions beyond a border are clamped onto it, which the square covers anyway.
+    # Indices beyond a border are clamped to it, which gives the clipped square with a fixed number of indices.
     r = (rows[:, None] + span).clamp_(0, s - 1)
     q = (cols[:, None] + span).clamp_(0, s - 1)
     r += torch.arange(b, device=images.device)[:, None] * s
@@ -54,12 +52,12 @@ def mix(x: Tensor, partner: Tensor, lam: Tensor) -> Tensor:
     Args:
         x: float [B, C, S, S].
         partner: int64 [B], a permutation of the batch.
-        lam: share of each image itself, a number from 0 to 1.
+        lam: scalar, 0 to 1: the share of each image itself.
     """
     return x[partner].lerp_(x, lam)
 
 
 def mixed_targets(labels: Tensor, partner: Tensor, lam: Tensor, num_classes: int) -> Tensor:
-    """Class probabilities float32 [B, K]: lam on the label, 1 - lam on the partner's."""
+    """Class probabilities float32 [B, K] for `mix`: lam for the label, 1 - lam for the partner's label."""
     classes = torch.arange(num_classes, device=labels.device)
     return (labels[:, None] == classes) * lam + (labels[partner][:, None] == classes) * (1 - lam)

@@ -1,8 +1,8 @@
-"""Training batches from images that live on the device: crop, flip and sampling are one gather.
+"""Training batches from images in the device's memory; sampling, crop and flip are one gather.
 
-A batch is a function of (seed, epoch, step) alone. All random numbers of an epoch are drawn up front on the CPU and
-batch k is a slice of that plan: a run resumes exactly at any step, every device sees the same augmentation, and no
-global random state is touched or waited for.
+A batch is a function of seed, epoch and step. The random numbers of an epoch (its plan) are drawn on the CPU before the
+epoch starts, from a generator of its own, and batch k uses slice k of the plan. So a run can resume at any step, the
+augmentation is the same on every device, and global random state is neither read nor changed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from cnvzoo.data.preprocessing import Preprocessing
 
 
 class BatchPlan(NamedTuple):
-    """The random numbers of an epoch, on the device; `rows` and `lam` have those of step k at index k.
+    """The random numbers of an epoch, on the device; index k of `rows` and `lam` is step k.
 
-    rows: int64 [steps, 8, B]: image, row and column of the crop, flip, row and column of the cutout, mixup partner,
-          and the number of what is shown, view * N + image
-    lam:  float32 [steps], the share of each image itself in mixup; None without mixup
-    side: height and width of the batch's images in pixels
+    Attributes:
+        rows: int64 [steps, 8, B]: index of the image, row and column of the crop, flip, row and column of the cutout,
+            mixup partner, and view * N + image, which numbers the augmented images of all views.
+        lam: float32 [steps], the share of each image itself in mixup; None without mixup.
+        side: height and width in pixels of the batches' images.
     """
 
     rows: Tensor
@@ -38,16 +39,16 @@ class TrainBatches:
     """Shuffled, augmented batches of a training set.
 
     Args:
-        images: uint8 [N, H, W, C]; moved to `device` once and kept there.
+        images: uint8 [N, H, W, C]; kept on `device`.
         labels: integers [N], 0 to num_classes - 1.
         num_classes: K.
         preprocessing: from image to network input; its zero padding comes before the crop.
-        augmentation: what is done to an image on the way.
+        augmentation: the options of the recipe.
         batch_size: B; the partial last batch of an epoch is dropped.
         seed: any integer.
         device: where the batches are made.
-        views: how many versions of each image the augmentation makes; epochs take turns with them. None: a new one in
-            every epoch.
+        views: number of augmented versions of each image; epoch e shows version e % views. None: a new version in every
+            epoch.
 
     Raises:
         TypeError: images that are not uint8, labels that are not integers.
@@ -81,7 +82,7 @@ class TrainBatches:
         self._size = preprocessing.size
         self._pixels = padded.contiguous().to(self.device).view(-1, preprocessing.in_chans)
         self._labels = labels.to(self.device, torch.int64)
-        # Reflect padding is a look-up from padded to real coordinates: no padded copy of the set is kept.
+        # from padded to real coordinates, so that no padded copy of the images is kept
         p, s = augmentation.crop_padding, self._size
         self._reflect = (s - 1 - (s - 1 - torch.arange(-p, s + p).abs()).abs()).to(self.device)
         self._span = torch.arange(s, device=self.device)
@@ -92,19 +93,19 @@ class TrainBatches:
         return len(self._labels) // self.batch_size
 
     def epoch(self, epoch: int, start: int = 0, *, side: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from step `start` on, equal to those of an epoch begun at 0.
+        """The batches of an epoch from step `start` on; they do not depend on `start`.
 
         Args:
             epoch, start: from 0 on.
-            side: S, of the part of each image that is shown, which is anywhere in it. None: all of it.
+            side: S, height and width in pixels of a random part of each image that is shown. None: the whole image.
 
         Yields:
             x: float32 [B, C, S, S] in channels_last.
             target: int64 [B], or float32 [B, K] with rows that sum to 1 with mixup.
 
         Raises:
-            ValueError: a negative epoch, `start` outside 0..steps_per_epoch, a side that no image has, or part of a
-                view with cutout.
+            ValueError: a negative epoch, `start` outside 0..steps_per_epoch, `side` below 1 or larger than the images,
+                or parts of views with cutout.
         """
         if epoch < 0 or not 0 <= start <= self.steps_per_epoch:
             raise ValueError(
@@ -123,56 +124,56 @@ class TrainBatches:
         if not 1 <= side <= self._size:
             raise ValueError(f"side must be 1 to {self._size}, the side of the images, got {side}.")
         if side < self._size and self.views is not None and self.augmentation.cutout:
-            raise ValueError("Parts of views go without cutout: it is where the view has it, and that may be outside.")
+            raise ValueError("Parts of views cannot have cutout: the square of a view may lie outside of the part.")
         return side
 
     def make(self, plan: BatchPlan, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of a step, as `epoch` yields it."""
+        """The batch of one step of a plan, as `epoch` yields it."""
         return self.make_from(plan.rows[step], None if plan.lam is None else plan.lam[step], plan.side)
 
     def plan(self, epoch: int, side: int | None = None) -> BatchPlan:
-        """Draw the random numbers of an epoch; arguments and errors as of `epoch`."""
+        """Draw the random numbers of an epoch; arguments and errors as for `epoch`."""
         side = self._checked_side(side)
         shape = (self.steps_per_epoch, self.batch_size)
         g = torch.Generator().manual_seed(_hashed("epoch", self.seed, epoch))
         count = shape[0] * shape[1]
         image = torch.randperm(len(self._labels), generator=g)[:count].view(shape)
         if self.views is None:
-            view, own = 0, self._draw_own(shape, g)
+            view, augmented = 0, self._draw_augmentation(shape, g)
         else:
             view = epoch % self.views
-            own = self._view(view)[:, image]
+            augmented = self._draw_view(view)[:, image]
         if side < self._size:
-            self._narrow_(own, side, epoch)
+            self._move_to_part_(augmented, side, epoch)
         partner = torch.rand(shape, generator=g).argsort(dim=1)
         lam = self._draw_lam(g)
-        rows = torch.stack([image, *own, partner, view * len(self._labels) + image], dim=1)
+        rows = torch.stack([image, *augmented, partner, view * len(self._labels) + image], dim=1)
         return BatchPlan(rows.to(self.device), None if lam is None else lam.to(self.device), side)
 
-    def _draw_own(self, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-        """What an image goes through by itself, int64 [5, *shape]: row and column of the crop, flip, cutout."""
+    def _draw_augmentation(self, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+        """Row and column of the crop, flip, row and column of the cutout: int64 [5, *shape]."""
         row, col = torch.randint(2 * self.augmentation.crop_padding + 1, (2, *shape), generator=g)
         flip = torch.rand(shape, generator=g) < (0.5 if self.augmentation.flip else 0.0)
         cutout_row, cutout_col = torch.randint(self._size, (2, *shape), generator=g)
         return torch.stack([row, col, flip, cutout_row, cutout_col])
 
-    def _narrow_(self, own: Tensor, side: int, epoch: int) -> None:
-        """Turn what was drawn for whole images into that of parts of them."""
+    def _move_to_part_(self, augmented: Tensor, side: int, epoch: int) -> None:
+        """Change random numbers drawn for whole images into those for a random part of each, in place."""
         g = torch.Generator().manual_seed(_hashed("part", self.seed, epoch))
-        own[:2] += torch.randint(self._size - side + 1, own[:2].shape, generator=g)
-        own[3:] = own[3:] * side // self._size
+        augmented[:2] += torch.randint(self._size - side + 1, augmented[:2].shape, generator=g)
+        augmented[3:] = augmented[3:] * side // self._size
 
-    def _view(self, number: int) -> Tensor:
-        """`_draw_own` for all images."""
-        g = torch.Generator().manual_seed(_hashed("view", self.seed, number))
-        return self._draw_own((len(self._labels),), g)
+    def _draw_view(self, view: int) -> Tensor:
+        """`_draw_augmentation` for all images, in their order."""
+        g = torch.Generator().manual_seed(_hashed("view", self.seed, view))
+        return self._draw_augmentation((len(self._labels),), g)
 
     def show(self, view: int, batch_size: int) -> Iterator[Tensor]:
-        """All images in their order, as the epochs whose turn it is show them in this view: float32 [B, C, S, S]."""
+        """All images of a view in their order, as batches of network inputs: float32 [B, C, S, S]."""
         image = torch.arange(len(self._labels))
-        rows = torch.stack([image, *self._view(view), torch.zeros_like(image), image]).to(self.device)
-        for some in rows.split(batch_size, dim=1):
-            yield self.make_from(some)[0]
+        rows = torch.stack([image, *self._draw_view(view), torch.zeros_like(image), image]).to(self.device)
+        for part in rows.split(batch_size, dim=1):
+            yield self.make_from(part)[0]
 
     def _draw_lam(self, g: torch.Generator) -> Tensor | None:
         """lam of every step, float32 [steps]; None without mixup."""
@@ -208,15 +209,15 @@ class TrainBatches:
 
 
 def _hashed(what: str, seed: int, number: int) -> int:
-    """The seed of an epoch or a view."""
-    # Hashed, so that neighbouring seeds and numbers share nothing; torch's CPU generator keeps 32 bits of it.
+    """The seed of the generator of an epoch or a view."""
+    # hashed, so that seed 0 of epoch 1 and seed 1 of epoch 0 differ; torch's CPU generator takes 32 bits
     return int.from_bytes(hashlib.sha256(f"cnvzoo {what} {seed}/{number}".encode()).digest()[:4], "little")
 
 
 def _mean_colour(images: Tensor) -> Tensor:
-    """The mean over all pixels, rounded to 8 bits: cutout fills before scaling, so inputs stay multiples of 1/255."""
+    """uint8 [C], the mean of all pixels: cutout fills before scaling, so network inputs stay multiples of 1/255."""
     n, _, w, c = images.shape
-    # 4096 rows at a time: their float32 sums are below 2**24, hence exact.
+    # float32 sums of 4096 images are below 2**24, so they are exact
     rows = images.reshape(-1, w * c).split(4096)
     total = torch.stack([r.float().sum(0) for r in rows]).sum(0, dtype=torch.float64)
     return (total.view(w, c).sum(0) / (n * w * w)).round().to(torch.uint8)
