@@ -1,4 +1,4 @@
-"""What running a trained CNV costs: the integer graph of this library and other runtimes, which take turns.
+"""Inference speed of a trained CNV: the integer graph of this library and other runtimes, measured in turns.
 
     python benchmarks/speed/infer.py                                  all of it, about six minutes on 2 cores
     python benchmarks/speed/infer.py --bits 4 --batches 1 64          some
@@ -19,20 +19,30 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import infer_report
 import numpy as np
-import options
-import page
+import shared
 import torch
-from contenders import CALIBRATION_IMAGES, Contender, Images, float_contenders, quantized_contenders
-from machine import describe, versions
+from contenders import (
+    BREVITAS,
+    CALIBRATION_IMAGES,
+    COMPILED,
+    OPENVINO_INT8,
+    OURS,
+    PYTORCH,
+    PYTORCH_CHANNELS_LAST,
+    Contender,
+    Images,
+    float_contenders,
+    quantized_contenders,
+)
 from rich.console import Console
 
 import cnvzoo
+from cnvzoo.checkpoints.index import IndexEntry
 from cnvzoo.checkpoints.locations import find_checkpoint
 from cnvzoo.data import Dataset, load_dataset
 from cnvzoo.errors import CnvzooError
@@ -42,13 +52,20 @@ FLOAT = "cnv.cifar10"
 QUANTIZED = {bits: f"quant_cnv_w{bits}a{bits}.cifar10" for bits in (8, 4, 2)}
 CHECKPOINTS = (FLOAT, *QUANTIZED.values())
 BATCHES = (1, 64, 256)
-_REST_SECONDS = 0.05  # in which the threads of the runtime that had its turn stop waiting for work
+_REST_SECONDS = 0.05  # for the threads of the previous runtime to stop polling for work
 _WARM_UP_SECONDS = 0.1
 _SCORED_AT_ONCE = 250  # images
+WEIGHTS = "model.safetensors"
+TOLERATED_IMAGES = 5  # float32 sums in another order move a few images of 10,000 to another class
+# These compute the same as the published file, in float32 or in exact integers: their accuracy is the published one.
+SAME_AS_PUBLISHED = (PYTORCH, PYTORCH_CHANNELS_LAST, COMPILED, BREVITAS, OURS)
+_COMPARED = "64"  # images at a time, for ratios
+
+Result = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = options.parse(_parser(), argv)
+    arguments = shared.parse(_parser(), argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
@@ -62,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     except CnvzooError as error:
         print(f"infer.py: error: {error}", file=sys.stderr)
         return 1
-    options.deliver(arguments, "infer", infer_report, result)
+    shared.deliver(arguments, "infer", REPORT, result)
     return 0
 
 
@@ -92,7 +109,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         contenders = list(_contenders(bits, data, Path(folder), progress))
         names = dict.fromkeys(f"{contender.net}.cifar10" for contender in contenders)
-        sha256 = {name: {page.WEIGHTS: sha256_of(find_checkpoint(name).folder / page.WEIGHTS)} for name in names}
+        sha256 = {name: {WEIGHTS: sha256_of(find_checkpoint(name).folder / WEIGHTS)} for name in names}
         rows = []
         for contender in contenders:
             found = {"runtime": contender.runtime, "net": contender.net, "bytes": contender.bytes}
@@ -106,8 +123,8 @@ def measure(
                 row["milliseconds"][str(batch)] = round(statistics.median(times), 4)
                 row["spread"][str(batch)] = [round(min(times), 4), round(max(times), 4)]
     return {
-        "machine": describe(torch.device("cpu")),
-        "versions": versions("torch", "brevitas", "onnxruntime", "openvino", "nncf"),
+        "machine": shared.describe_machine(torch.device("cpu")),
+        "versions": shared.versions("torch", "brevitas", "onnxruntime", "openvino", "nncf"),
         "checkpoints": sha256,
         "contenders": rows,
     }
@@ -159,15 +176,145 @@ def _run_for(contender: Contender, inputs: Any, seconds: float) -> list[float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = options.parser("infer.py", __doc__)
-    add, positive = parser.add_argument, options.positive
+    parser = shared.make_parser("infer.py", __doc__)
+    add, positive = parser.add_argument, shared.positive
     add("--bits", nargs="+", type=int, choices=QUANTIZED, default=list(QUANTIZED), metavar="N", help="of 8, 4, 2")
     batches = " ".join(map(str, BATCHES))
     add("--batches", nargs="+", type=positive(int), default=list(BATCHES), metavar="N", help=f"images ({batches})")
     add("--threads", type=positive(int), metavar="N", help="of every runtime (default: one for each core)")
-    options.add_shared(parser, turns=5, seconds=0.3, of="each runtime and net at each batch size")
+    shared.add_shared(parser, turns=5, seconds=0.3, of="each runtime and net at each batch size")
     return parser
 
+
+def outdated_inference(
+    infer: Mapping[str, Any], checkpoints: Sequence[str], index: Mapping[str, IndexEntry]
+) -> list[str]:
+    """A line for each figure in infer.json that is not of the published checkpoints.
+
+    Args:
+        infer: the figures.
+        checkpoints: names that must be among them if they are published, such as `cnv.cifar10`.
+        index: the published checkpoints, by name.
+    """
+    problems = []
+    for name in checkpoints:
+        if name not in index:
+            continue
+        entry, rows = index[name], [row for row in infer["contenders"] if f"{row['net']}.cifar10" == name]
+        if not rows:
+            problems.append(f"{name}: was not measured")
+            continue
+        measured = infer.get("checkpoints", {}).get(name, {})
+        if measured.get(WEIGHTS) != (sha256 := entry.files[WEIGHTS].sha256):
+            problems.append(f"{name}: {shared.difference(WEIGHTS, measured, sha256)}")
+        runs = [row for row in rows if row["runtime"] in SAME_AS_PUBLISHED]
+        if not runs:
+            problems.append(f"{name}: no runtime of {', '.join(SAME_AS_PUBLISHED)} was measured")
+        for row in runs:
+            if row["total"] != entry.total or abs(row["correct"] - entry.correct) > TOLERATED_IMAGES:
+                problems.append(
+                    f"{name}, {row['runtime']}: {row['correct']:,} of {row['total']:,} images are correct, published "
+                    f"are {entry.correct:,} of {entry.total:,} (at most {TOLERATED_IMAGES} images may differ)"
+                )
+    return [f"infer.json: {problem}: run python benchmarks/speed/infer.py --keep" for problem in problems]
+
+
+def columns(result: Result) -> tuple[str, ...]:
+    """The names of the columns for the batch sizes that were measured."""
+    batches = result["contenders"][0]["milliseconds"]
+    images = [f"images/s, batch {batch}" for batch in batches if batch != "1"]
+    ratio = [f"/ {PYTORCH}"] if _COMPARED in batches else []
+    return ("net", "in", "file bytes", "top-1, %", *(["one image, ms"] if "1" in batches else []), *images, *ratio)
+
+
+def rows(result: Result) -> list[tuple[str, ...]]:
+    """One line of texts for each contender, under `columns(result)`."""
+    baseline = next(row for row in result["contenders"] if row["runtime"] == PYTORCH)
+    lines = []
+    for row in result["contenders"]:
+        times = row["milliseconds"]
+        one = [f"{times['1']:.2f}"] if "1" in times else []
+        images = [f"{images_per_second(row, batch):,.0f}" for batch in times if batch != "1"]
+        faster = images_per_second(row, _COMPARED) / images_per_second(baseline, _COMPARED) if _COMPARED in times else 0
+        ratio = [f"{faster:.2f}"] if faster else []
+        accuracy = f"{100 * row['correct'] / row['total']:.2f}"
+        lines.append((row["net"], row["runtime"], f"{row['bytes']:,}", accuracy, *one, *images, *ratio))
+    return lines
+
+
+def images_per_second(row: dict[str, Any], batch: str) -> float:
+    return 1000 * int(batch) / row["milliseconds"][batch]
+
+
+def machine_text(result: Result) -> str:
+    """The machine and the versions of the packages."""
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    return f"{shared.machine_in_words(result['machine'])}; {versions}"
+
+
+def print_table(console: Console, result: Result) -> None:
+    shared.print_table(console, f"Inference: {machine_text(result)}", columns(result), rows(result), left=2)
+
+
+def section(result: Result) -> str:
+    """The part of the page about inference."""
+    runtimes = {row["runtime"] for row in result["contenders"]}
+    nncf = f"""
+- *{OPENVINO_INT8}*: OpenVINO's own quantization of the float net without training (`nncf.quantize`), calibrated on the
+  same images, with the options that its documentation recommends for nets with ReLU: the preset PERFORMANCE, which is
+  symmetric, and fast bias correction; its bytes are those of the two files of OpenVINO's own format."""
+    return f"""## Inference
+
+A trained CNV on CIFAR-10 images, in one process, where all runtimes take turns with the same number of threads; a
+figure is the median over the runs of all turns. `python benchmarks/speed/infer.py --keep` measures again and writes
+this part; [infer.json](infer.json) has the sha256 of the checkpoints that were measured.
+
+{shared.markdown(columns(result), rows(result), left=2)}
+
+Machine: {machine_text(result)}.
+
+- *file bytes*: of the ONNX file, or of the published `model.safetensors` where PyTorch runs it.
+- *top-1*: of that very file in that runtime, on all {result["contenders"][0]["total"]:,} test images.
+- *PyTorch*: in inference mode; *static PTQ int8*: ONNX Runtime's own quantization of the float net without training,
+  per channel, calibrated on {CALIBRATION_IMAGES} training images; *QCDQ*: Brevitas' export for runtimes.{
+        nncf if OPENVINO_INT8 in runtimes else ""
+    }
+- *ours*: the integer graph, `cnvzoo.export(model, path)`. It takes 8-bit pixels as they are; the time that the others
+  need to make float images of these is not counted. OpenVINO 2026.4.1 does not read it: it takes the scales of a
+  QLinearConv, one for each output channel, for those of the input channels. Its `read_model` raises an error for the
+  8-bit graph and ends the process with a segmentation fault for the 4-bit and the 2-bit one.
+
+![Images a second and the time of one image, for every net and runtime](infer.svg)
+"""
+
+
+def plot(result: Result, path: Path) -> None:
+    """Bars: images a second at the compared batch size, or else the last, and milliseconds of one image if measured."""
+    rows = result["contenders"]
+    labels = [f"{row['net']}, {row['runtime']}" for row in rows]
+    colours = [shared.RED if row["runtime"] == OURS else _colour(row) for row in rows]
+    batches = [batch for batch in rows[0]["milliseconds"] if batch != "1"]
+    panels = []
+    if batches:
+        batch = _COMPARED if _COMPARED in batches else batches[-1]
+        panels.append((f"images a second, batch {batch}", [images_per_second(row, batch) for row in rows], "{:,.0f}"))
+    if "1" in rows[0]["milliseconds"]:
+        panels.append(("milliseconds for one image", [row["milliseconds"]["1"] for row in rows], "{:.2f}"))
+    with shared.figure(path, (10, 0.24 * len(rows) + 1), columns=len(panels)) as axes:
+        for panel, (title, values, form) in zip(axes, panels, strict=True):
+            bars = panel.barh(range(len(rows)), values, 0.75, color=colours)
+            panel.bar_label(bars, [form.format(value) for value in values], fontsize=7, padding=2)
+            panel.set_yticks(range(len(rows)), labels if panel is axes[0] else [""] * len(rows), fontsize=7)
+            panel.set_title(title, fontsize=9, loc="left")
+            panel.invert_yaxis()
+            panel.margins(x=0.12)
+
+
+def _colour(row: dict[str, Any]) -> str:
+    return shared.GREY if row["net"] == "cnv" else shared.BLUE
+
+
+REPORT = shared.Report(print_table, section, plot)
 
 if __name__ == "__main__":
     sys.exit(main())

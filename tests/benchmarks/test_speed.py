@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
@@ -30,17 +28,11 @@ sys.path.insert(0, str(SPEED))
 
 import baseline  # noqa: E402
 import contenders  # noqa: E402
-import infer_report  # noqa: E402
-import machine  # noqa: E402
-import page  # noqa: E402
-import style  # noqa: E402
-import train_report  # noqa: E402
-import training_process  # noqa: E402
+import infer  # noqa: E402
+import shared  # noqa: E402
+import train  # noqa: E402
 
-
-def script(name: str) -> dict[str, Any]:
-    """The names that train.py or infer.py defines."""
-    return runpy.run_path(str(SPEED / f"{name}.py"))
+SCRIPTS = {"train": train, "infer": infer}
 
 
 def images(n: int) -> Dataset:
@@ -96,7 +88,7 @@ def test_the_quantized_net_of_the_baseline_has_layers_of_brevitas() -> None:
 
 
 def test_ratios_and_shares() -> None:
-    columns, rows = train_report.table(RESULT)
+    columns, rows = train.table(RESULT)
     assert columns == [
         "net", "batch", "baseline", "tuned baseline", "ours", "ours / baseline", "ours / tuned", "of bf16 matmul",
         "/ float", "early crops",
@@ -106,7 +98,7 @@ def test_ratios_and_shares() -> None:
         ["quant_cnv_w4a4", "128", "250", "625", "1,250", "5.00", "2.00", "55 %", "1.20", ""],
         ["resnet20", "256", "600", "1,200", "1,800", "3.00", "1.50", "47 %", "", "1.65 (24)"],
     ]
-    section = train_report.section(RESULT)
+    section = train.section(RESULT)
     assert "A CPU, 2 threads, AVX512, torch 2.14.1; bf16 matmul 800 GFLOP/s" in section
     assert "*early crops*" in section
 
@@ -117,10 +109,10 @@ def test_ratios_and_shares() -> None:
 )
 def test_a_column_that_is_empty_for_all_nets_is_left_out(net: str, left: list[str]) -> None:
     result = {**RESULT, "models": {net: RESULT["models"][net]}}
-    columns, (row,) = train_report.table(result)
+    columns, (row,) = train.table(result)
     assert columns[8:] == left
     assert len(row) == 8 + len(left)
-    section = train_report.section(result)
+    section = train.section(result)
     assert [name for name in ("/ float", "early crops") if name in section] == left
 
 
@@ -137,28 +129,37 @@ def test_inference_ratios() -> None:
             row("quant_cnv_w4a4", "ours, ONNX Runtime", 0.5, 8.0),
         ],
     }
-    assert infer_report.columns(result)[-3:] == ("one image, ms", "images/s, batch 64", "/ PyTorch float32")
-    assert infer_report.rows(result) == [
+    assert infer.columns(result)[-3:] == ("one image, ms", "images/s, batch 64", "/ PyTorch float32")
+    assert infer.rows(result) == [
         ("cnv", "PyTorch float32", "1,000", "91.41", "2.00", "1,600", "1.00"),
         ("quant_cnv_w4a4", "ours, ONNX Runtime", "1,000", "91.41", "0.50", "8,000", "5.00"),
     ]
-    assert "A CPU, 2 threads, AVX512; onnxruntime 1.32.0" in infer_report.section(result)
+    assert "A CPU, 2 threads, AVX512; onnxruntime 1.32.0" in infer.section(result)
 
 
-def test_the_page_is_that_of_the_figures(tmp_path: Path) -> None:
-    train, infer = (json.loads((SPEED / f"{name}.json").read_text()) for name in ("train", "infer"))
-    assert (SPEED / "README.md").read_text() == page.render(train, infer)
-    train_report.plot(train, tmp_path / "train.svg")
-    infer_report.plot(infer, tmp_path / "infer.svg")
-    assert all(name in (tmp_path / "train.svg").read_text() for name in train["models"])
+def test_the_page_and_the_plots_are_those_of_the_figures(tmp_path: Path) -> None:
+    training, inference = shared.kept("train"), shared.kept("infer")
+    title = "# What training and inference cost\n\n"
+    assert (SPEED / "README.md").read_text() == f"{title}{train.section(training)}\n{infer.section(inference)}"
+    train.plot(training, tmp_path / "train.svg")
+    infer.plot(inference, tmp_path / "infer.svg")
+    assert all(name in (tmp_path / "train.svg").read_text() for name in training["models"])
     drawn = (tmp_path / "infer.svg").read_text()
-    assert all(f"{row['net']}, {row['runtime']}" in drawn for row in infer["contenders"])
+    assert all(f"{row['net']}, {row['runtime']}" in drawn for row in inference["contenders"])
+
+
+def test_a_section_is_replaced_and_the_others_are_kept(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("# Title\n\n## Training\n\nold\n\n## Inference\n\nold\n")
+    shared.replace_section(page, "## Training\n\nnew\n")
+    assert page.read_text() == "# Title\n\n## Training\n\nnew\n\n## Inference\n\nold\n"
+    shared.replace_section(page, "## Inference\n\nnew\n")
+    assert page.read_text() == "# Title\n\n## Training\n\nnew\n\n## Inference\n\nnew\n"
 
 
 def test_the_kept_figures_are_of_the_recipes_and_checkpoints_of_today() -> None:
-    train, infer = script("train"), script("infer")
-    outdated = page.outdated_training(page.kept("train"), train["MODELS"])
-    outdated += page.outdated_inference(page.kept("infer"), infer["CHECKPOINTS"], read_index().checkpoints)
+    outdated = train.outdated_training(shared.kept("train"), train.MODELS)
+    outdated += infer.outdated_inference(shared.kept("infer"), infer.CHECKPOINTS, read_index().checkpoints)
     assert not outdated, "\n".join(["the figures in benchmarks/speed are out of date:", *outdated])
 
 
@@ -182,7 +183,7 @@ def measured(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_figures_of_the_recipes_of_today_are_not_outdated(measured: dict[str, Any], tmp_path: Path) -> None:
-    assert page.outdated_training(measured, ["resnet20"], tmp_path) == []
+    assert train.outdated_training(measured, ["resnet20"], tmp_path) == []
 
 
 def test_a_recipe_that_changed_outdates_its_figures(measured: dict[str, Any], tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_a_recipe_that_changed_outdates_its_figures(measured: dict[str, Any], tm
     path = tmp_path / "cifar10_resnet20.yaml"
     path.write_text(RECIPE.replace("lr: 0.1", "lr: 0.2"))
     now = load_recipe(path).fingerprint()[:12]
-    assert page.outdated_training(measured, ["resnet20"], tmp_path) == [
+    assert train.outdated_training(measured, ["resnet20"], tmp_path) == [
         f"train.json: resnet20: fingerprint is {now}..., and {before}... was measured: "
         "run python benchmarks/speed/train.py --keep"
     ]
@@ -208,15 +209,15 @@ def test_figures_of_another_recipe_are_outdated(
     measured: dict[str, Any], tmp_path: Path, change: dict[str, Any], problem: str
 ) -> None:
     measured["models"]["resnet20"].update(change)
-    (found,) = page.outdated_training(measured, ["resnet20"], tmp_path)
+    (found,) = train.outdated_training(measured, ["resnet20"], tmp_path)
     assert found == f"train.json: resnet20: {problem}: run python benchmarks/speed/train.py --keep"
 
 
 def test_figures_that_do_not_state_their_recipe_are_outdated(measured: dict[str, Any], tmp_path: Path) -> None:
     del measured["models"]["resnet20"]["fingerprint"]
-    (found,) = page.outdated_training(measured, ["resnet20"], tmp_path)
+    (found,) = train.outdated_training(measured, ["resnet20"], tmp_path)
     assert "resnet20: fingerprint is not stated: run" in found
-    (found,) = page.outdated_training({"models": {}}, ["resnet20"], tmp_path)
+    (found,) = train.outdated_training({"models": {}}, ["resnet20"], tmp_path)
     assert "resnet20: was not measured: run" in found
 
 
@@ -246,7 +247,7 @@ def inferred(correct: int, *, runtime: str = "PyTorch float32", total: int = 10_
 @pytest.mark.parametrize("correct", [8_995, 9_000, 9_005])
 def test_figures_of_the_published_checkpoints_are_not_outdated(correct: int) -> None:
     names = ["cnv.cifar10", "quant_cnv_w8a8.cifar10"]  # the second is not published
-    assert page.outdated_inference(inferred(correct), names, PUBLISHED) == []
+    assert infer.outdated_inference(inferred(correct), names, PUBLISHED) == []
 
 
 @pytest.mark.parametrize(
@@ -254,15 +255,15 @@ def test_figures_of_the_published_checkpoints_are_not_outdated(correct: int) -> 
     [
         (inferred(9_000, sha="b"), "model.safetensors is aaaaaaaaaaaa..., and bbbbbbbbbbbb... was measured"),
         (inferred(9_000) | {"checkpoints": {}}, "model.safetensors is not stated"),
-        (inferred(9_006), "PyTorch float32: 9,006 of 10,000 images are right, published are 9,000 of 10,000"),
-        (inferred(8_994), "PyTorch float32: 8,994 of 10,000 images are right"),
-        (inferred(900, total=1_000), "PyTorch float32: 900 of 1,000 images are right"),
+        (inferred(9_006), "PyTorch float32: 9,006 of 10,000 images are correct, published are 9,000 of 10,000"),
+        (inferred(8_994), "PyTorch float32: 8,994 of 10,000 images are correct"),
+        (inferred(900, total=1_000), "PyTorch float32: 900 of 1,000 images are correct"),
         (inferred(9_000, runtime="another"), "no runtime of PyTorch float32, "),
         ({"contenders": []}, "was not measured"),
     ],
 )
 def test_figures_of_other_checkpoints_are_outdated(result: dict[str, Any], problem: str) -> None:
-    (found,) = page.outdated_inference(result, ["cnv.cifar10"], PUBLISHED)
+    (found,) = infer.outdated_inference(result, ["cnv.cifar10"], PUBLISHED)
     assert found.startswith("infer.json: cnv.cifar10")
     assert problem in found
     assert found.endswith(": run python benchmarks/speed/infer.py --keep")
@@ -273,13 +274,13 @@ def test_only_keep_replaces_figures_page_and_plot(
     name: str, tmp_path: Path, small_datasets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_datasets(train=10, test=10)
-    figures = page.kept(name)
+    figures = shared.kept(name)
     figures["machine"]["name"] = "Another CPU"
-    main: Callable[[list[str]], int] = script(name)["main"]
-    monkeypatch.setitem(main.__globals__, "measure", lambda *_, **__: figures)
+    main = SCRIPTS[name].main
+    monkeypatch.setattr(SCRIPTS[name], "measure", lambda *_, **__: figures)
     here = tmp_path / "speed"
     shutil.copytree(SPEED, here, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    monkeypatch.setattr(style, "HERE", here)
+    monkeypatch.setattr(shared, "HERE", here)
 
     def content() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in here.iterdir()}
@@ -310,16 +311,16 @@ def test_arguments_that_make_no_sense_are_errors(
     name: str, arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        script(name)["main"](arguments)
+        SCRIPTS[name].main(arguments)
     assert problem in capsys.readouterr().err
 
 
 def test_all_programs_train(monkeypatch: pytest.MonkeyPatch) -> None:
     crops = EarlyCrops(side=12, epochs=5)
-    recipe = page.recipe_of("resnet20").model_copy(update={"batch_size": 16, "early_crops": crops})
-    monkeypatch.setattr(page, "recipe_of", lambda model: recipe)
-    monkeypatch.setitem(machine._SIZES, "cpu", 256)
-    result = script("train")["measure"](["resnet20"], torch.device("cpu"), images(320), turns=1, seconds=0.01)
+    recipe = train.recipe_of("resnet20").model_copy(update={"batch_size": 16, "early_crops": crops})
+    monkeypatch.setattr(train, "recipe_of", lambda model: recipe)
+    monkeypatch.setattr(shared, "matmul_rate", lambda device: 1e11)
+    result = train.measure(["resnet20"], torch.device("cpu"), images(320), turns=1, seconds=0.01)
     figures = result["models"]["resnet20"]
     rates = figures["images_per_second"]
     assert list(rates) == ["baseline", "tuned baseline", "ours", "ours, early crops"]
@@ -335,8 +336,8 @@ def test_train_measures_what_the_recipes_state(monkeypatch: pytest.MonkeyPatch) 
         "quant_cnv_w4a4": {"batch_size": 48},
         "cnv": {"batch_size": 80},
     }
-    recipes = {name: page.recipe_of(name).model_copy(update=changes) for name, changes in published.items()}
-    monkeypatch.setattr(page, "recipe_of", recipes.__getitem__)
+    recipes = {name: train.recipe_of(name).model_copy(update=changes) for name, changes in published.items()}
+    monkeypatch.setattr(train, "recipe_of", recipes.__getitem__)
     started = []
 
     class Process:
@@ -357,10 +358,12 @@ def test_train_measures_what_the_recipes_state(monkeypatch: pytest.MonkeyPatch) 
         def take_turn(self, seconds: float) -> float:
             return next(self._rates)
 
-    measure = script("train")["measure"]
-    for name, fake in {"TrainingProcess": Process, "_REST_SECONDS": 0, "matmul_rate": lambda device: 1e12}.items():
-        monkeypatch.setitem(measure.__globals__, name, fake)
-    models = measure(["resnet20", "quant_cnv_w4a4"], torch.device("cpu"), images(10), turns=3, seconds=1.0)["models"]
+    monkeypatch.setattr(train, "TrainingProcess", Process)
+    monkeypatch.setattr(train, "_REST_SECONDS", 0)
+    monkeypatch.setattr(shared, "matmul_rate", lambda device: 1e12)
+    models = train.measure(["resnet20", "quant_cnv_w4a4"], torch.device("cpu"), images(10), turns=3, seconds=1.0)[
+        "models"
+    ]
     assert started == [
         ("baseline", "resnet20", 96, None),
         ("tuned baseline", "resnet20", 96, None),
@@ -382,9 +385,9 @@ def test_train_measures_what_the_recipes_state(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_process_that_ends_is_an_error() -> None:
-    recipe = page.recipe_of("resnet20").model_copy(update={"model": "resnet_of_no_depth"})
+    recipe = train.recipe_of("resnet20").model_copy(update={"model": "resnet_of_no_depth"})
     with (
-        training_process.TrainingProcess("baseline", recipe, torch.device("cpu"), images(1)) as process,
+        baseline.TrainingProcess("baseline", recipe, torch.device("cpu"), images(1)) as process,
         pytest.raises(CnvzooError, match="baseline, resnet_of_no_depth: its process ended"),
     ):
         process.wait()
@@ -456,11 +459,8 @@ def test_infer_measures_what_is_published(small_datasets, make_checkpoint, tmp_p
     small_datasets(train=64, test=20)
     weights = make_checkpoint(tmp_path / "hub", "cnv", "cifar10") / "model.safetensors"
     monkeypatch.setenv("CNVZOO_HUB", str(tmp_path / "hub"))
-    measure = script("infer")["measure"]
-    monkeypatch.setitem(
-        measure.__globals__, "float_contenders", lambda *given: islice(contenders.float_contenders(*given), 3)
-    )
-    result = measure([4], [1, 8], load_dataset("cifar10"), turns=1, seconds=0.001)
+    monkeypatch.setattr(infer, "float_contenders", lambda *given: islice(contenders.float_contenders(*given), 3))
+    result = infer.measure([4], [1, 8], load_dataset("cifar10"), turns=1, seconds=0.001)
     printed = capsys.readouterr()
     assert "quant_cnv_w4a4.cifar10 is not published yet: left out" in printed.err
     assert printed.out == ""
@@ -475,4 +475,4 @@ def test_infer_measures_what_is_published(small_datasets, make_checkpoint, tmp_p
 def test_a_batch_of_more_images_than_there_are_is_an_error(small_datasets) -> None:
     small_datasets(train=64, test=20)
     with pytest.raises(CnvzooError, match="--batches 21: there are 20 test images"):
-        script("infer")["measure"]([4], [1, 21], load_dataset("cifar10"), turns=1, seconds=0.001)
+        infer.measure([4], [1, 21], load_dataset("cifar10"), turns=1, seconds=0.001)
