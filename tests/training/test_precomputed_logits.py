@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def new_trainer(weights: Path) -> Trainer:
 def precompute(trainer: Trainer, path: Path) -> bool:
     assert trainer.teacher is not None
     return precompute_logits(
-        trainer.teacher, trainer.batches, path, {}, views=VIEWS, precision=trainer.precision,
+        trainer.teacher, trainer.batches, path, {}, views=VIEWS, precision=nullcontext,
         should_stop=lambda: False, label="views", quiet=True,
     )  # fmt: skip
 
