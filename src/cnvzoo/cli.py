@@ -1,4 +1,8 @@
-"""The command line: each command is one call of the library, and its help says what to try next."""
+"""The command line: each command is one call of the library.
+
+Modules that import PyTorch are imported inside the commands that need them, so that `cnvzoo --help`, `cnvzoo --version`
+and `cnvzoo list --checkpoints` answer at once.
+"""
 
 from __future__ import annotations
 
@@ -6,69 +10,85 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import cnvzoo
-from cnvzoo import deploy
-from cnvzoo.checkpoints.folder import preprocessing_from
-from cnvzoo.checkpoints.verify import ELSEWHERE
-from cnvzoo.deploy.export import evaluate_file
 from cnvzoo.errors import CnvzooError, in_a_line
-from cnvzoo.files import expanded
-from cnvzoo.models.registry import ModelInfo, model_spec
-from cnvzoo.training.recipe import Recipe
-from cnvzoo.training.state import RunInterrupted
+
+if TYPE_CHECKING:
+    from cnvzoo.deploy.runner import Prediction
+    from cnvzoo.training.recipe import Recipe
 
 app = typer.Typer(
-    help="Small image classifiers, float and quantized, with the recipes and weights behind every number.",
+    help="Small image classifiers, float and quantized, with the recipe and the weights of every published number.",
     epilog="Start with: cnvzoo list, then cnvzoo info quant_cnv --w-bits 4 --a-bits 4",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-_LISTING_BITS = 4  # what `list` counts quantized models at
+_LISTED_BITS = 4  # bit widths at which `list` counts quantized models
+_EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143}  # as shells report these signals
+_INTERRUPTED = 3
+
 Bits = Annotated[int | None, typer.Option(min=1, max=8, help="Bit width, 1 to 8. Quantized models need both widths.")]
-Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA if available), cpu, cuda or cuda:N.")]
 DataRoot = Annotated[
     Path | None,
     typer.Option(help="Folder of cached datasets; default CNVZOO_DATA, else ~/.cache/cnvzoo/datasets."),
 ]
 Hub = Annotated[
     str | None,
-    typer.Option(help="Where checkpoints are: a directory or hf://ORG; default CNVZOO_HUB, else the checkout's hub/."),
+    typer.Option(help="Store of checkpoints: a directory or hf://ORG; default CNVZOO_HUB, else the checkout's hub/."),
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cnvzoo {cnvzoo.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def cnvzoo_(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command("list")
 def list_(
     pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'resnet*'.")] = "*",
-    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="The published checkpoints instead.")] = False,
+    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="List published checkpoints instead.")] = False,
 ) -> None:
-    """List the models: parameters, multiply-accumulates and weight bytes at 32x32, 3 channels, 10 classes.
+    """List models: parameters, multiply-accumulates and weight bytes for 32x32 images, 3 channels and 10 classes.
 
-    Quantized models are counted at 4 bits; `cnvzoo info` counts any model at any setting. With `--checkpoints`, what
-    is published: test accuracy in percent, bits of weights and activations, and bytes of the weights file.
+    Quantized models are counted at 4 bits; `cnvzoo info` counts any model at any setting. `--checkpoints` lists
+    published checkpoints: test accuracy in percent, bit widths of weights and activations, and size of the weights.
 
     Example: `cnvzoo list 'resnet*'`, or `cnvzoo list --checkpoints '*.cifar10'`
     """
     if checkpoints:
         _list_checkpoints(pattern)
         return
+    from cnvzoo.models.registry import model_spec
+
     table = Table()
     for column in ("model", "parameters", "MACs", "weight bytes"):
         table.add_column(column, no_wrap=True)
-    table.add_column("what it is")
+    table.add_column("description")
     for name in cnvzoo.list_models(pattern):
-        bits = _LISTING_BITS if model_spec(name).quantized else None
+        bits = _LISTED_BITS if model_spec(name).quantized else None
         info = cnvzoo.model_info(name, w_bits=bits, a_bits=bits)
         table.add_row(info.name, f"{info.parameters:,}", f"{info.macs:,}", f"{info.weight_bytes:,}", info.summary)
     if not table.rows:
-        raise CnvzooError(f"no model matches {pattern!r}: cnvzoo list shows them all")
+        raise CnvzooError(f"no model matches {pattern!r}: cnvzoo list shows all models")
     _print(table)
 
 
@@ -81,7 +101,7 @@ def _list_checkpoints(pattern: str) -> None:
         numbers = (f"{found[key]:,}" for key in ("parameters", "macs", "bytes"))
         table.add_row(found["name"], f"{found['accuracy']:.2f}", bits, *numbers)
     if not table.rows:
-        raise CnvzooError(f"no published checkpoint matches {pattern!r}: cnvzoo list --checkpoints shows them all")
+        raise CnvzooError(f"no published checkpoint matches {pattern!r}: cnvzoo list --checkpoints shows all of them")
     _print(table)
 
 
@@ -90,22 +110,22 @@ def info(
     model: Annotated[str, typer.Argument(help="Name of a model, as in `cnvzoo list`.")],
     w_bits: Bits = None,
     a_bits: Bits = None,
-    num_classes: Annotated[int, typer.Option(min=1, help="Outputs.")] = 10,
+    num_classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 10,
     in_chans: Annotated[int, typer.Option(min=1, help="Image channels: 3 for colour, 1 for grey.")] = 3,
-    input_size: Annotated[int | None, typer.Option(min=1, help="Height and width to count MACs at.")] = None,
+    input_size: Annotated[int | None, typer.Option(min=1, help="Height and width at which MACs are counted.")] = None,
 ) -> None:
-    """Say what one model costs at the given bit widths, classes and image size.
+    """Show the size and cost of a model at given bit widths, classes and image size.
 
     Example: `cnvzoo info quant_cnv --w-bits 2 --a-bits 2 --num-classes 100`
     """
-    facts: ModelInfo = cnvzoo.model_info(
+    facts = cnvzoo.model_info(
         model, w_bits=w_bits, a_bits=a_bits, num_classes=num_classes, in_chans=in_chans, input_size=input_size
     )
     channels, height, width = facts.input_shape
     table = Table(show_header=False, box=None)
     for label, value in (
         ("model", facts.name),
-        ("what it is", facts.summary),
+        ("description", facts.summary),
         ("input", f"{channels} x {height} x {width}"),
         ("parameters", f"{facts.parameters:,}"),
         ("multiply-accumulates", f"{facts.macs:,}"),
@@ -125,39 +145,45 @@ def train(
             "runs/trials/RECIPE/seedN-MODE."
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Instead of the recipe's; 0 or more.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Replaces the recipe's; 0 or more.")] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Instead of the recipe's; any other number makes it a trial.")
+        int | None, typer.Option(min=1, help="Replaces the recipe's; any other number makes the run a trial.")
     ] = None,
     holdout: Annotated[
-        int, typer.Option(min=0, help="Score on this many training images, held out, to choose between recipes.")
+        int,
+        typer.Option(min=0, help="Hold out this many training images and score on them instead of the test set."),
     ] = 0,
     float_start: Annotated[
         Path | None, typer.Option(help="weights.safetensors of the float model that the recipe starts from.")
     ] = None,
     teacher: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="weights.safetensors of the float model that the recipe learns from; once for each, in its order."
-        ),
+        typer.Option(help="weights.safetensors of a teacher of the recipe; repeat it for several, in their order."),
     ] = None,
     device: Device = "auto",
-    time_limit: Annotated[float | None, typer.Option(min=0, help="Stop after this many seconds, resumable.")] = None,
+    time_limit: Annotated[float | None, typer.Option(min=0, help="Stop after this many seconds; resumable.")] = None,
     data_root: DataRoot = None,
 ) -> None:
     """Train a recipe and score it on the test set, or on a held-out part of the training set.
 
-    Interrupt it whenever you like: the same command goes on where it stopped, with the same result.
+    An interrupted run resumes when the same command is run again, and ends with the same weights.
 
     Example: `cnvzoo train benchmarks/configs/mnist_cnv.yaml --epochs 2 --holdout 5000`
     """
+    from cnvzoo.files import expanded
+    from cnvzoo.training.state import RunInterrupted
+
     loaded = cnvzoo.load_recipe(recipe)
     folder = _run_dir(loaded, seed, epochs, holdout) if run_dir is None else expanded(run_dir)
     deadline = None if time_limit is None else time.monotonic() + time_limit
-    record = cnvzoo.train(
-        loaded, run_dir=folder, seed=seed, epochs=epochs, holdout=holdout, float_start=float_start,
-        teacher=teacher, device=device, deadline=deadline, data_root=data_root,
-    ).record  # fmt: skip
+    try:
+        record = cnvzoo.train(
+            loaded, run_dir=folder, seed=seed, epochs=epochs, holdout=holdout, float_start=float_start,
+            teacher=teacher, device=device, deadline=deadline, data_root=data_root,
+        ).record  # fmt: skip
+    except RunInterrupted as interruption:
+        typer.echo(str(interruption), err=True)
+        raise typer.Exit(_EXIT_STATUS.get(interruption.reason, _INTERRUPTED)) from None
     scored_on = f"{holdout:,} held-out training images" if holdout else f"the test set of {loaded.dataset}"
     trial = ", a trial" if record.trial else ""
     typer.echo(f"{record.entry}, seed {record.seed}: {record.accuracy:.2f} % on {scored_on}{trial}")
@@ -165,7 +191,7 @@ def train(
 
 
 def _run_dir(recipe: Recipe, seed: int | None, epochs: int | None, holdout: int) -> Path:
-    """Where a run goes by default; trials live apart, so that none takes the place of a whole run."""
+    """The default folder of a run; trials have folders of their own, so that none replaces a full run."""
     name = f"seed{recipe.seed if seed is None else seed}"
     is_short = epochs is not None and epochs != recipe.epochs
     if not is_short and not holdout:
@@ -180,25 +206,29 @@ def eval_(
         str, typer.Argument(help="Name of a checkpoint, the path of its folder, or an exported .onnx file.")
     ],
     dataset: Annotated[
-        str | None, typer.Option(help="Whose test set an exported file is scored on; default the one it is of.")
+        str | None, typer.Option(help="Dataset to score an exported file on; default the one it was trained on.")
     ] = None,
     hub: Hub = None,
     device: Device = "auto",
     data_root: DataRoot = None,
 ) -> None:
-    """Score a checkpoint on its test set and compare with the number that it is published with; or an exported file.
+    """Score a checkpoint or an exported file on a test set; for a checkpoint, show the published number too.
 
     Example: `cnvzoo eval cnv.mnist`, or `cnvzoo eval m.onnx --dataset cifar10`
     """
     if _is_exported(checkpoint):
-        exported = deploy.load(checkpoint)
-        if (name := dataset or exported.metadata.dataset) is None:
-            raise CnvzooError(f"{checkpoint} does not say what it was trained on: give --dataset")
-        scored = evaluate_file(exported, name, data_root=data_root)
+        from cnvzoo.deploy.export import evaluate_file
+        from cnvzoo.deploy.runner import load
+
+        exported = load(checkpoint)
+        scored = evaluate_file(exported, dataset, data_root=data_root)
+        name = dataset or exported.metadata.dataset
         typer.echo(f"{checkpoint}: {scored.accuracy:.2f} % ({scored.correct} of {scored.total}) on {name}")
         return
     if dataset is not None:
-        raise CnvzooError("--dataset is for exported .onnx files: a checkpoint is scored on its own")
+        raise CnvzooError("--dataset is for exported .onnx files: a checkpoint is scored on its own dataset")
+    from cnvzoo.checkpoints.folder import preprocessing_from
+
     model, config = cnvzoo.load_checkpoint(checkpoint, hub=hub)
     result = cnvzoo.evaluate(
         model, config.dataset, preprocessing=preprocessing_from(config), device=device, data_root=data_root
@@ -212,15 +242,15 @@ def eval_(
 @app.command()
 def verify(
     checkpoints: Annotated[list[str] | None, typer.Argument(help="Names, or paths of folders.")] = None,
-    all_: Annotated[bool, typer.Option("--all", help="Every published checkpoint.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Verify every published checkpoint.")] = False,
     hub: Hub = None,
     device: Device = "auto",
     data_root: DataRoot = None,
 ) -> None:
-    """Compare the files of checkpoints with the index, and their scores on the test set with the published ones.
+    """Compare files of checkpoints with the index, and their test scores with the published ones.
 
-    The images classified right must be as many as published on the kind of machine that published them, and may be
-    a handful more or less on others. The exit status is 1 if anything differs.
+    The number of correct images must equal the published one on the kind of machine that published it; elsewhere it
+    may differ by a few images. The exit status is 1 if anything differs.
 
     Example: `cnvzoo verify cnv.mnist`, or `cnvzoo verify --all`
     """
@@ -235,8 +265,8 @@ def verify(
         shown = ["-" if count is None else f"{count:,}" for count in counts]
         table.add_row(result.name, *shown, "differs" if result.problem else "as published")
     _print(table)
-    if any(result.allowed for result in results):
-        typer.echo(f"on another kind of machine than the publisher's, {ELSEWHERE} images more or less are allowed")
+    if allowed := max((result.allowed for result in results), default=0):
+        typer.echo(f"on another kind of machine than the publisher's, a difference of {allowed} images is allowed")
     if problems := [f"{result.name}: {result.problem}" for result in results if result.problem]:
         raise CnvzooError("not as published:\n" + "\n".join(problems))
 
@@ -250,7 +280,7 @@ def export(
     ] = "integer",
     hub: Hub = None,
 ) -> None:
-    """Write a model to an ONNX file, which `eval` and `predict` take.
+    """Write a checkpoint's model to an ONNX file, which `eval` and `predict` take.
 
     Example: `cnvzoo export quant_cnv_w4a4.cifar10 -o m.onnx --format integer`
     """
@@ -262,15 +292,15 @@ def export(
 @app.command()
 def publish(
     checkpoints: Annotated[list[str], typer.Argument(help="Names in --hub, or paths of folders.")],
-    to: Annotated[str, typer.Option(help="Where to: a directory, or hf://ORG on the Hugging Face Hub.")],
+    to: Annotated[str, typer.Option(help="Store to publish to: a directory, or hf://ORG on the Hugging Face Hub.")],
     hub: Annotated[
-        Path | None, typer.Option(help="Directory that has the names; default CNVZOO_HUB, else the checkout's hub/.")
+        Path | None, typer.Option(help="Directory of named checkpoints; default CNVZOO_HUB, else the checkout's hub/.")
     ] = None,
-    tag: Annotated[str | None, typer.Option(help="Tag to set at each, such as a release; never moved.")] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commits; default: name and accuracy.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    tag: Annotated[str | None, typer.Option(help="Tag of each new version, such as a release; never moved.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message; default name and accuracy.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be published.")] = False,
 ) -> None:
-    """Publish checkpoints: weights, config and model card, in one commit each; nothing where nothing changed.
+    """Publish checkpoints: weights, config and model card, in one commit each; nothing if nothing changed.
 
     For the Hub, log in first: `hf auth login`.
 
@@ -283,15 +313,13 @@ def publish(
 def predict(
     images: Annotated[
         list[Path],
-        typer.Argument(
-            help="Image files, of any size and format that Pillow reads; first of all an .onnx file, if any."
-        ),
+        typer.Argument(help="Image files of any size and format that Pillow reads; before them, an .onnx file if any."),
     ],
     checkpoint: Annotated[str | None, typer.Option(help="Name of a checkpoint, or the path of its folder.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to show.")] = 3,
     hub: Hub = None,
 ) -> None:
-    """Classify images with a checkpoint or an exported file: the likeliest classes and their probabilities.
+    """Classify images with a checkpoint or an exported file: the most probable classes and their probabilities.
 
     Example: `cnvzoo predict photo.png --checkpoint quant_cnv_w4a4.cifar10`, or `cnvzoo predict m.onnx photo.png`
     """
@@ -299,25 +327,29 @@ def predict(
 
     exported = images[0] if _is_exported(str(images[0])) else None
     if (exported is None) == (checkpoint is None):
-        raise CnvzooError("predict takes either --checkpoint or, in front of the images, an exported .onnx file")
+        raise CnvzooError("predict takes either --checkpoint or an exported .onnx file before the images")
     if exported is not None and not images[1:]:
         raise CnvzooError(f"no image after {exported}: give the files to classify")
     classify = _classifier(exported, checkpoint, hub, top)
     for path in images[1:] if exported is not None else images:
         try:
             with Image.open(path) as image:
-                guesses = classify(image)
+                predictions = classify(image)
         except (OSError, UnidentifiedImageError) as error:
             raise CnvzooError(f"{path}: cannot be read as an image: {error}") from None
-        except ValueError as error:  # an image, but not one that the model can be given
+        except ValueError as error:  # an image of another kind than the model takes
             raise CnvzooError(f"{path}: {error}") from None
-        typer.echo(f"{path}: " + ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in guesses))
+        typer.echo(f"{path}: " + ", ".join(f"{found.label} {found.probability:.1%}" for found in predictions))
 
 
-def _classifier(exported: Path | None, checkpoint: str | None, hub: str | None, top: int) -> Callable[[Any], list[Any]]:
-    """From an image to guesses."""
+def _classifier(
+    exported: Path | None, checkpoint: str | None, hub: str | None, top: int
+) -> Callable[[Any], list[Prediction]]:
+    """The function from a PIL image to its predictions."""
     if exported is not None:
-        runner = deploy.load(exported)
+        from cnvzoo.deploy.runner import load
+
+        runner = load(exported)
         return lambda image: runner.predict([image], top)[0]
     assert checkpoint is not None
     model, config = cnvzoo.load_checkpoint(checkpoint, hub=hub)
@@ -330,18 +362,15 @@ def _is_exported(name: str) -> bool:
 
 def _print(table: Table) -> None:
     console = Console(highlight=False)
-    if not console.is_terminal:  # piped output is for other programs: wide enough that nothing is wrapped
+    if not console.is_terminal:  # other programs read piped output: wide enough that no line is wrapped
         console = Console(highlight=False, width=160)
     console.print(table)
 
 
 def main() -> None:
-    """Run the command line; errors of ours and of the operating system are said in a line, without a traceback."""
+    """Run the command line; print errors of cnvzoo and of the operating system in one line, without a traceback."""
     try:
         app()
-    except RunInterrupted as interruption:
-        typer.echo(str(interruption), err=True)
-        sys.exit({"SIGINT": 130, "SIGTERM": 143}.get(interruption.reason, 3))
     except (CnvzooError, OSError) as error:
         typer.echo(f"error: {in_a_line(error)}", err=True)
         sys.exit(1)

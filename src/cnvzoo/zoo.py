@@ -1,4 +1,4 @@
-"""The library's front: models by name, what they cost, and training and evaluating them."""
+"""Models by name: create, train and quantize them, preprocess images and classify them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from cnvzoo.checkpoints.folder import preprocessing_from
 from cnvzoo.checkpoints.format import CheckpointConfig
 from cnvzoo.checkpoints.load import load_checkpoint, parse_name
 from cnvzoo.checkpoints.locations import choose_checkpoint
-from cnvzoo.data.datasets import DatasetInfo, dataset_info
+from cnvzoo.data.datasets import Dataset, DatasetInfo, dataset_info
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.preprocessing import transforms as data_transforms
+from cnvzoo.deploy.runner import Prediction
 from cnvzoo.errors import ModelError
+from cnvzoo.models.cnv import CNV
 from cnvzoo.models.layers import without_initialization
 from cnvzoo.models.registry import build_model, model_names
 from cnvzoo.training.evaluation import preprocessing_of
@@ -26,6 +29,15 @@ from cnvzoo.training.recipe import Recipe, load_recipe
 from cnvzoo.training.record import RunRecord
 from cnvzoo.training.run import WEIGHTS as RUN_WEIGHTS
 from cnvzoo.training.run import run_recipe
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torchvision.transforms.v2 import Compose
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the models that match a shell pattern such as `resnet*`."""
+    return model_names(pattern)
 
 
 def create_model(
@@ -39,30 +51,30 @@ def create_model(
     hub: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a model on the CPU: freshly initialised and in training mode, or with published weights and in eval mode.
+    """Build a model on the CPU: with random weights in training mode, or with published weights in eval mode.
 
     Args:
-        name: one of `list_models()`; with bit widths `quant_cnv_w4a4`; with a dataset too, `quant_cnv_w4a4.cifar10`,
-            one of `list_checkpoints()`.
-        pretrained: True for the weights of the checkpoint that is named, or else of the only one that fits; the name
-            of a dataset for that of this dataset.
-        num_classes: outputs, at least 1. By default those of the checkpoint or of the dataset in `name`, else 10. A
-            checkpoint that is named gets a new head for other classes, to be trained; a warning says so.
-        in_chans: image channels, at least 1. By default those of the checkpoint or of the dataset in `name`, else 3.
-            The first convolution of a checkpoint that is named is adapted to others; a warning says so.
-        w_bits, a_bits: bit widths of weights and activations, 1 to 8; quantized models need both, float models
-            take neither.
-        hub: where checkpoints are, see `load_checkpoint`.
+        name: a model of `list_models()`, such as `quant_cnv`; with bit widths, `quant_cnv_w4a4`; with a dataset,
+            `quant_cnv_w4a4.cifar10`, a checkpoint of `list_checkpoints()`.
+        pretrained: True loads the checkpoint that `name` says, or the only one that fits; the name of a dataset loads
+            the checkpoint trained on it.
+        num_classes: number of outputs, at least 1; default that of the checkpoint or of the dataset in `name`, else 10.
+            If it differs from that of a named checkpoint, the head is new and untrained, with a warning.
+        in_chans: number of image channels, at least 1; default that of the checkpoint or of the dataset in `name`,
+            else 3. If it differs from that of a named checkpoint, the first convolution is adapted, with a warning.
+        w_bits, a_bits: bit widths of weights and activations, 1 to 8; quantized models need both, float models take
+            neither.
+        hub: store of the checkpoints, see `load_checkpoint`.
         **kwargs: options of one model: `first_w_bits` (default 8) of `quant_cnv`.
 
     Returns:
-        A module from images [N, in_chans, H, W] to logits [N, num_classes]. Float models expect images as
-        `cnvzoo.transforms(dataset)` gives them, quantized ones the 8-bit image scaled to [0, 1]. One with published
-        weights has its preprocessing with it: `cnvzoo.transforms(model)`; `model.pretrained_cfg` is all that is known.
+        A module from images [N, in_chans, H, W] to logits [N, num_classes]. Float models take images normalised by
+        `cnvzoo.transforms(dataset)`, quantized models take uint8 images divided by 255. A pretrained model has its
+        checkpoint's config as `model.pretrained_cfg`; `cnvzoo.transforms(model)` is its preprocessing.
 
     Raises:
-        ModelError: an unknown name or option, bits out of range, missing, or given to a float model; no checkpoint
-            that fits, or more than one.
+        ModelError: unknown name or option; bit widths out of range, missing, or given to a float model; no checkpoint
+            fits, or several do.
         CheckpointError: a file of the checkpoint is missing or damaged.
     """
     parsed = parse_name(name)
@@ -81,15 +93,71 @@ def create_model(
         if dataset not in (None, pretrained):
             raise ModelError(f"{name} with pretrained={pretrained!r}: name one dataset")
         dataset = pretrained
-    # a checkpoint that is named may be adapted to other classes and channels; else they are part of the choice
+    # A checkpoint whose dataset is named may be adapted; without a dataset, classes and channels help to choose it.
     adaptable = {key: wanted.pop(key) for key in ("num_classes", "in_chans") if dataset and key in wanted}
     checkpoint = choose_checkpoint(parsed.model, wanted, dataset, hub)
     return load_checkpoint(checkpoint, hub=hub, **adaptable)[0]
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of models, those matching a shell pattern such as `resnet*`."""
-    return model_names(pattern)
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns: the trained model, in eval mode, and the record of the run."""
+
+    model: nn.Module
+    record: RunRecord
+
+
+def train(
+    recipe: Recipe | str | Path,
+    *,
+    run_dir: str | Path | None = None,
+    seed: int | None = None,
+    device: str | torch.device = "auto",
+    epochs: int | None = None,
+    holdout: int = 0,
+    deadline: float | None = None,
+    dataset: Dataset | None = None,
+    data_root: str | Path | None = None,
+    float_start: str | Path | None = None,
+    teacher: str | Path | Sequence[str | Path] | None = None,
+    quiet: bool = False,
+) -> TrainResult:
+    """Train a recipe and score the model.
+
+    Args:
+        recipe: a Recipe, or the path of its YAML file.
+        run_dir: folder for state, weights and record, in which an interrupted run resumes. By default nothing is kept
+            and nothing can be resumed.
+        seed: replaces the recipe's; 0 to 2**63 - 1.
+        device: `auto`, or anything torch.device takes.
+        epochs: replaces the recipe's; any other number makes the run a trial.
+        holdout: hold out this many training images and score on them instead of the test set.
+        deadline: `time.monotonic()` at which to stop.
+        dataset: replaces the recipe's dataset, which is otherwise loaded from `data_root`.
+        data_root: folder of cached datasets.
+        float_start: safetensors weights of the float model, for a recipe with `float_start`.
+        teacher: safetensors weights of the teacher, or one file for each teacher of the recipe, in its order.
+        quiet: show no progress.
+
+    Raises:
+        As `cnvzoo.training.run_recipe`.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(run_dir or temporary)
+        record = run_recipe(
+            recipe, run_dir=folder, seed=seed, device=device, epochs=epochs, holdout=holdout, deadline=deadline,
+            dataset=dataset, data_root=data_root, float_start=float_start, teacher=teacher, quiet=quiet,
+        )  # fmt: skip
+        state = load_file(folder / RUN_WEIGHTS)
+    info = dataset_info(recipe.dataset)
+    with without_initialization():
+        model = build_model(
+            recipe.model, num_classes=info.num_classes, in_chans=info.in_chans,
+            w_bits=recipe.w_bits, a_bits=recipe.a_bits,
+        )  # fmt: skip
+    model.load_state_dict(state, strict=True)
+    return TrainResult(model.eval(), record)
 
 
 def quantize(
@@ -100,22 +168,21 @@ def quantize(
     first_w_bits: int = 8,
     dataset: str | Preprocessing | None = None,
 ) -> nn.Module:
-    """Start a quantized model from its float twin: the same weights, and scales that fit them.
+    """Make a quantized model from a trained float model: the same weights, with scales that fit them.
 
     Args:
-        float_model: a trained float CNV, or the folder of a checkpoint of one.
+        float_model: a trained float CNV, or the name or folder of its checkpoint.
         w_bits, a_bits, first_w_bits: as for `create_model("quant_cnv", ...)`.
-        dataset: what the float model was trained on, or its preprocessing; a checkpoint says so itself.
+        dataset: the dataset that the float model was trained on, or its preprocessing; not needed for a checkpoint.
 
     Returns:
-        A `quant_cnv`, in training mode, that takes the 8-bit image scaled to [0, 1]: train it further.
+        A `quant_cnv` in training mode, which takes uint8 images divided by 255; train it further.
 
     Raises:
-        ModelError: not a float CNV, or `dataset` is missing.
+        ModelError: not a float CNV, or `dataset` is missing or has other channels.
         CheckpointError: the folder is not a checkpoint.
     """
-    from cnvzoo.models.cnv import CNV
-    from cnvzoo.models.quant import start_from_float
+    from cnvzoo.models.quant import start_from_float  # Brevitas takes a second to import
 
     preprocessing = dataset
     if isinstance(float_model, (str, Path)):
@@ -126,7 +193,7 @@ def quantize(
     if isinstance(preprocessing, str):
         preprocessing = preprocessing_of("cnv", preprocessing)
     if not isinstance(float_model, CNV) or not isinstance(float_model.input, nn.Identity):
-        raise ModelError(f"only a float CNV has a quantized twin: {type(float_model).__name__} was given")
+        raise ModelError(f"only a float CNV can be quantized, not {type(float_model).__name__}")
     weights = [m.weight for m in float_model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     channels = weights[0].shape[1]
     if len(preprocessing.mean) != channels:
@@ -136,21 +203,23 @@ def quantize(
         )
     with without_initialization():
         model = build_model(
-            "quant_cnv", num_classes=weights[-1].shape[0], in_chans=weights[0].shape[1],
+            "quant_cnv", num_classes=weights[-1].shape[0], in_chans=channels,
             w_bits=w_bits, a_bits=a_bits, first_w_bits=first_w_bits,
         ).to(weights[0].device)  # fmt: skip
     start_from_float(model, float_model.state_dict(), preprocessing.mean, preprocessing.std)
     return model
 
 
-def transforms(source: str | DatasetInfo | Preprocessing | CheckpointConfig | nn.Module) -> Any:
-    """The torchvision v2 preprocessing for a user's own images: of a dataset, a checkpoint's config, or its model.
+def transforms(source: str | DatasetInfo | Preprocessing | CheckpointConfig | nn.Module) -> Compose:
+    """The torchvision v2 preprocessing of images for a model: PIL image or uint8 [C, H, W] to float32 [C, size, size].
 
-    A model that was adapted to other channels, 1 or 3, gets images of these, normalised by the mean over the channels.
-    See `cnvzoo.data.transforms`.
+    Args:
+        source: a pretrained model, a checkpoint's config, a preprocessing, or a dataset. For a model adapted to other
+            channels (1 or 3), images are converted to them and normalised by the mean over the checkpoint's channels.
 
     Raises:
-        ModelError: a model that has no published weights, or of neither 1 nor 3 channels.
+        ModelError: the model is not pretrained, or takes neither 1 nor 3 channels.
+        DatasetError: unknown dataset.
     """
     if isinstance(source, nn.Module):
         source = _preprocessing_of_model(source)
@@ -160,81 +229,27 @@ def transforms(source: str | DatasetInfo | Preprocessing | CheckpointConfig | nn
 def _preprocessing_of_model(model: nn.Module) -> Preprocessing:
     config = getattr(model, "pretrained_cfg", None)
     if not isinstance(config, CheckpointConfig):
-        raise ModelError(
-            f"{type(model).__name__} was not created with published weights: give the dataset that it is for"
-        )
+        raise ModelError(f"{type(model).__name__} is not pretrained: give transforms the dataset it was trained on")
     preprocessing = preprocessing_from(config)
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
     if channels == preprocessing.in_chans:
         return preprocessing
     if channels not in (1, 3):
-        raise ModelError(f"the model takes {channels} channels, and images have 1 or 3: convert yours in your own way")
+        raise ModelError(f"the model takes {channels} channels, and transforms gives 1 or 3: convert images yourself")
     mean, std = ((sum(v) / len(v),) * channels for v in (preprocessing.mean, preprocessing.std))
     return replace(preprocessing, mean=mean, std=std)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """One guess at an image: the class's name, and the probability that the model gives it."""
-
-    label: str
-    probability: float
-
-
 @torch.inference_mode()
-def predict(model: nn.Module, config: CheckpointConfig, image: Any, top: int = 5) -> list[Prediction]:
+def predict(model: nn.Module, config: CheckpointConfig, image: Image | Tensor, top: int = 5) -> list[Prediction]:
     """Classify one image.
 
     Args:
-        model, config: as `load_checkpoint` gives them.
+        model, config: as `load_checkpoint` returns them.
         image: PIL image, or uint8 tensor [C, H, W]; of any size.
-        top: how many classes to return, the likeliest first.
+        top: number of classes to return, most probable first.
     """
     device = next(model.parameters()).device
     probabilities = model(transforms(config)(image)[None].to(device)).softmax(1)[0]
-    best = probabilities.topk(min(top, len(config.classes)))
-    return [Prediction(config.classes[i], float(p)) for p, i in zip(*best, strict=True)]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What `train` returns: the trained model in eval mode, and the record of the run."""
-
-    model: nn.Module
-    record: RunRecord
-
-
-def train(
-    recipe: Recipe | str | Path,
-    *,
-    run_dir: str | Path | None = None,
-    float_start: str | Path | None = None,
-    teacher: str | Path | Sequence[str | Path] | None = None,
-    **options: Any,
-) -> TrainResult:
-    """Train a recipe and score it.
-
-    Args:
-        recipe: a Recipe, or the path of its YAML file.
-        run_dir: where state, weights and record go, and from where an interrupted run goes on. Without it
-            nothing is kept and nothing can be resumed.
-        float_start: safetensors weights of the float twin, for recipes that start from one.
-        teacher: safetensors weights of the teacher, for recipes that have one; one file for each if they have several.
-        **options: seed, device, epochs, holdout, dataset, data_root, deadline, quiet: as for
-            `cnvzoo.training.run_recipe`, whose errors it raises.
-    """
-    from safetensors.torch import load_file
-
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(run_dir or temporary)
-        record = run_recipe(recipe, run_dir=folder, float_start=float_start, teacher=teacher, **options)
-        state = load_file(folder / RUN_WEIGHTS)
-    info = dataset_info(recipe.dataset)
-    with without_initialization():
-        model = build_model(
-            recipe.model, num_classes=info.num_classes, in_chans=info.in_chans,
-            w_bits=recipe.w_bits, a_bits=recipe.a_bits,
-        )  # fmt: skip
-    model.load_state_dict(state, strict=True)
-    return TrainResult(model.eval(), record)
+    best = probabilities.argsort(descending=True, stable=True)[:top].tolist()
+    return [Prediction(config.classes[index], index, float(probabilities[index])) for index in best]

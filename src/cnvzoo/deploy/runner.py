@@ -1,26 +1,31 @@
-"""Running exported files: images in, classes out, with numpy and ONNX Runtime."""
+"""Running exported files with numpy and ONNX Runtime, without PyTorch."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from cnvzoo.deploy.metadata import KEY, DeployError, Metadata
 from cnvzoo.images import normalize, prepare
 
-_BATCH = 64  # images at a time: more fall out of the caches
-_MIN_ONNXRUNTIME = "pip install 'cnvzoo[runtime]'"
+_BATCH = 64  # images at a time; the activations of more do not fit the caches
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One guess at an image: the class's name and number, and the probability that the model gives it."""
+    """One class of an image.
+
+    Attributes:
+        label: name of the class.
+        index: number of the class, from 0.
+        probability: softmax of the logits, 0 to 1.
+    """
 
     label: str
     index: int
@@ -28,7 +33,12 @@ class Prediction:
 
 
 class DeployedModel:
-    """An exported model in ONNX Runtime. `metadata` is what the file says of itself; `session` is the runtime's."""
+    """An exported model in ONNX Runtime.
+
+    Attributes:
+        session: the `onnxruntime.InferenceSession`.
+        metadata: what the file says about the model.
+    """
 
     def __init__(self, session: Any, metadata: Metadata) -> None:
         self.session = session
@@ -38,38 +48,38 @@ class DeployedModel:
         """uint8 images [N, C, size, size] to float32 logits [N, num_classes].
 
         Raises:
-            DeployError: another dtype or shape.
+            DeployError: wrong dtype or shape.
         """
         if self.metadata.format == "integer":
             return self.accumulators(images).astype(np.float32) * np.float32(self.metadata.scale)
         self._check(images)
         mean, std = self.metadata.mean, self.metadata.std
-        return self._run(images, lambda part: normalize(part, mean, std), np.dtype(np.float32))
+        return self._run(images, lambda part: normalize(part, mean, std), np.float32)
 
     def accumulators(self, images: NDArray[np.uint8]) -> NDArray[np.int32]:
-        """uint8 images [N, C, size, size] to what an integer graph computes: int32 [N, num_classes].
+        """uint8 images [N, C, size, size] to the int32 output [N, num_classes] of an integer graph.
 
         Raises:
-            DeployError: another dtype or shape, or not a file of format `integer`.
+            DeployError: wrong dtype or shape, or the file's format is not `integer`.
         """
         if self.metadata.format != "integer":
             raise DeployError(f"a file of format {self.metadata.format!r} has logits, not accumulators")
         self._check(images)
-        return self._run(images, lambda part: part, np.dtype(np.int32))
+        return self._run(images, lambda part: part, np.int32)
 
     def predict(self, images: Any, top: int = 5) -> list[list[Prediction]]:
-        """The likeliest classes of each image, the likeliest first.
+        """The most probable classes of each image, most probable first.
 
         Args:
-            images: PIL images or uint8 arrays [H, W] or [H, W, C], of any size, in a list; or one array [N, H, W, C].
-            top: how many classes, at least 1.
+            images: a list of PIL images or uint8 arrays [H, W] or [H, W, C], of any size; or one array [N, H, W, C].
+            top: number of classes, at least 1.
 
         Raises:
-            DeployError: `top` below 1, or no list.
-            ImageError: something in the list that is not an 8-bit image of 1 or 3 channels.
+            DeployError: `top` is below 1, or `images` is not a list.
+            ImageError: an item is not an 8-bit image of 1 or 3 channels.
         """
         if top < 1:
-            raise DeployError(f"top={top}: at least 1 class has to be asked for")
+            raise DeployError(f"top={top}: must be at least 1")
         if not isinstance(images, Sequence) and not (isinstance(images, np.ndarray) and images.ndim == 4):
             raise DeployError("predict takes a list of images, or an array [N, H, W, C]: put a single image in a list")
         if not len(images):
@@ -85,7 +95,7 @@ class DeployedModel:
         ]
 
     def count_correct(self, images: NDArray[np.uint8], labels: NDArray[Any]) -> int:
-        """How many of uint8 images [N, H, W, C], of the dataset's own size, are classified as `labels` [N]."""
+        """The number of uint8 images [N, H, W, C], of the dataset's image size, that are classified as `labels` [N]."""
         margin = (self.metadata.size - self.metadata.image_size) // 2
         images = np.pad(images.transpose(0, 3, 1, 2), ((0, 0), (0, 0), (margin, margin), (margin, margin)))
         return int((self.logits(images).argmax(1) == labels).sum())
@@ -94,17 +104,20 @@ class DeployedModel:
         m = self.metadata
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
             kind = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
-            raise DeployError(f"images have to be a uint8 array (0 to 255), got {kind}")
+            raise DeployError(f"images must be a uint8 array (0 to 255), got {kind}")
         if images.ndim != 4 or images.shape[1:] != (m.in_chans, m.size, m.size):
             raise DeployError(
-                f"images have to be [N, {m.in_chans}, {m.size}, {m.size}], got shape {list(images.shape)}; "
+                f"images must be [N, {m.in_chans}, {m.size}, {m.size}], got shape {list(images.shape)}; "
                 "predict takes images of any size"
             )
 
-    def _run(self, images: NDArray[np.uint8], form: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+    def _run(
+        self, images: NDArray[np.uint8], convert: Callable[[NDArray[np.uint8]], NDArray[Any]], dtype: DTypeLike
+    ) -> NDArray[Any]:
+        """Run the graph on batches of images, each converted to the graph's input."""
         name, output = self.session.get_inputs()[0].name, self.session.get_outputs()[0].name
         parts = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
-        rows = [self.session.run([output], {name: np.ascontiguousarray(form(part))})[0] for part in parts]
+        rows = [self.session.run([output], {name: np.ascontiguousarray(convert(part))})[0] for part in parts]
         return np.concatenate([np.empty((0, len(self.metadata.classes)), dtype), *rows])
 
 
@@ -112,30 +125,30 @@ def load(path: str | Path, *, threads: int | None = None) -> DeployedModel:
     """Load a file that `cnvzoo.export` wrote, in format `integer` or `onnx`.
 
     Args:
-        path: of the ONNX file.
-        threads: of ONNX Runtime; one for each core by default.
+        path: the ONNX file.
+        threads: number of threads of ONNX Runtime; default one for each core.
 
     Raises:
-        DeployError: no such file, not a file of ours, or onnxruntime is not installed.
+        DeployError: the file cannot be read, was not written by `cnvzoo.export`, or onnxruntime is not installed.
     """
     try:
         import onnxruntime
     except ImportError:
-        raise DeployError(f"running exported models needs onnxruntime: {_MIN_ONNXRUNTIME}") from None
+        raise DeployError("running exported models needs onnxruntime: pip install 'cnvzoo[runtime]'") from None
     path = Path(path)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DeployError(f"{path}: cannot be read: {error.strerror}") from None
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors: the rest is for the runtime's developers
+    options.log_severity_level = 3  # errors only
     if not _sums_products_exactly():
         options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime's own kinds share no base
+    except Exception as error:  # its error classes have no common base
         reason = str(error).splitlines()[0]
         if "qonnx" in reason:
             raise DeployError(f"{path}: QONNX is for FINN and the qonnx package, not for ONNX Runtime") from None
@@ -149,20 +162,20 @@ def load(path: str | Path, *, threads: int | None = None) -> DeployedModel:
 
 
 def _sums_products_exactly(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU's fastest kernels add products of 8-bit integers in 32 bits.
+    """Whether ONNX Runtime's fastest kernels on this CPU sum products of 8-bit integers in 32 bits.
 
-    On x86 without VNNI they add pairs in 16 bits, which can saturate. ONNX Runtime has others, half as fast.
+    On x86 without VNNI they sum pairs in 16 bits, which can saturate; the exact kernels are half as fast.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     try:
         return "vnni" in cpuinfo.read_text()
     except OSError:
-        return False  # not to be known: exact rather than fast
+        return False  # unknown: prefer exact to fast
 
 
 def _check_graph(session: Any, m: Metadata, path: Path) -> None:
-    """The graph is what its metadata says."""
+    """Check that input and output are as the metadata says."""
     kind = "tensor(uint8)" if m.format == "integer" else "tensor(float)"
     inputs, output = session.get_inputs(), session.get_outputs()[0]
     expected = [m.in_chans, m.size, m.size]
