@@ -1,8 +1,8 @@
-"""Quantized nets for the deployment tests: untrained weights, and BatchNorm of every kind that training can leave."""
+"""Quantized networks for the deployment tests: random weights, and BatchNorms with every kind of gamma."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,9 +11,17 @@ from torch import nn
 import cnvzoo
 
 
+@pytest.fixture(scope="package", autouse=True)
+def eager() -> Iterator[None]:
+    """Compile no loops: it takes longer than the few batches of these tests, and gives the same values."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_net() -> Callable[..., nn.Module]:
-    """`make_net(w_bits, a_bits)`: a `quant_cnv` that has seen noise; negative, tiny and zero gammas included."""
+    """`make_net(w_bits, a_bits)`: a `quant_cnv` with statistics of noise, and negative, tiny and zero gammas."""
     made: dict[tuple[int, ...], nn.Module] = {}
 
     def make(w_bits: int, a_bits: int, in_chans: int = 3) -> nn.Module:
@@ -28,7 +36,8 @@ def make_net() -> Callable[..., nn.Module]:
                     layer.weight.copy_(torch.randn_like(layer.weight) + 0.5)
                     layer.bias.normal_(0, 0.5)
                     layer.weight[:3] = torch.tensor([0.0, 1e-9, -0.3])
-            for _ in range(12):
+                    layer.momentum = None  # the mean over all batches
+            for _ in range(3):
                 model(torch.randint(256, (32, in_chans, 32, 32)) / 255)
         made[key] = model.eval()
         return made[key]
@@ -38,7 +47,7 @@ def make_net() -> Callable[..., nn.Module]:
 
 @pytest.fixture(scope="session")
 def noise() -> Callable[..., torch.Tensor]:
-    """`noise(count, in_chans)`: uint8 images [count, in_chans, 32, 32], the extremes among them."""
+    """`noise(count, in_chans)`: uint8 images [count, in_chans, 32, 32], the first black, the second white."""
 
     def draw(count: int, in_chans: int = 3) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""What is published of an integer graph: counts over a whole test set, and nothing where the runtime is wrong."""
+"""The counts that are published of an integer graph, over a whole test set."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from cnvzoo.deploy.export import measure_integer
 
 @pytest.fixture
 def published(tmp_path, small_datasets, make_checkpoint):
-    """A quantized model with untrained weights, as it is loaded by name."""
+    """A quantized model with random weights, loaded from a checkpoint."""
     small_datasets(test=300)
     folder = make_checkpoint(tmp_path / "hub", "quant_cnv", "mnist", w_bits=2, a_bits=2)
     return cnvzoo.load_checkpoint(folder)[0]
 
 
-def test_counts_are_those_of_the_file_and_of_pytorch(published, tmp_path):
+def test_counts_are_those_of_the_exported_file_and_of_pytorch(published, tmp_path):
     data = load_dataset("mnist")
     result = measure_integer(published, data, quiet=True)
     cnvzoo.export(published, tmp_path / "m.onnx")
     runner = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1)
     assert result.correct == runner.count_correct(data.test_images.numpy(), data.test_labels.numpy())
     assert result.bytes == (tmp_path / "m.onnx").stat().st_size
-    # agreement, on images padded and fed by hand
     images = torch.zeros(300, 1, 32, 32, dtype=torch.uint8)
     images[:, 0, 2:30, 2:30] = data.test_images[..., 0]
     with torch.no_grad():
@@ -37,7 +36,7 @@ def test_counts_are_those_of_the_file_and_of_pytorch(published, tmp_path):
     assert 0 <= result.differing < result.reachable
 
 
-def test_an_output_that_is_not_the_references_gives_no_result(published, monkeypatch):
+def test_an_output_that_differs_from_the_reference_is_an_error(published, monkeypatch):
     true_outputs = DeployedModel.accumulators
 
     def off_by_one(self, images):

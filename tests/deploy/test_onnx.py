@@ -1,4 +1,4 @@
-"""Plain ONNX: ONNX Runtime says what PyTorch says."""
+"""Plain ONNX: ONNX Runtime computes what PyTorch computes."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_plain_onnx_equals_pytorch_at_any_batch(tmp_path, noise, name):
         runner.accumulators(images.numpy())
 
 
-def test_quantized_models_are_no_plain_onnx(make_net, tmp_path):
-    with pytest.raises(DeployError, match="format='integer' or 'qonnx'"):
+def test_a_format_that_is_unknown_or_does_not_fit_is_refused(make_net, tmp_path):
+    with pytest.raises(DeployError, match="with 'integer' or 'qonnx'"):
         cnvzoo.export(make_net(2, 2), tmp_path / "m.onnx", format="onnx", dataset="cifar10")
     with pytest.raises(DeployError, match="unknown format 'onx': did you mean 'onnx'"):
         cnvzoo.export(make_net(2, 2), tmp_path / "m.onnx", format="onx", dataset="cifar10")

@@ -1,7 +1,7 @@
-"""QONNX: the qonnx package computes from the file what PyTorch computes, and FINN's first steps get what they ask for.
+"""QONNX: the qonnx package computes from the file what PyTorch computes, and the graph fits FINN's first steps.
 
-What FINN asks for is in its sources (Xilinx/finn, src/finn/transformation/qonnx and src/finn/builder); it is no
-dependency, and so the steps that are its own are not run here.
+FINN's requirements are in its sources (Xilinx/finn, src/finn/transformation/qonnx and src/finn/builder). FINN is not a
+dependency, so only those of its steps run here that are part of the qonnx package.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def export(model: nn.Module, folder: Path, dataset: str = "cifar10") -> ModelWra
 
 
 def logits(wrapped: ModelWrapper, image: torch.Tensor) -> np.ndarray:
-    """Of one uint8 image [1, C, H, W]."""
+    """The logits of one uint8 image [1, C, H, W]."""
     return execute_onnx(wrapped, {"global_in": image.float().numpy()})[wrapped.graph.output[0].name]
 
 
@@ -67,7 +67,7 @@ def constant(wrapped: ModelWrapper, name: str) -> np.ndarray:
 
 @torch.no_grad()
 def weights_of(model: nn.Module) -> list[np.ndarray]:
-    """As PyTorch quantizes them, in ONNX's layout."""
+    """The weights as PyTorch quantizes them, in ONNX's layout."""
     layers = [layer for layer in model.modules() if isinstance(layer, (QuantConv2d, QuantLinear))]
     weights = [quant.quantizer_of(layer)(layer.weight)[0].numpy() for layer in layers]
     return [weight.T if weight.ndim == 2 else weight for weight in weights]
@@ -75,7 +75,7 @@ def weights_of(model: nn.Module) -> list[np.ndarray]:
 
 @torch.no_grad()
 def activations_of(model: nn.Module, image: torch.Tensor) -> tuple[list[np.ndarray], np.ndarray]:
-    """What PyTorch computes of one uint8 image: all activations, and the logits."""
+    """All activations and the logits that PyTorch computes of one uint8 image."""
     found, hooks = [], []
     for layer in model.modules():
         if isinstance(layer, QuantReLU):
@@ -87,10 +87,10 @@ def activations_of(model: nn.Module, image: torch.Tensor) -> tuple[list[np.ndarr
 
 
 def assert_same(model: nn.Module, wrapped: ModelWrapper, images: torch.Tensor) -> None:
-    """Layer by layer, each given PyTorch's own activations, so that no difference hides behind another.
+    """Compare layer by layer, each given PyTorch's own activations, so that differences do not add up.
 
-    The weights are the same. Two float32 kernels need not agree on which side of a rounding border a sum is: one value
-    in 10,000 may be one level off. Where it is, the logits of the whole net move a little.
+    Two float32 kernels may round a sum at the border of two levels differently: one value in 10,000 may be one level
+    off, which moves the logits of the whole network a little.
     """
     opsets = wrapped.get_opset_imports()
     off = total = 0
@@ -124,18 +124,18 @@ def test_images(real_data) -> torch.Tensor:
     return data.test_images[:32].permute(0, 3, 1, 2).contiguous()
 
 
-def surest(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The two images whose class is farthest from the next, so that a level more or less does not change it."""
+def most_confident(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The two images with the largest margin between classes: one level more or less does not change the class."""
     with torch.no_grad():
         first, second = model(images / 255).topk(2).values.unbind(1)
     return images[(first - second).argsort(descending=True)[:2]]
 
 
-@pytest.mark.parametrize("w_bits", range(1, 9))
+@pytest.mark.parametrize("w_bits", [1, 2, 4, 8])
 def test_real_images_at_every_bit_width(test_images, tmp_path, monkeypatch, w_bits):
-    monkeypatch.setattr(quant, "_NORMAL_SAMPLES", 1 << 10)  # scales need not be the best, and are found much faster
+    monkeypatch.setattr(quant, "_NORMAL_SAMPLES", 1 << 10)  # worse scales, found much faster
     model = cnvzoo.quantize(HUB / "cnv.cifar10", w_bits=w_bits, a_bits=max(2, w_bits)).eval()
-    images = surest(model, test_images)
+    images = most_confident(model, test_images)
     wrapped = export(model, tmp_path)
     assert_same(model, wrapped, images)
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_real_images_of_a_published_checkpoint(test_images, tmp_path):
 
 
 @pytest.mark.parametrize(("w_bits", "a_bits", "in_chans"), [(4, 3, 3), (1, 2, 3), (3, 8, 1)])
-def test_noise_and_batch_norms_of_every_kind(make_net, noise, tmp_path, w_bits, a_bits, in_chans):
+def test_noise_with_every_kind_of_batch_norm(make_net, noise, tmp_path, w_bits, a_bits, in_chans):
     model = make_net(w_bits, a_bits, in_chans)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     wrapped = export(model, tmp_path, "cifar10" if in_chans == 3 else "mnist")
@@ -161,7 +161,7 @@ def test_noise_and_batch_norms_of_every_kind(make_net, noise, tmp_path, w_bits, 
 
 
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 3), (1, 2)])
-def test_the_graph_is_one_that_finn_converts(make_net, tmp_path, w_bits, a_bits):
+def test_the_graph_has_the_nodes_and_attributes_that_finn_expects(make_net, tmp_path, w_bits, a_bits):
     wrapped = export(make_net(w_bits, a_bits), tmp_path)
     graph = wrapped.graph
     kinds = [node.op_type for node in graph.node if node.op_type not in QUANTIZERS]
@@ -203,7 +203,7 @@ def test_the_graph_is_one_that_finn_converts(make_net, tmp_path, w_bits, a_bits)
 
 
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 3), (1, 2)])
-def test_the_first_steps_of_finn_that_are_those_of_qonnx(make_net, noise, tmp_path, w_bits, a_bits):
+def test_finns_first_steps_in_the_qonnx_package_keep_the_logits(make_net, noise, tmp_path, w_bits, a_bits):
     wrapped = export(make_net(w_bits, a_bits), tmp_path)
     image = noise(3)[2:]
     expected = logits(wrapped, image)
@@ -230,7 +230,7 @@ def test_the_first_steps_of_finn_that_are_those_of_qonnx(make_net, noise, tmp_pa
 _LAYOUTS = {"Conv": ["N", "C", "H", "W"], "MaxPool": ["N", "C", "H", "W"], "Flatten": ["N", "C"], "MatMul": ["N", "C"]}
 
 
-def test_qonnx_counts_the_cost_that_model_info_does(make_net, tmp_path):
+def test_qonnx_counts_the_same_cost_as_model_info(make_net, tmp_path):
     found = inference_cost(export(make_net(4, 3), tmp_path), discount_sparsity=False)["total_cost"]
     info = cnvzoo.model_info("quant_cnv", w_bits=4, a_bits=3)
     assert found["total_macs"] == info.macs
@@ -248,7 +248,7 @@ def test_qonnx_counts_the_cost_that_model_info_does(make_net, tmp_path):
         (lambda m: m.features[1].bias.data.fill_(float("nan")), "features.1.bias: not finite"),
     ],
 )
-def test_what_cannot_be_said_is_refused_and_nothing_is_written(make_net, tmp_path, change, message):
+def test_a_layer_that_is_not_quantized_is_named_and_nothing_is_written(make_net, tmp_path, change, message):
     model = copy.deepcopy(make_net(2, 2))
     change(model)
     with pytest.raises(DeployError, match=message):
@@ -256,12 +256,12 @@ def test_what_cannot_be_said_is_refused_and_nothing_is_written(make_net, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_other_models_and_one_bit_activations_are_refused(make_net, tmp_path, monkeypatch):
+def test_other_models_1_bit_activations_and_a_missing_package_are_refused(make_net, tmp_path, monkeypatch):
     with pytest.raises(DeployError, match="1-bit activations"):
         export(make_net(1, 1), tmp_path)
     with pytest.raises(DeployError, match="is a float model"):
         export(cnvzoo.create_model("cnv"), tmp_path)
-    with pytest.raises(DeployError, match="not of ResNet"):
+    with pytest.raises(DeployError, match="not for ResNet"):
         export(cnvzoo.create_model("resnet20"), tmp_path)
     monkeypatch.setitem(sys.modules, "qonnx.util.cleanup", None)
     with pytest.raises(DeployError, match="needs the qonnx package: pip install"):
@@ -269,7 +269,7 @@ def test_other_models_and_one_bit_activations_are_refused(make_net, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_qonnx_is_not_for_the_runner(make_net, tmp_path):
+def test_the_runner_refuses_qonnx(make_net, tmp_path):
     export(make_net(2, 2), tmp_path)
     with pytest.raises(DeployError, match="QONNX is for FINN"):
         cnvzoo.deploy.load(tmp_path / "m.onnx")

@@ -1,4 +1,4 @@
-"""The runner: without torch, the same images, and clear words for what it cannot take."""
+"""The runner: it works without torch, and says clearly what it cannot take."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cnvzoo.data import dataset_info
 from cnvzoo.deploy import DeployError, runner
 from cnvzoo.images import ImageError
 
-_WITHOUT = """
+_WITHOUT_TORCH = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
@@ -28,8 +28,8 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import cnvzoo.deploy, numpy
 model = cnvzoo.deploy.load(sys.argv[1], threads=1)
-guesses = model.predict([numpy.zeros((40, 50, 3), numpy.uint8)], top=2)
-print(len(guesses[0]), guesses[0][0].label)
+predictions = model.predict([numpy.zeros((40, 50, 3), numpy.uint8)], top=2)
+print(len(predictions[0]), predictions[0][0].label)
 """
 
 
@@ -40,8 +40,8 @@ def exported(make_net, tmp_path_factory):
     return path
 
 
-def test_runs_where_there_is_no_torch(exported):
-    done = subprocess.run([sys.executable, "-c", _WITHOUT, str(exported)], capture_output=True, text=True)
+def test_exported_files_run_without_torch(exported):
+    done = subprocess.run([sys.executable, "-c", _WITHOUT_TORCH, str(exported)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     count, label = done.stdout.split()
     assert count == "2"
@@ -53,10 +53,10 @@ def test_predict_is_the_softmax_of_the_logits(exported):
     images = rng.integers(256, size=(3, 32, 32, 3)).astype(np.uint8)
     model = cnvzoo.deploy.load(exported, threads=1)
     expected = torch.from_numpy(model.logits(images.transpose(0, 3, 1, 2))).softmax(1)
-    for row, guesses in zip(expected, model.predict(images, top=10), strict=True):
-        np.testing.assert_allclose([g.probability for g in guesses], [row[g.index] for g in guesses], rtol=1e-5)
-        assert [g.probability for g in guesses] == sorted((g.probability for g in guesses), reverse=True)
-        assert guesses[0].label == dataset_info("cifar10").classes[guesses[0].index]
+    for row, predictions in zip(expected, model.predict(images, top=10), strict=True):
+        np.testing.assert_allclose([g.probability for g in predictions], [row[g.index] for g in predictions], rtol=1e-5)
+        assert [g.probability for g in predictions] == sorted((g.probability for g in predictions), reverse=True)
+        assert predictions[0].label == dataset_info("cifar10").classes[predictions[0].index]
     as_list = model.predict([Image.fromarray(image) for image in images], top=10)
     assert as_list == model.predict(images, top=10)
     assert model.predict([]) == []
@@ -71,7 +71,7 @@ def test_predict_is_the_softmax_of_the_logits(exported):
         ([[0]], "got list"),
     ],
 )
-def test_other_arrays_are_refused(exported, images, message):
+def test_logits_refuses_arrays_of_other_dtypes_and_shapes(exported, images, message):
     with pytest.raises(DeployError, match=message):
         cnvzoo.deploy.load(exported, threads=1).logits(images)
 
@@ -112,13 +112,13 @@ def _with_metadata(**changes):
         (lambda m: setattr(m.metadata_props[0], "value", "{"), "damaged"),
     ],
 )
-def test_files_that_are_not_ours_are_refused(exported, tmp_path, change, message):
+def test_a_file_with_invalid_metadata_is_refused(exported, tmp_path, change, message):
     path = _rewrite(exported, tmp_path / "other.onnx", change)
     with pytest.raises(DeployError, match=message):
         cnvzoo.deploy.load(path, threads=1)
 
 
-def test_a_foreign_file_is_refused(tmp_path):
+def test_a_file_that_cnvzoo_did_not_export_is_refused(tmp_path):
     (tmp_path / "text.onnx").write_text("not a model")
     with pytest.raises(DeployError, match=r"text.onnx: not an ONNX file"):
         cnvzoo.deploy.load(tmp_path / "text.onnx")
@@ -144,15 +144,15 @@ def test_a_foreign_file_is_refused(tmp_path):
         ("aarch64", None, True),
     ],
 )
-def test_sums_are_exact_on_every_cpu(monkeypatch, tmp_path, machine, flags, exact):
-    """Without VNNI, ONNX Runtime's x86 kernels may saturate unless they are told not to."""
+def test_exact_kernels_are_chosen_where_the_fast_ones_may_saturate(monkeypatch, tmp_path, machine, flags, exact):
+    """ONNX Runtime's fast kernels on x86 CPUs without VNNI."""
     monkeypatch.setattr(runner.platform, "machine", lambda: machine)
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(flags)
     assert runner._sums_products_exactly(tmp_path / "cpuinfo") is exact
 
 
-def test_exact_kernels_give_the_same(exported, noise, monkeypatch):
+def test_exact_kernels_give_the_same_accumulators(exported, noise, monkeypatch):
     images = noise(4).numpy()
     fast = cnvzoo.deploy.load(exported, threads=1).accumulators(images)
     monkeypatch.setattr(runner, "_sums_products_exactly", lambda: False)

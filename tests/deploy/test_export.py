@@ -1,6 +1,8 @@
-"""`cnvzoo.export` and the command line, from a checkpoint to a number."""
+"""`cnvzoo.export` and the commands that use exported files, from a checkpoint to an accuracy."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ import cnvzoo.deploy
 from cnvzoo.cli import app
 from cnvzoo.deploy.export import evaluate_file
 from cnvzoo.errors import ModelError
+
+HUB = Path(__file__).resolve().parents[2] / "hub"
 
 
 def call(*arguments: object) -> tuple[int, str, BaseException | None]:
@@ -55,7 +59,7 @@ def test_export_eval_and_predict_on_the_command_line(make_checkpoint, small_data
         assert message in str(error)
 
 
-def test_what_a_model_is_of_has_to_be_known(make_net, tmp_path):
+def test_the_dataset_must_be_known_and_fit_the_model(make_net, tmp_path):
     with pytest.raises(ModelError, match="give dataset="):
         cnvzoo.export(make_net(2, 2), tmp_path / "m.onnx")
     with pytest.raises(ModelError, match=r"3 channel\(s\) and 10 classes, and mnist has 1"):
@@ -64,16 +68,13 @@ def test_what_a_model_is_of_has_to_be_known(make_net, tmp_path):
         cnvzoo.export(nn.Sequential(), tmp_path / "m.onnx", dataset="mnist")
 
 
-def test_real_images(real_data, tmp_path):
-    """A quantized CNV whose BatchNorm has seen training images: argmax of the file and of PyTorch."""
+def test_a_published_checkpoint_classifies_real_images_as_pytorch_does(real_data, tmp_path):
     data = cnvzoo.load_dataset("cifar10", root=real_data("cifar10"))
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model = cnvzoo.quantize("hub/cnv.cifar10", w_bits=4, a_bits=4)
-        for batch in data.train_images[:2560].split(64):
-            model(batch.permute(0, 3, 1, 2) / 255)
-        images = data.test_images[:300].permute(0, 3, 1, 2).contiguous()
-        expected = model.eval()(images / 255).argmax(1).numpy()
-    cnvzoo.export(model, tmp_path / "m.onnx", dataset="cifar10")
+    model, _ = cnvzoo.load_checkpoint(HUB / "quant_cnv_w4a4.cifar10")
+    images = data.test_images[:300].permute(0, 3, 1, 2).contiguous()
+    with torch.no_grad():
+        expected = model(images / 255).argmax(1).numpy()
+    cnvzoo.export(model, tmp_path / "m.onnx")
     found = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1).logits(images.numpy()).argmax(1)
-    assert (found == expected).mean() >= 0.98
-    assert (found == data.test_labels[:300].numpy()).mean() > 0.6
+    assert (found == expected).mean() >= 0.99
+    assert (found == data.test_labels[:300].numpy()).mean() > 0.85
