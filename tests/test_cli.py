@@ -274,7 +274,7 @@ class TestTrain:
             ("file/x/y", "file/x/y: cannot be written: file is a file, not a folder: choose another folder"),
             ("/proc", "/proc: cannot be written: No such file or directory: choose another folder"),
             ("/proc/x", "/proc/x: cannot be written: No such file or directory: choose another folder"),
-            ("~no-such-user/x", "~no-such-user/x: ~no-such-user is no known home folder: write the path without ~"),
+            ("~no-such-user/x", "~no-such-user/x: ~no-such-user is not a known home folder: write the path without ~"),
         ],
     )
     def test_a_run_folder_that_cannot_be(self, cnvzoo, recipe, folder, says):
@@ -378,7 +378,7 @@ class TestEval:
             monkeypatch.setenv(option, "~no-such-user/x")
             arguments = ()
         result = cnvzoo("eval", "resnet20.mnist", *arguments)
-        says = "~no-such-user/x: ~no-such-user is no known home folder: write the path without ~"
+        says = "~no-such-user/x: ~no-such-user is not a known home folder: write the path without ~"
         assert (result.status, result.err) == (1, f"error: {says}\n")
 
     def test_damaged_weights(self, cnvzoo, hub):

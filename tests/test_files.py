@@ -1,4 +1,4 @@
-"""Files are replaced whole or not at all."""
+"""Files are written atomically, and errors name the target."""
 
 from __future__ import annotations
 
@@ -22,23 +22,21 @@ from cnvzoo.errors import CnvzooError
 from cnvzoo.files import FileError, expanded, remove_leftovers, replacing, sha256_of, update_text, write_text
 
 
-def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
+def test_a_reader_sees_the_old_file_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "weights.bin"
     path.write_bytes(b"old")
     with replacing(path) as temporary:
         temporary.write_bytes(b"new, half")
         assert path.read_bytes() == b"old"
         assert temporary.parent == path.parent  # a rename across file systems would not be one step
-        temporary.write_bytes(b"new, whole")
-    assert path.read_bytes() == b"new, whole"
+        temporary.write_bytes(b"new")
+    assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("old", [b"old", None])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failure_leaves_the_old_file_and_no_litter(
-    tmp_path: Path, old: bytes | None, error: type[BaseException]
-) -> None:
+def test_a_failure_leaves_only_the_old_file(tmp_path: Path, old: bytes | None, error: type[BaseException]) -> None:
     path = tmp_path / "weights.bin"
     if old is not None:
         path.write_bytes(old)
@@ -54,7 +52,7 @@ def test_a_failure_leaves_the_old_file_and_no_litter(
     assert not old or path.read_bytes() == old
 
 
-def test_leftovers_of_a_path_are_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_only_temporary_files_of_the_path_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "state[1].bin"
     path.touch()
     names = (".state[1].bin", "state[1].bin.tmp", ".state1.bin.x.tmp", ".state[1].bin.old.x.tmp", ".lock")
@@ -69,7 +67,7 @@ def test_leftovers_of_a_path_are_removed_and_nothing_else(tmp_path: Path) -> Non
     assert set(tmp_path.iterdir()) == {path, *others}
 
 
-def test_the_next_writer_removes_what_a_killed_one_left_a_day_ago(tmp_path: Path) -> None:
+def test_the_next_writer_removes_temporary_files_that_are_a_day_old(tmp_path: Path) -> None:
     path, day = tmp_path / "weights.bin", 24 * 3600
     names = (".weights.bin.0a_z9x8y.tmp", ".weights.bin.living00.tmp", ".config.json.0a_z9x8y.tmp")
     killed, young, other = (tmp_path / name for name in names)
@@ -80,7 +78,7 @@ def test_the_next_writer_removes_what_a_killed_one_left_a_day_ago(tmp_path: Path
     assert set(tmp_path.iterdir()) == {path, young, other}
 
 
-def test_threads_that_write_at_once_leave_the_umask_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_write_at_the_same_time_keep_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     umask = os.umask
 
     def slow_umask(mask: int) -> int:
@@ -104,7 +102,7 @@ def test_parent_folders_are_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are those of POSIX")
-def test_new_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
+def test_new_files_have_the_usual_mode(tmp_path: Path) -> None:
     (tmp_path / "usual").touch()
     write_text(tmp_path / "written", "")
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("usual", "written")}
@@ -120,11 +118,11 @@ def test_sha256_of_a_file_of_several_blocks(tmp_path: Path) -> None:
     assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-class TestWhatCannotBeWritten:
-    """One line that names the target, whatever the operating system says and of which file."""
+class TestErrors:
+    """An error of the operating system becomes one line that names the target and the remedy."""
 
     @pytest.mark.parametrize(
-        ("code", "says"),
+        ("code", "message"),
         [
             (errno.ENOSPC, "No space left on device: free some space there"),
             (errno.EROFS, "Read-only file system: mount it for writing, or choose another folder"),
@@ -133,8 +131,8 @@ class TestWhatCannotBeWritten:
         ],
     )
     @pytest.mark.parametrize("where", [(tempfile, "mkstemp"), (os, "fsync"), (os, "replace")])
-    def test_is_named_with_the_remedy_and_stays(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple[object, str], code: int, says: str
+    def test_a_failed_write_keeps_the_old_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple[object, str], code: int, message: str
     ) -> None:
         path = tmp_path / "RESULTS.md"
         path.write_text("old")
@@ -144,7 +142,7 @@ class TestWhatCannotBeWritten:
 
         monkeypatch.setattr(*where, fail)
         monkeypatch.setattr(tempfile, "_get_candidate_names", lambda: iter(["x"]))
-        with pytest.raises(FileError, match=f"^{re.escape(f'{path}: cannot be written: {says}')}") as caught:
+        with pytest.raises(FileError, match=f"^{re.escape(f'{path}: cannot be written: {message}')}") as caught:
             write_text(path, "new")
         assert (caught.value.errno, caught.value.strerror) == (code, os.strerror(code))
         assert (caught.value.path, isinstance(caught.value, CnvzooError)) == (path, True)
@@ -169,7 +167,7 @@ class TestWhatCannotBeWritten:
         assert list(tmp_path.iterdir()) == [path]
 
     @pytest.mark.parametrize("below", ["file", "file/x", "file/x/y"])
-    def test_below_a_file(self, tmp_path: Path, below: str) -> None:
+    def test_a_file_in_place_of_a_folder(self, tmp_path: Path, below: str) -> None:
         (tmp_path / "file").write_text("kept")
         path = tmp_path / below / "m.onnx"
         with pytest.raises(FileError) as caught:
@@ -178,18 +176,18 @@ class TestWhatCannotBeWritten:
         assert str(caught.value) == f"{path}: cannot be written: {file} is a file, not a folder: choose another folder"
         assert file.read_text() == "kept"
 
-    def test_in_the_place_of_a_folder(self, tmp_path: Path) -> None:
+    def test_a_folder_in_place_of_the_file(self, tmp_path: Path) -> None:
         with pytest.raises(FileError, match=rf"^{tmp_path}: cannot be written: Is a directory: give the path"):
             write_text(tmp_path, "")
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that takes no files from anyone")
     @pytest.mark.parametrize("path", ["/proc/x.onnx", "/proc/x/y.onnx"])
-    def test_where_no_file_can_be(self, path: str) -> None:
+    def test_a_folder_that_takes_no_files(self, path: str) -> None:
         with pytest.raises(FileError, match=rf"^{path}: cannot be written: No such file .*: choose another folder$"):
             write_text(path, "")
 
-    def test_with_too_long_a_name(self, tmp_path: Path) -> None:
+    def test_a_name_that_is_too_long(self, tmp_path: Path) -> None:
         with pytest.raises(FileError, match=r"x: cannot be written: File name too long: choose a shorter name$"):
             write_text(tmp_path / ("x" * 300), "")
 
@@ -198,15 +196,15 @@ class TestWhatCannotBeWritten:
         [
             FileNotFoundError(errno.ENOENT, "No such file or directory", "photo.png"),
             ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
-            OSError("of no number"),
+            OSError("without errno"),
         ],
     )
-    def test_is_not_blamed_for_other_errors(self, tmp_path: Path, error: OSError) -> None:
+    def test_errors_that_are_not_about_writing_pass_through(self, tmp_path: Path, error: OSError) -> None:
         with pytest.raises(OSError, match=re.escape(str(error))) as caught, replacing(tmp_path / "file"):
             raise error
         assert caught.value is error
 
-    def test_leftovers_that_cannot_be_removed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_temporary_files_that_cannot_be_removed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / ".state.x.tmp").touch()
 
         def fail(*_: object, **__: object) -> None:
@@ -217,7 +215,7 @@ class TestWhatCannotBeWritten:
             remove_leftovers(tmp_path / "state")
 
 
-def test_a_file_that_is_up_to_date_is_not_opened_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_up_to_date_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "RESULTS.md"
     assert update_text(path, "naïve\n")
     before = path.stat()
@@ -239,4 +237,4 @@ def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert expanded("runs/~x") == Path("runs/~x")
     with pytest.raises(FileError) as caught:
         expanded("~no-such-user/runs")
-    assert str(caught.value) == "~no-such-user/runs: ~no-such-user is no known home folder: write the path without ~"
+    assert str(caught.value) == "~no-such-user/runs: ~no-such-user is not a known home folder: write the path without ~"

@@ -1,6 +1,7 @@
-"""Writing files so that a reader never meets half of one: temporary file beside the target, fsync, rename.
+"""Writing files atomically: to a temporary file beside the target, then fsync and rename.
 
-What the operating system raises on the way is turned into one line for people that names the target.
+A reader sees the old file or the new one, never a part. Errors of the operating system are raised as FileError, whose
+message names the target and the remedy.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _REMEDIES = {
     errno.EACCES: f"allow writing there, or {_OTHER_FOLDER}",
     errno.EPERM: f"allow writing there, or {_OTHER_FOLDER}",
     errno.ENOTDIR: _OTHER_FOLDER,
-    errno.EEXIST: _OTHER_FOLDER,  # what mkdir says of a file in the place of the folder
+    errno.EEXIST: _OTHER_FOLDER,  # from mkdir, if a file has the name of the folder
     errno.ENOENT: _OTHER_FOLDER,
     errno.EISDIR: "give the path of a file",
     errno.ENAMETOOLONG: "choose a shorter name",
@@ -39,19 +40,20 @@ _REMEDIES = {
     errno.ESTALE: f"mount it again, or {_OTHER_FOLDER}",
 }
 
-# Seconds. A process that is writing changes its temporary file far more often; clocks of two machines may differ.
+# Seconds since the last change after which a temporary file is taken for abandoned; a writer changes its file far more
+# often, but clocks of two machines may differ.
 _ABANDONED = 24 * 3600
 
-# it can only be read by changing it, for the whole process: two threads at once could leave it at 0
-_asking_for_the_umask = threading.Lock()
+# The umask can only be read by changing it, for the whole process: two threads at once could leave it at 0.
+_umask_lock = threading.Lock()
 
 
 class FileError(CnvzooError, OSError):
-    """A path that cannot be written, or is none: the message names it and the remedy.
+    """A path that is invalid or cannot be written; the message names the path and the remedy.
 
     Attributes:
-        path: the path that was asked for, never that of a temporary file.
-        errno, strerror: as of any OSError.
+        path: the target, never a temporary file.
+        errno, strerror: as for any OSError.
     """
 
     def __init__(self, path: Path, problem: str, remedy: str, code: int) -> None:
@@ -65,10 +67,10 @@ class FileError(CnvzooError, OSError):
 
 @contextmanager
 def writing(path: str | Path, temporary: Path | None = None) -> Iterator[None]:
-    """Turn what the operating system raises within into a FileError about `path`.
+    """A context that raises errors of the operating system about writing as a FileError about `path`.
 
-    With `temporary`, only what is about that file, which is written in the place of `path`, or names no file. Errors
-    that say nothing about writing pass through.
+    Other errors pass through. If `temporary`, which is written in place of `path`, is given, so do errors that name
+    any other file.
     """
     try:
         yield
@@ -89,10 +91,10 @@ def writing(path: str | Path, temporary: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path to write; on success it becomes `path` in one step, on failure it is gone.
+    """A context that gives a temporary path to write: renamed to `path` on success, deleted on failure.
 
-    Missing parent folders are made. Temporary files of `path` that nobody has written to for a day are removed: their
-    writers were killed. Younger ones may be those of a living process, and stay.
+    Missing parent folders are made. Temporary files of `path` that were not changed for a day are deleted, since their
+    writers were killed; younger ones may belong to a running process.
 
     Raises:
         FileError: `path` cannot be written.
@@ -102,7 +104,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(OSError):  # somebody else's file: it does not keep this one from being written
+        with suppress(OSError):  # a file that this user may not delete does not matter
             remove_leftovers(path, unchanged_for=_ABANDONED)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
@@ -115,43 +117,43 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.chmod(0o666 & ~_umask())
             os.replace(temporary, path)
     finally:
-        with suppress(OSError):  # it is gone, or the file system became read-only, which has been said
+        with suppress(OSError):  # renamed already, or the file system became read-only, which was raised
             temporary.unlink()
 
 
 def remove_leftovers(path: str | Path, *, unchanged_for: float = 0.0) -> None:
-    """Delete what processes that were killed within `replacing(path)` left behind.
+    """Delete the temporary files of processes that were killed inside `replacing(path)`.
 
-    By default for a path that no other process writes at the time: what it is writing would be deleted too.
+    With the default of `unchanged_for`, no other process may be writing `path`: its temporary file is deleted too.
 
     Args:
-        path: the file that they were to become.
-        unchanged_for: seconds; younger files are left alone.
+        path: the target of the temporary files.
+        unchanged_for: only delete files that were not changed for this many seconds.
     """
     path = Path(path)
     with writing(path):
         for temporary in path.parent.iterdir():
             if is_temporary_of(temporary.name, path.name):
-                with suppress(FileNotFoundError):  # its writer was alive, and has just finished
+                with suppress(FileNotFoundError):  # its writer has just finished
                     if time.time() - temporary.lstat().st_mtime >= unchanged_for:
                         temporary.unlink()
 
 
 def is_temporary_of(name: str, target: str) -> bool:
-    """Whether `name` is one that `replacing` gives to a temporary file for the file named `target`."""
+    """Whether `name` is the name of a temporary file of `replacing` for a target named `target`."""
     return re.fullmatch(rf"\.{re.escape(target)}\.[^.]+\.tmp", name) is not None
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path`, whole or not at all. Raises FileError where it cannot be written."""
+    """Write `text` (UTF-8) to `path` atomically. Raises FileError if it cannot be written."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def update_text(path: str | Path, text: str) -> bool:
-    """Write `text` (UTF-8) to `path` unless it is there already; returns whether it was written.
+    """Write `text` (UTF-8) to `path` unless that is its content; returns whether it was written.
 
-    A file that is up to date is only read, so it may be where nothing can be written.
+    A file that is up to date is only read, so it may be read-only.
     """
     path = Path(path)
     if path.is_file() and path.read_bytes() == text.encode():
@@ -161,12 +163,12 @@ def update_text(path: str | Path, text: str) -> bool:
 
 
 def expanded(path: str | Path) -> Path:
-    """`path` with a leading `~` or `~user` replaced by the home folder. Raises FileError where there is no such."""
+    """`path` with a leading `~` or `~user` replaced by the home folder. Raises FileError for an unknown user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
         raise FileError(
-            Path(path), f"{Path(path).parts[0]} is no known home folder", "write the path without ~", errno.ENOENT
+            Path(path), f"{Path(path).parts[0]} is not a known home folder", "write the path without ~", errno.ENOENT
         ) from None
 
 
@@ -180,7 +182,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def _code(error: OSError | SafetensorError) -> int | None:
-    """The errno; safetensors writes files by itself and has it in its message only."""
+    """The errno; safetensors has it only in its message."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -188,7 +190,7 @@ def _code(error: OSError | SafetensorError) -> int | None:
 
 
 def _umask() -> int:
-    with _asking_for_the_umask:
+    with _umask_lock:
         mask = os.umask(0)
         os.umask(mask)
     return mask

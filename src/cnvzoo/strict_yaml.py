@@ -1,9 +1,9 @@
-"""YAML files that people write, read so that a line means one thing, and every complaint names its line.
+"""A strict reader of YAML files, whose errors name the line and the key.
 
-PyYAML's loaders follow YAML 1.1, where `010` is 8, `1:30` is 90, `no` is false and the last of two equal keys wins, and
-where an alias makes a short file a huge value. Here scalars are those of the core schema of YAML 1.2.2 (section 10.3),
-sizes are bounded, and what a file of settings does not need is refused: anchors, aliases, merge keys, tags, directives
-and a second document. Only PyYAML's parser is used, which gives the structure and the lines.
+PyYAML's loaders follow YAML 1.1, where `010` is 8, `1:30` is 90, `no` is false, the last of two equal keys wins, and
+aliases make a huge value of a short file. Here scalars follow the core schema of YAML 1.2.2 (section 10.3), sizes are
+limited, and features that settings do not need are refused: anchors, aliases, merge keys, tags, directives and a second
+document. Only PyYAML's parser is used, for the structure and the lines.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pydantic import BaseModel, ValidationError
 from cnvzoo.errors import CnvzooError, nearest
 
 Where = dict[tuple[str, ...], str]  # key path -> "file:line"
-_MAX_BYTES = 64 * 1024  # the longest file of ours has 4 KiB
+_MAX_BYTES = 64 * 1024  # the longest recipe has 4 KiB
 _MAX_DEPTH = 16
-_MAX_NUMBER = 40  # characters: a float is exact with 17 digits
+_MAX_NUMBER = 40  # characters; 17 digits give a float exactly
 _MAX_SHOWN = 80  # characters of a value in a message
 _CONSTANTS: dict[str, bool | None] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
@@ -39,15 +39,16 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 class StrictYamlError(CnvzooError, ValueError):
-    """A file that is not read: names file, line and key, says what is wrong there and what to write instead."""
+    """An invalid file; the message names file, line and key, the mistake, and the remedy."""
 
 
 @dataclass(frozen=True)
 class YamlFile:
-    """What a file says: None, bool, int, float, str, lists and dicts with str keys; and where it says it.
+    """The content of a file.
 
-    values: of the whole file; None for one with nothing in it.
-    where: the place of every key, and of every item of a list, whose number counts as its key.
+    Attributes:
+        values: None, bool, int, float, str, lists, and dicts with str keys; None for an empty file.
+        where: the place of every key and of every item of a list, whose index is its key.
     """
 
     values: Any
@@ -58,14 +59,14 @@ def read_yaml(path: Path) -> YamlFile:
     """Read a YAML file.
 
     Raises:
-        StrictYamlError: not UTF-8, larger than 64 KiB, nested deeper than 16 levels, not valid YAML, a key given twice,
-            or something that is refused here (see the module).
+        StrictYamlError: not UTF-8, larger than 64 KiB, nested deeper than 16 levels, not valid YAML, a repeated key,
+            or a feature of YAML that is refused (see the module).
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
         data = file.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
-        raise StrictYamlError(f"{path}: larger than {_MAX_BYTES:,} bytes, the limit: is this the file that was meant?")
+        raise StrictYamlError(f"{path}: larger than {_MAX_BYTES:,} bytes, the limit: check that it is the right file")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -75,30 +76,31 @@ def read_yaml(path: Path) -> YamlFile:
         return _Composer(str(path), yaml.parse(text, Loader=yaml.SafeLoader)).document()
     except yaml.YAMLError as error:
         raise StrictYamlError(_invalid(error, text, path)) from None
-    except (ValueError, OverflowError) as error:  # PyYAML converts escapes and directives without a check
+    except (ValueError, OverflowError) as error:  # PyYAML does not check escapes and directives
         if isinstance(error, StrictYamlError):
             raise
         raise StrictYamlError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def place_of(where: Where, path: tuple[str, ...], otherwise: str) -> str:
-    """The place of the key `path`, or of the innermost section of it that has one."""
+    """The place of the key `path`, else of its innermost section that has one, else `otherwise`."""
     return next((where[path[:n]] for n in range(len(path), 0, -1) if path[:n] in where), otherwise)
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: Where, source: str) -> str:
-    """What pydantic found wrong with the values of a file, one line for each mistake, with place, key and remedy.
+    """The mistakes that pydantic found in the values of a file, one line each, with place, key and remedy.
 
     Args:
-        error: of the validation as `model`. Errors of the type "at_key" have in their context the `key` to blame.
-        where: of the values; `source` is named for a key that is not in it.
+        error: from the validation as `model`. Errors of the type "at_key" have the wrong `key` in their context.
+        model: the type that the values were validated as.
+        where: places of the keys; `source` is named for a key that has none.
     """
     return "\n".join(_explain(dict(mistake), model, where, source) for mistake in error.errors())
 
 
 def _explain(mistake: dict[str, Any], model: type[BaseModel], where: Where, source: str) -> str:
-    blamed = mistake["ctx"]["key"].split(".") if mistake["type"] == "at_key" else []
-    path = tuple(str(part) for part in (*mistake["loc"], *blamed))
+    inner = mistake["ctx"]["key"].split(".") if mistake["type"] == "at_key" else []
+    path = tuple(str(part) for part in (*mistake["loc"], *inner))
     place, key = place_of(where, path, source), ".".join(path)
     if mistake["type"] == "extra_forbidden":
         return f"{place}: {key}: unknown key: {nearest(path[-1], _keys(model, path[:-1]))}"
@@ -111,7 +113,7 @@ def _explain(mistake: dict[str, Any], model: type[BaseModel], where: Where, sour
 
 
 def _keys(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
-    """The keys of the section at `path`."""
+    """The valid keys of the section at `path`."""
     section: Any = model
     for key in path:
         options = _options(section)
@@ -129,7 +131,7 @@ def _is_model(annotation: Any) -> bool:
 
 
 class _Composer:
-    """Makes values of the parser's events, and remembers the line of each key."""
+    """Builds values from the parser's events, and records the place of each key."""
 
     def __init__(self, file: str, events: Iterator[yaml.Event]) -> None:
         self._file = file
@@ -143,11 +145,11 @@ class _Composer:
             return YamlFile(None, {})
         assert isinstance(start, yaml.DocumentStartEvent)
         if start.version or start.tags:
-            raise self._refusal(start, (), "a directive (%): remove it, files are read as YAML 1.2")
+            raise self._refusal(start, (), "a directive (%): remove it; files are read as YAML 1.2")
         values = self._value(next(self._events), (), 0)
         next(self._events)  # the end of the document
         if not isinstance(after := next(self._events), yaml.StreamEndEvent):
-            raise self._refusal(after, (), "a second document: put it in a file of its own")
+            raise self._refusal(after, (), "a second document: put it in another file")
         return YamlFile(values, self._where)
 
     def _value(self, event: yaml.Event, path: tuple[str, ...], depth: int) -> Any:
@@ -172,7 +174,7 @@ class _Composer:
             key = self._key(event, path)
             here = (*path, key)
             if key in values:
-                raise self._refusal(event, here, f"given before, at {self._where[here]}: keep one")
+                raise self._refusal(event, here, f"repeated key, first at {self._where[here]}: keep one")
             self._where[here] = self._place(event)
             values[key] = self._value(next(self._events), here, depth + 1)
         return values
@@ -180,23 +182,23 @@ class _Composer:
     def _key(self, event: yaml.Event, path: tuple[str, ...]) -> str:
         self._check_plain(event, path)
         if not isinstance(event, yaml.ScalarEvent):
-            raise self._refusal(event, path, "a list or mapping as a key: a key is a text")
+            raise self._refusal(event, path, "a list or mapping as a key: keys must be text")
         if event.value == "<<" and event.style is None:
-            raise self._refusal(event, path, "a merge key (<<): write out the keys that it stands for")
+            raise self._refusal(event, path, "a merge key (<<): write the keys out")
         key = self._scalar(event, path)
         if not isinstance(key, str) or not key.isprintable():
-            raise self._refusal(event, path, f"{_shown(event.value)!r} as a key: a key is a text of one line")
+            raise self._refusal(event, path, f"{_shown(event.value)!r} as a key: keys must be text on one line")
         return key
 
     def _check_plain(self, event: yaml.Event, path: tuple[str, ...]) -> None:
-        """Refuse what gives a value another meaning than the one that is written there."""
+        """Refuse aliases, anchors and tags, which change the meaning of what is written."""
         if isinstance(event, yaml.AliasEvent):
-            raise self._refusal(event, path, f"an alias (*{event.anchor}): write out the value that it stands for")
+            raise self._refusal(event, path, f"an alias (*{event.anchor}): write the value out")
         assert isinstance(event, yaml.NodeEvent)
         if event.anchor is not None:
-            raise self._refusal(event, path, f"an anchor (&{event.anchor}): write the value out wherever it is needed")
+            raise self._refusal(event, path, f"an anchor (&{event.anchor}): write the value out where it is used")
         if tag := getattr(event, "tag", None):
-            raise self._refusal(event, path, f"a tag ({_shown(tag)}): leave it out, the value itself says its type")
+            raise self._refusal(event, path, f"a tag ({_shown(tag)}): leave it out; the value itself has a type")
 
     def _scalar(self, event: yaml.ScalarEvent, path: tuple[str, ...]) -> bool | int | float | str | None:
         text = event.value
@@ -209,27 +211,25 @@ class _Composer:
             return float(text.replace(".", "")) if _NOT_FINITE.fullmatch(text) else self._text(event, path)
         if len(text) > _MAX_NUMBER:
             raise self._refusal(
-                event, path, f"a number of {len(text):,} characters: write it with {_MAX_NUMBER} at most"
+                event, path, f"a number of {len(text):,} characters: write it with at most {_MAX_NUMBER}"
             )
         if _LEADING_ZERO.fullmatch(text):
             choices = {int(text): str(int(text))}
             if not set(text) & set("89") and int(text, 8) not in choices:
                 choices[int(text, 8)] = f"{int(text, 8)} if it is octal"
             remedy = f"write {', or '.join(choices.values())}"
-            raise self._refusal(event, path, f"{text}: a leading zero, which some read as octal: {remedy}")
+            raise self._refusal(event, path, f"{text}: a leading zero, octal in YAML 1.1: {remedy}")
         if is_integer:
             return int(text)
         if _OTHER_BASE.fullmatch(text):
             return int(text, 0)
         if math.isinf(value := float(text)):
-            raise self._refusal(event, path, f"{text}: larger than a float can be: write .inf if infinity is meant")
+            raise self._refusal(event, path, f"{text}: too large for a float: write .inf for infinity")
         return value
 
     def _text(self, event: yaml.ScalarEvent, path: tuple[str, ...]) -> str:
         if any("\ud800" <= character <= "\udfff" for character in event.value):  # by an escape like "\ud800"
-            raise self._refusal(
-                event, path, "half of a surrogate pair, which is no character: write it as \\U and 8 digits"
-            )
+            raise self._refusal(event, path, "half of a surrogate pair: write the character as \\U and 8 digits")
         return event.value
 
     def _place(self, event: yaml.Event) -> str:

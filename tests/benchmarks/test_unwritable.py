@@ -161,7 +161,7 @@ def test_a_home_folder_for_runs(bench, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "home" / "runs" / NAME / "seed0" / "record.json").exists()
     capsys.readouterr()
     assert bench.run("--table", "mnist", "--runs", "~no-such-user/runs") == 2
-    says = "--runs ~no-such-user/runs: ~no-such-user is no known home folder: write the path without ~"
+    says = "--runs ~no-such-user/runs: ~no-such-user is not a known home folder: write the path without ~"
     assert capsys.readouterr().err == f"reproduce.py: error: {says}\n"
 
 
