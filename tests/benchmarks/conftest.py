@@ -19,8 +19,9 @@ from workbench import Bench
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a test marked `own_process` by a pytest of its own.
 
-    After OpenVINO and the others have run a net, what torch compiles in the same process can end in a segmentation
-    fault: no program here does both, but one process runs many tests.
+    OpenVINO's Core replaces the alternate signal stack of the thread that makes it. If the garbage collector frees the
+    Core in another thread, the stack is unmapped but still in use: the next signal that Python handles, SIGINT in the
+    tests of training, is a segmentation fault.
     """
     if pyfuncitem.get_closest_marker("own_process") is None or "CNVZOO_OWN_PROCESS" in os.environ:
         return None
