@@ -1,6 +1,6 @@
 """PyTorch Hub: `torch.hub.load(<this checkout>, "quant_cnv_w4a4", dataset="cifar10", pretrained=True, source="local")`.
 
-Every model of `cnvzoo.list_models()` is an entry point, and the quantized ones at the bit widths of the tables too.
+Every model of `cnvzoo.list_models()` is an entry point; quantized models also at the bit widths of the tables.
 """
 
 import sys
@@ -13,7 +13,7 @@ dependencies = [
     "yaml",
 ]  # fmt: skip
 
-sys.path.append(str(_Path(__file__).resolve().parent / "src"))  # where cnvzoo is installed, that one is used
+sys.path.append(str(_Path(__file__).resolve().parent / "src"))  # an installed cnvzoo comes first
 
 import cnvzoo as _cnvzoo  # noqa: E402
 from cnvzoo.models import model_spec as _model_spec  # noqa: E402
@@ -29,10 +29,9 @@ def _entry_point(name: str) -> _Callable[..., _Any]:
     create.__doc__ = f"""{_model_spec(name.partition("_w")[0]).summary}.
 
     Args:
-        pretrained: with published weights, in eval mode; they are compared with their sha256 before they are read.
-        dataset: cifar10, cifar100, mnist or fashion_mnist: whose classes and channels the model has, and whose
-            weights, if they are wanted.
-        **kwargs: as for `cnvzoo.create_model`: num_classes, in_chans, w_bits, a_bits, hub.
+        pretrained: load published weights; the model is then in eval mode.
+        dataset: cifar10, cifar100, mnist or fashion_mnist: sets classes and channels, and which weights are loaded.
+        **kwargs: passed to `cnvzoo.create_model`: num_classes, in_chans, w_bits, a_bits, hub.
 
     Returns:
         A torch.nn.Module from images [N, in_chans, H, W] to logits [N, num_classes].

@@ -1,4 +1,4 @@
-"""Publishing as people do it: from Python and with `cnvzoo publish`."""
+"""Publishing with `cnvzoo.publish` and the command `cnvzoo publish`."""
 
 from __future__ import annotations
 
@@ -62,20 +62,20 @@ def test_names_and_folders_go_to_a_store(hub: Path, tmp_path: Path) -> None:
     assert again.unchanged == FILES
 
 
-def test_what_was_published_loads_from_there(hub: Path, tmp_path: Path) -> None:
+def test_a_published_checkpoint_loads_from_the_store(hub: Path, tmp_path: Path) -> None:
     cnvzoo.publish("cnv.mnist", tmp_path / "store")
     model = cnvzoo.create_model("cnv.mnist", pretrained=True, hub=tmp_path / "store")
     assert model.state_dict().keys() == cnvzoo.create_model("cnv.mnist", pretrained=True).state_dict().keys()
 
 
-def test_one_that_is_not_whole_stops_all_before_the_first_is_sent(hub: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_stops_all_before_the_first_is_sent(hub: Path, tmp_path: Path) -> None:
     (hub / "cnv.mnist" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=r"cnv.mnist/model.safetensors"):
         cnvzoo.publish(["resnet20.mnist", "cnv.mnist"], tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
 
-def test_a_broken_neighbour_does_no_harm(hub: Path, tmp_path: Path) -> None:
+def test_other_damaged_checkpoints_do_not_matter(hub: Path, tmp_path: Path) -> None:
     (hub / "cnv.mnist" / "config.json").write_text("{")
     (published,) = cnvzoo.publish("resnet20.mnist", tmp_path / "store")
     assert published.new == FILES
@@ -93,21 +93,23 @@ def test_weights_that_no_model_can_take_are_not_published(hub: Path, tmp_path: P
     assert not (tmp_path / "store").exists()
 
 
-def test_a_folder_without_a_card_is_told_how_to_get_one(hub: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_card(hub: Path, tmp_path: Path) -> None:
     (hub / "cnv.mnist" / "README.md").unlink()
     with pytest.raises(StoreError, match=r"README.md missing.*write the card with cnvzoo.write_card"):
         cnvzoo.publish("cnv.mnist", tmp_path / "store")
 
 
-def test_a_name_that_is_not_there(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_name(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint 'cnv.mnst' in .*hub: did you mean 'cnv.mnist'"):
         cnvzoo.publish("cnv.mnst", tmp_path / "store")
     monkeypatch.setenv("CNVZOO_HUB", "hf://zoo")
-    with pytest.raises(CheckpointError, match=r"to be read from hf://zoo: give a directory with hub= or CNVZOO_HUB"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be published from hf://zoo: give a directory with hub= or CNVZOO_HUB"
+    ):
         cnvzoo.publish("cnv.mnist", tmp_path / "store")
 
 
-def test_the_command_says_a_line_for_each(
+def test_the_command_prints_a_line_for_each(
     hub: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
     store, files = tmp_path / "store", ", ".join(FILES)
@@ -123,7 +125,7 @@ def test_the_command_says_a_line_for_each(
     assert command("cnv.mnist", "--to", store, "--dry-run") == (0, f"cnv.mnist to {store}: nothing to publish\n", "")
 
 
-def test_the_command_says_what_was_done_before_it_failed(
+def test_the_command_prints_what_was_published_before_an_error(
     hub: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:
     store = tmp_path / "store"
@@ -136,10 +138,10 @@ def test_the_command_says_what_was_done_before_it_failed(
 
 
 @pytest.mark.parametrize("to", ["https://127.0.0.1/zoo", "hf://zoo/cnv.mnist"])
-def test_a_place_that_is_none(hub: Path, to: str, command: Callable[..., tuple[int, str, str]]) -> None:
+def test_an_invalid_store(hub: Path, to: str, command: Callable[..., tuple[int, str, str]]) -> None:
     status, out, err = command("cnv.mnist", "--to", to)
     assert (status, out) == (1, "")
-    assert err == f"error: {to!r} is no place for checkpoints: give a directory, hf://ORG or hf://ORG@REVISION\n"
+    assert err == f"error: {to!r} is not a store: give a directory, hf://ORG or hf://ORG@REVISION\n"
 
 
 def test_a_copy_of_a_folder_is_published_by_its_path(

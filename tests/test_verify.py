@@ -1,4 +1,4 @@
-"""Verification: a published checkpoint that still is what it was passes, and any difference is found and named."""
+"""Verification: an unchanged checkpoint passes, and any difference is found and named."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ELSEWHERE: dict[str, Any] = {"device": {"kind": "cuda", "name": "Another"}, "ver
 
 @pytest.fixture
 def published(tmp_path, make_checkpoint, small_datasets) -> Callable[..., Path]:
-    """`published(off_by, **facts)`: a checkpoint whose number is so many images off what it is; its folder."""
+    """`published(off_by, **facts)`: folder of a checkpoint whose published number is `off_by` images wrong."""
     small_datasets(test=60)
 
     def make(off_by: int = 0, **facts: Any) -> Path:
@@ -62,23 +62,23 @@ def test_as_published(published) -> None:
     assert (by_path.problem, by_path.found) == (None, result.found)
 
 
-def test_one_image_is_a_difference_on_the_kind_of_machine_that_published_it(published) -> None:
+def test_one_image_counts_on_the_kind_of_machine_that_published_it(published) -> None:
     (result,) = verify(published(off_by=1))
     assert abs(result.published - result.found) == 1
-    assert f"{result.found} images right, published {result.published}, allowed difference 0" in result.problem
+    assert f"{result.found} correct images, published {result.published}, allowed difference 0" in result.problem
 
 
 @pytest.mark.parametrize(
-    "facts",
+    ("facts", "off_by", "fine"),
     [
-        ELSEWHERE,
-        {"versions": {"torch": "2.11.0"}},
-        {"device": {**HERE["device"], "capability": "AVX9"}},
-        {"device": {**HERE["device"], "name": "Another"}},
+        (ELSEWHERE, 5, True),
+        (ELSEWHERE, 6, False),
+        ({"versions": {"torch": "2.11.0"}}, 5, True),
+        ({"device": {**HERE["device"], "capability": "AVX9"}}, 5, True),
+        ({"device": {**HERE["device"], "name": "Another"}}, 5, True),
     ],
 )
-@pytest.mark.parametrize(("off_by", "fine"), [(5, True), (6, False)])
-def test_a_handful_of_images_are_allowed_elsewhere(published, facts: dict[str, Any], off_by: int, fine: bool) -> None:
+def test_five_images_are_allowed_elsewhere(published, facts: dict[str, Any], off_by: int, fine: bool) -> None:
     (result,) = verify(published(off_by, **facts))
     assert result.allowed == 5
     assert (result.problem is None) == fine
@@ -96,7 +96,6 @@ def test_another_test_set(published) -> None:
 
 @pytest.mark.parametrize("image_size", [30, 28])
 def test_preprocessing_of_other_images_than_the_test_set_has(published, image_size: int) -> None:
-    """It is said before the images are padded: to a larger side, or to one that they do not fit into."""
     preprocessing = {"size": 32, "mean": [0.0], "std": [1.0], "image_size": image_size}
     (result,) = verify(published(preprocessing=preprocessing))
     said = "its config is for images of 30x30 pixels, 1 channel(s) and 10 classes, and mnist has images of 28x28 pixels"
@@ -121,8 +120,9 @@ def test_every_file_counts(published, name: str) -> None:
 @pytest.mark.parametrize("file", ["README.md", "config.json", "model.safetensors"])
 def test_one_flipped_bit_in_any_published_file_is_found(tmp_path: Path, file: str) -> None:
     hub, rng = tmp_path / "hub", random.Random(0)
-    shutil.copytree(ROOT / "hub", hub)
-    names = list(read_index().checkpoints)
+    names = list(read_index().checkpoints)[::4]
+    for name in names:
+        shutil.copytree(ROOT / "hub" / name, hub / name)
     assert all(read_index().checkpoints[name].files.keys() >= {file} for name in names)
     for name in names:
         content = bytearray((hub / name / file).read_bytes())

@@ -99,7 +99,7 @@ def test_a_stray_file_is_not_published(run_once, capsys):
     run_once.run("--table", "mnist", "--seeds", "0")
     said = capsys.readouterr().err
     assert said.count("cnv.mnist: its entry in the index stays as it was") == 1
-    assert "notes.txt is no part of a checkpoint: move it elsewhere" in said
+    assert "notes.txt does not belong to a checkpoint: move it elsewhere" in said
     assert index.read_text() == before
 
 

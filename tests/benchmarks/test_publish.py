@@ -86,4 +86,4 @@ def test_nothing_is_published_after_an_interrupt_or_what_was_found_to_differ(tra
 
 def test_a_store_that_refuses_is_an_error_in_words(trained, capsys):
     assert trained.run("--table", "mnist", "--seeds", "0", "--publish", "s3://bucket") == 1
-    assert "'s3://bucket' is no place for checkpoints" in capsys.readouterr().err
+    assert "'s3://bucket' is not a store" in capsys.readouterr().err

@@ -460,11 +460,11 @@ def test_weights_that_no_record_knows_are_named(bench, capsys, recorded):
 
 def test_an_accuracy_that_the_weights_do_not_bear_out_is_not_published(bench, capsys):
     bench.recipe("mnist_cnv")
-    bench.unproven = "9,000 images right, published 9,999, allowed difference 0"
+    bench.unproven = "9,000 correct images, published 9,999, allowed difference 0"
     bench.training.accuracy = lambda name, seed: 99.99
     assert bench.run("--table", "mnist", "--seeds", "0") == 1
     message = capsys.readouterr().err
-    assert "mnist_cnv/seed0.json: not published, because its weights do not confirm it: 9,000 images right" in message
+    assert "mnist_cnv/seed0.json: not published, because its weights do not confirm it: 9,000 correct images" in message
     assert not (bench.hub / "cnv.mnist").exists()
 
 

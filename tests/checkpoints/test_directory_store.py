@@ -115,7 +115,7 @@ def test_one_flipped_bit_is_found(
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"{path}: sha256"):
+    with pytest.raises(CheckpointError, match=f"{path}: expected sha256"):
         directory.fetch("resnet20.mnist", facts)
     path.write_bytes(content[:-1])
     with pytest.raises(CheckpointError, match=rf"{path}: .*{facts[file].size:,} (bytes|were)"):
@@ -187,11 +187,11 @@ def without(name: str) -> Mapping[str, bytes | None]:
     [
         (without("config.json"), "config.json missing; published are model.safetensors, README.md, config.json"),
         (without("README.md"), "README.md missing.*write the card with cnvzoo.write_card"),
-        ({".env": b"TOKEN=secret"}, ".env is no part of a checkpoint: move it elsewhere"),
-        ({"model.bin": b""}, "model.bin is no part of a checkpoint"),
-        ({".model.bin.abcd1234.tmp": b""}, ".model.bin.abcd1234.tmp is no part of a checkpoint"),
+        ({".env": b"TOKEN=secret"}, ".env does not belong to a checkpoint: move it elsewhere"),
+        ({"model.bin": b""}, "model.bin does not belong to a checkpoint"),
+        ({".model.bin.abcd1234.tmp": b""}, ".model.bin.abcd1234.tmp does not belong to a checkpoint"),
         ({"config.json": b"{}"}, "config.json: not a valid checkpoint config"),
-        ({"model.safetensors": b"other"}, "model.safetensors: not the file that its config describes"),
+        ({"model.safetensors": b"other"}, "model.safetensors: not the file that config.json describes"),
     ],
 )
 def test_what_is_not_fit_to_be_published(
@@ -216,6 +216,6 @@ def test_a_link_is_not_published(directory: Store, root: Path, mine: Path, tmp_p
     renamed = mine.rename(mine.with_name("resnet32.mnist"))
     (renamed / "README.md").unlink()
     (renamed / "README.md").write_text("---\nlicense: mit\n---\n")
-    with pytest.raises(StoreError, match=r"of 'resnet20.mnist', and its folder is 'resnet32.mnist': rename"):
+    with pytest.raises(StoreError, match=r"name is 'resnet20.mnist', and the folder is 'resnet32.mnist': rename"):
         directory.publish(renamed, message="first")
     assert not root.exists()

@@ -289,9 +289,9 @@ def test_a_server_cannot_lead_out_of_the_cache(
     "location", ["hf://", "hf://zoo/resnet20", "hf://../zoo", "hf://zoo@", "hf://zoo@../x", "https://127.0.0.1/zoo", "s3://zoo"]
 )  # fmt: skip
 def test_invalid_locations(location: str) -> None:
-    with pytest.raises(StoreError, match=r"no place for checkpoints: give a directory, hf://ORG or hf://ORG@REVISION"):
+    with pytest.raises(StoreError, match=r"is not a store: give a directory, hf://ORG or hf://ORG@REVISION"):
         open_store(location)
-    with pytest.raises(StoreError, match="no place for checkpoints"):
+    with pytest.raises(StoreError, match="is not a store"):
         open_store(Path(location))
 
 

@@ -1,9 +1,11 @@
-"""The index inside the package: it is what is under hub/, and names in it lead nowhere else."""
+"""The index inside the package: it lists what is under hub/, and its names cannot lead out of a folder."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,20 @@ from cnvzoo.files import sha256_of
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def test_importing_it_needs_no_torch() -> None:
+    """The command line lists checkpoints in a fraction of a second."""
+    code = "import sys, cnvzoo.checkpoints.index as index; index.list_checkpoints(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_it_is_what_is_published() -> None:
     remedy = "run: python benchmarks/reproduce.py --table all --time-limit 0"
     assert (INDEX.read_text(), []) == harness.publish.render_index(ROOT / "hub"), remedy
 
 
 def test_it_names_every_file() -> None:
-    """Counted in another way: a file under hub/ that the index does not know could change unnoticed."""
+    """A file under hub/ that is not in the index could change unnoticed."""
     entries = read_index().checkpoints
     published = {(path.parent.name, path.name) for path in (ROOT / "hub").glob("*/*")}
     assert {(name, file) for name, entry in entries.items() for file in entry.files} == published
@@ -51,8 +60,8 @@ def test_list_checkpoints() -> None:
     assert cnvzoo.list_checkpoints("vgg*") == []
 
 
-class TestOneThatIsDamaged:
-    """It is named, loses nothing that was published, and does no harm to the others."""
+class TestDamagedCheckpoint:
+    """It is reported, keeps its entry, and does not affect the others."""
 
     @pytest.fixture
     def hub(self, tmp_path: Path, make_checkpoint: Callable[..., Path]) -> Path:
@@ -77,10 +86,10 @@ class TestOneThatIsDamaged:
     @pytest.mark.parametrize(
         ("file", "how", "said"),
         [
-            ("config.json", "newer", "this cnvzoo reads 1: install a version that fits"),
+            ("config.json", "newer", "this cnvzoo reads 1: install a matching version"),
             ("config.json", "changed", "not a valid checkpoint config"),
             ("config.json", "gone", "config.json missing"),
-            ("model.safetensors", "changed", "not the file that its config describes"),
+            ("model.safetensors", "changed", "not the file that config.json describes"),
             ("model.safetensors", "gone", "model.safetensors missing"),
         ],
     )
@@ -106,13 +115,13 @@ class TestOneThatIsDamaged:
         assert all(": left out of the index: " in problem for problem in problems)
         assert index.read_text() == before
 
-    def test_one_whose_folder_was_removed_is_taken_out_in_words(self, hub: Path, index: Path) -> None:
+    def test_one_whose_folder_was_removed_is_reported(self, hub: Path, index: Path) -> None:
         shutil.rmtree(hub / "cnv.mnist")
         (problem,) = harness.publish.update_index(index, hub)
         assert problem == f"cnv.mnist: no longer in the index: {hub / 'cnv.mnist'} is gone"
         assert read_index(index).checkpoints.keys() == {"resnet20.mnist"}
 
-    def test_what_a_killed_writer_left_is_no_damage(self, hub: Path, index: Path) -> None:
+    def test_temporary_files_of_a_killed_writer_are_ignored(self, hub: Path, index: Path) -> None:
         before = index.read_text()
         (hub / "cnv.mnist" / ".model.safetensors.0a1b2c3d.tmp").write_bytes(b"half")
         assert harness.publish.update_index(index, hub) == []
@@ -142,7 +151,7 @@ def test_names(name: str) -> None:
     "name",
     ["", ".", "..", "../x", "a/b", "a\\b", "/etc", "a.", ".hidden", "-x", "C:x", "a b", "a\n", "a\x00", "é", "x" * 200],
 )  # fmt: skip
-def test_names_that_lead_elsewhere_are_refused(name: str, tmp_path: Path) -> None:
+def test_names_that_could_lead_out_of_a_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not the name of"):
         checked_name(name)
     index = json.loads(INDEX.read_text())

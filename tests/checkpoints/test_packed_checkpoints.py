@@ -1,4 +1,4 @@
-"""Quantized checkpoints: few bytes, and the logits of the trained model to the last bit."""
+"""Quantized checkpoints: a small file, and the logits of the trained model bit for bit."""
 
 from __future__ import annotations
 
@@ -51,8 +51,7 @@ def assert_same_logits(loaded: nn.Module, model: nn.Module, x: Tensor) -> None:
             assert torch.equal(dict(loaded.named_buffers())[name], buffer)
 
 
-@pytest.mark.parametrize("a_bits", [1, 8])
-@pytest.mark.parametrize("w_bits", range(1, 9))
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(1, 1), (2, 8), (3, 1), (4, 8), (5, 1), (6, 8), (7, 1), (8, 8)])
 def test_logits_are_bit_identical(tmp_path: Path, tiny: dict[str, Any], w_bits: int, a_bits: int) -> None:
     arguments = {**tiny, "w_bits": w_bits, "a_bits": a_bits}
     model = trained(arguments)
@@ -60,13 +59,13 @@ def test_logits_are_bit_identical(tmp_path: Path, tiny: dict[str, Any], w_bits: 
     assert_same_logits(load_checkpoint(tmp_path / "c")[0], model, images())
 
 
-@pytest.mark.parametrize("w_bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("w_bits", [2, 8])
 def test_a_whole_cnv(tmp_path: Path, w_bits: int) -> None:
     arguments = {"name": "quant_cnv", "num_classes": 10, "in_chans": 3, "w_bits": w_bits, "a_bits": w_bits}
     model = trained(arguments)
     config = publish(tmp_path / "c", model, arguments)
-    assert_same_logits(load_checkpoint(tmp_path / "c")[0], model, images(3, 4))
-    largest = {1: 240_000, 2: 450_000, 4: 830_000, 8: 1_600_000}[w_bits]
+    assert_same_logits(load_checkpoint(tmp_path / "c")[0], model, images(3, 1))
+    largest = {2: 450_000, 8: 1_600_000}[w_bits]
     assert (tmp_path / "c" / "model.safetensors").stat().st_size == config.file.size <= largest
 
 
@@ -81,10 +80,10 @@ SCALES = {
 }
 
 
-@pytest.mark.parametrize("w_bits", [1, 2, 5, 8])
+@pytest.mark.parametrize("w_bits", [1, 8])
 @pytest.mark.parametrize("kind", SCALES)
-def test_whatever_the_scales(tmp_path: Path, tiny: dict[str, Any], kind: str, w_bits: int) -> None:
-    """What training can leave behind, in all quantizers: below the floor, where the floor is what quantizes, too."""
+def test_unusual_scales(tmp_path: Path, tiny: dict[str, Any], kind: str, w_bits: int) -> None:
+    """Scales that training can leave behind, some of them below the quantizer's floor."""
 
     def change(model: Any) -> None:
         for layer in (model.conv, model.fc):
@@ -113,7 +112,7 @@ def test_dead_channels_and_activation_scales(tmp_path: Path, tiny: dict[str, Any
     assert_same_logits(load_checkpoint(tmp_path / "c")[0], model, images())
 
 
-def test_publishing_what_was_loaded_changes_no_byte(tmp_path: Path, tiny: dict[str, Any]) -> None:
+def test_publishing_a_loaded_model_gives_the_same_bytes(tmp_path: Path, tiny: dict[str, Any]) -> None:
     first = publish(tmp_path / "a", trained(tiny), tiny)
     second = publish(tmp_path / "b", load_checkpoint(tmp_path / "a")[0], tiny)
     assert first.file == second.file
@@ -136,7 +135,7 @@ def test_values_that_are_not_finite_are_not_published(
 
 
 def test_the_file_describes_itself(tmp_path: Path, tiny: dict[str, Any]) -> None:
-    """Bits, sign and shape are in it, so that other programs can read the integers."""
+    """Its metadata has bits, sign and shape, so that other programs can read the integers."""
     model = trained(tiny)
     publish(tmp_path / "c", model, tiny)
     with safe_open(tmp_path / "c" / "model.safetensors", "pt") as file:
@@ -159,7 +158,7 @@ def test_loading_leaves_the_random_numbers_alone(tmp_path: Path, tiny: dict[str,
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_float_model_is_stored_as_its_run_left_it(tmp_path: Path) -> None:
+def test_a_float_model_is_stored_as_its_run_wrote_it(tmp_path: Path) -> None:
     arguments = {"name": "resnet20", "num_classes": 10, "in_chans": 1}
     config = publish(tmp_path / "c", trained(arguments), arguments)
     weights = tmp_path / "c" / "model.safetensors"
@@ -168,7 +167,7 @@ def test_a_float_model_is_stored_as_its_run_left_it(tmp_path: Path) -> None:
 
 
 def test_the_scale_that_divides_is_exact() -> None:
-    """The gradient is slowed down, the value is not touched: else a stored scale would give other bits."""
+    """The quantizer scales the gradient, not the value: otherwise a stored scale would give other bits."""
     model = build_model("quant_cnv", w_bits=4, a_bits=4)
     for module in model.modules():
         if isinstance(module, IntQuantizer) and module.learned:
@@ -182,7 +181,7 @@ def test_the_scale_that_divides_is_exact() -> None:
             assert (module.scale.grad > 0).all()
 
 
-def test_config_carries_what_a_reader_needs(tmp_path: Path, tiny: dict[str, Any]) -> None:
+def test_the_config_that_is_written_is_read(tmp_path: Path, tiny: dict[str, Any]) -> None:
     written = publish(tmp_path / "c", trained(tiny), tiny)
     config = read_config(tmp_path / "c")
     assert config == written

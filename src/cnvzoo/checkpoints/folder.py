@@ -1,18 +1,7 @@
-"""Size and sha256: by these a file is known, and nothing in it is looked at before both were found right.
+"""A checkpoint folder: which files it has, and reading and writing them.
 
-What goes through a store: the files of one checkpoint, under names that lead nowhere else, and what became of them.
-
-A name that reaches a store may come from a command line, an index or a server. Only plain names are let through, so
-that nothing can be read or written outside of the folder that is meant.
-
-Which folders of a directory are checkpoints, and which files of a folder are a checkpoint's, is decided here alone:
-publishing, the index and the search by name have to agree on it.
-
-
-A checkpoint: a folder `<model tag>.<dataset>/` with `model.safetensors` and `config.json`.
-
-The config says everything that is needed to build the model, feed it, and check the number that it is published with.
-No file is looked into before its size and sha256 were found to be those that it was published with.
+Size and sha256 of a file are compared before anything in it is parsed. Publishing, the index and the lookup by name
+agree on what a checkpoint is, because all ask this module.
 """
 
 from __future__ import annotations
@@ -54,26 +43,26 @@ from cnvzoo.files import is_temporary_of, replacing, write_text
 
 
 def read_verified(path: Path, facts: FileFacts) -> bytes:
-    """The content of a file, which is what `facts` say: what is returned is what was hashed.
+    """The content of a file after comparison with `facts`. The file is read once: what was hashed is returned.
 
     Raises:
         CheckpointError: it cannot be read, or has another size or sha256.
     """
-    remedy = "the file is damaged, or another than was published: fetch it again"
-    content = read_limited(path, facts.size, f"expected {facts.size:,} bytes, and it has more: {remedy}")
+    remedy = "the file is damaged or another than the published one: fetch it again"
+    content = read_limited(path, facts.size, f"expected {facts.size:,} bytes, found more: {remedy}")
     if len(content) != facts.size:
-        raise CheckpointError(f"{path}: expected {facts.size:,} bytes, and it has {len(content):,}: {remedy}")
+        raise CheckpointError(f"{path}: expected {facts.size:,} bytes, found {len(content):,}: {remedy}")
     found = hashlib.sha256(content).hexdigest()
     if found != facts.sha256:
-        raise CheckpointError(f"{path}: sha256 is {found[:16]}..., and {facts.sha256[:16]}... was expected: {remedy}")
+        raise CheckpointError(f"{path}: expected sha256 {facts.sha256[:16]}..., found {found[:16]}...: {remedy}")
     return content
 
 
 def read_limited(path: Path, limit: int, too_large: str) -> bytes:
-    """The content of a regular file of at most `limit` bytes; no more memory than that is ever taken.
+    """The content of a regular file of at most `limit` bytes, which bounds the memory too.
 
     Raises:
-        CheckpointError: it cannot be read, is no regular file, or is larger, for which `too_large` are the words.
+        CheckpointError: it cannot be read, is not a regular file, or is larger; then `too_large` is the message.
     """
     try:
         found = path.stat()
@@ -91,50 +80,47 @@ def read_limited(path: Path, limit: int, too_large: str) -> bytes:
     return content
 
 
-FILES = (WEIGHTS, CARD, CONFIG)  # in the order in which they are written: without its config a folder is no checkpoint
+FILES = (WEIGHTS, CARD, CONFIG)  # in the order of writing: a folder without a config is not a checkpoint
 
 
 def plain_name(name: str, kind: str) -> str:
-    """Return `name` if it is one plain name. Raises StoreError for anything that could lead out of a folder."""
+    """Return `name` if it cannot lead out of a folder, else raise StoreError. `kind` says what it names."""
     try:
         return checked_name(name)
     except ValueError as error:
-        raise StoreError(f"{kind}: {error}; it is refused, because it could lead out of the folder") from None
+        raise StoreError(f"{kind}: {error}; refused, because it could lead out of the folder") from None
 
 
 def read_plain_file(path: Path) -> bytes:
-    """The bytes of a regular file that is no symbolic link. Raises CheckpointError."""
+    """The bytes of a regular file. Raises CheckpointError, also for a symbolic link."""
     if path.is_symlink():
         raise StoreError(f"{path}: a symbolic link, which could lead out of the folder; put the file itself there")
-    return read_limited(path, LARGEST_FILE, f"more than {LARGEST_FILE:,} bytes: no part of a checkpoint")
+    return read_limited(path, LARGEST_FILE, f"more than {LARGEST_FILE:,} bytes: not a file of a checkpoint")
 
 
 def checkpoint_folders(root: Path) -> dict[str, Path]:
-    """The folders in `root` that hold a checkpoint, valid or not, by name in alphabetical order.
-
-    These are the folders with a config; hidden ones are none.
-    """
+    """The folders in `root` with a config, valid or not, by name in alphabetical order; hidden ones are left out."""
     folders = sorted(config.parent for config in root.glob(f"*/{CONFIG}"))
     return {folder.name: folder for folder in folders if not folder.name.startswith(".")}
 
 
 def checkpoint_files(folder: Path, *, needed: Sequence[str] = FILES) -> dict[str, bytes]:
-    """The files of a whole checkpoint by name, compared with its config.
+    """The files of a whole checkpoint by name, after comparison with its config.
 
-    The temporary file of a process that writes one of them, or was killed while it did, is passed over.
+    Temporary files of a process that is writing one of them, or was killed while it was, are skipped.
 
     Args:
-        folder: of the checkpoint.
-        needed: the files that have to be there: all that are published, or those that loading takes.
+        folder: the checkpoint's folder.
+        needed: the files that must exist: all that are published, or those needed for loading.
 
     Raises:
-        StoreError: a file is missing, there is one that is no part of a checkpoint, the folder has another name than
-            the checkpoint, or the weights are not those that the config describes.
+        StoreError: a file is missing, there is a file that does not belong to a checkpoint, the folder and the
+            checkpoint have different names, or the weights are not those that the config describes.
         CheckpointError: the config is not valid.
     """
     name = plain_name(folder.resolve().name, "checkpoint")
     if folder.is_symlink() or not folder.is_dir():
-        raise StoreError(f"{folder}: not a folder, and a checkpoint is one")
+        raise StoreError(f"{folder}: not a folder: give the folder of a checkpoint")
     present = {
         path.name for path in folder.iterdir() if not any(is_temporary_of(path.name, file) for file in FILES)
     }  # fmt: skip
@@ -142,13 +128,13 @@ def checkpoint_files(folder: Path, *, needed: Sequence[str] = FILES) -> dict[str
         remedy = f"; write the card with cnvzoo.write_card({str(folder)!r})" if missing == [CARD] else ""
         raise StoreError(f"{folder}: {', '.join(missing)} missing; published are {', '.join(FILES)}{remedy}")
     if extra := sorted(present.difference(FILES)):
-        raise StoreError(f"{folder}: {', '.join(extra)} is no part of a checkpoint: move it elsewhere")
+        raise StoreError(f"{folder}: {', '.join(extra)} does not belong to a checkpoint: move it elsewhere")
     files = {file: read_plain_file(folder / file) for file in FILES if file in present}
     config = read_config(folder, FileFacts.of(files[CONFIG]))
     if config.name != name:
-        raise StoreError(f"{folder / CONFIG}: of {config.name!r}, and its folder is {name!r}: rename one of the two")
+        raise StoreError(f"{folder / CONFIG}: name is {config.name!r}, and the folder is {name!r}: rename one of them")
     if FileFacts.of(files[WEIGHTS]) != config.file:
-        raise StoreError(f"{folder / WEIGHTS}: not the file that its config describes, so damaged, or another")
+        raise StoreError(f"{folder / WEIGHTS}: not the file that {CONFIG} describes: it is damaged or was replaced")
     return files
 
 
@@ -156,15 +142,15 @@ _LARGEST_CONFIG = 1 << 18  # bytes
 
 
 def write_checkpoint(folder: str | Path, facts: CheckpointFacts, weights: str | Path) -> CheckpointConfig:
-    """Lay out a checkpoint from the weights file of a run, weights first; returns its config.
+    """Write weights and config of a checkpoint from the weights file of a run; returns the config.
 
     Raises:
-        CheckpointError: the file is not the one that the facts describe, or does not hold exactly the model's tensors.
+        CheckpointError: the file is not the one that `facts` describes, or its tensors are not exactly the model's.
     """
     weights, folder = Path(weights), Path(folder)
-    content = read_limited(weights, LARGEST_FILE, f"more than {LARGEST_FILE:,} bytes: no small image classifier")
+    content = read_limited(weights, LARGEST_FILE, f"more than {LARGEST_FILE:,} bytes: too large for a checkpoint")
     if (found := FileFacts.of(content).sha256) != facts.weights_sha256:
-        raise CheckpointError(f"{weights}: sha256 is {found[:16]}..., {facts.name} has {facts.weights_sha256[:16]}...")
+        raise CheckpointError(f"{weights}: expected sha256 {facts.weights_sha256[:16]}..., found {found[:16]}...")
     try:
         model = build_empty(facts.model)
         model.load_state_dict(read_plain(content, model), strict=True)
@@ -180,19 +166,19 @@ def write_checkpoint(folder: str | Path, facts: CheckpointFacts, weights: str | 
 
 
 def write_config(folder: str | Path, config: CheckpointConfig) -> None:
-    """Write the config of a checkpoint whose weights are there."""
+    """Write config.json of a checkpoint, after its weights."""
     write_text(Path(folder) / CONFIG, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
 
 
 def read_config(folder: str | Path, facts: FileFacts | None = None) -> CheckpointConfig:
-    """Read and validate the config of a checkpoint, which has to be the file that `facts` describe.
+    """Read and validate the config of a checkpoint, after comparison with `facts` where they are given.
 
     Raises:
         CheckpointError: the file is missing, another, or not valid.
     """
     path = Path(folder) / CONFIG
     if facts is None:
-        content = read_limited(path, _LARGEST_CONFIG, f"more than {_LARGEST_CONFIG:,} bytes: no checkpoint config")
+        content = read_limited(path, _LARGEST_CONFIG, f"more than {_LARGEST_CONFIG:,} bytes: not a checkpoint config")
     else:
         content = read_verified(path, facts)
     try:
@@ -202,7 +188,7 @@ def read_config(folder: str | Path, facts: FileFacts | None = None) -> Checkpoin
 
 
 def check_weights(folder: str | Path, config: CheckpointConfig) -> None:
-    """Raise CheckpointError where model.safetensors is not the file that its config describes."""
+    """Raise CheckpointError where model.safetensors is not the file that the config describes."""
     read_verified(Path(folder) / WEIGHTS, config.file)
 
 
@@ -210,9 +196,9 @@ def read_model(folder: str | Path, files: Mapping[str, FileFacts] | None = None)
     """Build the model of a checkpoint, in eval mode on the CPU, with its weights.
 
     Args:
-        folder: of the checkpoint.
-        files: what config.json and model.safetensors have to be; by default config.json is taken as it is, and says
-            what model.safetensors has to be.
+        folder: the checkpoint's folder.
+        files: size and sha256 of config.json and model.safetensors. By default any valid config.json is accepted, and
+            it has those of model.safetensors.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the tensors are not exactly the model's.
@@ -234,5 +220,5 @@ def read_model(folder: str | Path, files: Mapping[str, FileFacts] | None = None)
 
 
 def preprocessing_from(config: CheckpointConfig) -> Preprocessing:
-    """The way images reach the checkpoint's model."""
+    """The preprocessing of the checkpoint's model."""
     return Preprocessing.from_dict(config.preprocessing)

@@ -1,33 +1,10 @@
-"""What goes wrong with checkpoints.
+"""config.json: the types of a checkpoint's config, with bounds for every value.
 
-What goes through a store: the files of one checkpoint, under names that lead nowhere else, and what became of them.
+A config may come from anyone. A model is built and memory is allocated from it, and its card has a command that people
+copy into a shell. So every text is printable, names are single words for a shell, and numbers and sizes are limited; an
+error names the key. Names of checkpoints and files have no separators, so that they cannot lead out of a folder.
 
-A name that reaches a store may come from a command line, an index or a server. Only plain names are let through, so
-that nothing can be read or written outside of the folder that is meant.
-
-Which folders of a directory are checkpoints, and which files of a folder are a checkpoint's, is decided here alone:
-publishing, the index and the search by name have to agree on it.
-
-
-The index: every published checkpoint, with size and sha256 of its files. It ships inside the package.
-
-So what a checkpoint is does not depend on where it is fetched from. `index.json` is rendered from the published
-folders by `benchmarks/reproduce.py`; nobody writes it by hand.
-
-
-Size and sha256: by these a file is known, and nothing in it is looked at before both were found right.
-
-What may stand in a config: every value of it is bounded, and can be printed.
-
-A config may come from anyone. A model is built from it, memory is taken for images of the size that it names, and its
-card has a command that people copy into a shell. So what no run writes is refused when the config is read, naming its
-key; the card quotes and escapes what is left all the same.
-
-
-A checkpoint: a folder `<model tag>.<dataset>/` with `model.safetensors` and `config.json`.
-
-The config says everything that is needed to build the model, feed it, and check the number that it is published with.
-No file is looked into before its size and sha256 were found to be those that it was published with.
+This module does not import PyTorch.
 """
 
 from __future__ import annotations
@@ -48,16 +25,15 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.errors import CnvzooError, explain
 
 
 class CheckpointError(CnvzooError):
-    """A checkpoint that is missing, damaged or does not fit: names the file and what was expected."""
+    """A checkpoint is missing, damaged or does not fit. The message names the file and what was expected."""
 
 
 class StoreError(CheckpointError):
-    """A checkpoint that a store does not give, or does not take: what was asked, what came back, what to do."""
+    """A store does not return or accept a checkpoint. The message says what failed and what to do."""
 
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -65,22 +41,24 @@ _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", re.ASCII)
 
 
 def checked_name(name: str) -> str:
-    """`name`, if it can only be that of something inside a folder; else ValueError.
+    """Return `name` if it is a plain name inside a folder, else raise ValueError.
 
-    Letters, digits, `_`, `-` and `.`, the first neither `-` nor `.`: no separators, no `..`, nothing hidden.
+    Letters, digits, `_`, `-` and `.`; neither `-` nor `.` comes first, and `.` is not last.
     """
     if not isinstance(name, str) or not _SAFE.fullmatch(name) or name.endswith("."):
-        raise ValueError(f"{name!r} is not the name of a checkpoint or of a file in one: letters, digits, _, - and .")
+        raise ValueError(
+            f"{name!r} is not the name of a checkpoint or of one of its files: use letters, digits, _, - and ."
+        )
     return name
 
 
 Name = Annotated[str, AfterValidator(checked_name)]
-LARGEST_FILE = 1 << 30  # bytes; what a config could claim is bounded before memory is taken for it
+LARGEST_FILE = 1 << 30  # bytes; limits the memory for a file whose size a config claims
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class FileFacts:
-    """What a file has to be: its sha256 in hexadecimal, and its size in bytes (up to 1 GiB)."""
+    """Expected sha256 of a file in hexadecimal, and its size in bytes (up to 1 GiB)."""
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     size: int = Field(ge=0, le=LARGEST_FILE)
@@ -92,10 +70,9 @@ class FileFacts:
 
 LARGEST_SIDE = 1024  # pixels
 _LONGEST_TEXT = 200  # characters
-_LARGEST_WHOLE = 2**53  # what every reader of JSON has exactly
+_LARGEST_WHOLE = 2**53  # every JSON reader represents integers up to this exactly
 _DEEPEST = 6  # levels of nested values
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}", re.ASCII)
-_WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", re.ASCII)
 
 
 def _printable(text: str) -> str:
@@ -107,24 +84,24 @@ def _printable(text: str) -> str:
 
 
 def _word(text: str) -> str:
-    if not _WORD.fullmatch(text):
+    if not _SAFE.fullmatch(text):
         raise ValueError(f"{text[:_LONGEST_TEXT]!r} is not a name: up to 128 letters, digits, _, - and .")
     return text
 
 
 Text = Annotated[str, Field(min_length=1), AfterValidator(_printable)]
-Word = Annotated[str, AfterValidator(_word)]  # a name that is one word in a shell, and no option
+Word = Annotated[str, AfterValidator(_word)]  # one word in a shell, and not an option
 Count = Annotated[int, Field(ge=0, le=_LARGEST_WHOLE)]
 Total = Annotated[int, Field(gt=0, le=_LARGEST_WHOLE)]
 Ordinal = Annotated[int, Field(ge=1, le=_LARGEST_WHOLE)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{4,64}\+?$")]  # with + at its end, of a checkout that had changes
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{4,64}\+?$")]  # ends with + where the checkout had changes
 Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+!_-]{0,63}$")]
 Classes = Annotated[list[Text], Field(min_length=1, max_length=10_000)]
 
 
 def _plain(value: Any, key: str, levels: int) -> None:
-    """Raise ValueError, naming the key, for what is neither null, true, false, a number, a text nor nested of these."""
+    """Raise ValueError, naming the key, where a JSON value is out of bounds or has more nested levels than `levels`."""
     try:
         if isinstance(value, str):
             _printable(value)
@@ -133,7 +110,7 @@ def _plain(value: Any, key: str, levels: int) -> None:
         elif isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
             raise ValueError("a whole number beyond 2^53")
         elif isinstance(value, (dict, list)) and levels == 0:
-            raise ValueError("values nested too deep, or where there is to be one")
+            raise ValueError("nested too deep, or a collection where a single value is expected")
     except ValueError as error:
         raise ValueError(f"{key}: {error}" if key else str(error)) from None
     if isinstance(value, dict):
@@ -192,7 +169,7 @@ Versions = Annotated[dict[Word, Version], Field(max_length=64)]
 
 
 class _Preprocessing(BaseModel):
-    """`Preprocessing.to_dict()`, of images that a small classifier takes."""
+    """The bounds of `Preprocessing.to_dict()`."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -207,8 +184,10 @@ def _preprocessing(values: dict[str, Any]) -> dict[str, Any]:
         known = _Preprocessing.model_validate(values)
     except ValidationError as error:
         raise ValueError(explain(error)) from None
-    if known.image_size is not None and known.size > 2 * known.image_size:  # memory goes with its square
+    if known.image_size is not None and known.size > 2 * known.image_size:  # memory grows with the square
         raise ValueError(f"size: {known.size}, more than twice the side of the images, image_size {known.image_size}")
+    from cnvzoo.data.preprocessing import Preprocessing  # imports torch, which listing checkpoints does not need
+
     Preprocessing.from_dict(values)
     return values
 
@@ -222,12 +201,12 @@ class _Section(BaseModel):
 
 
 class SeedResult(_Section):
-    """What one seed of the recipe came to.
+    """The result of one seed of the recipe.
 
     Attributes:
-        seed: of the run.
-        correct, total: test images classified right, of how many.
-        weights_sha256: of the weights file of the run.
+        seed: seed of the run.
+        correct, total: correctly classified test images, and all test images.
+        weights_sha256: sha256 of the weights file of the run.
         numerics: version of the training arithmetic of the run; None where its record has none.
     """
 
@@ -239,20 +218,20 @@ class SeedResult(_Section):
 
 
 class CheckpointFacts(_Section):
-    """What is known of a checkpoint before its weights are laid out; `values` has the bounds.
+    """Everything in a config that is known before the weights file is written.
 
     Attributes:
         name: `<model tag>.<dataset>`, the folder's name.
-        model: the arguments of `cnvzoo.create_model`, its name included.
-        dataset: what the model was trained on.
+        model: arguments of `cnvzoo.create_model`, the name included.
+        dataset: dataset that the model was trained on.
         classes: names of the outputs, in order.
         preprocessing: `Preprocessing.to_dict()`.
-        seed: of the run whose weights these are.
-        correct, total: test images that they classify right, of how many; accuracy is their ratio.
-        results: of every seed of the recipe that has been run, this one included.
-        weights_sha256: of the weights file of the run.
+        seed: seed of the run that these weights come from.
+        correct, total: correctly classified test images, and all test images; accuracy is their ratio.
+        results: results of every seed of the recipe that has been run, this one included.
+        weights_sha256: sha256 of the weights file of the run.
         recipe: the whole recipe.
-        versions, device, commit: of the run.
+        versions, device, commit: versions, device and commit of the run.
         recipes_scored: how many recipes of this entry were ever scored on the test set, this one included; None where
             that is not known.
         numerics: version of the training arithmetic of the run; None where its record has none.
@@ -284,7 +263,7 @@ class CheckpointFacts(_Section):
         if self.results.count(own) != 1:
             raise ValueError(f"results: must have seed {self.seed} once, with the numbers of this checkpoint")
         if any(result.correct > result.total for result in self.results):
-            raise ValueError("results: more images right than there are")
+            raise ValueError("results: correct is larger than total")
         for key, count in (("num_classes", len(self.classes)), ("in_chans", len(self.preprocessing["mean"]))):
             if self.model.get(key) != count:
                 raise ValueError(f"model.{key}: {self.model.get(key)!r}, where classes and preprocessing have {count}")
@@ -297,16 +276,16 @@ class CheckpointFacts(_Section):
 
 
 class IntegerResult(_Section):
-    """What the integer graph of a quantized checkpoint came to on the whole test set, in ONNX Runtime.
+    """The result of a quantized checkpoint's integer graph on the test set, in ONNX Runtime.
 
-    Its outputs were those of the slow reference bit for bit, or there would be no result.
+    It is only recorded where the outputs equal those of the reference implementation bit for bit.
 
     Attributes:
-        correct: test images that it classifies right; the same on every machine.
-        agreeing: test images to which it gives the class that the checkpoint's model gives in PyTorch.
-        differing, reachable: of the accumulators that inputs can reach, summed over all channels, how many give another
-            level than exact arithmetic, and how many there are.
-        bytes: of the ONNX file.
+        correct: correctly classified test images; the same on every machine.
+        agreeing: test images with the same class as in PyTorch.
+        differing, reachable: accumulator values that give another activation level than exact arithmetic, and all that
+            inputs can reach, summed over the channels.
+        bytes: size of the ONNX file.
     """
 
     correct: Count
@@ -317,9 +296,12 @@ class IntegerResult(_Section):
 
 
 class CheckpointConfig(CheckpointFacts):
-    """config.json: the facts, what model.safetensors has to be, and the version of the format of the two.
+    """The whole config.json.
 
-    `integer` is what its integer graph came to, where that was measured.
+    Attributes:
+        format_version: version of the format of config.json and model.safetensors.
+        file: size and sha256 of model.safetensors.
+        integer: result of the integer graph, where it was measured.
     """
 
     format_version: int
@@ -328,7 +310,7 @@ class CheckpointConfig(CheckpointFacts):
 
     @field_validator("format_version")
     @classmethod
-    def _is_ours(cls, version: int) -> int:
+    def _is_supported(cls, version: int) -> int:
         if version != FORMAT_VERSION:
-            raise ValueError(f"{version}, and this cnvzoo reads {FORMAT_VERSION}: install a version that fits")
+            raise ValueError(f"{version}, and this cnvzoo reads {FORMAT_VERSION}: install a matching version")
         return version

@@ -1,7 +1,7 @@
-"""The index: every published checkpoint, with size and sha256 of its files. It ships inside the package.
+"""The index: every published checkpoint with size and sha256 of its files. It ships inside the package.
 
-So what a checkpoint is does not depend on where it is fetched from. `index.json` is rendered from the published
-folders by `benchmarks/reproduce.py`; nobody writes it by hand.
+So a checkpoint is the same wherever it is fetched from. `benchmarks/reproduce.py` renders `index.json` from the
+published folders. This module does not import PyTorch: listing checkpoints is fast.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class IndexEntry(BaseModel):
     """One published checkpoint.
 
     Attributes:
-        model: the arguments of `cnvzoo.create_model`, its name included.
-        dataset: what it was trained on.
-        correct, total: test images classified right, of how many.
-        parameters, macs: as `cnvzoo.model_info` counts them.
-        files: every file of the folder, by name.
+        model: arguments of `cnvzoo.create_model`, the name included.
+        dataset: dataset that it was trained on.
+        correct, total: correctly classified test images, and all test images.
+        parameters, macs: number of parameters, and multiply-accumulates per image.
+        files: size and sha256 of every file of the folder, by name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -50,7 +50,7 @@ class IndexEntry(BaseModel):
     files: dict[Name, FileFacts]
 
     @model_validator(mode="after")
-    def _has_what_loading_needs(self) -> IndexEntry:
+    def _has_files_for_loading(self) -> IndexEntry:
         if missing := {CONFIG, WEIGHTS} - self.files.keys():
             raise ValueError(f"files: {' and '.join(sorted(missing))} missing")
         return self
@@ -65,7 +65,7 @@ class Index(BaseModel):
 
 
 class CheckpointInfo(TypedDict):
-    """A row of `list_checkpoints`: accuracy in percent, bits None for float, bytes of model.safetensors."""
+    """A row of `list_checkpoints`: accuracy in percent; bits are None for float; bytes of the weights file."""
 
     name: str
     model: str
@@ -81,7 +81,7 @@ class CheckpointInfo(TypedDict):
 
 
 def read_index(path: Path | None = None) -> Index:
-    """The index of this package, or the one at `path`. Raises CheckpointError where it is damaged."""
+    """The index inside this package, or the one at `path`. Raises CheckpointError where it is damaged."""
     path = path or INDEX
     try:
         return Index.model_validate_json(path.read_bytes())
@@ -92,7 +92,7 @@ def read_index(path: Path | None = None) -> Index:
 
 
 def row(name: str, entry: IndexEntry) -> CheckpointInfo:
-    """What people choose a checkpoint by."""
+    """The row of `list_checkpoints` for one checkpoint."""
     return {
         "name": name,
         "model": entry.model["name"],
@@ -109,10 +109,11 @@ def row(name: str, entry: IndexEntry) -> CheckpointInfo:
 
 
 def list_checkpoints(pattern: str = "*") -> list[CheckpointInfo]:
-    """The published checkpoints, those whose names match a shell pattern such as `*.cifar10`, sorted by name.
+    """The published checkpoints whose names match a shell pattern such as `*.cifar10`, sorted by name.
 
-    Each is a dict of name, model, dataset, w_bits and a_bits (None for float), accuracy in percent (and the `correct`
-    images of `total` behind it), parameters, macs for one image, and bytes of the weights file.
+    Returns:
+        Dicts of name, model, dataset, w_bits and a_bits (None for float), accuracy in percent, correct and total test
+        images, parameters, macs for one image, and bytes of the weights file.
     """
     entries = sorted(read_index().checkpoints.items())
     return [row(name, entry) for name, entry in entries if fnmatch.fnmatchcase(name, pattern)]

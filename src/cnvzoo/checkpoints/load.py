@@ -1,8 +1,7 @@
-"""Names of models and of checkpoints: `<model>[_w<W>a<A>][.<dataset>]`, such as `quant_cnv_w4a4.cifar10`.
+"""Loading: from a checkpoint's name or path to its model, adapted to other classes or channels where asked.
 
-From a checkpoint's name or path to its model.
-
-A checkpoint's weights for other classes, or for images of other channels than it was trained on."""
+Names are `<model>[_w<W>a<A>][.<dataset>]`, such as `quant_cnv_w4a4.cifar10`.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +29,12 @@ _BITS = re.compile(r"(.+)_w(\d)a(\d)", re.ASCII)
 
 @dataclass(frozen=True)
 class ModelName:
-    """A name taken apart.
+    """The parts of a name.
 
     Attributes:
-        model: as it is registered.
+        model: name of the registered model.
         bits: w_bits and a_bits, where the name has them; else empty.
-        dataset: where the name has one.
+        dataset: name of the dataset, or None.
     """
 
     model: str
@@ -44,7 +43,7 @@ class ModelName:
 
 
 def parse_name(name: str) -> ModelName:
-    """Take a name apart. Raises ModelError where its model is not registered."""
+    """The parts of a name. Raises ModelError where its model is not registered."""
     if not isinstance(name, str):
         raise ModelError(f"the name of a model is text, not {name!r}")
     tag, dot, dataset = name.partition(".")
@@ -65,44 +64,45 @@ def load_checkpoint(
 ) -> tuple[nn.Module, CheckpointConfig]:
     """Build the model of a checkpoint, in eval mode on the CPU, with its weights.
 
-    Size and sha256 of a file are compared before anything in it is read: with the index inside this package, or, for a
-    checkpoint that is not a published one, with its own config.json.
+    Size and sha256 of a file are compared before anything in it is parsed: with the index inside this package, or, for
+    a checkpoint that is not published, with its own config.json.
 
     Args:
-        checkpoint: a name, such as `cnv.mnist`; or the path of a folder, as a Path or with a separator in it.
-        hub: where names are looked for: a directory or `hf://ORGANISATION`; default `CNVZOO_HUB`, else the checkout's
-            own `hub/`, else the Hub.
-        num_classes: where it is not the checkpoint's, the head is a new one, to be trained; a warning says so.
-        in_chans: where it is not the checkpoint's, the first convolution is adapted; a warning says so.
+        checkpoint: a name, such as `cnv.mnist`; or the path of a folder, as a Path or as text with a separator.
+        hub: the store of named checkpoints: a directory or `hf://ORGANISATION`; default `CNVZOO_HUB`, else the
+            checkout's own `hub/`, else the Hugging Face Hub.
+        num_classes: number of classes. Other than the checkpoint's, the head is new and untrained; a warning says so.
+        in_chans: channels of the images. Other than the checkpoint's, the first convolution is adapted; a warning says
+            so.
 
     Returns:
-        The model, and what is known of it, which is also the model's `pretrained_cfg`.
+        The model and its config, which is also the model's attribute `pretrained_cfg`.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or its tensors are not exactly the model's; all are named.
+        CheckpointError: a file is missing or damaged, or its tensors are not exactly the model's.
+        ModelError: no model has these classes or channels.
     """
-    located = find_checkpoint(checkpoint, hub)
-    model, config = read_model(located.folder, located.files)
+    found = find_checkpoint(checkpoint, hub)
+    model, config = read_model(found.folder, found.files)
     wanted = {"num_classes": num_classes, "in_chans": in_chans}
     changes = {key: value for key, value in wanted.items() if value is not None and value != config.model[key]}
     if changes:
         model = adapt(model, config.model, changes, config.name)
-    model.pretrained_cfg = config  # type: ignore[assignment]  (how it is to be fed can be asked of it)
+    model.pretrained_cfg = config  # type: ignore[assignment]  (a Module takes only tensors and modules)
     return model, config
 
 
 def adapt(model: nn.Module, arguments: Mapping[str, Any], changes: Mapping[str, int], name: str) -> nn.Module:
-    """The model with another `num_classes`, `in_chans`, or both; a warning says what is not the checkpoint's any more.
+    """The model with other `num_classes`, `in_chans` or both; a warning names the layers that changed.
 
-    The head, the layer whose shape depends on `num_classes`, is initialised anew, with the caller's random numbers, as
-    any fresh model is. The first convolution is summed over its input channels for `in_chans=1`, else its channels are
-    repeated in turn and rescaled, which keeps the response to a grey image.
+    The head, the layer whose shape depends on `num_classes`, is initialised anew from the global random number
+    generator. The first convolution is adapted by `adapt_input`.
 
     Args:
-        model: of the checkpoint, with its weights.
-        arguments: those of `build_model` that it was built with.
-        changes: the arguments that are to be others.
-        name: of the checkpoint, for the warning.
+        model: the checkpoint's model with its weights.
+        arguments: the arguments of `build_model` that it was built with.
+        changes: the arguments that change, with their new values.
+        name: name of the checkpoint, for the warning.
 
     Raises:
         ModelError: no model has these arguments.
@@ -110,31 +110,30 @@ def adapt(model: nn.Module, arguments: Mapping[str, Any], changes: Mapping[str, 
     """
     with nullcontext() if "num_classes" in changes else without_initialization():
         adapted = build_model(**{**arguments, **changes}).eval()
-    state, said = model.state_dict(), []
+    tensors, notes, convolutions = model.state_dict(), [], []
     if "num_classes" in changes:
         heads = {_layer(tensor) for tensor in _reshaped(model, arguments, changes, "num_classes")}
-        state |= {key: tensor for key, tensor in adapted.state_dict().items() if _layer_in(key, heads)}
-        said.append(f"num_classes={changes['num_classes']}: {', '.join(sorted(heads))} is new, and has to be trained")
-    convolutions = []
+        tensors |= {key: tensor for key, tensor in adapted.state_dict().items() if _layer_in(key, heads)}
+        notes.append(f"num_classes={changes['num_classes']}: {', '.join(sorted(heads))} is new and untrained")
     if "in_chans" in changes:
         channels = changes["in_chans"]
         convolutions = _reshaped(model, arguments, changes, "in_chans")
         for key in convolutions:
-            state[key] = adapt_input(state[key], channels)
-        done = "summed over the channels" if channels == 1 else "repeated over the channels and rescaled"
-        said.append(f"in_chans={channels}: the weights of {', '.join(map(_layer, convolutions))} are {done}")
-    adapted.load_state_dict(state, strict=True)
+            tensors[key] = adapt_input(tensors[key], channels)
+        change = "summed over the channels" if channels == 1 else "repeated over the channels and rescaled"
+        notes.append(f"in_chans={channels}: the weights of {', '.join(map(_layer, convolutions))} are {change}")
+    adapted.load_state_dict(tensors, strict=True)
     for key in convolutions:
         fit_scale(adapted, _layer(key))
-    warnings.warn(f"{name} with {'; '.join(said)}", stacklevel=3)
+    warnings.warn(f"{name} with {'; '.join(notes)}", stacklevel=3)
     return adapted
 
 
 def adapt_input(weight: Tensor, in_chans: int) -> Tensor:
-    """A convolution's weight [out, in, kH, kW] for images of `in_chans` channels, as timm does it.
+    """A convolution's weight [out, in, kH, kW] for images of `in_chans` channels, as timm's `adapt_input_conv` does it.
 
-    The sum for one channel; else the channels in turn, times old over new number, so that the response to an image
-    whose channels are equal stays the same where they divide.
+    The sum over the channels for `in_chans=1`. Else the channels are repeated in turn and multiplied by old / new
+    number: where the new number is a multiple, the response to an image with equal channels stays the same.
     """
     channels = weight.shape[1]
     if in_chans == 1:
@@ -143,17 +142,17 @@ def adapt_input(weight: Tensor, in_chans: int) -> Tensor:
 
 
 def _reshaped(model: nn.Module, arguments: Mapping[str, Any], changes: Mapping[str, int], argument: str) -> list[str]:
-    """Names of the tensors whose shape depends on this one argument; raises CheckpointError where adapt has no way."""
+    """Names of the tensors whose shape depends on `argument`. Raises CheckpointError where they cannot be adapted."""
     other = build_skeleton({**arguments, argument: changes[argument]}).state_dict()
     own = model.state_dict()
     names = [name for name, tensor in other.items() if name in own and own[name].shape != tensor.shape]
-    fit = own.keys() == other.keys() and names
+    adaptable = own.keys() == other.keys() and names
     if argument == "in_chans":
-        fit = fit and all(own[n].dim() == 4 and own[n][:, 0].shape == other[n][:, 0].shape for n in names)
-    if not fit:
+        adaptable = adaptable and all(own[n].dim() == 4 and own[n][:, 0].shape == other[n][:, 0].shape for n in names)
+    if not adaptable:
         raise CheckpointError(
-            f"{argument}={changes[argument]}: {arguments['name']} has no layer that could be adapted to it: "
-            f"leave it out, and {argument} is {arguments[argument]}, the checkpoint's"
+            f"{argument}={changes[argument]}: {arguments['name']} has no layer that could be adapted: leave {argument} "
+            f"out, and it is the checkpoint's {arguments[argument]}"
         )
     return names
 

@@ -1,10 +1,4 @@
-"""Where checkpoints come from and go to: a directory, or an organisation of the Hugging Face Hub.
-
-Whatever a store hands out was compared with the sha256 that its caller knows it by; whatever it takes in arrives whole
-or not at all.
-
-
-Where checkpoints are, and which one is meant: by the path of its folder, its name, or what it has to be."""
+"""Where checkpoints are: opening a store by its location, and finding a checkpoint by name, path or properties."""
 
 from __future__ import annotations
 
@@ -31,8 +25,8 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(/|$)")  # one letter is a drive
 _HUB_LOCATION = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9-]|\.(?!\.)|_){0,95})(?:@([A-Za-z0-9][A-Za-z0-9._-]*))?")
 
 
-def printed(location: str | Path) -> str:
-    """A location as messages have it: an address without its password, a directory as it is."""
+def printable(location: str | Path) -> str:
+    """A location for messages: a URL without its password, a directory as it is."""
     text = str(location)
     is_hub = text.startswith(HUB_SCHEME) and _HUB_LOCATION.fullmatch(text.removeprefix(HUB_SCHEME))
     return redacted(text) if _SCHEME.match(text) and not is_hub else text
@@ -45,29 +39,25 @@ def open_store(
     cache_dir: str | Path | None = None,
     retry: RetryPolicy | None = None,
 ) -> Store:
-    """Open a store; nothing is asked of it yet.
+    """Open a store without any request to it.
 
     Args:
-        location: a directory; or `hf://ORG`, the checkpoints of which are the model repositories `ORG/<name>`; or
+        location: a directory; or `hf://ORG` for the model repositories `ORG/<name>` on the Hugging Face Hub; or
             `hf://ORG@REVISION` to read them at a tag or commit.
-        endpoint: address of the Hub; default HF_ENDPOINT, else https://huggingface.co.
+        endpoint: URL of the Hub; default HF_ENDPOINT, else https://huggingface.co.
         cache_dir: where downloads are kept; default HF_HUB_CACHE, else the cache of huggingface_hub.
         retry: how long to wait and how often to try again; `RetryPolicy` has the defaults.
 
     Raises:
-        StoreError: the location is neither.
+        StoreError: the location is none of these, or the endpoint has a password in it.
     """
     text = str(location)
     if not _SCHEME.match(text):
         return DirectoryStore(expanded(location))
     match = _HUB_LOCATION.fullmatch(text.removeprefix(HUB_SCHEME))
     if not text.startswith(HUB_SCHEME) or match is None:
-        raise StoreError(
-            f"{printed(text)!r} is no place for checkpoints: give a directory, hf://ORG or hf://ORG@REVISION"
-        )
-    from cnvzoo.checkpoints.huggingface import (
-        HubStore,  # huggingface_hub takes a while to import, and directories do without
-    )
+        raise StoreError(f"{printable(text)!r} is not a store: give a directory, hf://ORG or hf://ORG@REVISION")
+    from cnvzoo.checkpoints.huggingface import HubStore  # huggingface_hub is slow to import
 
     return HubStore(match[1], match[2], endpoint=endpoint, cache_dir=cache_dir, retry=retry)
 
@@ -77,59 +67,65 @@ _CHECKOUT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True)
-class Located:
-    """A checkpoint's folder on this machine, and what its files are known to be; None: they speak for themselves."""
+class LocalCheckpoint:
+    """A checkpoint's folder on this machine.
+
+    Attributes:
+        folder: the folder.
+        files: size and sha256 of its files in the index; None for a checkpoint that is not published.
+    """
 
     folder: Path
     files: Mapping[str, FileFacts] | None
 
 
-def hub_location(hub: str | Path | None = None) -> str | Path:
-    """Where checkpoints are looked for: `hub`, else `CNVZOO_HUB`, else the checkout's own `hub/`, else the HF Hub."""
+def store_location(hub: str | Path | None = None, *, checkout: Path = _CHECKOUT) -> str | Path:
+    """Location of the store: `hub`, else `CNVZOO_HUB`, else `hub/` of the checkout, else the Hugging Face Hub."""
     if hub := hub or os.environ.get("CNVZOO_HUB"):
         return hub
-    own = _CHECKOUT / "hub"
-    return own if own.is_dir() and (_CHECKOUT / "pyproject.toml").is_file() else ORGANISATION
+    folder = checkout / "hub"
+    return folder if folder.is_dir() and (checkout / "pyproject.toml").is_file() else ORGANISATION
 
 
-def find_checkpoint(checkpoint: str | Path, hub: str | Path | None = None, *, every_file: bool = False) -> Located:
-    """The folder of a checkpoint, with its files here and those of the index compared with it.
+def find_checkpoint(
+    checkpoint: str | Path, hub: str | Path | None = None, *, every_file: bool = False
+) -> LocalCheckpoint:
+    """The folder of a checkpoint, fetched from its store where needed.
 
     Args:
-        checkpoint: a name, such as `cnv.mnist`; or the path of a folder, as a Path or with a separator in it, which
-            need not be a published one.
-        hub: where names are looked for, see `hub_location`.
-        every_file: have the files here that loading does without.
+        checkpoint: a name, such as `cnv.mnist`; or the path of a folder, as a Path or as text with a separator.
+        hub: the store of named checkpoints, see `store_location`.
+        every_file: fetch the model card too, which loading does not need.
 
     Raises:
         CheckpointError: there is no such checkpoint, or a file is damaged.
     """
     if is_path(checkpoint):
-        return Located(expanded(checkpoint), None)
-    name, location = str(checkpoint), hub_location(hub)
+        return LocalCheckpoint(expanded(checkpoint), None)
+    name, location = str(checkpoint), store_location(hub)
     entry = read_index().checkpoints.get(name)
     if entry is not None:
         files = entry.files if every_file else {file: entry.files[file] for file in (CONFIG, WEIGHTS)}
-        return Located(open_store(location).fetch(name, files), files)
-    if folder := _own_folders(location).get(name):
-        return Located(folder, None)
-    known = sorted({*read_index().checkpoints, *_own_folders(location)})
+        return LocalCheckpoint(open_store(location).fetch(name, files), files)
+    if folder := _unpublished(location).get(name):
+        return LocalCheckpoint(folder, None)
+    known = sorted({*read_index().checkpoints, *_unpublished(location)})
     if not known:
-        raise CheckpointError(f"no checkpoint {name!r}: none is published, and none is in {printed(location)}")
+        raise CheckpointError(f"no checkpoint {name!r}: none is published, and none is in {printable(location)}")
     raise CheckpointError(
-        f"no checkpoint {name!r}, neither published nor in {printed(location)}: {nearest(name, known)}"
+        f"no checkpoint {name!r}, neither published nor in {printable(location)}: {nearest(name, known)}"
     )
 
 
 def choose_checkpoint(
     model: str, wanted: Mapping[str, Any], dataset: str | None = None, hub: str | Path | None = None
 ) -> str:
-    """The name of the one checkpoint of `model` that was built with all arguments `wanted`, on `dataset` if given.
+    """The name of the only checkpoint of `model` with all arguments `wanted`, trained on `dataset` if that is given.
 
-    A checkpoint whose config cannot be read is not chosen, and keeps no other from it; a warning names it.
+    A checkpoint whose config cannot be read is left out with a warning.
 
     Raises:
-        ModelError: none fits, or more than one; with those that there are, and those that cannot be read.
+        ModelError: no checkpoint fits, or more than one; the message lists the choices.
     """
     defaults = {name: option.default for name, option in inspect.signature(model_spec(model).build).parameters.items()}
     known, unreadable = _known(hub)
@@ -143,30 +139,30 @@ def choose_checkpoint(
     left_out = "; ".join(f"{name} is left out: {error}" for name, error in unreadable.items())
     if len(fitting) == 1:
         if left_out:
-            warnings.warn(left_out, stacklevel=3)  # of the caller of create_model
+            warnings.warn(left_out, stacklevel=3)  # the caller of create_model
         return fitting[0]
     asked = ", ".join([model, *(f"{key}={value}" for key, value in wanted.items()), *([dataset] if dataset else [])])
     if fitting:
-        raise ModelError(f"more than one checkpoint is of {asked}: say which, by its name: {', '.join(fitting)}")
+        raise ModelError(f"more than one checkpoint of {asked}: give one of the names {', '.join(fitting)}")
     besides = f"; {left_out}" if left_out else ""
     if not candidates:
         raise ModelError(f"no checkpoint of {model} is published: pretrained=False builds it without weights{besides}")
     raise ModelError(
-        f"no checkpoint is of {asked}: name one for its weights, whatever num_classes and in_chans: "
-        f"{', '.join(candidates)}{besides}"
+        f"no checkpoint of {asked}: give one of the names {', '.join(candidates)}; num_classes and in_chans may then "
+        f"differ from its own{besides}"
     )
 
 
 def is_path(checkpoint: str | Path) -> bool:
-    """Whether a folder is meant, not a name: a Path, or text with a separator."""
+    """Whether this is a path, not a name: a Path, or text with a separator."""
     return isinstance(checkpoint, Path) or any(s in checkpoint for s in (os.sep, os.altsep) if s)
 
 
 def _known(hub: str | Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, CheckpointError]]:
-    """The arguments of `create_model` for each checkpoint that can be named, sorted by name; and what is unreadable."""
+    """Model arguments of every checkpoint by name; and the errors of those that cannot be read."""
     known = {name: entry.model for name, entry in read_index().checkpoints.items()}
     unreadable = {}
-    for name, folder in _own_folders(hub_location(hub)).items():
+    for name, folder in _unpublished(store_location(hub)).items():
         try:
             known[name] = read_config(folder).model
         except CheckpointError as error:
@@ -174,16 +170,16 @@ def _known(hub: str | Path | None) -> tuple[dict[str, dict[str, Any]], dict[str,
     return dict(sorted(known.items())), unreadable
 
 
-def _own_folders(location: str | Path) -> dict[str, Path]:
-    """Checkpoints in a directory that are not published ones."""
+def _unpublished(location: str | Path) -> dict[str, Path]:
+    """The checkpoints in a directory that are not in the index."""
     if "://" in str(location):
         return {}
     published = read_index().checkpoints
     folders = checkpoint_folders(expanded(location))
-    return {name: folder for name, folder in folders.items() if name not in published and _is_named(name)}
+    return {name: folder for name, folder in folders.items() if name not in published and _is_valid(name)}
 
 
-def _is_named(name: str) -> bool:
+def _is_valid(name: str) -> bool:
     try:
         return bool(checked_name(name))
     except ValueError:

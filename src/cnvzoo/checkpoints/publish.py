@@ -1,19 +1,19 @@
-"""From checkpoint folders to a store: their model cards, and sending them.
-
-The library's front: models by name, what they cost, and training and evaluating them."""
+"""Publishing checkpoint folders to a store, model cards, and the facts of a checkpoint from the record of its run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from cnvzoo.checkpoints.card import render_card
 from cnvzoo.checkpoints.folder import checkpoint_folders, read_config, read_model
 from cnvzoo.checkpoints.format import CARD, CheckpointError, CheckpointFacts, SeedResult
-from cnvzoo.checkpoints.locations import hub_location, is_path, open_store, printed
+from cnvzoo.checkpoints.locations import is_path, open_store, printable, store_location
 from cnvzoo.checkpoints.store import Publication, Store
 from cnvzoo.data.datasets import dataset_info
-from cnvzoo.errors import nearest
+from cnvzoo.errors import explain, nearest
 from cnvzoo.files import expanded, update_text
 from cnvzoo.models.registry import model_info
 from cnvzoo.training.evaluation import preprocessing_of
@@ -31,29 +31,29 @@ def publish(
     dry_run: bool = False,
     on_published: Callable[[Publication], object] = lambda publication: None,
 ) -> list[Publication]:
-    """Send checkpoints to a store: weights, config and model card, in one commit each; nothing where nothing changed.
+    """Publish checkpoints to a store: weights, config and model card, in one commit each; none where nothing changed.
 
     Args:
-        checkpoints: names in `hub`, or paths of folders; one or several.
-        to: a directory, or `hf://ORG` for the model repositories `ORG/<name>`, which are made where they are missing.
-            Log in with `hf auth login` first; no token is taken in any other way. Or a store that is open.
-        hub: the directory that has the names; default `CNVZOO_HUB`, else the checkout's own `hub/`.
-        message: of the commits; default: name and accuracy.
-        tag: to set at each, once and for all, such as a release of yours.
-        dry_run: only compare.
-        on_published: called with each publication as soon as it is done.
+        checkpoints: one or several names in `hub`, or paths of folders.
+        to: an open store, a directory, or `hf://ORG` for the model repositories `ORG/<name>`. Missing repositories are
+            created. Log in with `hf auth login` first.
+        hub: directory of the named checkpoints; default `CNVZOO_HUB`, else the checkout's own `hub/`.
+        message: commit message; default: name and accuracy.
+        tag: tag to set at each commit, such as `v1`. An existing tag is never moved.
+        dry_run: compare, and write nothing.
+        on_published: called with each publication when it is done.
 
     Returns:
         For each checkpoint, which files are new, changed and unchanged, and the commit.
 
     Raises:
-        CheckpointError: a folder is not a whole checkpoint with its card: nothing was sent.
-        StoreError: the store does not take one; those before it are published.
+        CheckpointError: a folder is not a whole checkpoint with its card; nothing was published.
+        StoreError: the store refused a checkpoint; those before it are published.
     """
     if isinstance(checkpoints, (str, Path)):
         checkpoints = [checkpoints]
     folders = [_folder(checkpoint, hub) for checkpoint in checkpoints]
-    messages = {folder: message or _message(folder) for folder in folders}  # looks at all before the first is sent
+    messages = {folder: message or _message(folder) for folder in folders}  # checks all before the first is sent
     store = open_store(to) if isinstance(to, (str, Path)) else to
     publications = []
     for folder in folders:
@@ -63,11 +63,11 @@ def publish(
 
 
 def write_card(folder: str | Path) -> bool:
-    """Write the model card of a checkpoint, README.md, from its config; returns whether it was another before.
+    """Write the model card README.md of a checkpoint from its config; returns whether the card changed.
 
     Raises:
         CheckpointError: the folder has no valid config.
-        ModelError: there is no model with its arguments, or none that takes images of its size.
+        ModelError: no model has its arguments, or takes images of its size.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -79,21 +79,21 @@ def write_card(folder: str | Path) -> bool:
 def _folder(checkpoint: str | Path, hub: str | Path | None) -> Path:
     if is_path(checkpoint):
         return expanded(checkpoint)
-    location = hub_location(hub)
+    location = store_location(hub)
     if "://" in str(location):
         raise CheckpointError(
-            f"{checkpoint} is to be read from {printed(location)}: give a directory with hub= or CNVZOO_HUB"
+            f"{checkpoint} cannot be published from {printable(location)}: give a directory with hub= or CNVZOO_HUB"
         )
     root = expanded(location)
     known = checkpoint_folders(root)
     if str(checkpoint) not in known:
-        choices = nearest(str(checkpoint), known) if known else "it has none at all"
+        choices = nearest(str(checkpoint), known) if known else "it has no checkpoints"
         raise CheckpointError(f"no checkpoint {str(checkpoint)!r} in {root}: {choices}")
     return root / checkpoint
 
 
 def _message(folder: Path) -> str:
-    """What the commit says; a checkpoint that could not be loaded afterwards is refused here."""
+    """The commit message. A checkpoint that cannot be loaded is refused here."""
     _, config = read_model(folder)
     return f"{config.name}: {config.accuracy:.2f} % top-1 ({config.correct} of {config.total})"
 
@@ -101,13 +101,24 @@ def _message(folder: Path) -> str:
 def checkpoint_facts(
     record: RunRecord, others: Iterable[RunRecord] = (), *, recipes_scored: int | None = None
 ) -> CheckpointFacts:
-    """What a checkpoint of a finished run says of itself.
+    """The facts of the checkpoint of a finished run.
 
     Args:
-        record: of the run.
+        record: the record of the run.
         others: the records of the recipe's other seeds.
         recipes_scored: how many recipes of the entry were ever scored on the test set, where that is known.
+
+    Raises:
+        CheckpointError: the record has a value that a config cannot have.
     """
+    try:
+        return _facts(record, sorted((record, *others), key=lambda r: r.seed), recipes_scored)
+    except ValidationError as error:
+        run = f"the record of {record.recipe.get('name')}, seed {record.seed}"
+        raise CheckpointError(f"{run}: a checkpoint config cannot have its values: {explain(error)}") from None
+
+
+def _facts(record: RunRecord, records: Iterable[RunRecord], recipes_scored: int | None) -> CheckpointFacts:
     recipe = Recipe.model_validate(record.recipe)
     info = dataset_info(recipe.dataset)
     bits = {} if recipe.w_bits is None else {"w_bits": recipe.w_bits, "a_bits": recipe.a_bits}
@@ -124,7 +135,7 @@ def checkpoint_facts(
             SeedResult(
                 seed=r.seed, correct=r.correct, total=r.total, weights_sha256=r.weights_sha256, numerics=r.numerics
             )
-            for r in sorted((record, *others), key=lambda r: r.seed)
+            for r in records
         ],
         weights_sha256=record.weights_sha256,
         recipe=record.recipe,

@@ -1,4 +1,4 @@
-"""Whether the published checkpoints still are what they were published as: their bytes, and their number."""
+"""Verifying published checkpoints: the bytes of their files, and their accuracy on the test set."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from cnvzoo.errors import CnvzooError
 from cnvzoo.training.device import describe_device, keep_freed_memory, resolve_device
 from cnvzoo.training.evaluation import evaluate
 
-ELSEWHERE = 5  # images: kernels of other machines and versions round otherwise, and a few images sit on the edge
+ELSEWHERE = 5  # images; kernels of other machines and versions round differently
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What became of one checkpoint.
+    """The result of verifying one checkpoint.
 
     Attributes:
-        name: of the checkpoint, or the path it was given by.
-        published, found: test images classified right, in its config and here; None where it did not come to that.
-        total: test images.
-        allowed: by how many the two may differ: 0 on the kind of machine that published it, `ELSEWHERE` on others.
+        name: name of the checkpoint, or its path as it was given.
+        published, found: correctly classified test images, in its config and here; None where it was not scored.
+        total: number of test images.
+        allowed: allowed difference of the two: 0 on the kind of machine that published it, else `ELSEWHERE`.
         problem: what is wrong, or None.
     """
 
@@ -40,7 +40,7 @@ class Verification:
     problem: str | None = None
 
 
-@keep_freed_memory()  # or most of the time goes to page faults
+@keep_freed_memory()  # otherwise most of the time goes to page faults
 def verify(
     checkpoints: Iterable[str | Path] | None = None,
     *,
@@ -48,19 +48,19 @@ def verify(
     device: str | torch.device = "auto",
     data_root: str | Path | None = None,
 ) -> list[Verification]:
-    """Compare every file of checkpoints with the index, score them on their test sets, and compare with their numbers.
+    """Compare every file of checkpoints with the index, then their accuracy on the test set with the published one.
 
-    The number of images classified right has to be the published one on the kind of machine that published it (same
-    device or processor and instruction set, same version of torch), and within `ELSEWHERE` images of it on another.
+    On the kind of machine that published a checkpoint (same device or processor and instruction set, same version of
+    torch) the number of correct images must be the same, elsewhere it may differ by `ELSEWHERE` images.
 
     Args:
-        checkpoints: names, or paths of folders; None: all that are published.
-        hub: where names are looked for, see `cnvzoo.load_checkpoint`.
-        device: `auto`, or anything torch.device takes.
-        data_root: where datasets are cached.
+        checkpoints: names, or paths of folders; None for all published ones.
+        hub: the store of named checkpoints, see `cnvzoo.load_checkpoint`.
+        device: `auto`, or anything that torch.device takes.
+        data_root: folder of the cached datasets.
 
     Returns:
-        One for each, in order; what is wrong with a checkpoint is said in its `problem`, not raised.
+        One result for each, in order. A problem of a checkpoint is returned, not raised.
     """
     if checkpoints is None:
         checkpoints = [found["name"] for found in list_checkpoints()]
@@ -77,15 +77,15 @@ def _verify(
 ) -> Verification:
     name = str(checkpoint)
     try:
-        located = find_checkpoint(checkpoint, hub, every_file=True)
-        model, config = read_model(located.folder, located.files)
+        local = find_checkpoint(checkpoint, hub, every_file=True)
+        model, config = read_model(local.folder, local.files)
         if config.dataset not in datasets:
             datasets[config.dataset] = load_dataset(config.dataset, root=data_root)
         data, preprocessing = datasets[config.dataset], preprocessing_from(config)
-        ours = _images(preprocessing.native_size, preprocessing.in_chans, len(config.classes))
-        theirs = _images(data.info.image_size, data.info.in_chans, data.info.num_classes)
-        if ours != theirs:
-            return Verification(name, problem=f"its config is for {ours}, and {data.info.name} has {theirs}")
+        expected = _images(preprocessing.native_size, preprocessing.in_chans, len(config.classes))
+        found = _images(data.info.image_size, data.info.in_chans, data.info.num_classes)
+        if expected != found:
+            return Verification(name, problem=f"its config is for {expected}, and {data.info.name} has {found}")
         result = evaluate(model, data, preprocessing=preprocessing, device=device)
     except CnvzooError as error:
         return Verification(name, problem=str(error))
@@ -94,7 +94,7 @@ def _verify(
     if result.total != config.total:
         problem = f"published on {config.total:,} images, and the test set has {result.total:,}"
     elif abs(result.correct - config.correct) > allowed:
-        problem = f"{result.correct:,} images right, published {config.correct:,}, allowed difference {allowed}"
+        problem = f"{result.correct:,} correct images, published {config.correct:,}, allowed difference {allowed}"
     return Verification(name, config.correct, result.correct, config.total, allowed, problem)
 
 
@@ -103,7 +103,7 @@ def _images(side: int, channels: int, classes: int) -> str:
 
 
 def is_kind_of_machine(config: CheckpointConfig, device: torch.device) -> bool:
-    """Whether `device` and this torch are of the kind that published the checkpoint, so that its bits are expected."""
+    """Whether `device` and this torch are of the kind that published the checkpoint, so that all bits must agree."""
     here = describe_device(device)
     same = all(here.get(key) == config.device.get(key) for key in ("kind", "name", "capability"))
     return same and config.versions.get("torch") == str(torch.__version__)

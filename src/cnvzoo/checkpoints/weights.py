@@ -1,23 +1,19 @@
-"""Integers of 1 to 8 bits without a gap between them: a 2-bit weight takes 2 bits.
+"""model.safetensors: a model's tensors, with the weights of quantized layers as packed integers.
 
-Value k takes the bits k*b to k*b + b - 1 of the stream, its lowest bit first; bit j of the stream is bit j % 8 of
-byte j // 8. Values are in two's complement; binary ones are 0 for -1 and 1 for +1. The bits that fill the last byte
-are zero. So each sequence of values has one packed form only.
-
-
-The model that a config asks for, before it has weights.
-
-model.safetensors: a model's tensors, the weights of quantized layers as packed integers, and reading them strictly.
-
-A float model's file is the one that its run left, byte for byte: all of its state in float32, so that a quantized run
+A float model's file is the one that its run wrote, byte for byte: its whole state in float32, so that a quantized run
 can start from exactly these weights. In a quantized model's file
 
-- the weight of a quantized layer is a uint8 tensor of packed integers (`packing`). The metadata key `packed` says, as
-  JSON, bits, sign and shape of each. The float weight is integer times scale;
-- its scale is the one that divides, so never below the quantizer's floor;
-- everything else is as in the state_dict, but BatchNorm's counters of batches, which are not stored.
+- the weight of a quantized layer is a uint8 tensor of packed integers. The metadata key `packed` has bits, sign and
+  shape of each, as JSON. The float weight is integer times scale;
+- its scale is the one that the quantizer divides by, so never below the quantizer's floor;
+- everything else is as in the state_dict, without BatchNorm's `num_batches_tracked`.
 
-https://github.com/huggingface/safetensors#format has the format of the file around them.
+Packed integers have 1 to 8 bits without padding between them: a 2-bit weight takes 2 bits. Value k takes the bits k*b
+to k*b + b - 1 of the stream, its lowest bit first; bit j of the stream is bit j % 8 of byte j // 8. Values are in two's
+complement; at 1 bit, 0 is -1 and 1 is +1. The unused bits of the last byte are zero, so there is only one packed form
+of each sequence of values.
+
+The file format around the tensors: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -50,11 +46,11 @@ def pack(values: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
     """Integers (any shape, taken in C order) to bytes [packed_size].
 
     Raises:
-        ValueError: a value that signed symmetric (at 1 bit: binary) integers of `bits` bits do not have.
+        ValueError: a value is not a signed symmetric (at 1 bit: binary) integer of `bits` bits.
     """
     ints, count = IntRange.of(bits, signed=True), values.size
     if not _in_range(values, ints):
-        raise ValueError(f"values from {values.min()} to {values.max()} are not those of {bits} bits")
+        raise ValueError(f"values from {values.min()} to {values.max()} do not fit {bits} bits")
     codes = np.zeros((-(-count // 8), 8), np.uint64)
     codes.reshape(-1)[:count] = (values > 0 if ints.binary else values.view(np.uint8) & (2**bits - 1)).reshape(-1)
     words = np.bitwise_or.reduce(codes << _shifts(bits), axis=1).astype("<u8")
@@ -65,13 +61,14 @@ def unpack(data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int8]:
     """The inverse of `pack`: bytes to `count` integers, [count].
 
     Raises:
-        ValueError: bytes that `pack` does not give: too many or too few, a value out of range, filling that is not 0.
+        ValueError: bytes that `pack` never returns: too many or too few, a value out of range, unused bits that are not
+            zero.
     """
     if data.shape != (packed_size(count, bits),):
         raise ValueError(f"{count} values of {bits} bits take {packed_size(count, bits)} bytes, not {data.size}")
     if (used := count * bits % 8) and data[-1] >> used:
         raise ValueError("the bits after the last value are not zero")
-    groups = -(-count // 8)  # 8 values take as many bytes as one has bits, and fit into a word
+    groups = -(-count // 8)  # 8 values take `bits` bytes, which fit into one 64-bit word
     stream = np.zeros(groups * bits, np.uint8)
     stream[: data.size] = data
     words = np.zeros((groups, 8), np.uint8)
@@ -97,10 +94,10 @@ def _in_range(values: NDArray[np.int8], ints: IntRange) -> bool:
 
 
 def build_empty(arguments: Mapping[str, Any]) -> nn.Module:
-    """A model on the CPU with any values; the random numbers of the caller stay as they are.
+    """A model on the CPU without initialization; the random number generators do not change.
 
     Raises:
-        CheckpointError: there is no such model.
+        CheckpointError: no model has these arguments.
     """
     try:
         return _build(arguments)
@@ -109,17 +106,17 @@ def build_empty(arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def build_skeleton(arguments: Mapping[str, Any]) -> nn.Module:
-    """The names, shapes and types of a model's tensors, for which no memory is taken, whatever the config asks for.
+    """A model on the `meta` device: names, shapes and types of its tensors without their memory, whatever their size.
 
     Raises:
-        CheckpointError: there is no such model.
+        CheckpointError: no model has these arguments.
     """
     try:
         with torch.device("meta"):
             return _build(arguments)
     except (TypeError, ModelError) as error:
         raise CheckpointError(f"its model cannot be built: {error}") from None
-    except RuntimeError:  # its builder computes with values, which a skeleton does not have
+    except RuntimeError:  # the builder reads values of tensors, which the meta device does not have
         return build_empty(arguments)
 
 
@@ -134,7 +131,7 @@ _LARGEST_HEADER = 1 << 20  # bytes
 
 
 class Packed(BaseModel):
-    """How the values of a packed tensor are stored; at 1 bit they are -1 and 1, above symmetric around 0."""
+    """How a packed tensor is stored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -150,16 +147,16 @@ _METADATA = TypeAdapter(dict[str, Packed])
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether the model has weights that are stored packed."""
+    """Whether the model has quantized layers."""
     return bool(_quantizers(model))
 
 
 @torch.no_grad()
 def packed_file(model: nn.Module) -> bytes:
-    """The content of a quantized model's file; the model is on the CPU. The same state gives the same bytes.
+    """The content of a quantized model's file. The model must be on the CPU; the same state gives the same bytes.
 
     Raises:
-        CheckpointError: integers and scale would not give the very weights that the model computes with.
+        CheckpointError: integer times scale is not bit for bit the weight that the model computes with.
     """
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(_COUNTER)}
     descriptions = {}
@@ -167,7 +164,7 @@ def packed_file(model: nn.Module) -> bytes:
         weight, scale = state[f"{layer}.weight"], quantizer.effective_scale()
         integers = quantizer.ints.round(weight / scale)
         if not torch.equal(integers * scale, quantizer(weight)[0]):
-            raise CheckpointError(f"{layer}.weight: not the product of integers and the scale: is a value not finite?")
+            raise CheckpointError(f"{layer}.weight: not integer times scale: check for values that are not finite")
         packed = pack(integers.to(torch.int8).numpy(), quantizer.bits)
         state |= {f"{layer}.weight": torch.from_numpy(packed), _scale_of(model, quantizer): scale}
         descriptions[f"{layer}.weight"] = _description(quantizer, weight).model_dump()
@@ -176,23 +173,23 @@ def packed_file(model: nn.Module) -> bytes:
 
 
 def read_plain(content: bytes, skeleton: nn.Module) -> dict[str, Tensor]:
-    """The state in a file that holds exactly the tensors of the model's state_dict, as a run leaves it.
+    """The state in a weights file of a run, which holds exactly the tensors of the model's state_dict.
 
     Args:
-        content: of the file.
+        content: the bytes of the file.
         skeleton: a model of the same topology; its values do not matter, and it may be on the device `meta`.
 
     Raises:
-        CheckpointError: no safetensors file; or tensors that are missing, unexpected, or of another shape or type than
-            the model's, all of which are named; or values that are not finite.
+        CheckpointError: not a safetensors file; or tensors that are missing, unexpected, of another shape or type, or
+            not finite. All of them are named.
     """
     return _read(content, skeleton.state_dict(), {})
 
 
 def read_published(content: bytes, skeleton: nn.Module) -> dict[str, Tensor]:
-    """The state in a checkpoint's file, in which weights of quantized layers are packed; for `fill`.
+    """The state in a checkpoint's file, for `fill`. Weights of quantized layers are unpacked.
 
-    Arguments and errors are those of `read_plain`; packed values that no quantizer of the model gives are errors too.
+    Arguments and errors are those of `read_plain`. Packed values that the quantizers cannot have are errors too.
     """
     expected, quantizers = skeleton.state_dict(), _quantizers(skeleton)
     if not quantizers:
@@ -208,25 +205,25 @@ def read_published(content: bytes, skeleton: nn.Module) -> dict[str, Tensor]:
             raise CheckpointError(f"{name}: {error}") from None
         state[name] = torch.from_numpy(integers).view(shape).float() * state[_scale_of(skeleton, quantizer)]
         if not torch.isfinite(state[name]).all():
-            raise CheckpointError(f"{_scale_of(skeleton, quantizer)}: so large that {name} is not finite")
+            raise CheckpointError(f"{_scale_of(skeleton, quantizer)}: too large: {name} is not finite")
     return state
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a model the state that `read_published` returned, every tensor of it.
+    """Load the state that `read_published` returned into a model.
 
     Raises:
-        CheckpointError: a scale that its quantizer would replace by its floor.
+        CheckpointError: a scale is below the floor of its quantizer.
     """
     counters = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(_COUNTER)}
     model.load_state_dict({**counters, **state}, strict=True)
     for quantizer in _quantizers(model).values():
         if not torch.equal(quantizer.scale, quantizer.effective_scale()):
-            raise CheckpointError(f"{_scale_of(model, quantizer)}: a scale below the least that a quantizer has")
+            raise CheckpointError(f"{_scale_of(model, quantizer)}: below the smallest scale of a quantizer")
 
 
 def fit_scale(model: nn.Module, layer: str) -> None:
-    """Fit the scale of a quantized layer, by name, to its weight; a float layer has none and is left alone."""
+    """Fit the scale of the layer named `layer` to its weight, if the layer is quantized."""
     if quantizer := _quantizers(model).get(layer):
         quantizer.fit(model.get_parameter(f"{layer}.weight"))
 
@@ -236,7 +233,7 @@ def _quantizers(model: nn.Module) -> dict[str, Any]:
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "weight_quant")}
     if not layers:
         return {}
-    from cnvzoo.models.quant import quantizer_of  # Brevitas, which a float model does without
+    from cnvzoo.models.quant import quantizer_of  # imports Brevitas, which float models do not need
 
     return {name: quantizer_of(layer) for name, layer in layers.items()}
 
@@ -259,7 +256,9 @@ def _read(content: bytes, expected: Mapping[str, Tensor], packed: Mapping[str, P
             if name in packed:
                 wanted = (torch.uint8, [packed_size(expected[name].numel(), packed[name].bits)])
             if (tensor.dtype, list(tensor.shape)) != wanted:
-                wrong.append(f"{name}: {_said(tensor.dtype)} {list(tensor.shape)}, not {_said(wanted[0])} {wanted[1]}")
+                wrong.append(
+                    f"{name}: {_short(tensor.dtype)} {list(tensor.shape)}, not {_short(wanted[0])} {wanted[1]}"
+                )
             elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 wrong.append(f"{name}: values that are not finite")
     wrong += [
@@ -273,7 +272,7 @@ def _read(content: bytes, expected: Mapping[str, Tensor], packed: Mapping[str, P
 
 
 def _parse(content: bytes) -> tuple[dict[str, Tensor], dict[str, Packed]]:
-    """The tensors, and how those are packed that are."""
+    """The tensors in a safetensors file, and the descriptions of those that are packed."""
     header = int.from_bytes(content[:8], "little")
     if header > min(_LARGEST_HEADER, len(content) - 8):
         raise CheckpointError(f"not a safetensors file: a header of {header:,} bytes")
@@ -283,9 +282,9 @@ def _parse(content: bytes) -> tuple[dict[str, Tensor], dict[str, Packed]]:
         return stored, _METADATA.validate_json(metadata.get(_PACKED, "{}"))
     except ValidationError as error:
         raise CheckpointError(f"metadata {_PACKED}: {explain(error)}") from None
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # a type that torch has not is a KeyError
-        raise CheckpointError(f"not a safetensors file that can be read: {error}") from None
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # KeyError: a type that torch does not have
+        raise CheckpointError(f"not a readable safetensors file: {error}") from None
 
 
-def _said(dtype: torch.dtype) -> str:
+def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
