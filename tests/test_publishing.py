@@ -13,9 +13,12 @@ from safetensors.torch import load_file, save_file
 import cnvzoo
 from cnvzoo.checkpoints.folder import read_config, write_config
 from cnvzoo.checkpoints.format import CheckpointError, FileFacts, StoreError
+from cnvzoo.checkpoints.publish import checkpoint_facts
 from cnvzoo.checkpoints.store import Publication
 from cnvzoo.cli import main
+from cnvzoo.training.record import RunRecord
 
+ROOT = Path(__file__).resolve().parents[1]
 FILES = ("model.safetensors", "README.md", "config.json")
 
 
@@ -152,3 +155,10 @@ def test_a_copy_of_a_folder_is_published_by_its_path(
     (published,) = cnvzoo.publish(Path("."), "../../store")
     assert published.name == "cnv.mnist"
     assert (tmp_path / "store" / "cnv.mnist" / "config.json").is_file()
+
+
+def test_a_record_with_values_that_no_config_can_have() -> None:
+    record = RunRecord.model_validate_json((ROOT / "benchmarks" / "results" / "mnist_cnv" / "seed0.json").read_bytes())
+    versions = {**record.versions, "torch": "2.14; id"}
+    with pytest.raises(CheckpointError, match=r"^the record of mnist_cnv, seed 0: .*versions\.torch: [^\n]+$"):
+        checkpoint_facts(record.model_copy(update={"versions": versions}))

