@@ -12,6 +12,7 @@ from cnvzoo.checkpoints.folder import read_config
 from cnvzoo.checkpoints.format import FileFacts
 from cnvzoo.checkpoints.index import read_index
 from cnvzoo.files import sha256_of
+from cnvzoo.training import RunRecord
 
 NAME = "mnist_cnv"
 
@@ -75,7 +76,7 @@ def test_the_results_of_all_seeds_are_in_it(bench):
 
 
 def test_the_index_follows(run_once):
-    index = read_index(run_once.home.parent / "src" / "cnvzoo" / "hub" / "index.json")
+    index = read_index(run_once.home.parent / "src" / "cnvzoo" / "checkpoints" / "index.json")
     entry = index.checkpoints["cnv.mnist"]
     assert (entry.correct, entry.total, entry.dataset, entry.parameters) == (9000, 10000, "mnist", 1_545_536)
     for file in (run_once.hub / "cnv.mnist").iterdir():
@@ -93,7 +94,7 @@ def test_quantized_weights_are_packed(bench):
 
 
 def test_a_stray_file_is_not_published(run_once, capsys):
-    index = run_once.home.parent / "src" / "cnvzoo" / "hub" / "index.json"
+    index = run_once.home.parent / "src" / "cnvzoo" / "checkpoints" / "index.json"
     before = index.read_text()
     (run_once.hub / "cnv.mnist" / "notes.txt").touch()
     run_once.run("--table", "mnist", "--seeds", "0")
@@ -130,3 +131,26 @@ def test_a_trial_is_not_kept(bench):
     bench.recipe(NAME)
     bench.run("--table", "mnist", "--seeds", "0", "--epochs", "2")
     assert not bench.hub.exists()
+
+
+def test_an_accuracy_that_the_weights_do_not_bear_out_is_not_published(bench, capsys):
+    bench.recipe("mnist_cnv")
+    bench.unproven = "9,000 correct images, published 9,999, allowed difference 0"
+    bench.training.accuracy = lambda name, seed: 99.99
+    assert bench.run("--table", "mnist", "--seeds", "0") == 1
+    message = capsys.readouterr().err
+    assert "mnist_cnv/seed0.json: not published, because its weights do not confirm it: 9,000 correct images" in message
+    assert not (bench.hub / "cnv.mnist").exists()
+
+
+def test_a_number_that_differs_from_the_published_checkpoint_of_the_same_weights_is_refused(bench, capsys):
+    bench.recipe("mnist_cnv")
+    assert bench.run("--table", "mnist", "--seeds", "0") == 0
+    record = RunRecord.read(bench.result("mnist_cnv"))
+    edited = record.model_copy(update={"correct": 9999, "accuracy": 99.99})
+    edited.write(bench.result("mnist_cnv"))
+    (bench.runs / "mnist_cnv" / "seed0" / "record.json").unlink()
+    capsys.readouterr()
+    assert bench.run("--table", "mnist", "--seeds", "0", "--time-limit", "0") == 3
+    assert "9999 of 10000 right, and the published checkpoint of the same weights says 9000" in capsys.readouterr().err
+    assert "99.99" not in bench.page

@@ -38,7 +38,7 @@ def test_quantized_checkpoints_are_measured_once(bench_of_two):
 
 def test_the_index_has_the_config_with_the_result(bench_of_two):
     run(bench_of_two)
-    index = read_index(bench_of_two.home.parent / "src" / "cnvzoo" / "hub" / "index.json")
+    index = read_index(bench_of_two.home.parent / "src" / "cnvzoo" / "checkpoints" / "index.json")
     for name in ("config.json", "README.md"):
         content = (bench_of_two.hub / "quant_cnv_w2a2.mnist" / name).read_bytes()
         assert index.checkpoints["quant_cnv_w2a2.mnist"].files[name] == FileFacts.of(content)
