@@ -8,8 +8,8 @@
     python3 dev.py setup                                                  only make the environment
 
 The first command makes a virtual environment in .venv beside this file and installs the project into it, editable,
-with its tools, all of the versions in constraints.txt, which are those that records are made with; the next ones use it
-for as long as pyproject.toml and constraints.txt stay as they are. No other environment is touched.
+with its tools, in the versions of constraints.txt, which records are made with. Later commands use it until
+pyproject.toml or constraints.txt changes. No other environment is touched.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ VENV = ROOT / ".venv"
 CONSTRAINTS = ROOT / "constraints.txt"
 STAMP = VENV / "installed.sha256"
 OLDEST = (3, 10)
-# a worker on each core, with tests that stand together kept together; a few tests are sooner done in one process
+# all tests: a worker process on each core; selected tests run in one process, which starts faster
 EVERY_TEST = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")
 DATASETS = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 
 
 def main(argv: list[str]) -> int:
-    """Run one command and return its exit status; on POSIX, tests and reproduce take the place of this process."""
+    """Run one command and return its exit status; on POSIX, test and reproduce replace this process."""
     if sys.version_info < OLDEST:
         return fail(f"Python {OLDEST[0]}.{OLDEST[1]} or newer is needed, and this is {sys.version.split()[0]}")
     command, arguments = (argv[0], argv[1:]) if argv else ("", [])
@@ -71,18 +71,18 @@ def python() -> str:
 
 
 def fingerprint() -> str:
-    """What the environment was made for: these files, at this place (an editable install holds its path)."""
+    """sha256 of what the environment depends on: these files, and their path, which an editable install contains."""
     files = (ROOT / "pyproject.toml", CONSTRAINTS)
     return hashlib.sha256(b"".join(path.read_bytes() for path in files) + os.fsencode(ROOT)).hexdigest()
 
 
 def is_ready() -> bool:
-    """Whether the environment was made to its end, for the project as it is, and still runs."""
+    """Whether the environment is complete, of the current project files, and still runs."""
     return STAMP.is_file() and STAMP.read_text() == fingerprint() and runs()
 
 
 def runs() -> bool:
-    """Whether the environment's interpreter starts; it does not where the Python that it was made from is gone."""
+    """Whether the environment's interpreter starts; it does not if the Python that it was made from was removed."""
     try:
         return subprocess.run([python(), "-c", ""]).returncode == 0
     except OSError:
@@ -96,7 +96,7 @@ def prepare() -> int:
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         return fail(
             "this Python cannot make virtual environments: its modules venv and ensurepip are missing. "
-            "On Debian and Ubuntu, 'apt install python3-venv' brings them"
+            "On Debian and Ubuntu, 'apt install python3-venv' installs them"
         )
     STAMP.unlink(missing_ok=True)
     say(f"making the environment {VENV}")
@@ -104,11 +104,11 @@ def prepare() -> int:
     if status := subprocess.run([sys.executable, "-m", "venv", *clear, str(VENV)]).returncode:
         fail(f"the environment cannot be made, see above; delete {VENV} if it is in the way")
         return status
-    say("installing the project with torch, torchvision, brevitas and its tools: a minute or more, by the network")
+    say("installing the project with torch, torchvision, brevitas and its tools: a minute or more")
     pip = [python(), "-m", "pip", "install", "--disable-pip-version-check"]
     if not sys.stdout.isatty():
-        pip.append("--quiet")  # errors are still said; progress bars are for people
-    # one resolution for everything: torch and torchvision of two resolutions may not fit together
+        pip.append("--quiet")  # errors are still printed, progress bars are not
+    # one call for everything: torch and torchvision resolved separately may not be compatible
     project = ["--constraint", str(CONSTRAINTS), "--editable", ".", "--group", "dev"]
     for step in (["--upgrade", "pip"], project):
         if status := subprocess.run([*pip, *step], cwd=ROOT).returncode:
@@ -122,7 +122,7 @@ def prepare() -> int:
 
 
 def become(*arguments: str) -> int:
-    """Run the environment's Python in the place of this process, so that signals and exit status are its own."""
+    """Replace this process by the environment's Python, which then receives signals and sets the exit status."""
     command = [python(), *arguments]
     sys.stdout.flush()
     if os.name == "posix":
@@ -131,7 +131,7 @@ def become(*arguments: str) -> int:
 
 
 def lint() -> int:
-    """All checks, also after one that fails; returns 0 if none does."""
+    """Run all checks, even after one fails; returns 0 if all pass."""
     checks = {
         "ruff check": ["ruff", "check"],
         "ruff format": ["ruff", "format", "--check"],
@@ -146,7 +146,7 @@ def lint() -> int:
 
 
 def datasets_of(arguments: list[str]) -> list[str]:
-    """The datasets that a reproduce.py with these arguments would train on; none where it says what is wrong."""
+    """The datasets that reproduce.py with these arguments trains on; none if the arguments are invalid."""
     if {"-h", "--help", "--list"} & set(arguments):
         return []
     parser = argparse.ArgumentParser(add_help=False)
@@ -158,8 +158,8 @@ def datasets_of(arguments: list[str]) -> list[str]:
 def fill_dataset(name: str, interpreter: str) -> str | None:
     """Fill the cache of a dataset from a folder shared/datasets beside the checkout, which needs no download.
 
-    Returns None if the dataset is in the cache now, else why it is not, in words. The library downloads what is not
-    there, where there is a network.
+    Returns None if the dataset is in the cache now, else a line that says why not. The library downloads a missing
+    dataset if there is a network.
     """
     root = Path(os.environ.get("CNVZOO_DATA") or Path.home() / ".cache" / "cnvzoo" / "datasets").expanduser()
     if (root / f"{name}.safetensors").is_file():

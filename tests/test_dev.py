@@ -231,7 +231,7 @@ def test_the_pinned_versions_are_those_that_records_are_made_with():
     newest = max((record for record in records if record["device"]["kind"] == "cpu"), key=lambda r: r["finished"])
     found = {package: text.partition("+")[0] for package, text in newest["versions"].items() if package in deciding}
     assert found.items() <= pinned.items()
-    golden = json.loads((root / "tests" / "train" / "golden.json").read_text())
+    golden = json.loads((root / "tests" / "training" / "golden.json").read_text())
     assert any(
         machine["kind"].items() >= {package: pinned[package] for package in deciding}.items()
         for machine in golden["machines"]

@@ -42,7 +42,7 @@ class Outputs:
     verify: Callable[..., list[Verification]]
     say: Callable[[str], None]
     out_of_date: set[str] = field(default_factory=set)
-    _said: set[str] = field(default_factory=set)
+    _reported: set[str] = field(default_factory=set)
 
     def collect_records(self, seeds: Sequence[int]) -> None:
         """Copy records of finished runs that are not yet among the results."""
@@ -93,7 +93,7 @@ class Outputs:
         return True
 
     def _attempt(self, what: str, write: Callable[[], _T], otherwise: _T) -> _T:
-        """What `write` returns, or `otherwise` if it fails, for a reason that is said once."""
+        """What `write` returns, or `otherwise` if it fails, reporting the reason once."""
         try:
             result = write()
         except (CnvzooError, OSError, UnicodeDecodeError) as error:
@@ -104,6 +104,6 @@ class Outputs:
         return result
 
     def _say_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self._reported:
+            self._reported.add(text)
             self.say(text)

@@ -1,7 +1,7 @@
 """The contenders of infer.py: a trained CNV in PyTorch, ONNX Runtime and OpenVINO, as users of these would run it.
 
 All compute with the same number of threads. Each takes images in the dtype and memory layout that are fastest for it,
-made before its turn: normalising and converting them is in nobody's time. The integer graph needs neither.
+made before its turn: the time to normalize and convert them is not counted. The integer graph needs neither.
 """
 
 from __future__ import annotations
