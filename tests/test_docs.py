@@ -68,6 +68,7 @@ def commands() -> list[tuple[str, str]]:
 @pytest.fixture
 def logged_in(tmp_path, monkeypatch) -> Iterator[FakeHub]:
     """What hf:// leads to: a Hub on this machine, with a token that may write."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # read from the environment at import
     with FakeHub() as hub:
         for name, value in {
             "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": GOOD_TOKEN, "HF_HUB_CACHE": str(tmp_path / "cache"),

@@ -225,6 +225,13 @@ def test_a_commit_of_another_publisher_in_between(
     assert hub.requests["commit"] == 4  # one was refused
 
 
+def test_a_server_without_xet_storage(store: HubStore, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(StoreError, match=r"^Commit to zoo/resnet20.mnist .* failed: .*set HF_HUB_DISABLE_XET=1"):
+        store.publish(checkpoint, message="first")
+
+
 def test_a_long_wait_is_reported_instead(
     hub: FakeHub, store: HubStore, checkpoint: Path, facts: dict[str, FileFacts]
 ) -> None:

@@ -122,8 +122,7 @@ class HubStore:
         snapshot = self._retry.call(self._get(repo), partial(self._snapshot, repo, self.revision))
         for file, facts in files.items():
             self._check_published(repo, file, facts, snapshot)
-        folder = self._snapshots(repo) / snapshot.commit
-        wrong = dict.fromkeys(files, "")
+        folder, wrong = self._snapshots(repo) / snapshot.commit, dict.fromkeys(files, "")
         for force in (False, True):
             for file in wrong:
                 if force and not (folder / file).is_symlink():  # huggingface_hub replaces only what links lead to
@@ -168,8 +167,7 @@ class HubStore:
             return _checked_commit(made.oid)
 
         if is_new:
-            create = partial(self._api.create_repo, repo, exist_ok=True)
-            self._retry.call(f"Creating {repo} at {self.endpoint}", create)
+            self._retry.call(f"Creating {repo} at {self.endpoint}", partial(self._api.create_repo, repo, exist_ok=True))
         return self._retry.call(f"Commit to {repo} at {self.endpoint}", commit, retry_on=_CONFLICTS)
 
     def _tag(self, repo: str, tag: str, commit: str) -> None:

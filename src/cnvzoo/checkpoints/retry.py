@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 T = TypeVar("T")
-REDACTED = "***"
 _LONGEST_QUOTE = 300  # characters
 _DISK_PROBLEMS = frozenset((errno.EROFS, errno.ENOSPC, errno.EDQUOT))
 _OTHER_STORE = "choose a directory with hub= or CNVZOO_HUB"
@@ -88,11 +87,11 @@ def redacted(text: str, secrets: Collection[str] = ()) -> str:
     Hub (`hf_...`), and each of `secrets`.
     """
     for secret in secrets:
-        text = text.replace(secret, REDACTED)
-    text = _USER.sub(rf"\1{REDACTED}@", text)
-    text = _HEADER.sub(rf"\1{REDACTED}", text)
-    text = _BEARER.sub(rf"\1{REDACTED}", text)
-    return _TOKEN.sub(REDACTED, text)
+        text = text.replace(secret, "***")
+    text = _USER.sub(r"\1***@", text)
+    text = _HEADER.sub(r"\1***", text)
+    text = _BEARER.sub(r"\1***", text)
+    return _TOKEN.sub("***", text)
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,10 @@ def _failure(error: Exception) -> _Failure:
             return _Failure(f"a local file cannot be written: {cause.strerror}{place}", remedy)
     *_, origin = _causes(error)
     reason = f"no answer, or not a whole one ({type(origin).__name__}: {_quoted(origin)})"
-    return _Failure(reason, f"Check the network and its proxy, then try again, or {_OTHER_STORE}", may_pass=True)
+    remedy = f"Check the network and its proxy, then try again, or {_OTHER_STORE}"
+    if "/xet-" in reason:
+        remedy = "If the server has no Xet storage, set HF_HUB_DISABLE_XET=1"
+    return _Failure(reason, remedy, may_pass=True)
 
 
 def _http_failure(error: HfHubHTTPError) -> _Failure:
