@@ -1,9 +1,9 @@
-"""A checkpoint in a program of your own: the model, the preprocessing that belongs to it, and the names of its classes.
+"""Classify images with a checkpoint: the model, its preprocessing, and the names of its classes.
 
     python examples/classify_image.py hub/cnv.mnist digit.png
 
-`cnvzoo predict` does the same from the command line, and `cnvzoo.predict` in one call; here it is in steps, for those
-who batch their images, or run the model somewhere else.
+`cnvzoo predict` does the same on the command line, and `cnvzoo.predict` in one call. These steps are for programs
+that classify images in batches, or use the model in another way.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import cnvzoo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder with model.safetensors and config.json")
-    parser.add_argument("images", type=Path, nargs="+", help="of any size; grey or colour")
+    parser.add_argument("images", type=Path, nargs="+", help="image files of any size, grey or colour")
     arguments = parser.parse_args()
 
-    model, config = cnvzoo.load_checkpoint(arguments.checkpoint)  # in eval mode; the weights' sha256 was checked
-    transform = cnvzoo.transforms(config)  # a torchvision pipeline: it also works in a DataLoader
+    model, config = cnvzoo.load_checkpoint(arguments.checkpoint)  # in eval mode; checks the weights' sha256
+    transform = cnvzoo.transforms(config)  # a torchvision pipeline, which also works in a DataLoader
     images = []
     for path in arguments.images:
         with Image.open(path) as image:

@@ -1,8 +1,8 @@
-"""A topology of your own under the library's recipes, its loop and its records.
+"""Train your own model with a recipe of this library.
 
     python examples/own_model.py --epochs 1
 
-`register_model` makes a builder known by name. From then on it is created, counted, trained and scored as any other.
+`register_model` gives a model a name. It is then created, counted, trained and scored like any other model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cnvzoo.data import Augmentation
 from cnvzoo.training import Optimizer, Schedule
 
 
-@cnvzoo.register_model("patchnet", summary="Patches, two pointwise layers, and the average over positions")
+@cnvzoo.register_model("patchnet", summary="4x4 patches, one 3x3 convolution, and global average pooling")
 class PatchNet(nn.Module):
     """Images [N, in_chans, H, W] to logits [N, num_classes]."""
 
@@ -32,9 +32,9 @@ class PatchNet(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="mnist", help="any of cnvzoo's (default: mnist)")
+    parser.add_argument("--dataset", default="mnist", help="a dataset of cnvzoo (default: mnist)")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--holdout", type=int, default=5000, help="training images to score on")
+    parser.add_argument("--holdout", type=int, default=5000, help="number of training images to score on")
     arguments = parser.parse_args()
 
     info = cnvzoo.model_info("patchnet", input_size=28, in_chans=1)

@@ -1,10 +1,9 @@
-"""Quantization-aware training in a loop of your own: a float CNV, its quantized twin, and what a few steps win back.
+"""Quantization-aware training in your own loop: train a float CNV, quantize it, and train it further.
 
     python examples/train_quantized.py --w-bits 2 --a-bits 2
 
-The library's own loop (`cnvzoo.train`, with a recipe) is what the tables are made with; this is for those who have
-a loop. Everything is scored on a held-out part of the training set: the test set stays unread until the end of a
-project.
+Published checkpoints are trained by `cnvzoo.train` with a recipe; this example is for those who have their own loop.
+Models are scored on a held-out part of the training set: read the test set only at the end of a project.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from cnvzoo.data import Augmentation, Dataset, Preprocessing, TrainBatches
 
 
 def fit(model: nn.Module, data: Dataset, preprocessing: Preprocessing, steps: int, lr: float) -> None:
-    """SGD with momentum and a learning rate that falls to zero, for `steps` steps."""
+    """Train by SGD with Nesterov momentum and a learning rate that falls linearly to zero."""
     batches = TrainBatches(
         data.train_images,
         data.train_labels,
@@ -48,11 +47,11 @@ def fit(model: nn.Module, data: Dataset, preprocessing: Preprocessing, steps: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="mnist", help="any of cnvzoo's (default: mnist)")
+    parser.add_argument("--dataset", default="mnist", help="a dataset of cnvzoo (default: mnist)")
     parser.add_argument("--w-bits", type=int, default=2)
     parser.add_argument("--a-bits", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=100, help="of the float model, and of the quantized one")
-    parser.add_argument("--holdout", type=int, default=1000, help="training images to score on")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of each model")
+    parser.add_argument("--holdout", type=int, default=1000, help="number of training images to score on")
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
@@ -63,14 +62,14 @@ def main() -> None:
     fit(model, data, Preprocessing.for_dataset(info, size=32), arguments.steps, lr=0.05)
     print(f"float: {cnvzoo.evaluate(model, data).accuracy:.2f} %")
 
-    # The same weights, with scales that fit them. A quantized model takes the 8-bit image itself, so nothing is
-    # normalised any more: the mean and standard deviation have become part of the first layer.
+    # The same weights, with scales that fit them. A quantized model takes the image as uint8 / 255, not normalised:
+    # mean and standard deviation become part of its first layer.
     quantized = cnvzoo.quantize(model, w_bits=arguments.w_bits, a_bits=arguments.a_bits, dataset=arguments.dataset)
     bits = f"{arguments.w_bits}-bit weights, {arguments.a_bits}-bit activations"
     print(f"{bits}, before training: {cnvzoo.evaluate(quantized, data).accuracy:.2f} %")
 
     fit(quantized, data, Preprocessing.for_dataset(info, size=32, normalize=False), arguments.steps, lr=0.02)
-    cnvzoo.quantize_bias(quantized)  # so that an integer graph of it computes the same
+    cnvzoo.quantize_bias(quantized)  # so that the exported integer graph computes the same
     print(f"{bits}, after {arguments.steps} steps: {cnvzoo.evaluate(quantized, data).accuracy:.2f} %")
 
 
