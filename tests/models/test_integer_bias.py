@@ -93,5 +93,5 @@ def test_a_channel_that_multiplies_by_nothing_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("name", ["cnv", "resnet20"])
 def test_a_float_model_is_refused(name: str) -> None:
-    with pytest.raises(ModelError, match="has no quantized layers with a BatchNorm"):
+    with pytest.raises(ModelError, match="has no quantized layer followed by a BatchNorm"):
         cnvzoo.quantize_bias(cnvzoo.create_model(name))

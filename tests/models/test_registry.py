@@ -1,4 +1,4 @@
-"""Asking for models: by name and pattern, and the answers to requests that no topology can meet."""
+"""The registry: names, patterns, and the errors for invalid arguments and input."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_names_and_patterns() -> None:
     assert model_names("ResNet*") == []
 
 
-def test_specs_say_how_a_model_is_fed() -> None:
+def test_specs_have_input_sizes_and_twins() -> None:
     assert {n: model_spec(n).input_size for n in model_names()} == {
         n: 32 if n in ("cnv", "quant_cnv") else None for n in model_names()
     }
@@ -63,11 +63,14 @@ def test_unknown_name_names_the_nearest_and_all(typed: str, meant: str | None) -
         assert name in message.split("Choices:")[1]
 
 
-@pytest.mark.parametrize("argument", ["w_bits", "a_bits", "first_w_bits"])
 @pytest.mark.parametrize(
-    ("bits", "nearest"), [(0, 1), (9, 8), (-3, 1), (4.0, 4), (3.7, 4), (True, 1), ("4", None), (float("nan"), None)]
-)
-def test_bits_outside_1_to_8_are_refused(argument: str, bits: object, nearest: int | None) -> None:
+    ("argument", "bits", "nearest"),
+    [
+        ("w_bits", 0, 1), ("a_bits", 9, 8), ("first_w_bits", -3, 1), ("w_bits", 4.0, 4), ("a_bits", 3.7, 4),
+        ("w_bits", True, 1), ("a_bits", "4", None), ("first_w_bits", float("nan"), None),
+    ],
+)  # fmt: skip
+def test_bits_that_are_not_1_to_8_are_refused(argument: str, bits: object, nearest: int | None) -> None:
     message = refusal("quant_cnv", **{"w_bits": 4, "a_bits": 4, argument: bits})
     assert f"{argument}={bits!r}" in message
     assert "whole number from 1 to 8" in message
@@ -87,20 +90,20 @@ def test_bits_given_to_a_float_model() -> None:
         assert "'quant_cnv'" in refusal("cnv", **bits)
     message = refusal("resnet20", w_bits=4, a_bits=4)
     assert "float model" in message
-    assert "quant_cnv" not in message  # it is no twin of a ResNet
+    assert "quant_cnv" not in message  # it is not the twin of a ResNet
 
 
 def test_unknown_options() -> None:
     message = refusal("quant_cnv", w_bits=4, a_bits=4, first_wbits=8)
     assert "'first_wbits'" in message
     assert "did you mean 'first_w_bits'" in message
-    assert "takes no options" in refusal("resnet20", first_w_bits=8)
+    assert "takes no further options" in refusal("resnet20", first_w_bits=8)
 
 
-@pytest.mark.parametrize("argument", ["num_classes", "in_chans"])
-@pytest.mark.parametrize("count", [2.5, 3.0, True, "3", None, [1]])
-def test_counts_that_are_no_whole_numbers(argument: str, count: object) -> None:
-    assert f"{argument}={count!r} is not a whole number" in refusal("cnv", **{argument: count})
+@pytest.mark.parametrize("count", [3.0, True, "3", None])
+def test_counts_that_are_not_whole_numbers(count: object) -> None:
+    for argument in ("num_classes", "in_chans"):
+        assert f"{argument}={count!r} is not a whole number" in refusal("cnv", **{argument: count})
 
 
 def test_counts_below_one() -> None:

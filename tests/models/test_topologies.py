@@ -1,4 +1,4 @@
-"""The graphs: published parameter counts, and logits equal to those of the same nets written down a second time."""
+"""The graphs: published parameter counts, and the logits of independent implementations of the same networks."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def lived_in(name: str, **arguments: int) -> nn.Module:
-    """A model in eval mode whose BatchNorms hold other values than those of initialisation, and no two alike."""
+def with_random_norms(name: str, **arguments: int) -> nn.Module:
+    """A model in eval mode with random values in its BatchNorms, so that an exchanged one shows."""
     torch.manual_seed(0)
     model = build_model(name, **arguments)
     for module in model.modules():
@@ -94,7 +94,7 @@ def test_output_shapes(name: str) -> None:
 
 
 def test_cnv_is_the_published_graph() -> None:
-    model = lived_in("cnv")
+    model = with_random_norms("cnv")
     tensors: Iterator[Tensor] = iter(t for n, t in model.state_dict().items() if "num_batches" not in n)
 
     def norm_relu(x: Tensor) -> Tensor:
@@ -114,9 +114,9 @@ def test_cnv_is_the_published_graph() -> None:
     assert_same_logits(model, reference, torch.rand(4, 3, 32, 32))
 
 
-@pytest.mark.parametrize("depth", [20, 44])
+@pytest.mark.parametrize("depth", [20, 32])
 def test_cifar_resnet_is_the_published_graph(depth: int) -> None:
-    model = lived_in(f"resnet{depth}")
+    model = with_random_norms(f"resnet{depth}")
     tensors: Iterator[Tensor] = iter(t for n, t in model.state_dict().items() if "num_batches" not in n)
 
     def conv_norm(x: Tensor, stride: int) -> Tensor:
@@ -142,14 +142,14 @@ def test_resnet18_is_torchvisions_with_a_small_stem() -> None:
     reference = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=10)
     reference.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     reference.maxpool = nn.Identity()  # type: ignore[assignment]
-    model = lived_in("resnet18")
+    model = with_random_norms("resnet18")
     values = model.state_dict().values()
     reference.load_state_dict(dict(zip(reference.state_dict(), values, strict=True)))
     assert_same_logits(model, reference.eval(), torch.rand(2, 3, 32, 32))
 
 
 def test_mobilenet_is_the_published_graph() -> None:
-    model = lived_in("mobilenet_v1")
+    model = with_random_norms("mobilenet_v1")
     tensors: Iterator[Tensor] = iter(t for n, t in model.state_dict().items() if "num_batches" not in n)
 
     def conv_norm_relu(x: Tensor, stride: int, depthwise: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Architectures. Importing this package registers them all; Brevitas loads when a quantized model is built."""
+"""Architectures. Importing this package registers all of them; building a quantized one imports Brevitas."""
 
 from cnvzoo.models import cnv, mobilenet, resnet  # noqa: F401  (each registers its models)
 from cnvzoo.models.registry import (

@@ -1,7 +1,7 @@
-"""CNV, the VGG-like net of FINN, once: the float and the quantized model are this graph with other layers.
+"""CNV, the VGG-like network of FINN: one graph, which the float and the quantized model fill with their own layers.
 
-Umuroglu et al., "FINN", 2017 (arXiv:1612.07119), section 5: six 3x3 convolutions without padding, two max pools,
-two hidden linear layers; BatchNorm after every layer but the last. No layer has a bias.
+Umuroglu et al., "FINN", 2017 (arXiv:1612.07119), section 5: six 3x3 convolutions without padding, two max pools and
+three linear layers, with BatchNorm after every layer but the last. No layer has a bias.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from cnvzoo.models.layers import FullFieldMatmul, init_weight, skips_initialization
+from cnvzoo.models.layers import FullFieldConv2d, init_weight, skips_initialization
 from cnvzoo.models.norm_act import NormActSequential
 from cnvzoo.models.registry import check_bits, register_model
 
@@ -21,7 +21,7 @@ _NORM_EPS = 1e-4
 
 
 class Layers(Protocol):
-    """The layers that a CNV is made of; all without bias."""
+    """A factory of the layers of a CNV, all without bias."""
 
     def input(self) -> nn.Module: ...
     def conv(self, in_channels: int, out_channels: int, *, first: bool) -> nn.Module: ...
@@ -36,7 +36,7 @@ class FloatLayers:
         return nn.Identity()
 
     def conv(self, in_channels: int, out_channels: int, *, first: bool) -> nn.Module:
-        layer = FullFieldMatmul(in_channels, out_channels, 3, bias=False)
+        layer = FullFieldConv2d(in_channels, out_channels, 3, bias=False)
         if not skips_initialization():
             init_weight(layer.weight)
         return layer
@@ -54,7 +54,12 @@ class FloatLayers:
 class CNV(nn.Module):
     """Images [N, in_chans, 32, 32] to logits [N, num_classes].
 
-    `features` ends with a [N, 256, 1, 1] map; `classifier` takes it flattened.
+    `features` gives [N, 256, 1, 1], which `classifier` takes flattened.
+
+    Args:
+        num_classes: number of logits.
+        in_chans: channels of the images.
+        layers: factory of the layers: `FloatLayers()`, or `QuantLayers` of `cnvzoo.models.quant`.
     """
 
     def __init__(self, num_classes: int, in_chans: int, layers: Layers) -> None:

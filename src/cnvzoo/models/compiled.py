@@ -1,8 +1,8 @@
-"""Elementwise loops and row sums, compiled: one pass over memory for what would be a chain of operations.
+"""Compilation of elementwise operations and row sums into one loop, which reads and writes memory once.
 
-Bits must not depend on what the process did before. So each variant has a code object of its own, and with it a
-cache of the compiler's of its own, and is compiled at once for a given shape rather than for the one that
-comes first.
+The bits of a loop must not depend on what the process computed before. torch.compile keeps its variants per code
+object and specializes them for the shapes that come first. So each loop has a code object of its own, and is compiled
+at once for an example of fixed shape.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# values of a tensor; below a few thousand, the compiler would also make another variant with other bits
+# Number of values from which a tensor goes through a compiled loop. For sizes below a few thousand the compiler also
+# makes another variant, with other bits.
 WORTH_COMPILING = 1 << 14
 
-# never keep an intermediate of a tensor's size: computing it twice is faster than writing and reading it
+# Intermediate tensors are never stored: computing a value twice is faster than writing and reading it.
 _FUSE_EVERYTHING: dict[str, Any] = {
     "realize_opcount_threshold": 1 << 30,
     "realize_reads_threshold": 1 << 30,
@@ -35,22 +36,22 @@ _FUSE_EVERYTHING: dict[str, Any] = {
 
 
 def compiles(device: torch.device) -> bool:
-    """Whether training on `device` runs the loops of this library compiled, for all but small tensors.
+    """Whether training on `device` runs the loops of this library compiled, except for small tensors.
 
-    False where torch.compile is disabled (`TORCHDYNAMO_DISABLE=1`), and where no C++ compiler gives a loop that runs,
-    which is tried once and said in a warning.
+    False on other devices than CPUs, where torch.compile is disabled (`TORCHDYNAMO_DISABLE=1`), and where no C++
+    compiler works. The compiler is tried once per process; a warning says why it does not work.
     """
     return device.type == "cpu" and not _is_disabled() and _working_compiler(os.environ.get("CXX")) is not None
 
 
 def compiler_version() -> str | None:
-    """The C++ compiler of the loops, as it names itself: `g++ (Debian 12.2.0-14) 12.2.0`; None without one."""
+    """The C++ compiler of the loops by its `--version`, such as `g++ (Debian 12.2.0-14) 12.2.0`; None without one."""
     command = _working_compiler(os.environ.get("CXX"))
     return None if command is None else _version_of(command)
 
 
 def _is_disabled() -> bool:
-    """Whether torch.compile hands functions back uncompiled, by the two variables that torch reads for that."""
+    """Whether one of the two environment variables that torch reads disables torch.compile."""
     return os.environ.get("TORCHDYNAMO_DISABLE") == "1" or os.environ.get("TORCH_COMPILE_DISABLE") == "1"
 
 
@@ -66,28 +67,31 @@ def _version_of(command: str) -> str:
 
 
 def _compiler(named: str | None) -> str | None:
-    """The C++ compiler on this machine: the command that is named, which may have arguments, else the usual ones."""
+    """The command of a C++ compiler that exists: `named`, which may have arguments, or g++ or clang++ by default."""
     candidates = [named] if named and named.strip() else ["g++", "clang++"]
     return next((command for command in candidates if shutil.which(shlex.split(command)[0])), None)
 
 
 @functools.cache
 def _working_compiler(named: str | None) -> str | None:
-    """The compiler, if a loop that it makes runs here: it may lack Python's headers, and its cache may be noexec."""
+    """The command of the compiler if a loop compiled with it runs here.
+
+    It may lack Python's headers, or the cache of compiled loops may be on a file system mounted noexec.
+    """
     command = _compiler(named)
     if command is None:
         if named and named.strip():
             warnings.warn(f"CXX={named}: no such command, so training on the CPU runs uncompiled.", stacklevel=2)
         return None
     try:
-        with _sparing_the_compiler():
+        with _sigint_blocked():
             _compile(_example, command)(torch.zeros(2, 64))
-    except Exception as error:  # whatever torch.compile raises: training goes on without it
+    except Exception as error:  # torch.compile raises errors of many classes; training works without it
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
         warnings.warn(
-            f"the C++ compiler {command} gives no loop that runs ({type(error).__name__}: {reason[:200]}), so "
-            "training on the CPU runs uncompiled: slower, and with other bits. Set CXX to a compiler that has Python's "
-            "headers, and TORCHINDUCTOR_CACHE_DIR to a folder whose files may be executed.",
+            f"a loop compiled with the C++ compiler {command} does not run ({type(error).__name__}: {reason[:200]}), "
+            "so training on the CPU runs uncompiled: slower, and with other bits. Set CXX to a compiler that has "
+            "Python's headers, and TORCHINDUCTOR_CACHE_DIR to a folder whose files may be executed.",
             stacklevel=2,
         )
         return None
@@ -99,18 +103,18 @@ def _example(x: Tensor) -> Tensor:
 
 
 def runs_compiled(x: Tensor) -> bool:
-    """Whether loops over x run compiled: not where the whole model is being compiled or exported, which fuses too."""
+    """Whether loops over x run compiled: not for small x, nor while the whole model is compiled or exported."""
     return not torch.compiler.is_compiling() and x.numel() >= WORTH_COMPILING and compiles(x.device)
 
 
 def compiled_for(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
-    """Compile `function` and run it on `example`, whose tensors stand for those of any other sizes.
+    """Compile `function` for tensors of any sizes, by running it once on `example`.
 
-    Sizes of the example that differ stay free of each other, and a size of 1 stays 1. A dimension that is to be
-    fixed is marked by the caller with `torch._dynamo.mark_static`.
+    Equal sizes in the example have to be equal in later calls too, and a size of 1 stays 1. The caller fixes a
+    dimension by `torch._dynamo.mark_static`.
     """
     compiled = _compile(function, _working_compiler(os.environ.get("CXX")))
-    with _sparing_the_compiler():
+    with _sigint_blocked():
         compiled(*example)
     return compiled
 
@@ -118,11 +122,12 @@ def compiled_for(function: Callable[..., Any], *example: Any) -> Callable[..., A
 def _compile(function: Callable[..., Any], compiler: str | None) -> Callable[..., Any]:
     code = function.__code__.replace(co_name=f"{function.__name__.strip('_')}_kernel")
     own = types.FunctionType(code, function.__globals__, closure=function.__closure__)
-    # by itself torch takes g++, or what CXX was when its compiler was loaded, which may be long ago
+    # by default torch takes the value that CXX had when Inductor was imported
     options: dict[str, Any] = _FUSE_EVERYTHING | {"cpp.cxx": (None, compiler)}
     compiled = torch.compile(own, dynamic=True, options=options)
-    # The compiler's cache on disk does not tell instruction sets apart: a loop written for AVX512 would be compiled for
-    # AVX2, and read and write past its vectors. Set around every call, because any may compile for further sizes.
+    # Inductor's cache on disk does not distinguish instruction sets: C++ generated for AVX512 would be compiled for
+    # AVX2, and read and write beyond its vectors. The tag is set for every call, since any call may compile for further
+    # sizes.
     tag = f"{torch.compiler.config.cache_key_tag} {torch.backends.cpu.get_cpu_capability()}"
 
     def call(*arguments: Any) -> Any:
@@ -133,11 +138,11 @@ def _compile(function: Callable[..., Any], compiler: str | None) -> Callable[...
 
 
 @contextmanager
-def _sparing_the_compiler() -> Iterator[None]:
-    """Have the processes that this thread starts not see SIGINT.
+def _sigint_blocked() -> Iterator[None]:
+    """Block SIGINT in this thread and in the processes that it starts, which inherit the mask.
 
-    A terminal sends Ctrl-C to them too. A C++ compiler that it ends is an error in the middle of a step or, where torch
-    tries what the CPU can do, means loops for an older CPU, and so other bits.
+    A terminal sends Ctrl-C to child processes too. If it ended a C++ compiler, the step would fail; if it ended one
+    that torch runs to find out the instruction set, the loops would be compiled for an older CPU and have other bits.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield

@@ -1,14 +1,14 @@
-"""Fake quantization as one autograd function, in place of the chain of elementwise operations that Brevitas runs.
+"""Fake quantization as one autograd function, in place of Brevitas' chain of elementwise operations.
 
-The forward pass is bit-identical to Brevitas' `RescalingIntQuant` in float32 (divide, round half to even, clamp,
-multiply); the backward pass is its straight-through gradient for input and scale, written out. With v = x / scale,
-r = round(v) and q = clamp(r, low, high):
+The forward pass gives the bits of Brevitas' `RescalingIntQuant` in float32: divide, round half to even, clamp,
+multiply. The backward pass is its straight-through gradient for input and scale. With v = x / scale, r = round(v) and
+q = clamp(r, low, high):
 
     d out / d x     = 1 where low <= r <= high, else 0
     d out / d scale = q - v where low <= r <= high, else q
 
-which is the gradient of LSQ (Esser et al. 2020, arXiv:1902.08153, equation 3). A binary quantizer has the levels
--1 and +1 instead, and its gradient passes where |v| <= 1.
+which is the gradient of LSQ (Esser et al. 2020, arXiv:1902.08153, equation 3). A binary quantizer has the levels -1 and
++1; its gradient with respect to x is 1 where |v| <= 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cnvzoo.models.compiled import compiled_for, runs_compiled
 
 @dataclass(frozen=True)
 class IntRange:
-    """The integers that a quantizer can give: low to high in steps of 1, or just -1 and +1 if binary."""
+    """The integers of a quantizer: all from low to high, or -1 and +1 if binary."""
 
     low: int
     high: int
@@ -34,9 +34,10 @@ class IntRange:
 
     @classmethod
     def of(cls, bits: int, *, signed: bool) -> IntRange:
-        """Unsigned: 0 to 2^bits - 1. Signed: symmetric, -(2^(bits-1) - 1) to its negative; 1 bit is binary.
+        """Unsigned: 0 to 2^bits - 1. Signed: -(2^(bits-1) - 1) to 2^(bits-1) - 1, and binary for 1 bit.
 
-        The symmetric range costs one level and buys that negating a channel of weights stays in range.
+        The signed range is symmetric, so that a channel of weights can be negated: deployment needs that where
+        BatchNorm's gamma is negative.
         """
         if not signed:
             return cls(0, 2**bits - 1)
@@ -45,13 +46,13 @@ class IntRange:
         return cls(1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1)
 
     def round(self, v: Tensor) -> Tensor:
-        """The integer (as float) that each v = x / scale becomes."""
+        """The integers (as floats) to which v = x / scale is rounded."""
         if self.binary:
             return torch.where(v >= 0, 1.0, -1.0)
         return torch.round(v).clamp(self.low, self.high)
 
     def passes(self, v: Tensor) -> Tensor:
-        """Where the straight-through estimator lets the gradient of v pass (bool)."""
+        """Where the straight-through estimator passes the gradient to v (bool)."""
         if self.binary:
             return v.abs() <= 1
         r = torch.round(v)
@@ -63,7 +64,7 @@ def _forward(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype) -> Te
 
 
 def _backward(x: Tensor, scale: Tensor, grad: Tensor, ints: IntRange) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of scale."""
+    """Gradients with respect to x and scale."""
     v = x.float() / scale
     passes = ints.passes(v)
     per_value = grad.float() * (ints.round(v) - torch.where(passes, v, 0.0))
@@ -74,7 +75,7 @@ def _backward(x: Tensor, scale: Tensor, grad: Tensor, ints: IntRange) -> tuple[T
 def _kernels(
     ints: IntRange, dtype: torch.dtype, to: torch.dtype, one_row: bool, compiled: bool
 ) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
-    """The two functions for x of `dtype` [rows, values], compiled for any number of rows (but 1) and of values."""
+    """Forward and backward functions for x of `dtype` [rows, values], of any size but with one row or several."""
     if not compiled:
         return _forward, _backward
     x = torch.ones((1, 1 << 20) if one_row else (96, 2400), dtype=dtype)
@@ -91,7 +92,7 @@ def _kernels_for(
 
 
 def _as_rows(x: Tensor, rows: int, like: Tensor) -> Tensor:
-    """View x as [rows, values] in the order in which the dense `like` lies in memory; copies if x lies otherwise."""
+    """View x as [rows, values] in the memory order of the dense tensor `like`; copies x if its order is another."""
     if x.stride() != like.stride():
         x = torch.empty_like(like, dtype=x.dtype).copy_(x)
     return x.as_strided((rows, x.numel() // rows), (x.numel() // rows, 1))
@@ -101,7 +102,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype) -> Tensor:
         x, scale, rows = x.detach(), scale.detach(), scale.numel()
-        with torch.autocast(x.device.type, enabled=False):  # the compiler tells its code apart by that too
+        with torch.autocast(x.device.type, enabled=False):  # else each autocast state would compile a variant
             forward, _ = _kernels_for(x, scale, ints, dtype)
             out = forward(_as_rows(x, rows, x), scale.view(rows, 1), ints, dtype)
         return out.as_strided(x.shape, x.stride())
@@ -123,8 +124,8 @@ class _FakeQuantize(torch.autograd.Function):
         return grad_x.as_strided(x.shape, x.stride()), grad_scale.view(scale.shape), None, None
 
 
-class _Composed(torch.autograd.Function):
-    """The same in plain operations, for torch.compile and torch.export, which fuse what they trace."""
+class _TraceableFakeQuantize(torch.autograd.Function):
+    """The same function in plain operations, which torch.compile and torch.export can trace and fuse."""
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype) -> Tensor:
@@ -139,17 +140,17 @@ class _Composed(torch.autograd.Function):
 
 
 def fake_quantize(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype | None = None) -> Tensor:
-    """Round x to multiples of scale inside the range of `ints`; same shape and layout as x.
+    """Round x to an integer of `ints` times scale; the result has the shape and memory layout of x.
 
     Args:
-        x: any shape, floating point; the arithmetic is float32 whatever its dtype.
-        scale: float32, positive: a scalar, or one value per index of x's first dimension, `[channels, 1, ...]`.
-        ints: the integers that the result may take, times scale.
-        dtype: of the result, which is rounded to it; x's by default.
+        x: floating point, any shape; the arithmetic is float32 for every dtype.
+        scale: float32, positive: a scalar, or `[channels, 1, ...]` with one value per index of x's first dimension.
+        ints: range of the integers.
+        dtype: dtype of the result, x's by default.
     """
     dtype = dtype or x.dtype
     if torch.compiler.is_compiling():
-        return _Composed.apply(x, scale, ints, dtype)  # type: ignore[no-any-return]
+        return _TraceableFakeQuantize.apply(x, scale, ints, dtype)  # type: ignore[no-any-return]
     if torch.is_grad_enabled():
         if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
             x = x.contiguous()
@@ -158,18 +159,19 @@ def fake_quantize(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype |
 
 
 def least_squares_scale(x: Tensor, ints: IntRange, steps: int = 20) -> Tensor:
-    """The scale whose fake quantization is (locally) nearest to x in squared error, for each row of x.
+    """For each row of x, the scale of (locally) least squared error between x and its fake quantization.
 
-    Starts from the scale that clips nothing and alternates between rounding and the least-squares scale of the
-    rounded values (Lloyd's iteration with uniform levels). Maxima and sums only: deterministic on CUDA too.
+    Starts from the scale that clips nothing, and alternates between rounding and the least-squares scale for the
+    rounded values (Lloyd's iteration with uniform levels). It uses maxima and sums only, so it is deterministic on CUDA
+    too.
 
     Args:
-        x: [channels, values].
-        ints: range of the quantizer.
-        steps: iterations.
+        x: floating point [channels, values].
+        ints: range of the integers.
+        steps: number of iterations.
 
     Returns:
-        [channels], positive.
+        float32 [channels], positive.
     """
     tiny = torch.finfo(torch.float32).tiny ** 0.5
     x = x.detach().float()

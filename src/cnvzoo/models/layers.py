@@ -1,26 +1,12 @@
-"""Where the random numbers of a model that is built come from: the program's generator, one of its own, or nowhere.
+"""Initialization of models, and convolutions that compute in a faster way than torch's own where that gives the same.
 
-`create_model` initialises as any torch module does, from torch's generator for the CPU. A run has a seed of its own,
-and a model whose values come from a file needs no numbers at all. Both leave the generator of the program as it is at
-every moment, for all of its threads, which saving and restoring its state would not.
+The random numbers of a new model come from torch's default CPU generator, as for any torch module. Inside
+`initialized_from(seed)` they come from a generator with that seed, and inside `without_initialization()`, for models
+whose values are loaded from a file, none are drawn. Both leave the default generator alone. Saving and restoring its
+state instead would disturb other threads of the program.
 
-
-CNV, the VGG-like net of FINN, once: the float and the quantized model are this graph with other layers.
-
-Umuroglu et al., "FINN", 2017 (arXiv:1612.07119), section 5: six 3x3 convolutions without padding, two max pools,
-two hidden linear layers; BatchNorm after every layer but the last. No layer has a bias.
-
-
-The 3x3 depthwise convolution of MobileNets, with gradients by the ways that are fast on a CPU.
-
-oneDNN, which computes convolutions there, has no fast bfloat16 code for two of these gradients: that of the images at
-stride 2, and that of the filters on maps smaller than they are. Both have another, fast form of the same values.
-
-
-The 1x1 convolution of MobileNets, as a matrix product on the small maps where a CPU is faster at that.
-
-One product of all pixels of a batch gives the same values. In bfloat16, oneDNN is faster at it than at the convolution
-on maps of up to 8x8 pixels, most so on 2x2; on 16x16 the convolution is the faster one.
+The convolutions are `nn.Conv2d` in state, export and evaluation. They differ in training, mostly on CPUs, where oneDNN
+computes convolutions and has no fast bfloat16 code for some of the shapes in CNV and MobileNet.
 """
 
 from __future__ import annotations
@@ -38,9 +24,9 @@ from torch.overrides import TorchFunctionMode
 
 _skipped: ContextVar[bool] = ContextVar("initialization_skipped", default=False)
 
-# what fills a tensor with random numbers, as torch hands it to a mode: the methods, and the functions of torch.nn.init
-# that are handed over before they come to one
-_DRAWING = {
+# The functions that fill a tensor with random numbers, as torch passes them to a TorchFunctionMode: methods of Tensor,
+# and those functions of torch.nn.init that are passed before they call such a method.
+_RANDOM_FILLS = {
     torch.Tensor.uniform_,
     torch.Tensor.normal_,
     torch.Tensor.bernoulli_,
@@ -51,8 +37,8 @@ _DRAWING = {
 }
 
 
-class _Draws(TorchFunctionMode):
-    """Has this thread's tensors filled from `generator`; without one, they keep the values that they have."""
+class _RandomFillsFrom(TorchFunctionMode):
+    """Random fills in this thread use `generator`; None skips them, so tensors keep the values that they have."""
 
     def __init__(self, generator: torch.Generator | None) -> None:
         super().__init__()
@@ -62,7 +48,7 @@ class _Draws(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _DRAWING:
+        if func not in _RANDOM_FILLS:
             return func(*args, **kwargs)
         if self._generator is None:
             return args[0] if args else kwargs["tensor"]
@@ -71,10 +57,10 @@ class _Draws(TorchFunctionMode):
 
 @contextmanager
 def without_initialization() -> Iterator[None]:
-    """Models built inside may have any values, and draw no random numbers: every value has to be loaded."""
+    """Models built inside draw no random numbers and have arbitrary values, all of which have to be loaded."""
     token = _skipped.set(True)
     try:
-        with _Draws(None):
+        with _RandomFillsFrom(None):
             yield
     finally:
         _skipped.reset(token)
@@ -82,37 +68,43 @@ def without_initialization() -> Iterator[None]:
 
 @contextmanager
 def initialized_from(seed: int) -> Iterator[None]:
-    """Models built inside on the CPU have the values that they would have after `torch.manual_seed(seed)`."""
-    with _Draws(torch.Generator().manual_seed(seed)):
+    """Models built inside, on the CPU, have the values that they would have after `torch.manual_seed(seed)`."""
+    with _RandomFillsFrom(torch.Generator().manual_seed(seed)):
         yield
 
 
 def skips_initialization() -> bool:
-    """Whether what is only a start for training can be left out, here and now."""
+    """Whether this code runs inside `without_initialization()`, so that initial values need not be computed."""
     return _skipped.get()
 
 
 def init_weight(weight: Tensor) -> None:
-    """He initialisation: without biases, it keeps an untrained CNV's signal alive down to the logits."""
+    """He initialization (He et al. 2015, arXiv:1502.01852), which keeps the variance of activations in a CNV."""
     nn.init.kaiming_normal_(weight, nonlinearity="relu")
 
 
-class FullFieldMatmul(nn.Conv2d):
-    """A convolution that trains as a matrix product where its kernel covers all of its input, several times faster."""
+class FullFieldConv2d(nn.Conv2d):
+    """nn.Conv2d that trains as a matrix product where the kernel is as large as the input: several times faster.
+
+    The arguments are those of `nn.Conv2d`.
+    """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.training or input.shape[2:] != weight.shape[2:] or self.padding != (0, 0):
             return super()._conv_forward(input, weight, bias)
-        # in the order in which both lie in memory, channels last
+        # in their order in memory, channels last, so nothing is copied
         rows, columns = (t.permute(0, 2, 3, 1).flatten(1) for t in (input, weight))
         return nn.functional.linear(rows, columns, bias)[:, :, None, None]
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A 3x3 convolution of each channel by itself, padded by 1, without bias.
+    """A 3x3 depthwise convolution, padded by 1, without bias.
+
+    oneDNN has no fast bfloat16 code for two of its gradients: that of the input at stride 2, and that of the weights on
+    maps smaller than 3x3. In training on a CPU both are computed by convolutions that it is fast at.
 
     Args:
-        channels: of the input and the output.
+        channels: channels of the input and the output.
         stride: 1 or 2.
     """
 
@@ -138,50 +130,56 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        for_x, for_weight, _ = ctx.needs_input_grad
+        needs_x, needs_weight, _ = ctx.needs_input_grad
         (grad,) = grads
         return (
-            _grad_of_images(grad, x, weight, ctx.stride) if for_x else None,
-            _grad_of_filters(grad, x, weight, ctx.stride) if for_weight else None,
+            _input_gradient(grad, x, weight, ctx.stride) if needs_x else None,
+            _weight_gradient(grad, x, weight, ctx.stride) if needs_weight else None,
             None,
         )
 
 
-def _grad_of_images(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """The gradients, set apart by zeros where a stride left pixels out, convolved with the filters turned round."""
+def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """The transposed convolution, as a convolution of `grad`, with zeros between its pixels, by the flipped weights."""
     if stride > 1:
-        spread = torch.zeros_like(x)
-        spread[:, :, ::stride, ::stride] = grad
-        grad = spread
+        dilated = torch.zeros_like(x)
+        dilated[:, :, ::stride, ::stride] = grad
+        grad = dilated
     return F.conv2d(grad, weight.flip(2, 3), padding=1, groups=len(weight))
 
 
-def _grad_of_filters(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """PyTorch's own; maps smaller than the filters get rows and columns of zeros, which add nothing to it."""
-    more = 3 - min(x.shape[2:])
-    if more > 0:
-        x = F.pad(x, (0, more * stride, 0, more * stride))
-        grad = F.pad(grad, (0, more, 0, more))
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """PyTorch's own, on maps padded with zeros to at least the size of the weights; zeros add nothing to it."""
+    missing = 3 - min(x.shape[2:])
+    if missing > 0:
+        x = F.pad(x, (0, missing * stride, 0, missing * stride))
+        grad = F.pad(grad, (0, missing, 0, missing))
     strides, padding = [stride, stride], [1, 1]
-    _, of_filters, _ = torch.ops.aten.convolution_backward(
+    _, weight_gradient, _ = torch.ops.aten.convolution_backward(
         grad, x, weight, None, strides, padding, [1, 1], False, [0, 0], len(weight), [False, True, False]
     )
-    return of_filters  # type: ignore[no-any-return]
-
-
-_MOST_PIXELS = 8 * 8
+    return weight_gradient  # type: ignore[no-any-return]
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution with stride 1, without bias."""
+    """A 1x1 convolution with stride 1, without bias, which trains as a matrix product on small maps on a CPU.
+
+    In bfloat16, oneDNN's matrix product of all pixels of a batch is faster than its convolution on maps of up to 8x8
+    pixels, and slower on 16x16.
+
+    Args:
+        in_channels, out_channels: channels of the input and the output.
+    """
+
+    _MAX_PIXELS = 8 * 8
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1, bias=False)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         on_cpu = input.device.type == "cpu" and not torch.compiler.is_compiling()
-        small = input.dim() == 4 and input.shape[2] * input.shape[3] <= _MOST_PIXELS
+        small = input.dim() == 4 and input.shape[2] * input.shape[3] <= self._MAX_PIXELS
         if not (self.training and on_cpu and small):
             return super()._conv_forward(input, weight, bias)
-        # a view, where the channels of a pixel lie side by side
+        # a view of channels_last memory, so nothing is copied
         return F.linear(input.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
 """MobileNetV1 for small images.
 
-Howard et al., "MobileNets", 2017 (arXiv:1704.04861), table 1, with a stride-1 stem so that 32x32 images reach
-the average pool as 2x2 maps.
+Howard et al., "MobileNets", 2017 (arXiv:1704.04861), table 1, with stride 1 in the stem, so that a 32x32 image is a 2x2
+map at the average pool.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ def _norm_relu(conv: nn.Conv2d) -> nn.Module:
 
 
 class MobileNetV1(nn.Module):
-    """Images [N, in_chans, H, W] to logits [N, num_classes] through 13 depthwise-separable blocks."""
+    """Stem, 13 depthwise-separable blocks, global average pool, linear.
+
+    Images [N, in_chans, H, W] to logits [N, num_classes].
+    """
 
     def __init__(self, num_classes: int, in_chans: int) -> None:
         super().__init__()

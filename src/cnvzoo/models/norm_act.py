@@ -1,11 +1,11 @@
-"""BatchNorm, activation and max pool in training, as one autograd function: four passes over memory, two each way.
+"""BatchNorm, activation and max pool in training as one autograd function, with two passes over memory each way.
 
     z = gamma * (x - mean) / sqrt(var + eps) + beta          statistics of the batch, as in nn.BatchNorm2d
     y = max_pool(act(z + residual))                          act: none, ReLU, or an unsigned quantizer
 
-One after the other, the same layers take a dozen passes, and on a CPU those cost as much as a quarter of the
-convolutions. The gradient of BatchNorm is that of Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3; the quantizer
-rounds and passes gradients as `cnvzoo.models.fake_quant` says. Everything between x and y is float32.
+As separate layers they take a dozen passes, which on a CPU cost a quarter of the time of the convolutions. The gradient
+of BatchNorm is that of Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3; the quantizer is that of
+`cnvzoo.models.fake_quant`. The arithmetic between x and y is float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cnvzoo.models.compiled import compiled_for, runs_compiled
 
 
 class Quantizer(Protocol):
-    """An unsigned quantizer: the levels 0 to `ints.high` times a scale."""
+    """An unsigned quantizer, with the integers 0 to `ints.high`."""
 
     ints: Any
 
@@ -30,25 +30,25 @@ class Quantizer(Protocol):
 
 
 class QuantizedActivation(nn.Module):
-    """A layer that does nothing but quantize, unsigned: zero is its lowest level, so that it is a ReLU too."""
+    """A layer that applies an unsigned quantizer, which is a ReLU too, since its lowest level is zero."""
 
     activation_quantizer: Quantizer
 
 
 @dataclass(frozen=True)
 class _Variant:
-    """What a pair of loops is compiled for; the sizes but that of the channels are free."""
+    """What a forward and a backward loop are compiled for; all sizes but that of the channels are free."""
 
     channels: int
     dtype: torch.dtype
     relu: bool
-    high: int | None  # of the unsigned quantizer's range; None for no quantizer
+    high: int | None  # largest integer of the unsigned quantizer; None for no quantizer
     residual: bool
     pool: bool
 
 
 class _Norm(NamedTuple):
-    """BatchNorm of a batch: z = x * slope + offset; [channels] each."""
+    """BatchNorm of a batch, z = x * slope + offset; all [channels]."""
 
     mean: Tensor
     inverse_std: Tensor
@@ -56,13 +56,13 @@ class _Norm(NamedTuple):
     offset: Tensor
 
 
-def _normalise(
+def _batch_norm(
     x: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
 ) -> _Norm:
-    """The batch's statistics, which also move the running ones. x: [images, ..., channels]."""
+    """The BatchNorm of x [images, ..., channels] by the batch's statistics; updates the running ones."""
     values = x.float().flatten(1, -2)
     count = values.shape[0] * values.shape[1]
-    # a sum for each image, then double precision: E[x^2] - E[x]^2 would lose digits in float32
+    # sums per image, then double precision, since E[x^2] - E[x]^2 cancels in float32
     mean = values.sum(1).sum(0, dtype=torch.float64) / count
     var = (values.square().sum(1).sum(0, dtype=torch.float64) / count - mean.square()).clamp_min(0)
     inverse_std = torch.rsqrt(var + eps).float()
@@ -77,8 +77,8 @@ def _forward(
     x: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor, running_var: Tensor, scale: Tensor | None,
     residual: Tensor | None, momentum: float, eps: float, variant: _Variant,
 ) -> tuple[Tensor, Tensor | None, _Norm]:  # fmt: skip
-    """y; for a pool, the corner (0 to 3, row-major) that each maximum is from; the norm, in units of the scale."""
-    norm = _normalise(x, gamma, beta, running_mean, running_var, momentum, eps)
+    """y; for a pool, the position (0 to 3, row by row) of each maximum; and the BatchNorm, divided by the scale."""
+    norm = _batch_norm(x, gamma, beta, running_mean, running_var, momentum, eps)
     if scale is not None:
         norm = norm._replace(slope=norm.slope / scale, offset=norm.offset / scale)
     v = x.float() * norm.slope + norm.offset
@@ -101,8 +101,11 @@ def _backward(
     x: Tensor, y: Tensor | None, grad: Tensor, corner: Tensor | None, corners: Tensor, norm: _Norm, gamma: Tensor,
     scale: Tensor | None, variant: _Variant,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x, residual (where there is a y), gamma, beta and scale, then vectors of no use to the caller:
-    what is returned is kept in memory, and not computed anew for every value."""
+    """Gradients with respect to x, residual, gamma, beta and scale (None where there is none).
+
+    The vectors after them are returned because the compiler then computes them once and stores them, instead of
+    recomputing them for every value of x.
+    """
     xf, g = x.float(), grad.float()
     if corner is not None:
         g = torch.where(corner[:, :, None, :, None].float() == corners, g[:, :, None, :, None], 0.0)
@@ -154,7 +157,7 @@ def _kernels(variant: _Variant) -> tuple[Callable[..., Any], Callable[..., Any]]
 
 
 def _corners() -> Tensor:
-    """Numbers the positions of 2x2 windows, for [images, rows, 2, columns, 2, channels]."""
+    """The positions in a 2x2 window, 0 to 3, to broadcast over [images, rows, 2, columns, 2, channels]."""
     return torch.arange(4.0).view(2, 1, 2, 1)
 
 
@@ -176,7 +179,7 @@ class _NormAct(torch.autograd.Function):
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor | None, residual: Tensor | None,
         norm: nn.BatchNorm2d, variant: _Variant,
     ) -> Tensor:  # fmt: skip
-        # the compiler tells its code apart by who needs a gradient, and by autocast
+        # detached and without autocast, since the compiler makes a variant for each combination of these
         x, gamma, beta = x.detach(), gamma.detach(), beta.detach()
         scale = None if scale is None else scale.detach()
         residual = None if residual is None else _rows(residual.detach(), False)
@@ -216,14 +219,14 @@ def norm_act(
     residual: Tensor | None = None,
     pool: nn.MaxPool2d | None = None,
 ) -> Tensor:
-    """pool(act(norm(x) + residual)): fused where that is faster and the same, in training; else layer by layer.
+    """pool(act(norm(x) + residual)), fused in training where this is possible and faster, else layer by layer.
 
     Args:
         x: [N, C, H, W].
         norm: BatchNorm of C channels.
-        act: ReLU, or a layer with an `activation_quantizer`; None for none.
-        residual: like x, of a layer without quantizer.
-        pool: the last step, if there is one.
+        act: any layer; fused if it is ReLU or a QuantizedActivation. None: no activation.
+        residual: added before the activation, like x in shape. None: nothing is added.
+        pool: fused if it takes 2x2 windows with stride 2. None: no pool.
     """
     quantizer = act.activation_quantizer if isinstance(act, QuantizedActivation) else None
     if not _fuses(x, norm, act, quantizer, residual, pool):
@@ -247,25 +250,32 @@ def _fuses(
 ) -> bool:  # fmt: skip
     if not (norm.training and torch.is_grad_enabled() and runs_compiled(x)):
         return False
-    single = x.dtype in (torch.float32, torch.bfloat16) and norm.weight.dtype == torch.float32
+    supported_dtype = x.dtype in (torch.float32, torch.bfloat16) and norm.weight.dtype == torch.float32
     dense = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and x.shape[2] * x.shape[3] > 1
-    known = act is None or quantizer is not None or type(act) is nn.ReLU
-    plain = norm.affine and norm.track_running_stats and norm.momentum is not None
-    alike = residual is None or (
+    supported_act = act is None or quantizer is not None or type(act) is nn.ReLU
+    standard_norm = norm.affine and norm.track_running_stats and norm.momentum is not None
+    supported_residual = residual is None or (
         quantizer is None and pool is None and residual.dtype == x.dtype and residual.stride() == x.stride()
     )
-    return single and dense and known and plain and alike and (pool is None or _halves(x, pool))
+    return (
+        supported_dtype
+        and dense
+        and supported_act
+        and standard_norm
+        and supported_residual
+        and (pool is None or _is_2x2(x, pool))
+    )
 
 
-def _halves(x: Tensor, pool: nn.MaxPool2d) -> bool:
-    """Whether a pool takes the maxima of 2x2 windows side by side, several of them, and no values are left."""
-    plain = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode) == (2, 2, 0, 1, False)
+def _is_2x2(x: Tensor, pool: nn.MaxPool2d) -> bool:
+    """Whether a pool has 2x2 windows with stride 2 that cover x exactly, more than one along each side."""
+    two_by_two = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode) == (2, 2, 0, 1, False)
     h, w = x.shape[2:]
-    return plain and h % 2 == w % 2 == 0 and min(h, w) > 2
+    return two_by_two and h % 2 == w % 2 == 0 and min(h, w) > 2
 
 
 class NormActSequential(nn.Sequential):
-    """Sequential that runs each BatchNorm2d with the activation and the max pool behind it as one step."""
+    """nn.Sequential that runs each BatchNorm2d and the activation and max pool that follow it through `norm_act`."""
 
     def forward(self, input: Tensor) -> Tensor:
         x, layers = input, list(self)

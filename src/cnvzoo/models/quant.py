@@ -1,7 +1,7 @@
-"""The quantized layers: Brevitas' own, with the quantizers of this library injected and plain tensors between them.
+"""Quantized layers: Brevitas' layers with the quantizer of this library, and their scales and integer biases.
 
-Every quantizer holds its scale as a parameter from the start. So a fresh model has all of its state before it
-ever ran, no statistics are gathered during the first steps, and nothing recompiles.
+Every quantizer has its scale as a parameter from the start. So a new model has its whole state before it first runs,
+the first steps gather no statistics, and torch.compile does not recompile after them. The layers pass plain tensors.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from torch import Tensor, nn
 
 from cnvzoo.errors import ModelError
 from cnvzoo.models.fake_quant import IntRange, fake_quantize, least_squares_scale
-from cnvzoo.models.layers import FullFieldMatmul, init_weight, skips_initialization
+from cnvzoo.models.layers import FullFieldConv2d, init_weight, skips_initialization
 from cnvzoo.models.norm_act import QuantizedActivation
 
 INPUT_SCALE = 1 / 255
 _SCALE_FLOOR = 1e-8
-_GRADIENT_LIMIT = 0.02  # of a scale's gradient, in units of the scale
+_GRADIENT_LIMIT = 0.02  # largest gradient of a scale, as a share of the scale
 _NORMAL_SAMPLES = 1 << 14
 
 
 class _PositiveScale(torch.autograd.Function):
-    """A scale, at least the floor; its gradient times `gain`, and at most a fiftieth of the scale itself.
+    """The scale clamped to the floor; its gradient is multiplied by `gain` and limited to a fiftieth of the scale.
 
-    A step that takes a scale through zero kills its channel: all weights round to the ends, BatchNorm sees a constant,
-    the ReLU behind it passes no gradient on. With that limit it cannot happen up to lr 0.1 at momentum 0.9: the worst
-    sequence of gradients makes the scale a damped oscillator, critical at lr * limit = (1 - momentum)^2 / 4.
+    A step that makes a scale negative would kill its channel: all weights round to the ends of the range, BatchNorm
+    sees a constant, and the ReLU after it passes no gradient. The limit excludes that up to lr 0.1 at momentum 0.9:
+    under the worst sequence of gradients the scale is a damped oscillator, critically damped at lr * limit = (1 -
+    momentum)^2 / 4.
     """
 
     @staticmethod
@@ -50,13 +51,14 @@ class _PositiveScale(torch.autograd.Function):
 
 
 class IntQuantizer(nn.Module):
-    """What Brevitas calls a `tensor_quant`: x to (fake-quantized x, scale, zero point 0, bit width).
+    """A quantizer, in the form of Brevitas' `tensor_quant`: x to (fake-quantized x, scale, zero point 0, bit width).
 
     Args:
         bits: bit width, 1 to 8.
-        signed: symmetric around 0, for weights; else from 0 up, for activations.
+        signed: True for weights, whose integers are symmetric around 0; False for activations, whose are from 0 on.
         scale_shape: `()` for one scale, `(channels, 1, ...)` for one per output channel.
-        learned: whether the scale is a parameter; else it is a constant that is not part of the state.
+        scale: value of the scale to begin with.
+        learned: True for a scale that is a parameter, False for a constant that is not in the state_dict.
     """
 
     def __init__(
@@ -83,19 +85,19 @@ class IntQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scale = self.positive_scale(x)
-        # autocast would make the same of weights, in a pass of its own
+        # the dtype to which autocast would convert the weights, in a pass of its own
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         return fake_quantize(x, scale, self.ints, dtype), scale, self.zero_point, self.bit_width  # type: ignore[return-value]
 
     def effective_scale(self) -> Tensor:
-        """The scale that values are divided by, exactly: what was learned, or the floor where that is below it."""
+        """The scale that values are divided by: the parameter, clamped to a floor above zero."""
         return self.scale.clamp_min(_SCALE_FLOOR) if self.learned else self.scale
 
     def positive_scale(self, x: Tensor) -> Tensor:
-        """The effective scale; its gradient is that of LSQ, section 2.2: divided by sqrt(values * levels).
+        """The effective scale, for training: its gradient is divided by sqrt(values * levels) (LSQ, section 2.2).
 
-        `values` are those that share one scale: of the weights, or of the activations of one image. Without the
-        division a scale's steps are larger than a weight's by orders of magnitude.
+        `values` is the number of weights, or of activations of one image, that share one scale. Without the division
+        the steps of a scale are larger than those of a weight by orders of magnitude.
         """
         if not self.learned:
             return self.scale
@@ -104,13 +106,13 @@ class IntQuantizer(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Set the scale to the one of least squared error for x (one row of values for each scale)."""
+        """Set each scale to that of least squared error for its values in x."""
         rows = x.reshape(max(self.scale.numel(), 1), -1)
         self.scale.copy_(least_squares_scale(rows, self.ints).reshape(self.scale.shape))
 
 
 def _injector(quantizer: IntQuantizer, proxy: type, *, signed: bool) -> type:
-    """Brevitas' way to be told of a quantizer: a class whose attributes are the parts."""
+    """The quantizer as Brevitas takes it: a class whose attributes are the parts."""
     return type(
         "Quant",
         (ExtendedInjector,),
@@ -120,20 +122,20 @@ def _injector(quantizer: IntQuantizer, proxy: type, *, signed: bool) -> type:
             "signed": signed,
             "narrow_range": signed,
             "quant_type": "int",
-            "float_to_int_impl_type": "ROUND",  # in the letters of QONNX, whose older readers know no others
+            "float_to_int_impl_type": "ROUND",  # in upper case, which is all that older readers of QONNX know
         },
     )
 
 
 class _ClampedReLU(nn.ReLU):
-    """ReLU in front of an unsigned quantizer, which clamps at zero itself: nothing to compute but in export."""
+    """ReLU before an unsigned quantizer, which clamps at zero itself: ReLU is needed only in exported graphs."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) if torch.onnx.is_in_onnx_export() else input
 
 
 class _ClampedQuantReLU(QuantReLU, QuantizedActivation):
-    """QuantReLU on a `_ClampedReLU`; handed over here because Brevitas makes the activation anew at every load."""
+    """QuantReLU with `_ClampedReLU`, given as the class because Brevitas builds the activation again at every load."""
 
     def __init__(self, act_quant: type) -> None:
         QuantNonLinearActLayer.__init__(
@@ -150,22 +152,27 @@ class _ClampedQuantReLU(QuantReLU, QuantizedActivation):
         return quantizer_of(self)
 
 
-class _QuantConv(FullFieldMatmul, QuantConv2d):
-    """Brevitas' convolution, trained as fast as the float one."""
+class _QuantConv(FullFieldConv2d, QuantConv2d):
+    """Brevitas' convolution with the fast training of the float one."""
 
 
 class QuantLayers:
-    """Layers of `cnvzoo.models.cnv.CNV` with weights of `w_bits` and activations of `a_bits`.
+    """The quantized layers of `cnvzoo.models.cnv.CNV`.
 
-    Hidden weights have one scale per output channel, which the BatchNorm behind them absorbs in a deployed
-    graph; the last layer has one scale in all, so that its integer outputs rank the classes.
+    Weights have one scale per output channel, which the BatchNorm after them absorbs in a deployed graph. Those of the
+    last layer have one scale in all, so that its integer outputs rank the classes.
+
+    Args:
+        w_bits: bit width of the weights, 1 to 8.
+        a_bits: bit width of the activations, 1 to 8.
+        first_w_bits: bit width of the first convolution's weights, 1 to 8.
     """
 
     def __init__(self, w_bits: int, a_bits: int, first_w_bits: int) -> None:
         self.w_bits, self.a_bits, self.first_w_bits = w_bits, a_bits, first_w_bits
 
     def input(self) -> nn.Module:
-        """The 8-bit image: values k/255 pass unchanged (to rounding), and the exported graph knows their scale."""
+        """The image as uint8 / 255, unchanged up to rounding: the layer tells exports the scale of the input."""
         quantizer = IntQuantizer(8, signed=False, scale=INPUT_SCALE, learned=False)
         layer = QuantIdentity(act_quant=_injector(quantizer, ActQuantProxyFromInjector, signed=False))
         return _plain_tensors(layer, layer.act_quant)
@@ -203,13 +210,13 @@ def _fit_weights(layer: QuantConv2d | QuantLinear, quantizer: IntQuantizer) -> n
 
 
 def _plain_tensors(layer: nn.Module, proxy: Any) -> nn.Module:
-    """Have the quantizer behind `proxy` give plain tensors: QuantTensors break torch.compile and export."""
+    """Make the layer pass plain tensors: QuantTensors break torch.compile and export."""
     proxy.skip_create_quant_tensor = True
     return layer
 
 
 def _relu_of_normal(gamma: Tensor, beta: Tensor) -> Tensor:
-    """What a ReLU makes of a BatchNorm's output: quantiles of relu(N(beta, gamma^2)), [channels, samples]."""
+    """The distribution of a BatchNorm's output after ReLU: quantiles of relu(N(beta, gamma^2)), [channels, samples]."""
     grid = (torch.arange(_NORMAL_SAMPLES, device=gamma.device) + 0.5) / _NORMAL_SAMPLES
     z = math.sqrt(2) * torch.erfinv(2 * grid - 1)
     return torch.relu(beta[:, None] + gamma.abs()[:, None] * z)
@@ -219,19 +226,19 @@ def _relu_of_normal(gamma: Tensor, beta: Tensor) -> Tensor:
 def start_from_float(
     model: nn.Module, state: Mapping[str, Tensor], mean: Sequence[float], std: Sequence[float]
 ) -> None:
-    """Give a quantized model the weights of its float twin, in place, and scales that fit them.
+    """Copy the weights of the float twin into a quantized model, in place, and fit the scales to them.
 
-    The float model sees normalised images, the quantized one the images themselves in [0, 1]: the first
-    convolution and its BatchNorm take the difference up, exactly, since no layer pads. Activation scales follow
-    from the BatchNorm in front of each, so that no images are needed.
+    The float model takes normalised images, the quantized one images as uint8 / 255. The first convolution and its
+    BatchNorm are changed to make up for that; this is exact, since no layer pads. The scale of an activation is fitted
+    to the distribution that the BatchNorm before it gives, so no images are needed.
 
     Args:
-        model: a fresh quantized CNV.
-        state: the float CNV's state_dict, same classes and channels.
-        mean, std: of the float model's preprocessing, one per channel, in [0, 1] units.
+        model: a new quantized CNV.
+        state: state_dict of the float CNV, with the same classes and channels.
+        mean, std: the preprocessing of the float model, one value per channel, for pixels in [0, 1].
 
     Raises:
-        ValueError: a tensor is missing, unexpected, or of another shape; all are named.
+        ValueError: tensors are missing, unexpected, or of another shape; the message names all of them.
     """
     own = model.state_dict()
     scales = {name for name in own if name.endswith(".scale")}
@@ -243,7 +250,7 @@ def start_from_float(
         if n in own and t.shape != own[n].shape
     ]
     if wrong:
-        raise ValueError("these float weights are not of the model's float twin: " + "; ".join(wrong))
+        raise ValueError("these weights are not those of the model's float twin: " + "; ".join(wrong))
     model.load_state_dict({**own, **state}, strict=True)
 
     layers = [
@@ -255,10 +262,10 @@ def start_from_float(
     assert isinstance(first, QuantConv2d)
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_mean is not None
-    spread = torch.tensor(std, device=first.weight.device).view(1, -1, 1, 1)
-    center = torch.tensor(mean, device=first.weight.device).view(1, -1, 1, 1)
-    first.weight.div_(spread)
-    norm.running_mean.add_((first.weight * center).sum((1, 2, 3)))
+    std_values = torch.tensor(std, device=first.weight.device).view(1, -1, 1, 1)
+    mean_values = torch.tensor(mean, device=first.weight.device).view(1, -1, 1, 1)
+    first.weight.div_(std_values)
+    norm.running_mean.add_((first.weight * mean_values).sum((1, 2, 3)))
 
     for before, layer in zip([None, *layers], layers, strict=False):
         if isinstance(layer, QuantReLU):
@@ -269,7 +276,7 @@ def start_from_float(
 
 
 def quantizer_of(layer: nn.Module) -> IntQuantizer:
-    """The weight quantizer of a quantized convolution or linear layer, the activation quantizer of another layer."""
+    """The weight quantizer of a quantized convolution or linear layer; the activation quantizer of another layer."""
     brevitas: Any = layer
     if isinstance(layer, (QuantConv2d, QuantLinear)):
         return brevitas.weight_quant.tensor_quant
@@ -277,29 +284,30 @@ def quantizer_of(layer: nn.Module) -> IntQuantizer:
 
 
 _INT8_HIGH = 127
-LARGEST_BIAS = 1 << 30  # leaves room in int32 for an accumulator beside it
+LARGEST_BIAS = 1 << 30  # int32 has room for a bias of this size plus an accumulator
 
 
 def int8_gain(ints: IntRange) -> int:
-    """The largest whole number that weights of this range can be multiplied by inside int8.
+    """The largest whole number by which weights of this range can be multiplied within int8.
 
-    Weights that are multiplied by it leave the net as it is, but make the unit of an int32 bias as much finer.
+    Deployed weights are multiplied by it, with the scale divided by it: this makes the unit of the int32 bias finer.
     """
     return _INT8_HIGH // ints.high
 
 
 @torch.no_grad()
 def quantize_bias(model: nn.Module) -> None:
-    """Round what each BatchNorm of a quantized model adds to whole accumulators, in place, by moving its beta.
+    """Round the shift of each BatchNorm in a quantized model to whole accumulator units, in place, by changing beta.
 
-    In the terms of Jacob et al. 2018 (section 2.2), where a bias is an int32 number of input scale times weight scale;
-    here of weights that are scaled up to fill int8. Channels whose input is multiplied by zero stay as they are.
+    An integer graph adds an int32 bias to its accumulators, in units of input scale times weight scale (Jacob et al.
+    2018, arXiv:1712.05877, section 2.2), here of weights multiplied by `int8_gain`. After the rounding such a graph
+    computes exactly what the model does, up to the rounding of floats. Channels whose shift exceeds `LARGEST_BIAS`
+    units, or whose unit is zero, stay as they are.
 
-    Call it at the end of training and score the model after it: its integer graph then computes, but for the rounding
-    of floats, exactly what the model does. Recipes have `quantize_bias: true`.
+    Call it at the end of training and evaluate the model after it, as recipes with `quantize_bias: true` do.
 
     Raises:
-        ModelError: a model without quantized layers.
+        ModelError: the model has no quantized layer followed by a BatchNorm.
     """
     found = False
     for norm, unit in _norms_with_units(model):
@@ -313,7 +321,7 @@ def quantize_bias(model: nn.Module) -> None:
         norm.bias.copy_(torch.where(biases.abs() <= LARGEST_BIAS, rounded, norm.bias))
     if not found:
         raise ModelError(
-            f"{type(model).__name__} has no quantized layers with a BatchNorm, whose bias could be rounded"
+            f"{type(model).__name__} has no quantized layer followed by a BatchNorm, whose bias could be rounded"
         )
 
 
@@ -323,9 +331,7 @@ def _slope(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Tensor:
 
 
 def _norms_with_units(model: nn.Module) -> Iterator[tuple[nn.BatchNorm1d | nn.BatchNorm2d, Tensor]]:
-    """Every BatchNorm behind a quantized layer, and what one accumulator of weights that fill int8 stands for."""
-    from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear, QuantReLU
-
+    """Each BatchNorm after a quantized layer, and the value of one unit of that layer's accumulators."""
     in_scale, unit = torch.ones(()), None
     for layer in model.modules():
         if isinstance(layer, (QuantIdentity, QuantReLU)):

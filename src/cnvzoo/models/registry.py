@@ -1,7 +1,6 @@
-"""The list of architectures: each file of this folder registers its builders here under the names users type.
+"""The registry of architectures: names, builders, and what is known about a model before it is built.
 
-A builder is called with arguments that were checked once, here, so that no model file repeats the checks
-and every wrong request gets the same kind of answer.
+Model modules register their builders here. `build_model` checks the arguments once for all of them.
 """
 
 from __future__ import annotations
@@ -27,13 +26,14 @@ class ModelSpec:
 
     Attributes:
         name: the name that `create_model` takes.
-        build: called as `build(num_classes=, in_chans=, **kwargs)`, for quantized models with `w_bits=` and
-            `a_bits=` too.
+        build: called as `build(num_classes=, in_chans=, **options)`, for quantized models with `w_bits=` and `a_bits=`
+            too.
         summary: one line for listings, with the source of the topology.
-        quantized: whether the model takes `w_bits` and `a_bits` and eats the unnormalised 8-bit image.
-        input_size: the only height and width that fits, or None where any size of at least `min_size` does.
-        min_size: the smallest height and width.
-        float_twin: for a quantized model, the float model of the same graph.
+        quantized: whether the model takes `w_bits` and `a_bits`, and images as uint8 / 255 instead of normalised ones.
+        input_size: the only height and width in pixels that the model takes; None for any of at least `min_size`.
+        min_size: the smallest height and width in pixels.
+        float_twin: for a quantized model, the name of the float model with the same graph.
+        options: names of further arguments of `build`.
     """
 
     name: str
@@ -53,7 +53,11 @@ _COMMON = ("num_classes", "in_chans", "w_bits", "a_bits")
 def register_model(
     name: str, *, summary: str, **spec: Any
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
-    """Register the decorated builder as `name`; further keywords are fields of `ModelSpec`."""
+    """Register the decorated builder as `name`; further keywords are fields of `ModelSpec`.
+
+    Raises:
+        ValueError: the name is registered already.
+    """
 
     def register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         if name in _REGISTRY:
@@ -93,7 +97,7 @@ def build_model(
     _check_count("in_chans", in_chans, "an image has at least 1 channel")
     unknown = [key for key in kwargs if key not in spec.options]
     if unknown:
-        takes = nearest(unknown[0], spec.options) if spec.options else "it takes no options of its own"
+        takes = nearest(unknown[0], spec.options) if spec.options else "it takes no further options"
         raise ModelError(f"{name} has no option {unknown[0]!r}: {takes}")
     if spec.quantized:
         kwargs |= {"w_bits": check_bits("w_bits", w_bits, name), "a_bits": check_bits("a_bits", a_bits, name)}
@@ -102,7 +106,7 @@ def build_model(
         remedy = f"use {twins[0]!r}, its quantized twin" if twins else "leave w_bits and a_bits out"
         raise ModelError(f"{name} is a float model and has no bit widths: {remedy}")
     model = spec.build(num_classes=num_classes, in_chans=in_chans, **kwargs)
-    model.spec = spec  # type: ignore[assignment]  (how a model is to be fed can be asked of it)
+    model.spec = spec  # type: ignore[assignment]  (a public attribute: evaluation and export read it)
     guard_input(model, spec, in_chans)
     return model
 
@@ -115,7 +119,7 @@ def check_bits(argument: str, bits: int | None, model: str) -> int:
         close = round(min(max(BITS[0], bits), BITS[-1])) if isinstance(bits, (int, float)) else BITS[-1]
         raise ModelError(
             f"{argument}={bits!r} is not a whole number from {BITS[0]} to {BITS[-1]}: "
-            f"the nearest that {model} can have is {argument}={close}"
+            f"the nearest that {model} takes is {argument}={close}"
         )
     return bits
 
@@ -128,7 +132,7 @@ def _check_count(argument: str, count: int, remedy: str) -> None:
 
 
 def guard_input(model: nn.Module, spec: ModelSpec, in_chans: int) -> None:
-    """Make `model` refuse batches of another shape with words, before a layer does so with numbers."""
+    """Make `model` raise ModelError for input of a wrong shape, instead of the error of some layer."""
 
     def check(_module: nn.Module, args: tuple[Any, ...]) -> None:
         shape = tuple(args[0].shape)
@@ -158,15 +162,15 @@ def guard_input(model: nn.Module, spec: ModelSpec, in_chans: int) -> None:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model costs.
+    """The size and the cost of a model.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         summary: one line, with the source of the topology.
-        input_shape: (channels, height, width) that `macs` is counted at.
-        parameters: trainable numbers; quantized models have some scales more than their float twins.
+        input_shape: (channels, height, width) for which `macs` is counted.
+        parameters: number of trainable values; a quantized model has the scales in addition to its float twin's.
         macs: multiply-accumulates of convolutions and linear layers for one image.
-        weight_bytes: of convolution and linear weights, each at its bit width (32 for float), biases excluded.
+        weight_bytes: bytes of convolution and linear weights, each at its bit width (32 for float), without biases.
     """
 
     name: str
@@ -182,7 +186,10 @@ def model_info(name: str, *, input_size: int | None = None, in_chans: int = 3, *
 
     Args:
         name, in_chans, **arguments: as for `create_model`.
-        input_size: height and width to count at; the only one that fits by default, else 32.
+        input_size: height and width in pixels to count for; by default the only one that the model takes, else 32.
+
+    Raises:
+        ModelError: as `create_model` does, and for an input size that the model does not take.
     """
     spec = model_spec(name)
     with without_initialization():
@@ -193,7 +200,7 @@ def model_info(name: str, *, input_size: int | None = None, in_chans: int = 3, *
     def count(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
         nonlocal macs, weight_bits
         assert isinstance(layer.weight, Tensor)
-        positions = output[0, 0].numel()  # of the output map; 1 for linear layers
+        positions = output[0, 0].numel()  # pixels of the output map; 1 for linear layers
         macs += layer.weight.numel() * positions
         weight_bits += layer.weight.numel() * _weight_bits(layer)
 

@@ -1,7 +1,7 @@
 """CIFAR ResNets (20 to 110 layers) and ResNet-18 with a stem for small images.
 
-He et al., "Deep Residual Learning for Image Recognition", 2015 (arXiv:1512.03385): section 4.2 for the CIFAR
-nets, table 1 for ResNet-18. Shortcuts that change the shape are 1x1 convolutions with BatchNorm (option B).
+He et al., "Deep Residual Learning for Image Recognition", 2015 (arXiv:1512.03385): section 4.2 for the CIFAR networks,
+table 1 for ResNet-18. Shortcuts that change the shape are 1x1 convolutions with BatchNorm (option B there).
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class ResNet(nn.Module):
     """3x3 stem, stages of basic blocks (stride 2 from the second stage on), global average pool, linear.
 
     Args:
-        widths: channels of each stage; the stem has those of the first.
-        depths: blocks of each stage.
-        num_classes: outputs.
-        in_chans: image channels.
+        widths: channels of each stage; the stem has as many as the first stage.
+        depths: number of blocks of each stage.
+        num_classes: number of logits.
+        in_chans: channels of the images.
     """
 
     def __init__(self, widths: Sequence[int], depths: Sequence[int], num_classes: int, in_chans: int) -> None:
