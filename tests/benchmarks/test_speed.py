@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
@@ -315,7 +316,16 @@ def test_arguments_that_make_no_sense_are_errors(
     assert problem in capsys.readouterr().err
 
 
-def test_all_programs_train(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """On busy cores, threads of several processes that wait for each other take several times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_all_programs_train(uncompiled: None, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     crops = EarlyCrops(side=12, epochs=5)
     recipe = train.recipe_of("resnet20").model_copy(update={"batch_size": 16, "early_crops": crops})
     monkeypatch.setattr(train, "recipe_of", lambda model: recipe)
