@@ -1,24 +1,14 @@
-"""What the tests of training share: one thread, and a hook into the steps of a run."""
+"""What the tests of training share: a hook into the steps of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-import torch
 from synthetic import StepHook
 
 from cnvzoo.training import Trainer
 from cnvzoo.training.progress import TrainingProgress
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Runs this small are ten times slower on two threads that wait for each other, and more on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ def test_a_base_is_found_beside_the_file_that_extends_it(tmp_path: Path, monkeyp
         ("dataset: cifar10", "dataset: cifar", "dataset", "unknown dataset 'cifar': did you mean 'cifar10'"),
         ("epochs: 10", "epochs: 1", "epochs", "1: must be above schedule.warmup_epochs, 1"),
         ("model: resnet20", "model: quant_cnv", "model", "needs w_bits and a_bits"),
-        ("  name: sgd", "  name: muon", "optimizer.name", "sgd_lr goes with name: muon, which needs it"),
+        ("  name: sgd", "  name: muon", "optimizer.name", "name: muon needs sgd_lr"),
     ],
 )
 def test_a_wrong_value_is_refused(tmp_path: Path, right: str, wrong: str, key: str, remedy: str) -> None:
@@ -202,9 +202,9 @@ def test_an_added_line_is_refused(tmp_path: Path, base: str, added: str, key: st
         ("  weight_decay: -1e-4", "greater than or equal to 0"),
         ("  weight_decay: .inf", "finite number"),
         ("  sgd_lr: 0", "greater than 0"),
-        ("  sgd_lr: 0.1", "sgd_lr goes with name: muon"),
+        ("  sgd_lr: 0.1", "no other optimizer takes it"),
         ("  sgd_weight_decay: -1e-4", "greater than or equal to 0"),
-        ("  sgd_weight_decay: 0", "sgd_weight_decay goes with name: muon: others have one weight_decay for all"),
+        ("  sgd_weight_decay: 0", "only name: muon takes sgd_weight_decay: leave it out"),
     ],
 )
 def test_an_added_line_of_the_optimizer_is_refused(tmp_path: Path, added: str, remedy: str) -> None:
@@ -432,12 +432,12 @@ def test_what_a_float_start_learned_from_counts_too(tmp_path: Path) -> None:
         ("cifar100_resnet56", "a teacher is an entry of the same dataset, cifar10_<model>"),
         ("resnet56", "a teacher is an entry of the same dataset, cifar10_<model>"),
         ("cifar10_resnet57", "unknown model 'resnet57': did you mean 'resnet56'"),
-        ("cifar10_quant_cnv", "quant_cnv is quantized: only float models teach"),
+        ("cifar10_quant_cnv", "quant_cnv is quantized: a teacher is a float model"),
         ("cifar10_resnet32", "no recipe 'cifar10_resnet32' beside this one: did you mean 'cifar10_resnet56'"),
-        ("cifar10_resnet44", "cifar10_resnet44.yaml is of resnet56 on cifar10: resnet44 is what its name says"),
+        ("cifar10_resnet44", "cifar10_resnet44.yaml trains resnet56 on cifar10: its name says resnet44"),
         ("[cifar10_resnet56, cifar10_resnet57]", "unknown model 'resnet57': did you mean 'resnet56'"),
         ("[cifar10_resnet56, cifar10_resnet32]", "no recipe 'cifar10_resnet32' beside this one"),
-        ("[cifar10_resnet56, cifar10_resnet56]", "cifar10_resnet56 is named twice: every teacher counts the same"),
+        ("[cifar10_resnet56, cifar10_resnet56]", "cifar10_resnet56 is named twice: name each teacher once"),
     ],
 )
 def test_a_teacher_that_cannot_teach_is_refused(tmp_path: Path, teacher: str, says: str) -> None:
@@ -455,21 +455,21 @@ def test_a_teacher_that_takes_larger_images_is_refused(tmp_path: Path) -> None:
     assert "teacher: cnv takes images of another size than resnet20" in said
 
 
-def test_nobody_learns_from_himself(tmp_path: Path) -> None:
+def test_a_model_that_would_learn_from_itself_is_refused(tmp_path: Path) -> None:
     write(tmp_path, taught_by("cifar10_resnet20", RESNET56), "cifar10_resnet56")
     path = write(tmp_path, taught_by("cifar10_resnet56"), "cifar10_resnet20")
     said = error(path)
-    assert "cifar10_resnet20 -> cifar10_resnet56 -> cifar10_resnet20: no net learns from itself" in said
+    assert "cifar10_resnet20 -> cifar10_resnet56 -> cifar10_resnet20: a model cannot learn from itself" in said
 
 
 @pytest.mark.parametrize(
     ("views", "augmentation", "says"),
     [
-        (10, "flip: true", "10: must be below epochs, 10, to be seen again"),
-        (4, "mixup: 0.2", "goes with crop_padding, flip and cutout alone"),
+        (10, "flip: true", "10: must be below epochs, 10: each is used again"),
+        (4, "mixup: 0.2", "4: views cannot have mixup: leave one out"),
     ],
 )
-def test_views_that_cannot_be_are_refused(tmp_path: Path, views: int, augmentation: str, says: str) -> None:
+def test_impossible_views_are_refused(tmp_path: Path, views: int, augmentation: str, says: str) -> None:
     write(tmp_path, RESNET56, "cifar10_resnet56")
     line = f"distillation: {{views: {views}}}"
     text = taught_by("cifar10_resnet56", RESNET.replace("flip: true", augmentation)) + line + "\n"
@@ -483,23 +483,27 @@ def test_views_that_cannot_be_are_refused(tmp_path: Path, views: int, augmentati
         (RESNET, "{side: 32, epochs: 5}", "early_crops.side: 32: must be 8 to 31 for resnet20"),
         (RESNET, "{side: 7, epochs: 5}", "early_crops.side: 7: must be 8 to 31 for resnet20"),
         (RESNET.replace("cifar10", "mnist"), "{side: 28, epochs: 5}", "early_crops.side: 28: must be 8 to 27"),
-        (RESNET, "{side: 24, epochs: 10}", "early_crops.epochs: 10: must be below epochs, 10, to end whole"),
+        (RESNET, "{side: 24, epochs: 10}", "early_crops.epochs: 10: must be below epochs, 10: others are whole"),
         (RESNET, "{side: 24, epochs: 0}", "early_crops.epochs: 0: input should be greater than or equal to 1"),
         (RESNET, "{side: 24}", "early_crops.epochs: missing: add it"),
-        (QUANT, "{side: 24, epochs: 5}", "early_crops: quant_cnv takes images of 32 pixels alone: leave this out"),
+        (
+            QUANT,
+            "{side: 24, epochs: 5}",
+            "early_crops: quant_cnv takes images of 32 pixels only: leave it out",
+        ),
         (
             RESNET + "teacher: cifar10_resnet56\n",
             "{side: 24, epochs: 5}",
-            "early_crops: teachers see whole images: goes with distillation.views alone",
+            "early_crops: a teacher takes whole images: set distillation.views",
         ),
         (
             RESNET.replace("flip: true", "cutout: 8") + "teacher: cifar10_resnet56\ndistillation: {views: 3}\n",
             "{side: 24, epochs: 5}",
-            "early_crops: goes with distillation.views or with cutout: leave one out",
+            "early_crops: views with cutout cannot be cropped: leave one out",
         ),
     ],
 )
-def test_early_crops_that_cannot_be_are_refused(tmp_path: Path, base: str, crops: str, says: str) -> None:
+def test_impossible_early_crops_are_refused(tmp_path: Path, base: str, crops: str, says: str) -> None:
     write(tmp_path, RESNET56, "cifar10_resnet56")
     text = base + (line := f"early_crops: {crops}") + "\n"
     said = error(path := write(tmp_path, text))
@@ -509,10 +513,10 @@ def test_early_crops_that_cannot_be_are_refused(tmp_path: Path, base: str, crops
 def test_distillation_goes_with_a_teacher(tmp_path: Path) -> None:
     text = RESNET + (line := "distillation: {temperature: 2}") + "\n"
     said = error(path := write(tmp_path, text))
-    assert said.startswith(f"{path}:{line_of(text, line)}: distillation: goes with a teacher")
+    assert said.startswith(f"{path}:{line_of(text, line)}: distillation: needs a teacher")
 
 
-def test_the_fingerprint_of_the_float_start_is_not_for_people_to_write(tmp_path: Path) -> None:
+def test_the_fingerprint_of_the_float_start_cannot_be_written_in_a_file(tmp_path: Path) -> None:
     text = QUANT + "float_start_sha256: abc\n"
     said = error(path := write(tmp_path, text))
     assert said.startswith(f"{path}:{line_of(text, 'float_start_sha256: abc')}: float_start_sha256: ")
@@ -625,7 +629,7 @@ def test_a_whole_number_for_a_float_is_the_same_recipe() -> None:
     assert one.fingerprint() == exact.fingerprint()
 
 
-def test_a_recipe_from_a_dict_is_checked_and_its_source_named() -> None:
+def test_an_invalid_dict_is_refused_with_its_source() -> None:
     with pytest.raises(RecipeError, match=r"^record\.json: epochs: 0: input should be greater than or equal to 1$"):
         recipe_from_dict(base_recipe().model_dump() | {"epochs": 0}, "record.json")
     assert recipe_from_dict(base_recipe().model_dump(mode="json"), "record.json") == base_recipe()

@@ -1,4 +1,4 @@
-"""`run_recipe`: what it trains and leaves behind, how it stops and goes on, and what it refuses."""
+"""`run_recipe`: what it trains and leaves behind, how it stops and resumes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
 # --- what a run is and leaves behind
 
 
-def test_a_record_says_what_the_run_was(tmp_path: Path) -> None:
+def test_a_record_describes_the_run(tmp_path: Path) -> None:
     wanted = recipe(label_smoothing=0.1, augmentation=EVERY_AUGMENTATION)
     record = run(wanted, tmp_path, seed=3)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != ".lock") == ["record.json", "weights.safetensors"]
@@ -84,7 +84,7 @@ def test_the_weights_left_behind_are_those_that_were_scored(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("changes", [{}, CNV_BITS], ids=["float", "quantized"])
-def test_what_can_be_learned_is_learned(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_learnable_dataset_is_learned(tmp_path: Path, changes: dict[str, Any]) -> None:
     optimizer = {"lr": 0.05}
     wanted = recipe(**{"dataset": "cifar10", "epochs": 4, "batch_size": 16, "optimizer": optimizer} | changes)
     record = run(wanted, tmp_path, coloured(train=256, test=100))
@@ -149,12 +149,13 @@ def test_an_impossible_holdout_is_refused(tmp_path: Path, n: int) -> None:
         run(recipe(), tmp_path, holdout=n)
 
 
-# --- stopping and going on
+# --- stopping and resuming
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [1, 6, 8, STEPS])
-def test_a_signal_stops_after_the_step_and_the_run_goes_on_to_the_same_bits(
+@pytest.mark.parametrize(
+    ("number", "step"), [(signal.SIGINT, 1), (signal.SIGTERM, 6), (signal.SIGINT, 8), (signal.SIGTERM, STEPS)]
+)
+def test_a_signal_stops_after_the_step_and_the_run_resumes_to_the_same_bits(
     number: signal.Signals, step: int, whole: RunRecord, tmp_path: Path, each_step: StepHook
 ) -> None:
     handler = signal.getsignal(number)
@@ -332,7 +333,7 @@ def test_a_safetensors_file_that_is_no_state_is_refused_by_name(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("other", [{"batch_size": 16}, {"optimizer": {"lr": 0.01}}, {"seed": 1}])
-def test_a_state_of_another_recipe_or_seed_is_set_aside_and_can_go_on(
+def test_a_state_of_another_recipe_or_seed_is_moved_aside_and_can_be_resumed(
     whole: RunRecord, tmp_path: Path, each_step: StepHook, other: dict[str, Any]
 ) -> None:
     state = interrupted(recipe(), tmp_path, each_step)
@@ -443,7 +444,7 @@ def test_a_quantized_run_starts_from_the_weights_of_its_float_twin(
     torch.testing.assert_close(started["features.0.weight"], given["features.0.weight"] / 0.3081)
 
 
-def test_the_float_weights_are_part_of_which_run_it_is(
+def test_the_float_weights_are_part_of_the_identity_of_a_run(
     float_run: tuple[Path, RunRecord], tmp_path: Path, each_step: StepHook
 ) -> None:
     weights, _ = float_run
@@ -472,7 +473,9 @@ NEEDS = {
         ("teacher", "mnist_resnet20 learns from the weights of mnist_resnet32, seed 0"),
     ],
 )
-def test_without_the_weights_it_says_which_to_train(tmp_path: Path, given: str | None, purpose: str, says: str) -> None:
+def test_missing_weights_are_refused_with_the_entry_to_train(
+    tmp_path: Path, given: str | None, purpose: str, says: str
+) -> None:
     path = given and tmp_path / given
     weights: dict[str, Any] = {purpose: path}
     with pytest.raises(RunError, match="train that entry first and give its weights") as caught:
@@ -529,9 +532,7 @@ NO_WARM_UP = {"warmup_epochs": 0.0}
 
 
 @pytest.mark.parametrize("bits", [2, 8])
-def test_weights_that_grow_beyond_use_stop_the_run_though_the_loss_is_that_of_guessing(
-    bits: int, tmp_path: Path
-) -> None:
+def test_weights_beyond_a_million_stop_the_run_though_the_loss_is_finite(bits: int, tmp_path: Path) -> None:
     wanted = recipe(**CNV_BITS | {"w_bits": bits, "a_bits": bits}, optimizer={"lr": 1e6}, schedule=NO_WARM_UP)
     with pytest.raises(TrainingDiverged) as caught:
         run(wanted, tmp_path)
@@ -621,8 +622,8 @@ def test_an_unknown_device_is_refused_before_anything_is_made(tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
-def test_the_state_says_which_run_it_is_of(tmp_path: Path, each_step: StepHook) -> None:
-    """For people, and for whoever finds a state set aside: plain JSON in the header."""
+def test_a_state_names_its_run_in_plain_json(tmp_path: Path, each_step: StepHook) -> None:
+    """So that a person can tell which run a file belongs to."""
     state = interrupted(recipe(), tmp_path, each_step, holdout=8)
     size = int.from_bytes(state.read_bytes()[:8], "little")
     metadata = json.loads(state.read_bytes()[8 : 8 + size])["__metadata__"]

@@ -1,4 +1,4 @@
-"""Files of a run that lie on a disk for days: one changed bit in them is found before it gets into the weights."""
+"""State files: one flipped bit is found before it reaches the weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def header_size(content: bytes) -> int:
 
 
 def places(content: bytes) -> dict[str, int]:
-    """Where the bytes are that a bit is flipped in, by what they are of."""
+    """Offsets of bytes to damage, by the part of the file that they belong to."""
     header = header_size(content)
     return {
         "size of the header": 0,
@@ -51,7 +51,7 @@ def places(content: bytes) -> dict[str, int]:
     }
 
 
-def test_no_flipped_bit_of_a_state_gets_into_a_run(tmp_path: Path, each_step: StepHook) -> None:
+def test_a_state_with_a_flipped_bit_is_refused(tmp_path: Path, each_step: StepHook) -> None:
     state = interrupted(recipe(), tmp_path, each_step)
     whole = state.read_bytes()
     for place in places(whole).values():
@@ -101,14 +101,14 @@ def test_precomputed_logits_that_are_damaged_are_computed_again(
     asked = iter(range(10))
     with pytest.raises(RunInterrupted):  # between the two views
         run(recipe(**TAUGHT), tmp_path, teacher=teacher, stop=lambda: "enough" if next(asked) else None)
-    memory = tmp_path / "teacher_logits.safetensors"
-    content = memory.read_bytes()
+    logits = tmp_path / "teacher_logits.safetensors"
+    content = logits.read_bytes()
     place = {
         "logits": len(content) - 1,
         "metadata": content.index(b'"seconds":"') + len(b'"seconds":"'),
         "header": content.index(b"F16"),
     }[what]
-    memory.write_bytes(flipped(content, place, bit=6 if what == "logits" else 0))
+    logits.write_bytes(flipped(content, place, bit=6 if what == "logits" else 0))
     assert run(recipe(**TAUGHT), tmp_path, teacher=teacher).weights_sha256 == taught.weights_sha256
 
 
@@ -153,8 +153,8 @@ Change = Callable[[dict[str, torch.Tensor], dict[str, str]], object]
     ],
     ids=["swapped", "shape", "dtype", "left out", "added", "value", "value left out", "value added"],
 )
-def test_a_file_that_was_put_together_otherwise_is_found_too(change: Change, tmp_path: Path) -> None:
-    """Not only its bytes count, but what they are said to be."""
+def test_a_file_of_other_tensors_or_values_under_the_same_checksum_is_refused(change: Change, tmp_path: Path) -> None:
+    """The checksum covers names, types and shapes, not only bytes."""
     path = tmp_path / "checked.safetensors"
     tensors = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}
     save_checked(tensors, path, {"step": 1})

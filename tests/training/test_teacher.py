@@ -1,4 +1,4 @@
-"""Learning from a teacher: the loss that it makes, what it is shown, and runs that need its weights."""
+"""Learning from a teacher: the loss, the preprocessing of its images, and runs with a teacher."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ NORMALISED = preprocessing_of("cnv", "cifar10")
 TAUGHT = {"name": "mnist_resnet20", "teacher": "mnist_resnet32"}
 
 
-class Says(nn.Module):
-    """A net that gives these logits for every image."""
+class Constant(nn.Module):
+    """A network that gives these logits for every image."""
 
     def __init__(self, *logits: float) -> None:
         super().__init__()
@@ -37,24 +37,24 @@ class Says(nn.Module):
 
 
 def test_the_loss_of_a_case_done_by_hand() -> None:
-    """Softened by 2, the teacher says 3/4 and 1/4, the student 1/2 and 1/2."""
-    teacher = Teacher([(Says(2 * math.log(3), 0), PIXELS)], PIXELS, Distillation(temperature=2, weight=0.25))
+    """Softened by 2, the teacher's probabilities are 3/4 and 1/4, the student's 1/2 and 1/2."""
+    teacher = Teacher([(Constant(2 * math.log(3), 0), PIXELS)], PIXELS, Distillation(temperature=2, weight=0.25))
     found = teacher.loss(torch.zeros(5, 3, 32, 32), torch.arange(5), torch.zeros(5, 2), torch.tensor(2.0))
     divergence = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
     assert float(found) == pytest.approx(0.75 * 2.0 + 0.25 * 4 * divergence, rel=1e-6)
 
 
-def test_its_gradient_is_the_difference_of_probabilities() -> None:
+def test_the_gradient_of_the_loss_is_the_difference_of_probabilities() -> None:
     """Of KL(p || q) softened by T, times T^2: T (q - p), which Hinton et al. say keeps its size as T grows."""
     logits = torch.tensor([[0.3, -1.0, 2.0]], requires_grad=True)
-    teacher = Teacher([(Says(1.0, 0.5, -0.5), PIXELS)], PIXELS, Distillation(temperature=3, weight=1))
+    teacher = Teacher([(Constant(1.0, 0.5, -0.5), PIXELS)], PIXELS, Distillation(temperature=3, weight=1))
     teacher.loss(torch.zeros(1, 3, 32, 32), torch.arange(1), logits, torch.tensor(0.0)).backward()
     student, other = (torch.softmax(x / 3, 1) for x in (logits.detach(), torch.tensor([[1.0, 0.5, -0.5]])))
     torch.testing.assert_close(logits.grad, 3 * (student - other))
 
 
 @pytest.mark.parametrize(("own", "student"), [(NORMALISED, PIXELS), (PIXELS, NORMALISED), (PIXELS, PIXELS)])
-def test_a_teacher_sees_images_as_it_was_trained_to(own: Any, student: Any) -> None:
+def test_a_teacher_gets_images_in_its_own_preprocessing(own: Any, student: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 900, 10))
     images = noise("cifar10").test_images
@@ -65,9 +65,9 @@ def test_a_teacher_sees_images_as_it_was_trained_to(own: Any, student: Any) -> N
     assert float(teacher.loss(student(images), shown, expected.roll(1, 1), ignored)) > 1e-3
 
 
-def test_several_teachers_speak_by_their_geometric_mean() -> None:
-    """Of odds 9 : 1 and 1 : 4 that is sqrt(9 * 1) : sqrt(1 * 4) = 3 : 2, which a student that says so has learned."""
-    nets = [(Says(math.log(9), 0), PIXELS), (Says(0, math.log(4)), PIXELS)]
+def test_probabilities_of_several_teachers_are_combined_by_their_geometric_mean() -> None:
+    """Of odds 9 : 1 and 1 : 4 that is sqrt(9 * 1) : sqrt(1 * 4) = 3 : 2, so a student with these has no loss."""
+    nets = [(Constant(math.log(9), 0), PIXELS), (Constant(0, math.log(4)), PIXELS)]
     teacher = Teacher(nets, PIXELS, Distillation(temperature=1, weight=1))
     images, ignored = torch.zeros(5, 3, 32, 32), torch.tensor(9.0)
     learned = torch.tensor([[0.6, 0.4]]).log().expand(5, -1)
@@ -76,7 +76,7 @@ def test_several_teachers_speak_by_their_geometric_mean() -> None:
     assert float(teacher.loss(images, torch.arange(5), between, ignored)) > 1e-3
 
 
-def test_each_of_several_teachers_sees_images_as_it_was_trained_to() -> None:
+def test_each_of_several_teachers_gets_images_in_its_own_preprocessing() -> None:
     torch.manual_seed(0)
     nets = [(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), own) for own in (NORMALISED, PIXELS)]
     images = noise("cifar10").test_images
@@ -97,7 +97,7 @@ def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunReco
     return folder / "weights.safetensors", run(recipe(name="mnist_resnet32", model="resnet32"), folder, epochs=1)
 
 
-def test_what_a_teacher_knows_is_learned_though_all_labels_are_wrong(tmp_path: Path) -> None:
+def test_a_student_learns_from_its_teacher_where_all_labels_are_wrong(tmp_path: Path) -> None:
     optimizer = {"lr": 0.05}
     common = {"dataset": "cifar10", "epochs": 4, "batch_size": 16, "optimizer": optimizer, "model": "cnv"}
     data = coloured(train=256, test=100)
@@ -108,7 +108,7 @@ def test_what_a_teacher_knows_is_learned_though_all_labels_are_wrong(tmp_path: P
     assert record.accuracy > 60  # of the test set's right labels
 
 
-def test_a_record_says_who_taught(teacher_run: tuple[Path, RunRecord], tmp_path: Path) -> None:
+def test_a_record_names_the_teacher(teacher_run: tuple[Path, RunRecord], tmp_path: Path) -> None:
     weights, teacher = teacher_run
     record = run(recipe(**TAUGHT), tmp_path / "taught", teacher=weights)
     assert record.teacher == {"entry": "mnist_resnet32", "seed": 0, "weights_sha256": teacher.weights_sha256}
@@ -119,9 +119,7 @@ def test_a_record_says_who_taught(teacher_run: tuple[Path, RunRecord], tmp_path:
     assert alone.weights_sha256 != record.weights_sha256
 
 
-def test_a_run_learns_from_several_and_its_record_says_from_which(
-    teacher_run: tuple[Path, RunRecord], tmp_path: Path
-) -> None:
+def test_a_record_names_several_teachers(teacher_run: tuple[Path, RunRecord], tmp_path: Path) -> None:
     first, _ = teacher_run
     other = run(recipe(name="mnist_mobilenet_v1", model="mobilenet_v1"), tmp_path / "other", epochs=1)
     second = tmp_path / "other" / "weights.safetensors"
@@ -145,7 +143,7 @@ def test_a_run_learns_from_several_and_its_record_says_from_which(
         run(recipe(), tmp_path / "run", teacher=first)
 
 
-def test_a_taught_run_that_was_stopped_ends_with_the_same_bits(
+def test_a_stopped_run_with_a_teacher_ends_with_the_same_bits(
     teacher_run: tuple[Path, RunRecord], tmp_path: Path, each_step: StepHook
 ) -> None:
     weights, _ = teacher_run
@@ -154,7 +152,9 @@ def test_a_taught_run_that_was_stopped_ends_with_the_same_bits(
     assert run(recipe(**TAUGHT), tmp_path / "stopped", teacher=weights).weights_sha256 == whole.weights_sha256
 
 
-def test_the_teachers_weights_are_part_of_which_run_it_is(teacher_run: tuple[Path, RunRecord], tmp_path: Path) -> None:
+def test_the_teachers_weights_are_part_of_the_identity_of_a_run(
+    teacher_run: tuple[Path, RunRecord], tmp_path: Path
+) -> None:
     weights, _ = teacher_run
     other = tmp_path / "other.safetensors"
     save_file({name: t * 2 if t.is_floating_point() else t for name, t in load_file(weights).items()}, other)

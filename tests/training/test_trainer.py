@@ -157,7 +157,7 @@ def test_replayed_steps_are_those_taken_one_by_one(optimizer: dict[str, Any], au
         model = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         trainer = Trainer(model, mixed, wanted, 2)
         if capture:
-            trainer._stepper = CapturedSteps(trainer, captured_twice)
+            trainer._steps = CapturedSteps(trainer, captured_twice)
         return trainer
 
     with torch.random.fork_rng():
@@ -224,7 +224,7 @@ def test_a_step_is_captured_once_for_each_side_of_images() -> None:
         return captured_twice(step)
 
     one_by_one, replayed = cropped(4, 2), cropped(4, 2)
-    replayed._stepper = CapturedSteps(replayed, capture)
+    replayed._steps = CapturedSteps(replayed, capture)
     train(one_by_one)
     train(replayed)
     assert captures == [0, 10]

@@ -59,7 +59,6 @@ def arrange_death(moment: str, step: int | None = None) -> None:
 
 
 def main(jobs: list[dict[str, Any]]) -> None:
-    torch.set_num_threads(1)
     run.TrainingProgress = DyingProgress
     for job in jobs:
         if job.get("die"):

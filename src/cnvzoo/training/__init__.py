@@ -1,4 +1,4 @@
-"""From a recipe to weights and a record. Needs neither checkpoints nor network: a float start or teacher is a file."""
+"""Training by a recipe, to weights and a record. Float starts and teachers are given as files: no network is needed."""
 
 from cnvzoo.training.device import resolve_device
 from cnvzoo.training.evaluation import count_correct, preprocessing_of

@@ -1,4 +1,4 @@
-"""The machine: which device, what to call it in a record, and the settings under which a seed gives the same bits."""
+"""Devices: choosing one, describing it in a record, and the settings under which a seed always gives the same bits."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ import torch
 
 from cnvzoo.errors import CnvzooError
 
-# by backend and operation, each behind those that count where it is "none"
+# by backend and operation; where a setting is "none", the one listed before it applies
 _FLOAT32_SETTINGS = [
     ("generic", "all"),
     *((backend, part) for backend in ("cuda", "mkldnn") for part in ("all", "matmul", "conv", "rnn")),
 ]
 
-# how cuBLAS may sum in bfloat16 and float16: as torch has it by default, which the records are of
+# whether cuBLAS may sum in bfloat16 and float16: torch's defaults, with which all records were made
 _CUBLAS_DEFAULTS = {
     "allow_bf16_reduced_precision_reduction": True,
     "allow_fp16_reduced_precision_reduction": True,
     "allow_fp16_accumulation": False,
 }
-_MALLOC_PARAMETERS = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}  # of glibc's mallopt(3)
+_MALLOC_PARAMETERS = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}  # parameters of glibc's mallopt(3)
 _MALLOC_FIXED = {"trim_threshold": 128 << 10, "mmap_threshold": 128 << 10, "mmap_max": 1 << 16}
 _MALLOC_MOVED = _MALLOC_FIXED | {"trim_threshold": 64 << 20, "mmap_threshold": 32 << 20}
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises CnvzooError for a device that is not there."""
+    """The device of that name; `auto` is CUDA if available, else the CPU. Raises CnvzooError if it cannot be used."""
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -48,7 +48,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """kind, name, and on a CPU the threads and instruction set, which the bits of a run depend on."""
+    """Kind and name of a device and, for a CPU, number of threads and instruction set, which bits depend on."""
     if device.type == "cuda":
         return {"kind": "cuda", "name": torch.cuda.get_device_name(device)}
     return {
@@ -59,10 +59,11 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     }
 
 
-class _OfTheProcess:
-    """A setting of the whole process, for uses that may overlap in threads: the first one sets it and the last one puts
-    it back. The setting is global, and so has to be the count of its uses: without one, a use that ends would take it
-    from another that goes on, which in the end would put back what the first had set.
+class _ProcessSetting:
+    """A context manager for a setting of the whole process, whose uses may overlap in threads.
+
+    The first use sets it and the last one restores it. Uses have to be counted as the setting is global: otherwise a
+    use that ends would restore it while another still needs it.
     """
 
     def __init__(self, setting: Callable[[], AbstractContextManager[None]]) -> None:
@@ -88,26 +89,28 @@ class _OfTheProcess:
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """One arithmetic inside, whatever the caller has set: float32 is float32 (no TF32, no bfloat16 in its place), no
-    autocast but those inside, and on CUDA deterministic kernels. All settings are put back, also after an error.
+    """The same arithmetic inside whatever the caller has set, with deterministic kernels on CUDA.
+
+    float32 is computed as float32 (no TF32, no bfloat16), and autocasts of the caller are suspended. All settings are
+    restored at the end, also after an error.
     """
     with ExitStack() as settings:
         settings.enter_context(_full_float32())
-        settings.enter_context(_arithmetic_of_the_thread(device))
+        settings.enter_context(_thread_arithmetic(device))
         if device.type == "cuda":
             settings.enter_context(_deterministic_cuda())
         yield
 
 
-@_OfTheProcess
+@_ProcessSetting
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """Computing in float32 as torch does by default on a CPU, on CUDA without the TF32 that is its default for
-    convolutions, and float32 as what tensors are made of.
+    """float32 as the default dtype, and computed as such: without TF32, which is the default for convolutions on CUDA.
 
-    torch has these settings twice: by backend and operation, where "none" means that the one above it counts, and in
-    the older allow_tf32 and float32_matmul_precision, which raise where the two disagree. Both are set, so that neither
-    raises within. What is read of a setting is what counts, so each is read where all above it are "none".
+    torch has these settings twice: by backend and operation, where "none" means that the more general one applies, and
+    as the older allow_tf32 and float32_matmul_precision, which raise where the two disagree. Both are set, so that
+    neither raises inside. Reading a setting gives the one that applies, so each is read after all more general ones are
+    "none".
     """
     old: Any = torch.backends
     dtype, before = torch.get_default_dtype(), []
@@ -133,9 +136,11 @@ def _full_float32() -> Iterator[None]:
 
 
 @contextmanager
-def _arithmetic_of_the_thread(device: torch.device) -> Iterator[None]:
-    """Denormal numbers as they are, and none of the caller's autocasts, enabled or not: casts of weights are kept for
-    as long as the outermost autocast lasts, which must not be longer than a step.
+def _thread_arithmetic(device: torch.device) -> Iterator[None]:
+    """Denormal numbers kept, and the caller's autocasts left, disabled ones too.
+
+    Autocast caches its casts of weights until the outermost autocast ends: within one of the caller's, a step would use
+    the weights of the step before.
     """
     flushes = float(torch.full((), 2.0**-140, dtype=torch.float32, device="cpu") * 1) == 0
     autocasts = torch.autocast_increment_nesting() - 1
@@ -160,7 +165,7 @@ def _arithmetic_of_the_thread(device: torch.device) -> Iterator[None]:
             torch.autocast_increment_nesting()
 
 
-@_OfTheProcess
+@_ProcessSetting
 @contextmanager
 def _deterministic_cuda() -> Iterator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
@@ -171,12 +176,12 @@ def _deterministic_cuda() -> Iterator[None]:
     benchmark, filled = cudnn.benchmark, fills.fill_uninitialized_memory
     sums = {name: getattr(matmul, name) for name in _CUBLAS_DEFAULTS}
     for name, value in sums.items():
-        if (split := getattr(matmul, f"{name}_split_k", None)) is not None:  # set with the other, as a pair
+        if (split := getattr(matmul, f"{name}_split_k", None)) is not None:  # is set as a pair with the other
             sums[name] = value, split
     try:
         torch.use_deterministic_algorithms(True)
         cudnn.benchmark = False
-        fills.fill_uninitialized_memory = False  # every kernel here writes all of its result: filling it costs time
+        fills.fill_uninitialized_memory = False  # costs time, and every kernel here writes all of its result
         for name, value in _CUBLAS_DEFAULTS.items():
             setattr(matmul, name, value)
         yield
@@ -189,15 +194,16 @@ def _deterministic_cuda() -> Iterator[None]:
 
 @contextmanager
 def keep_freed_memory() -> Iterator[None]:
-    """Have glibc keep the memory of freed tensors inside: a CPU step spends up to a third of its time in page faults
-    else. What is free at the end goes back to the system. Around a whole function, as a decorator, it covers what the
-    function's variables held; elsewhere than with glibc it does nothing.
+    """Have glibc keep the memory of freed tensors inside, and return it to the system at the end.
+
+    Otherwise a CPU training step spends up to a third of its time in page faults. As a decorator it also returns what
+    the function's local variables held. Without glibc it does nothing.
     """
     with _kept_memory():
         yield
 
 
-@_OfTheProcess
+@_ProcessSetting
 @contextmanager
 def _kept_memory() -> Iterator[None]:
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
@@ -211,16 +217,16 @@ def _kept_memory() -> Iterator[None]:
     finally:
         for name, value in _malloc_settings(os.environ).items():
             libc.mallopt(_MALLOC_PARAMETERS[name], value)
-        gc.collect()  # a trainer and its steps refer to each other
+        gc.collect()  # a Trainer and its Steps refer to each other
         libc.malloc_trim(0)
 
 
 def _malloc_settings(environment: Mapping[str, str]) -> dict[str, int]:
-    """What glibc's mallopt(3) is to be given for what it had before: its parameters cannot be read.
+    """The values to restore by mallopt(3), whose parameters cannot be read: from the environment, or else defaults.
 
-    Where the environment sets none, glibc moves its thresholds up with the sizes that are freed, until one of them is
-    set, and then no more. They are left where that ends, because the values that it starts from make every large tensor
-    a mapping of its own: three times the page faults of a process that never set anything.
+    Where the environment sets none, glibc raises its thresholds with the sizes that are freed, until one of them is
+    set. So they are restored to the end of that range: from its start every large tensor would be a memory mapping of
+    its own, with three times the page faults of a process that never set anything.
     """
     tunables = dict(pair.split("=", 1) for pair in environment.get("GLIBC_TUNABLES", "").split(":") if "=" in pair)
     given = {}

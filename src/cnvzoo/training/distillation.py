@@ -1,8 +1,8 @@
-"""Knowledge distillation: learning from the logits of trained nets beside the labels.
+"""Knowledge distillation: learning from the logits of trained networks as well as from labels.
 
-Teachers can cost as much as the net that learns from them. So the BatchNorms of a teacher are folded into the layers in
-front of them, and where a recipe has a fixed number of augmented versions of each image (its views), the logits for
-these are computed once, before training, and kept in a file beside the state of the run.
+A teacher can cost as much per step as its student. So BatchNorms of a teacher are folded into the layers before them,
+and where a recipe has a fixed number of augmented versions of each image (views), the teacher's logits for all of them
+are computed once, before training, and kept in a file beside the state of the run.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from cnvzoo.training.state import load_checked, save_checked
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """A copy of `model`, in evaluation mode, in which sequences have no BatchNorm behind a convolution or linear layer.
+    """A copy of `model` in eval mode, with BatchNorm folded into the convolution or linear layer before it.
 
-    What BatchNorm multiplies by is in the weights of that layer, what it adds in its bias: the outputs are the same to
-    rounding, and a pass over each activation is saved. BatchNorm outside of an nn.Sequential stays.
+    The layer's weights take up BatchNorm's factor and its bias the shift, so outputs are equal up to rounding, and a
+    pass over each activation is saved. Only neighbours in an nn.Sequential are folded.
     """
     folded = copy.deepcopy(model).eval()
     for sequence in [module for module in folded.modules() if isinstance(module, nn.Sequential)]:
@@ -44,7 +44,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
 
 
 def _fold(layer: nn.Module, norm: nn.Module) -> bool:
-    """Take `norm` into `layer`, if these are such layers."""
+    """Fold `norm` into `layer` and return True, or return False for other types of layers."""
     if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
         fuse = fuse_conv_bn_weights
     elif isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
@@ -64,8 +64,8 @@ class PrecomputedLogits:
     """A teacher's logits for all views of all training images.
 
     Attributes:
-        logits: [views * images, classes], in the order of `TrainBatches`: view * images + image.
-        seconds: that computing them took.
+        logits: float16 [views * N, K] on the device of training; row view * N + image.
+        seconds: time that computing them took.
     """
 
     logits: Tensor
@@ -73,20 +73,19 @@ class PrecomputedLogits:
 
 
 class Teacher:
-    """Trained nets that tell a student, for each image that they are shown, how likely each class is.
+    """One or more trained networks whose class probabilities a student learns to reproduce.
 
-    The student is to give the teacher's probabilities, both softened by a temperature (Hinton et al. 2015, section
-    2), for the very images that it learns from, augmented and mixed as they are (Beyer et al. 2022). Several nets
-    speak as one, by the mean of their logits: the geometric mean of their probabilities (section 3).
+    The probabilities of both are softened by a temperature (Hinton et al. 2015, arXiv:1503.02531, section 2). The
+    teacher takes the same augmented images as the student (Beyer et al. 2022, arXiv:2106.05237). The logits of several
+    networks are averaged, which is the geometric mean of their probabilities (Hinton et al., section 3).
 
     Args:
-        nets: of the library, on the student's device, each with the preprocessing of the images that it was trained
-            with; frozen from now on.
-        student: preprocessing of the images that they will be shown.
-        distillation: temperature, and weight of what the teacher says.
+        nets: trained networks on the student's device, each with the preprocessing that it was trained with.
+        student: preprocessing of the images that `logits` and `loss` are given.
+        distillation: temperature, and weight of the teacher in the loss.
 
     Attributes:
-        precomputed: its logits for all views, looked up instead of computed; None to compute them in every step.
+        precomputed: logits for all views, which `loss` looks up; None to compute logits in every step.
     """
 
     def __init__(
@@ -98,34 +97,37 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """What it says of images [N, C, H, W], as the student takes them: float32 [N, classes]."""
+        """Mean logits, float32 [B, K], for images [B, C, H, W] in the student's preprocessing."""
         return torch.stack([net(images) for net in self._nets]).mean(0)
 
-    def loss(self, images: Tensor, shown: Tensor, logits: Tensor, label_loss: Tensor) -> Tensor:
-        """What the student is to lower: `label_loss` and its distance from the teacher, weighed.
+    def loss(self, images: Tensor, logit_rows: Tensor, logits: Tensor, label_loss: Tensor) -> Tensor:
+        """The student's loss: weighted sum of `label_loss` and the divergence from the teacher.
 
-        The distance is the mean Kullback-Leibler divergence of the softened probabilities times the squared
-        temperature, which keeps its gradients as large as those of the labels.
+        The divergence is the mean Kullback-Leibler divergence of the softened probabilities, times the squared
+        temperature so that its gradients do not shrink as the temperature grows.
 
         Args:
-            images: [N, C, H, W], as the student takes them.
-            shown: int64 [N], their rows in the precomputed logits.
-            logits: float32 [N, classes], the student's.
+            images: [B, C, H, W] in the student's preprocessing.
+            logit_rows: int64 [B], rows of the images in the precomputed logits.
+            logits: float32 [B, K], the student's.
             label_loss: scalar.
         """
-        theirs = self.logits(images) if self.precomputed is None else self.precomputed.logits[shown].float()
+        if self.precomputed is None:
+            teacher_logits = self.logits(images)
+        else:
+            teacher_logits = self.precomputed.logits[logit_rows].float()
         weight, temperature = self._distillation.weight, self._distillation.temperature
-        distance = F.kl_div(
+        divergence = F.kl_div(
             F.log_softmax(logits / temperature, 1),
-            F.log_softmax(theirs / temperature, 1),
+            F.log_softmax(teacher_logits / temperature, 1),
             reduction="batchmean",
             log_target=True,
         )
-        return (1 - weight) * label_loss + weight * temperature**2 * distance
+        return (1 - weight) * label_loss + weight * temperature**2 * divergence
 
 
 class _FrozenNet:
-    """Logits, float32, of a trained net for images as another takes them."""
+    """Maps images [B, C, H, W] in the student's preprocessing to a trained network's logits, float32 [B, K]."""
 
     def __init__(self, model: nn.Module, own: Preprocessing, student: Preprocessing) -> None:
         self._model = fold_batch_norms(model).requires_grad_(False)
@@ -141,12 +143,12 @@ class _FrozenNet:
         self._shift = ((mean - own_mean) / own_std).to(device, torch.float32)
 
     def __call__(self, images: Tensor) -> Tensor:
-        shown = images * self._factor + self._shift if self._converts else images
-        return self._model(shown).float()
+        converted = images * self._factor + self._shift if self._converts else images
+        return self._model(converted).float()
 
 
 _BATCH = 500
-_DTYPE = torch.float16  # finer than the bfloat16 in which teachers compute, and half of what float32 takes
+_DTYPE = torch.float16  # finer than the bfloat16 in which teachers compute, and half the size of float32
 
 
 def precompute_logits(
@@ -156,29 +158,29 @@ def precompute_logits(
     facts: Mapping[str, Any],
     *,
     views: int,
-    precision: Callable[[], AbstractContextManager[Any]],
+    autocast: Callable[[], AbstractContextManager[Any]],
     should_stop: Callable[[], bool],
     label: str,
     quiet: bool = False,
 ) -> bool:
     """Compute the teacher's logits for the first `views` views of all images and set `teacher.precomputed`.
 
-    The file is saved after every view, and views that are in it already are not computed again. A file that is damaged
-    or of another run is replaced.
+    The file is saved after every view, and views that are in it are not computed again. A file that is damaged or
+    belongs to another run is replaced.
 
     Args:
         teacher: whose logits are computed.
-        batches: with views.
-        path: of the file.
-        facts: JSON values that identify the run, and what the bits of the logits depend on beside it.
-        views: how many, at most those of `batches`.
-        precision: the context in which the nets run.
-        should_stop: asked before every batch.
-        label: of the progress.
+        batches: batches with views.
+        path: file that the logits are kept in.
+        facts: JSON values that tell runs apart: identity of the run and conditions that its bits depend on.
+        views: number of views to compute, at most those of `batches`.
+        autocast: returns the context of the forward passes.
+        should_stop: called before every batch.
+        label: name of the work in the progress.
         quiet: no progress.
 
     Returns:
-        Whether all logits are there; False if it was told to stop.
+        True when all logits are computed, False when `should_stop()` came first.
     """
     logits, seconds = _load(path, facts)
     for view in counted(range(len(logits), views), label, quiet=quiet):
@@ -186,7 +188,7 @@ def precompute_logits(
         for images in batches.show(view, _BATCH):
             if should_stop():
                 return False
-            with torch.no_grad(), precision():
+            with torch.no_grad(), autocast():
                 parts.append(teacher.logits(images).to(_DTYPE))
         logits.append(torch.cat(parts).cpu())
         seconds += time.monotonic() - began
@@ -196,7 +198,7 @@ def precompute_logits(
 
 
 def _load(path: Path, facts: Mapping[str, Any]) -> tuple[list[Tensor], float]:
-    """The views that the file has for this run, and the seconds that they took."""
+    """The logits of the views that the file has for this run, and the seconds that computing them took."""
     try:
         logits, saved = load_checked(path)
         if saved["facts"] != facts:

@@ -1,13 +1,4 @@
-"""One run: from a recipe to a record and weights, through any number of interruptions.
-
-A run lives in a folder: `state.safetensors` while it is under way, `record.json` and `weights.safetensors` when
-it is done. State is saved every minute, and at a signal or deadline, by replacing the file in one step; so
-whatever kills the process, the run goes on from a whole state and ends with the bits it would have had.
-
-
-The library's front: models by name, what they cost, and training and evaluating them.
-
-Counting right answers: float32, one crop, the model's own graph."""
+"""Top-1 accuracy on a test set: float32, one crop, no augmentation."""
 
 from __future__ import annotations
 
@@ -26,14 +17,14 @@ from cnvzoo.training.progress import counted
 
 
 def preprocessing_of(model: str, dataset: str) -> Preprocessing:
-    """How images of `dataset` reach `model`: quantized models take the 8-bit image, others a normalised one."""
+    """Preprocessing of a dataset's images for a model: quantized models take uint8 / 255, others normalised images."""
     spec = model_spec(model)
     return Preprocessing.for_dataset(dataset_info(dataset), size=spec.input_size, normalize=not spec.quantized)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Top-1 of a model: `correct` of `total` images."""
+    """Top-1 accuracy of a model: `correct` of `total` images."""
 
     correct: int
     total: int
@@ -52,17 +43,18 @@ def evaluate(
     device: str | torch.device = "auto",
     data_root: str | Path | None = None,
 ) -> Evaluation:
-    """Score a model on a test set: float32, one crop, no augmentation.
+    """Score a model on the test set of a dataset: float32, one crop, no augmentation.
 
     Args:
-        model: images to logits; it is moved to `device` and left there, in the mode it was in.
-        dataset: name, or a loaded dataset, of which the test set is used.
-        preprocessing: of the images; by default the dataset's, for a model of this library, as in training.
+        model: maps images [B, C, H, W] to logits [B, K]. It is moved to `device` and stays there; its mode is kept.
+        dataset: name of a dataset, or a loaded one.
+        preprocessing: from uint8 images to the model's inputs; by default that of training, for models of this library.
         device: `auto`, or anything torch.device takes.
-        data_root: where datasets are cached.
+        data_root: folder of the dataset cache.
 
     Raises:
-        ModelError: the model is not of this library and no preprocessing was given.
+        ModelError: the model is not from this library and no preprocessing was given.
+        CnvzooError: the device is not available.
     """
     data = load_dataset(dataset, root=data_root) if isinstance(dataset, str) else dataset
     if preprocessing is None:
@@ -84,9 +76,9 @@ _BATCH = 1000
 def count_correct(
     model: nn.Module, images: Tensor, labels: Tensor, preprocessing: Preprocessing, *, quiet: bool = False
 ) -> int:
-    """How many of uint8 `images` [N, H, W, C] the model classifies as `labels` [N].
+    """Number of uint8 `images` [N, H, W, C] that the model, in eval mode, classifies as `labels` [N].
 
-    The model is put in eval mode meanwhile. Progress is shown unless `quiet`.
+    Shows progress unless `quiet`.
     """
     device = next(model.parameters()).device
     was_training = model.training

@@ -1,7 +1,8 @@
-"""What decides the bits of a run beside its recipe: the version of the arithmetic, and the kernels of the machine.
+"""What decides the bits of a run beside its recipe: the version of the arithmetic, the machine's kernels, the
+libraries.
 
-A run's weights are a function of its recipe, its seed, `NUMERICS` and what `describe_machine` says, all of which are in
-its record. docs/numerics.md lists what each version changed.
+The weights of a run are a function of its recipe, its seed, `NUMERICS`, `describe_machine` and `describe_versions`, all
+of which are in its record. docs/numerics.md lists what each version of the arithmetic changed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import os
 import platform
 import sys
+from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
@@ -19,12 +21,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cnvzoo.models.compiled import compiler_version, compiles
+from cnvzoo.models.registry import model_spec
 from cnvzoo.training.device import describe_device
 
-# The version of what training computes, from initialisation to the weights that are scored. Raise it with every change
-# that gives any recipe other bits, say in docs/numerics.md what changed, and write the golden sha256s again
-# (tests/training/golden.py): every record of an older version is due again then.
+# Version of the arithmetic, from initialisation to the weights that are scored. Raise it with every change that gives
+# any recipe other bits, say in docs/numerics.md what changed, and write the golden sha256s again
+# (tests/training/golden.py). All records of an older version are then due to be trained again.
 NUMERICS = 2
+# levels of oneDNN's kernels by the names of ONEDNN_MAX_CPU_ISA, with the processor features that each adds
 _ONEDNN_LEVELS = (
     ("AVX2", ("avx2",)),
     ("AVX512_CORE", ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq")),
@@ -37,19 +41,19 @@ _ONEDNN_LEVELS = (
 
 
 class Machine(BaseModel):
-    """The machine of a run: its device, and on a CPU what its kernels are.
+    """The machine of a run: its device and, for a CPU, which kernels it uses.
 
     Attributes:
-        kind: of device, `cpu` or `cuda`.
-        name: of the processor or GPU.
-        threads: of the run. This and all that follow are None on a GPU and in records from before they were kept.
+        kind: type of device, `cpu` or `cuda`.
+        name: name of the processor or GPU.
+        threads: number of threads. This and all keys below are None on a GPU, and in records older than the key.
         capability: instruction set of ATen's kernels, such as AVX512; `ATEN_CPU_CAPABILITY` can lower it.
-        onednn: instruction set of oneDNN's kernels (convolutions, and matrix products in bfloat16), by the name that
-            `ONEDNN_MAX_CPU_ISA` has for it, which can lower it.
+        onednn: instruction set of oneDNN's kernels (convolutions, and matrix products in bfloat16), by its name in
+            `ONEDNN_MAX_CPU_ISA`, which can lower it.
         loops: whether the loops of `cnvzoo.models.compiled` ran compiled.
-        compiler: of these loops, with its version.
-        kernels: sha256, 16 digits of it, of what the kernels of PyTorch make of fixed numbers: the same where a run's
-            operations round alike, whatever the reason.
+        compiler: name and version of the compiler of these loops.
+        kernels: first 16 digits of the sha256 of what PyTorch's kernels compute from fixed numbers. Machines with the
+            same value round alike.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -65,9 +69,9 @@ class Machine(BaseModel):
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """The fields of `Machine` that are known of `device`, as a record and the state of a run have them.
+    """The fields of `Machine` that are known of `device`, as in records.
 
-    Call it under `cnvzoo.training.device.deterministic`, in which runs train.
+    Call it within `cnvzoo.training.device.deterministic`, as runs do: the caller's settings would change `kernels`.
     """
     machine = describe_device(device)
     if device.type == "cpu":
@@ -81,8 +85,25 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return Machine(**machine).model_dump(exclude_none=True)
 
 
+def describe_versions(model: str, device: torch.device) -> dict[str, str]:
+    """Versions of Python and of the libraries that training `model` on `device` uses, by name."""
+    versions: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {package: version(package) for package in ("cnvzoo", "numpy")}
+    if model_spec(model).quantized:
+        versions["brevitas"] = version("brevitas")
+    if device.type == "cuda":
+        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return {name: str(value) for name, value in versions.items()}
+
+
+def warn_of_slow_loops(machine: dict[str, Any]) -> None:
+    """Print a line to stderr where a run on a CPU trains without compiled loops."""
+    if machine.get("loops") == "eager":
+        print("training runs uncompiled on this CPU: slower, and with other bits than compiled", file=sys.stderr)
+
+
 def _onednn_level(limit: str | None) -> str | None:
-    """The highest level that this processor has and `limit` allows; None for a processor without such levels."""
+    """The highest level that this processor has and `limit` allows; None for a processor other than x86-64."""
     get_capabilities = getattr(torch.cpu, "get_capabilities", None)
     if get_capabilities is None or platform.machine().lower() not in ("x86_64", "amd64"):
         return None
@@ -99,7 +120,7 @@ def _onednn_level(limit: str | None) -> str | None:
 
 @functools.cache
 def _kernels_sha256(threads: int) -> str:
-    """sha256 of results of the kinds of kernels that training runs; `threads` only tells results apart."""
+    """sha256 of results of the kinds of kernels that training runs; `threads` is only the key of the cache."""
     generator = torch.Generator().manual_seed(0)
 
     def values(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -126,9 +147,3 @@ def _kernels_sha256(threads: int) -> str:
 def _update(digest: Any, results: list[Tensor]) -> None:
     for result in results:
         digest.update(result.detach().float().contiguous().numpy().tobytes())
-
-
-def warn_of_slow_loops(machine: dict[str, Any]) -> None:
-    """Say on stderr where a run on a CPU trains without compiled loops."""
-    if machine.get("loops") == "eager":
-        print("training runs uncompiled on this CPU: slower, and with other bits than compiled", file=sys.stderr)

@@ -1,9 +1,9 @@
-"""The learning rate as a function of the step, and nothing else: no state to save, nothing to get out of step.
+"""Optimizers and learning rate schedule: SGD, or Muon for hidden weights with SGD for all other parameters.
 
-Which parameter moves how: decay groups, and Muon for the filters.
-
-Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; for convolution filters as
-in its use on CIFAR-10, each flattened to [out_channels, in_channels * height * width].
+Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024
+(https://kellerjordan.github.io/posts/muon). torch.optim.Muon takes matrices only, and convolutional networks consist of
+filters [out, in, height, width]. So this Muon orthogonalises each filter bank as a matrix [out, in * height * width],
+as in the authors' CIFAR-10 runs, and batches the iteration over weights of one shape.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from cnvzoo.training.recipe import Optimizer, Schedule
 
 
 def lr_factor(schedule: Schedule, step: int, total_steps: int, steps_per_epoch: int) -> float:
-    """What to multiply the peak learning rate with at `step` (0 to total_steps - 1): above 0, at most 1."""
+    """Learning rate at `step` (0 to total_steps - 1) as a share of the peak: above 0, at most 1.
+
+    A function of the step alone, so there is no scheduler state to save.
+    """
     warmup = schedule.warmup_epochs * steps_per_epoch
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -27,15 +30,16 @@ def lr_factor(schedule: Schedule, step: int, total_steps: int, steps_per_epoch: 
     return 1 - progress
 
 
-# Newton-Schulz iteration for the nearest semi-orthogonal matrix: coefficients of the quintic, from the source above
+# Newton-Schulz iteration for the nearest semi-orthogonal matrix: coefficients of the quintic by Jordan et al.
 _NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NS_STEPS = 5
 
 
 def build_optimizers(model: nn.Module, config: Optimizer) -> list[torch.optim.Optimizer]:
-    """The optimizers of a model, their groups with `peak_lr` set for the schedule to scale.
+    """The optimizers of a model. Each group has a key `peak_lr`, which the schedule scales.
 
-    Only weights of convolution and linear layers decay. With Muon, it moves those but the first and the last.
+    Weight decay applies to the weights of convolution and linear layers only. With `muon`, Muon updates those except
+    the first and the last, and SGD everything else.
     """
     weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     ids = {id(w) for w in weights}
@@ -45,9 +49,9 @@ def build_optimizers(model: nn.Module, config: Optimizer) -> list[torch.optim.Op
         groups = [_group(weights, config.lr, config.weight_decay), _group(rest, config.lr, 0.0)]
         return [torch.optim.SGD(groups, **sgd)]
     assert config.sgd_lr is not None
-    hidden, ends = weights[1:-1], [weights[0], weights[-1]]
-    ends_decay = config.weight_decay if config.sgd_weight_decay is None else config.sgd_weight_decay
-    groups = [_group(ends, config.sgd_lr, ends_decay), _group(rest, config.sgd_lr, 0.0)]
+    hidden, first_and_last = weights[1:-1], [weights[0], weights[-1]]
+    sgd_decay = config.weight_decay if config.sgd_weight_decay is None else config.sgd_weight_decay
+    groups = [_group(first_and_last, config.sgd_lr, sgd_decay), _group(rest, config.sgd_lr, 0.0)]
     muon = Muon([_group(hidden, config.lr, config.weight_decay)], momentum=config.momentum)
     return [muon, torch.optim.SGD(groups, **sgd)]
 
@@ -57,16 +61,16 @@ def _group(params: Sequence[Tensor], lr: float, weight_decay: float) -> dict[str
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: each filter bank moves by a step whose singular values are all about 1.
+    """SGD with Nesterov momentum whose updates are orthogonalised: all singular values of an update are about equal.
 
-    The step has the root-mean-square size `lr * 0.2`, about that of AdamW with the same lr (Liu et al. 2025,
-    arXiv:2502.16982, section 2.2). Weight decay is decoupled.
+    Updates have a root mean square of about `0.2 * lr` (Liu et al. 2025, arXiv:2502.16982, section 2.2). Unlike
+    torch.optim.Muon, which takes matrices only, it also takes convolution filters.
 
     Args:
-        params: parameters or groups; every parameter has two or more dimensions, the first is the output's.
+        params: parameters or groups; a parameter has at least two dimensions, output channels first.
         lr: learning rate.
-        momentum: of the Nesterov momentum.
-        weight_decay: decoupled; each step multiplies weights by 1 - lr * weight_decay.
+        momentum: Nesterov momentum, 0 to below 1.
+        weight_decay: decoupled: each step multiplies weights by 1 - lr * weight_decay.
     """
 
     def __init__(
@@ -94,10 +98,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(updates: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
-    """Replace each update [out, ...], seen as a matrix, by about its nearest semi-orthogonal one of RMS 0.2.
+    """Approximate the nearest semi-orthogonal matrix of each update [out, ...], scaled to a root mean square of 0.2.
 
-    Updates of one shape go through the iteration as one batch, in bfloat16. The columns of a filter bank's matrix are
-    in the order of channels_last, which changes nothing but their places, and there saves a copy of each.
+    An update is taken as a matrix [out, rest]. Updates of one shape are iterated as one batch, in bfloat16. The columns
+    of a filter bank are in the order of channels_last: that permutes the columns of the result alike, and saves a copy.
     """
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for index, update in enumerate(updates):
@@ -105,8 +109,8 @@ def orthogonalize(updates: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
     results = list(updates)
     a, b, c = _NS_COEFFICIENTS
     for indices in by_shape.values():
-        banks = torch.stack([updates[i].movedim(1, -1) for i in indices])
-        x = banks.flatten(2).bfloat16()
+        stacked = torch.stack([updates[i].movedim(1, -1) for i in indices])
+        x = stacked.flatten(2).bfloat16()
         tall = x.shape[1] > x.shape[2]
         x = x.mT if tall else x
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -115,6 +119,6 @@ def orthogonalize(updates: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
             polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
             x = torch.baddbmm(x, polynomial, x, beta=a)
         x = (x.mT if tall else x).float() * (0.2 * max(x.shape[1], x.shape[2]) ** 0.5)
-        for index, direction in zip(indices, x.reshape(banks.shape), strict=True):
+        for index, direction in zip(indices, x.reshape(stacked.shape), strict=True):
             results[index] = direction.movedim(-1, 1)
     return results

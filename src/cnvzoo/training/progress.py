@@ -1,6 +1,6 @@
-"""How work tells how far it is: a bar with the time left on a terminal, plain lines elsewhere, all on stderr.
+"""Progress on stderr: a bar with the time left on a terminal, plain lines elsewhere.
 
-Work in a thread that is not the main one may not be alone on the terminal, and has plain lines there too.
+Threads other than the main one print plain lines on a terminal too, as they may share it with others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class TrainingStatus(Protocol):
-    """What progress is shown of: a `Trainer`."""
+    """The part of a `Trainer` that progress is read from."""
 
     step: int
     total_steps: int
@@ -31,17 +31,17 @@ class TrainingStatus(Protocol):
     history: list[dict[str, float]]
 
     def work(self, step: int, /) -> float:
-        """The cost of the first `step` steps, in steps on whole images."""
+        """Cost of the first `step` steps, in steps on whole images."""
         ...
 
 
 class TrainingProgress:
-    """Context manager; call it after every step with the trainer.
+    """Context manager that shows the progress of training; it is called with the trainer after every step.
 
     Args:
-        name: what is trained.
-        trainer: at the step that training starts from.
-        quiet: say nothing.
+        name: name of the run.
+        trainer: the trainer, at the step that training starts from.
+        quiet: print nothing.
     """
 
     def __init__(self, name: str, trainer: TrainingStatus, quiet: bool = False) -> None:
@@ -76,23 +76,23 @@ class TrainingProgress:
 
 
 def counted(items: Sequence[T], name: str, *, quiet: bool = False) -> Iterator[T]:
-    """Yield the items; say how many are done, off a terminal only where it takes long."""
+    """Yield the items and show how many are done; without a terminal, a line every 10 seconds."""
     console = _console(quiet)
-    started = said = time.monotonic()
+    started = printed = time.monotonic()
     with _bar(console) as bar:
         task = bar.add_task(name, total=len(items))
         for done, item in enumerate(items, start=1):
             yield item
             bar.update(task, completed=done)
             now = time.monotonic()
-            if not _has_terminal(console) and now - said >= _LINE_EVERY_SECONDS:
+            if not _has_terminal(console) and now - printed >= _LINE_EVERY_SECONDS:
                 left = (now - started) / done * (len(items) - done)
                 console.print(f"{name}: {done}/{len(items)}, {left:.0f} s left")
-                said = now
+                printed = now
 
 
 def _console(quiet: bool) -> Console:
-    if "rich.style" not in sys.modules:  # which draws from the generator of the program when it is imported
+    if "rich.style" not in sys.modules:  # its import draws from Python's global random generator
         before = random.getstate()
         importlib.import_module("rich.style")
         random.setstate(before)
@@ -102,7 +102,7 @@ def _console(quiet: bool) -> Console:
 
 
 def _bar(console: Console, status: str | None = None) -> Progress:
-    """A bar that says how much time is left, or a status of its task that does."""
+    """A progress bar with the time left, or with the text column `status` in its place."""
     from rich import progress
 
     return progress.Progress(

@@ -1,9 +1,7 @@
-"""A recipe: everything that decides the weights of a table entry, typed and validated.
+"""Recipes: everything that decides the weights of a table entry, as validated types, and reading them from YAML files.
 
-Recipes as YAML files: reading them, with all that they extend, start from and learn from.
-
-A recipe may extend another (`extends: _cifar.yaml`, a path relative to its own file): mappings are merged,
-anything else is replaced. Whatever is wrong is reported with the file and line that say it.
+A recipe file may extend another (`extends: _cifar.yaml`, relative to its own folder): mappings are merged, other values
+are replaced. Every error names file, line and key.
 """
 
 from __future__ import annotations
@@ -32,9 +30,12 @@ from cnvzoo.errors import CnvzooError, nearest
 from cnvzoo.models.registry import model_spec
 from cnvzoo.strict_yaml import StrictYamlError, Where, explain, read_yaml
 
-LARGEST_SEED = 2**63 - 1  # what every generator and file format takes
-PUBLISHED_SEED = 0  # of the run whose weights an entry publishes, and gives to those that start or learn from it
-LARGEST_SEED = 2**63 - 1  # of torch's generators
+PUBLISHED_SEED = 0  # the run of this seed is published, and its weights are the float start or teacher of other runs
+LARGEST_SEED = 2**63 - 1  # the largest that torch's generators take
+
+
+class RecipeError(CnvzooError, ValueError):
+    """A recipe that cannot be used: names file, line and key, what was expected and what to do."""
 
 
 class _Section(BaseModel):
@@ -42,7 +43,7 @@ class _Section(BaseModel):
 
 
 def _at(key: str, message: str) -> PydanticCustomError:
-    """What a validator of several keys raises to put the blame on one of them."""
+    """The error of a validator of several keys, reported at the line of one of them."""
     return PydanticCustomError("at_key", "{message}", {"key": key, "message": message})
 
 
@@ -54,7 +55,7 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-# in YAML and JSON a text, a list of texts, or null; one is always written as a text
+# a text, a list of texts or null in YAML and JSON; a single text is not written as a list
 _OneOrMore = Annotated[
     tuple[str, ...],
     BeforeValidator(_as_tuple),
@@ -63,17 +64,19 @@ _OneOrMore = Annotated[
 
 
 class Optimizer(_Section):
-    """How weights move.
+    """The optimizer and its rates.
 
     Attributes:
-        name: `sgd` (Nesterov), or `muon` (Jordan et al. 2024) for the hidden convolution and linear weights with SGD
-            for everything else.
-        lr: peak learning rate.
-        momentum: of SGD and Muon.
-        weight_decay: on convolution and linear weights only; BatchNorm, biases and quantizer scales have none.
-            Decoupled with `muon`: a step takes lr * weight_decay off, SGD 1 / (1 - momentum) times that.
-        sgd_lr: with `muon`, the peak learning rate of the parameters that SGD moves.
-        sgd_weight_decay: with `muon`, that of the first and the last weights, which SGD moves. None: weight_decay.
+        name: `sgd` (with Nesterov momentum), or `muon` (Jordan et al. 2024): Muon for hidden convolution and linear
+            weights, SGD for all other parameters.
+        lr: peak learning rate, above 0.
+        momentum: momentum of SGD and Muon, 0 to below 1.
+        weight_decay: weight decay of convolution and linear weights; BatchNorm, biases and quantizer scales have none.
+            With `muon` it is decoupled: a step shrinks weights by lr * weight_decay, where SGD ends up shrinking them
+            by 1 / (1 - momentum) times that.
+        sgd_lr: with `muon`, peak learning rate of the parameters that SGD updates.
+        sgd_weight_decay: with `muon`, weight decay of the first and the last weights, which SGD updates; None for
+            `weight_decay`.
     """
 
     name: Literal["sgd", "muon"] = "sgd"
@@ -84,28 +87,31 @@ class Optimizer(_Section):
     sgd_weight_decay: float | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
-    def _sgd_belongs_to_muon(self) -> Optimizer:
+    def _check_muon(self) -> Optimizer:
         if (self.name == "muon") != (self.sgd_lr is not None):
             key = "name" if self.sgd_lr is None else "sgd_lr"
-            raise _at(key, "sgd_lr goes with name: muon, which needs it, and with no other optimizer")
+            raise _at(key, "name: muon needs sgd_lr, and no other optimizer takes it")
         if self.sgd_weight_decay is not None and self.name != "muon":
-            raise _at("sgd_weight_decay", "sgd_weight_decay goes with name: muon: others have one weight_decay for all")
+            raise _at("sgd_weight_decay", "only name: muon takes sgd_weight_decay: leave it out")
         return self
 
 
 class Schedule(_Section):
-    """Learning rate over the run, step by step: linear warm-up over `warmup_epochs`, then linear decay to 0."""
+    """The learning rate of each step: linear warm-up over `warmup_epochs` (may be a fraction), then linear decay to
+    0."""
 
     warmup_epochs: float = Field(default=1.0, ge=0)
 
 
 class EarlyCrops(_Section):
-    """Epochs at the start that show a part of each image, which nets that end in an average over all places learn from
-    as well, and faster (progressive learning; Tan & Le 2021, arXiv:2104.00298, resize instead).
+    """Training on random crops, smaller than the images, in the first epochs, which costs less per step.
+
+    For networks that end in global average pooling, which take images of any size. Progressive learning (Tan & Le 2021,
+    arXiv:2104.00298) resizes images instead.
 
     Attributes:
-        side: in pixels, of the square part.
-        epochs: how many; the others show whole images.
+        side: side of the square crops in pixels.
+        epochs: number of epochs on crops; the later ones take whole images.
     """
 
     side: int = Field(ge=1)
@@ -113,14 +119,14 @@ class EarlyCrops(_Section):
 
 
 class Distillation(_Section):
-    """How a student learns from its teachers' outputs beside the labels.
+    """How a student learns from its teachers' logits as well as from labels.
 
     Attributes:
-        temperature: what both nets' logits are divided by before they are compared.
-        weight: of that comparison in the loss; the labels have the rest.
-        views: how many augmented versions there are of each image. The teachers see each once, whatever the number of
-            epochs, which take turns with them (Shen & Xing 2022, arXiv:2112.01528). None: a new version in every epoch,
-            for the teachers to see too.
+        temperature: divisor of both networks' logits before they are compared, above 0.
+        weight: weight of that comparison in the loss, above 0, up to 1; the labels have the rest.
+        views: number of augmented versions of each image, which epochs use in turn. The teachers' logits are computed
+            once for each (Shen & Xing 2022, arXiv:2112.01528). None: a new version in every epoch, with the teachers'
+            logits computed in every step.
     """
 
     temperature: float = Field(default=4.0, gt=0)
@@ -129,25 +135,29 @@ class Distillation(_Section):
 
 
 class Recipe(_Section):
-    """One training run, seed included.
+    """Everything that decides the weights of a run. Training is in bfloat16 autocast, scoring in float32.
 
     Attributes:
-        name: the table entry, `<dataset>_<model>[_w<W>a<A>]`.
-        model, w_bits, a_bits: as for `cnvzoo.create_model`.
+        name: table entry, `<dataset>_<model>[_w<W>a<A>]`.
+        model, w_bits, a_bits: as for `cnvzoo.create_model`; quantized models need both bit widths, others take none.
         dataset: one of `cnvzoo.list_datasets()`.
-        epochs, batch_size: passes over the training set and images per step, which are not more than the set has.
+        epochs: passes over the training set.
+        batch_size: images per step, 2 to the size of the training set.
+        optimizer: optimizer and its rates.
+        schedule: learning rate over the run.
         label_smoothing: 0 to below 1.
-        early_crops: parts of images for the first epochs; None for whole images in all.
-        float_start: the entry of the float twin whose published weights this run starts from, whatever its own
-            seed: the name of a recipe in the same folder.
-        float_start_sha256: fingerprint of that recipe, which decides these weights too; filled in by load_recipe.
-        quantize_bias: whether what BatchNorm adds is rounded to whole accumulators at the end, before the model is
-            scored, so that it is an exact int32 bias.
-        teacher: the entries of float models of the same dataset that teach this one together, with their published
-            weights: names of recipes in the same folder, which are `<dataset>_<model>`. In YAML a name or a list.
-        distillation: how they teach.
-        teacher_sha256: fingerprints of their recipes; filled in by load_recipe.
-        seed: of initialisation, shuffling and augmentation; 0 to 2**63 - 1.
+        augmentation: random changes of the images.
+        early_crops: training on crops in the first epochs; None for whole images in all epochs.
+        float_start: for quantized models, the entry of the float twin whose published weights training starts from,
+            whatever the run's own seed: the name of a recipe in the same folder.
+        float_start_sha256: fingerprint of that recipe; filled in by load_recipe.
+        quantize_bias: for quantized models, round BatchNorm's shifts to whole accumulator units after training, before
+            the model is scored, so that they are exact int32 biases.
+        teacher: entries of the float models, of the same dataset, that the model learns from: names of recipes in the
+            same folder, whose published weights are used. In YAML a name or a list.
+        distillation: how the model learns from its teachers.
+        teacher_sha256: fingerprints of the teachers' recipes; filled in by load_recipe.
+        seed: seed of initialisation, shuffling and augmentation; 0 to 2**63 - 1.
     """
 
     name: str
@@ -197,12 +207,12 @@ class Recipe(_Section):
         for teacher in self.teacher:
             self._check_teacher(teacher)
         if not self.teacher and self.distillation != Distillation():
-            raise _at("distillation", "goes with a teacher: name one, or leave this out")
+            raise _at("distillation", "needs a teacher: name one, or leave distillation out")
         if (views := self.distillation.views) is not None:
             if views >= self.epochs:
-                raise _at("distillation.views", f"{views}: must be below epochs, {self.epochs}, to be seen again")
+                raise _at("distillation.views", f"{views}: must be below epochs, {self.epochs}: each is used again")
             if self.augmentation.mixup:
-                raise _at("distillation.views", "goes with crop_padding, flip and cutout alone: leave one or other out")
+                raise _at("distillation.views", f"{views}: views cannot have mixup: leave one out")
         self._check_fits_dataset()
         if self.early_crops:
             self._check_crops(self.early_crops)
@@ -225,28 +235,28 @@ class Recipe(_Section):
     def _check_crops(self, crops: EarlyCrops) -> None:
         spec, own = model_spec(self.model), dataset_info(self.dataset).image_size
         if spec.input_size:
-            raise _at("early_crops", f"{self.model} takes images of {spec.input_size} pixels alone: leave this out")
+            raise _at("early_crops", f"{self.model} takes images of {spec.input_size} pixels only: leave it out")
         if not spec.min_size <= crops.side < own:
             raise _at("early_crops.side", f"{crops.side}: must be {spec.min_size} to {own - 1} for {self.model}")
         if crops.epochs >= self.epochs:
-            raise _at("early_crops.epochs", f"{crops.epochs}: must be below epochs, {self.epochs}, to end whole")
+            raise _at("early_crops.epochs", f"{crops.epochs}: must be below epochs, {self.epochs}: others are whole")
         if self.teacher and self.distillation.views is None:
-            raise _at("early_crops", "teachers see whole images: goes with distillation.views alone")
+            raise _at("early_crops", "a teacher takes whole images: set distillation.views, or leave one out")
         if self.teacher and self.augmentation.cutout:
-            raise _at("early_crops", "goes with distillation.views or with cutout: leave one out")
+            raise _at("early_crops", "views with cutout cannot be cropped: leave one out")
 
     def _check_teacher(self, teacher: str) -> None:
         model = teacher.removeprefix(f"{self.dataset}_")
         if model == teacher:
             raise _at("teacher", f"{teacher!r}: a teacher is an entry of the same dataset, {self.dataset}_<model>")
         if self.teacher.count(teacher) > 1:
-            raise _at("teacher", f"{teacher} is named twice: every teacher counts the same")
+            raise _at("teacher", f"{teacher} is named twice: name each teacher once")
         try:
             spec = model_spec(model)
         except CnvzooError as error:
             raise _at("teacher", str(error)) from None
         if spec.quantized:
-            raise _at("teacher", f"{model} is quantized: only float models teach")
+            raise _at("teacher", f"{model} is quantized: a teacher is a float model")
         own = dataset_info(self.dataset).image_size
         if (spec.input_size or own) != (model_spec(self.model).input_size or own):
             raise _at("teacher", f"{model} takes images of another size than {self.model}")
@@ -258,13 +268,13 @@ class Recipe(_Section):
 
     @property
     def needs(self) -> dict[str, tuple[str, ...]]:
-        """The entries whose weights of PUBLISHED_SEED a run needs, by what it needs them as."""
+        """Entries whose weights, those of PUBLISHED_SEED, a run needs: by purpose, `float_start` or `teacher`."""
         needs = {"float_start": (self.float_start,) if self.float_start else (), "teacher": self.teacher}
         return {purpose: entries for purpose, entries in needs.items() if entries}
 
     @property
     def run_name(self) -> str:
-        """What messages call a run of it."""
+        """How messages name a run: entry and seed."""
         return f"{self.name}, seed {self.seed}"
 
     @property
@@ -290,27 +300,24 @@ _FILLED_IN = {
 }
 
 
-class RecipeError(CnvzooError, ValueError):
-    """A recipe that cannot be used: says which file, key and line, what was expected and what to do."""
-
-
 def load_recipe(path: str | Path) -> Recipe:
-    """Read and validate a recipe file. Its `name` is the file's stem.
+    """Read and validate a recipe file, and those that it extends, starts from and learns from.
 
-    The recipes that `float_start` and `teacher` name are read too.
+    The recipe's `name` is the file's, without extension.
 
     Raises:
-        RecipeError: not readable, not YAML, an unknown key, a wrong type or an impossible value.
+        RecipeError: a file cannot be read or is not YAML, a key is unknown, a value has the wrong type or is
+            impossible.
     """
     path = Path(path)
     return _with_needs(*_load(path), path, ())
 
 
-def _with_needs(recipe: Recipe, where: Where, path: Path, taught: tuple[str, ...]) -> Recipe:
-    """The recipe with the fingerprints of those that it needs; `taught`: those that need this one."""
-    taught = (*taught, recipe.name)
+def _with_needs(recipe: Recipe, where: Where, path: Path, chain: tuple[str, ...]) -> Recipe:
+    """The recipe with the fingerprints of those that it needs; `chain`: the recipes that need this one."""
+    chain = (*chain, recipe.name)
     fingerprints = {
-        purpose: tuple(_load_needed(recipe, purpose, entry, path, where, taught).fingerprint() for entry in entries)
+        purpose: tuple(_load_needed(recipe, purpose, entry, path, where, chain).fingerprint() for entry in entries)
         for purpose, entries in recipe.needs.items()
     }
     start = fingerprints.get("float_start", (None,))[0]
@@ -325,7 +332,7 @@ def _load(path: Path) -> tuple[Recipe, Where]:
     return recipe_from_dict({**values, "name": path.stem}, str(path), where), where
 
 
-def _load_needed(recipe: Recipe, purpose: str, entry: str, path: Path, where: Where, taught: tuple[str, ...]) -> Recipe:
+def _load_needed(recipe: Recipe, purpose: str, entry: str, path: Path, where: Where, chain: tuple[str, ...]) -> Recipe:
     place = f"{where[purpose,]}: {purpose}"
     source = path.parent / f"{entry}.yaml"
     if source.parent != path.parent or not os.path.isfile(source):
@@ -333,19 +340,23 @@ def _load_needed(recipe: Recipe, purpose: str, entry: str, path: Path, where: Wh
         raise RecipeError(f"{place}: no recipe {entry!r} beside this one: {nearest(entry, recipes)}")
     found, found_where = _load(source)
     model = entry.removeprefix(f"{recipe.dataset}_")
-    fits = f"{model} is what its name says"
+    remedy = f"its name says {model}: rename it, or name another"
     if purpose == "float_start":
         model = model_spec(recipe.model).float_twin
-        fits = f"{recipe.model} on {recipe.dataset} can only start from its float twin, {model} on {recipe.dataset}"
+        remedy = f"{recipe.model} on {recipe.dataset} can only start from its float twin, {model} on {recipe.dataset}"
     if (found.model, found.dataset) != (model, recipe.dataset):
-        raise RecipeError(f"{place}: {source.name} is of {found.model} on {found.dataset}: {fits}")
-    if entry in taught:
-        raise RecipeError(f"{place}: {' -> '.join((*taught, entry))}: no net learns from itself")
-    return _with_needs(found, found_where, source, taught)
+        raise RecipeError(f"{place}: {source.name} trains {found.model} on {found.dataset}: {remedy}")
+    if entry in chain:
+        raise RecipeError(f"{place}: {' -> '.join((*chain, entry))}: a model cannot learn from itself")
+    return _with_needs(found, found_where, source, chain)
 
 
 def recipe_from_dict(values: dict[str, Any], source: str, where: Where | None = None) -> Recipe:
-    """Validate `values` as a Recipe; errors name `source`, or the line that `where` gives for a key."""
+    """Validate `values` as a Recipe. Errors name the line that `where` has for a key, or else `source`.
+
+    Raises:
+        RecipeError: an unknown key, a wrong type or an impossible value.
+    """
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
@@ -355,7 +366,7 @@ def recipe_from_dict(values: dict[str, Any], source: str, where: Where | None = 
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], Where]:
-    """The values of a recipe file merged over those it extends, and where each was said."""
+    """The values of a recipe file merged over those that it extends, and the file and line of each."""
     try:
         file = read_yaml(path)
     except FileNotFoundError:

@@ -1,6 +1,8 @@
-"""The commit that a run was made from, so that its record can be traced to the code.
+"""Run records: one JSON file per finished run. Tables are made from records alone.
 
-The run record: what one run was, and what came of it. Tables are made of these and of nothing else."""
+A record holds all that decides the weights of a run (recipe, seed, data, machine, versions, commit) and what it came
+to: accuracy, history and the sha256 of the weights. It is validated as a whole when it is read.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def current_commit() -> str | None:
-    """The commit of the checkout that this package runs from, `+` at its end if the package differs from it.
+    """The commit of the checkout that this package runs from, with a `+` appended if the package has other changes.
 
-    None where the package is not in a checkout of its own repository, or git is not there.
+    None where the package is not in a checkout of its own repository, or git is not installed.
     """
 
     def git(*args: str) -> str:
@@ -43,7 +45,7 @@ _LARGEST_RECORD = 1 << 22  # bytes; a history of 10,000 epochs is below 1 MiB
 
 
 class RecordError(CnvzooError, ValueError):
-    """A file that is not a valid run record: names the file and what is wrong in it."""
+    """A file that is not a valid run record: names the file and what is wrong with it."""
 
 
 class _Section(BaseModel):
@@ -51,7 +53,7 @@ class _Section(BaseModel):
 
 
 class EpochRecord(_Section):
-    """One epoch of a run: its number from 1 on, mean training loss, learning rate of its last step, and seconds."""
+    """One epoch of a run: number (from 1), mean training loss, learning rate of the last step, seconds."""
 
     epoch: float = Field(ge=1)
     loss: float
@@ -60,7 +62,7 @@ class EpochRecord(_Section):
 
 
 class InputRecord(_Section):
-    """Float weights that a run starts or learns from: those of which entry and seed, and the sha256 of their file."""
+    """Float weights that a run starts or learns from: entry, seed and sha256 of the file."""
 
     entry: str
     seed: int = Field(ge=0, le=LARGEST_SEED)
@@ -68,7 +70,7 @@ class InputRecord(_Section):
 
 
 def _checked(section: type[BaseModel]) -> AfterValidator:
-    """For a mapping that stays one: its values have to be those of `section`."""
+    """Validates a mapping as a `section`, and keeps it a mapping, with the keys that were written."""
 
     def check(values: dict[str, Any]) -> dict[str, Any]:
         section.model_validate(values)
@@ -86,23 +88,27 @@ class RunRecord(BaseModel):
     """One finished run.
 
     Attributes:
-        entry, seed: which run of which table entry.
-        numerics: the version of the arithmetic that trained it, `cnvzoo.training.NUMERICS`.
-        epochs: how many were trained.
-        trial: whether these are others than the recipe's, or a held-out split was scored; it enters no table then.
-        holdout: training images held out and scored on instead of the test set; 0 for a real run.
-        accuracy: top-1 in percent of the last epoch's weights, `correct` of `total` images in float32.
-        recipe, recipe_sha256: the whole recipe with the seed, and `Recipe.fingerprint()`.
-        data_sha256: `Dataset.sha256` of the images and labels, before any were held out.
-        weights_sha256: of the safetensors file of all weights.
-        seconds: training time, evaluation excluded.
-        device: what `cnvzoo.training.numerics.Machine` has of the machine.
-        versions: of the libraries that decide the bits.
-        commit: of the checkout that trained, if it is one; `+` at its end if it had changes.
+        entry: name of the table entry.
+        seed: seed of the run.
+        numerics: version of the arithmetic, `cnvzoo.training.NUMERICS`.
+        epochs: number of epochs trained.
+        trial: whether `epochs` is not the recipe's, or a held-out split was scored. Trials enter no table.
+        holdout: number of training images held out and scored instead of the test set; 0 for a run of a table.
+        accuracy: top-1 in percent, in float32, of the last epoch's weights: `correct` of `total` images.
+        correct: number of images classified right.
+        total: number of images scored.
+        recipe: all keys of the recipe, with the seed of the run.
+        recipe_sha256: `Recipe.fingerprint()`.
+        data_sha256: `Dataset.sha256` of all images and labels, before any were held out.
+        weights_sha256: sha256 of the safetensors file of the weights.
+        seconds: training time, without evaluation.
+        device: fields of `cnvzoo.training.numerics.Machine`.
+        versions: versions of Python and of the libraries that decide the bits, by name.
+        commit: commit of the checkout that trained, with a `+` appended if it had changes; None outside of a checkout.
         float_start: entry, seed and weights_sha256 of the float model that a quantized run started from.
-        teacher: entry, seed and weights_sha256 of the float model that taught this one, or a list of several.
-        finished: UTC, ISO 8601.
-        history: per epoch: epoch, loss (training), lr, seconds.
+        teacher: entry, seed and weights_sha256 of the teacher, or a list of several.
+        finished: time of the end, UTC, ISO 8601.
+        history: for each epoch: epoch, loss (training), lr, seconds.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -159,7 +165,7 @@ class RunRecord(BaseModel):
         return Recipe.model_validate_json(json.dumps(self.recipe))
 
     def inputs(self) -> dict[tuple[str, int], str]:
-        """The sha256 of the weights that the run started or learned from, by entry and seed."""
+        """sha256 of the weights that the run started or learned from, by entry and seed."""
         found = [*self._inputs("float_start"), *self._inputs("teacher")]
         return {(weights["entry"], weights["seed"]): weights["weights_sha256"] for weights in found}
 
@@ -175,8 +181,7 @@ class RunRecord(BaseModel):
         """Read a record.
 
         Raises:
-            RecordError: the file is unreadable, or not a valid record: a field is missing or out of range, or does not
-                agree with the others.
+            RecordError: the file cannot be read, a field is missing or out of range, or fields contradict each other.
         """
         try:
             with Path(path).open("rb") as file:
@@ -193,5 +198,5 @@ class RunRecord(BaseModel):
             raise RecordError(f"{path}: not a valid run record: {error}") from None
 
     def write(self, path: str | Path) -> None:
-        """Write the record as JSON, whole or not at all."""
+        """Write the record as JSON; an existing file is replaced in one step."""
         write_text(path, self.model_dump_json(indent=1) + "\n")

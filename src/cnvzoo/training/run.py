@@ -1,19 +1,16 @@
-"""SIGINT and SIGTERM as a request to stop at the next step, in place of a traceback in the middle of one.
+"""One run: from a recipe to a record and weights, through any number of interruptions.
 
-One run: from a recipe to a record and weights, through any number of interruptions.
-
-A run lives in a folder: `state.safetensors` while it is under way, `record.json` and `weights.safetensors` when
-it is done. State is saved every minute, and at a signal or deadline, by replacing the file in one step; so
-whatever kills the process, the run goes on from a whole state and ends with the bits it would have had.
+A run has a folder. While it is under way, the folder holds `state.safetensors` and, for a teacher with views,
+`teacher_logits.safetensors`; when it is done, `record.json` and `weights.safetensors`. The state is saved every minute,
+at a signal and at a deadline, and each file is replaced in one step. So a run that is killed at any time resumes from a
+complete state, and ends with the bits of a run that was never interrupted.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import itertools
 import os
-import platform
 import signal
 import sys
 import threading
@@ -22,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,43 +36,16 @@ from cnvzoo.models.registry import build_model, model_spec
 from cnvzoo.training.device import deterministic, keep_freed_memory, resolve_device
 from cnvzoo.training.distillation import Teacher, precompute_logits
 from cnvzoo.training.evaluation import count_correct, preprocessing_of
-from cnvzoo.training.numerics import NUMERICS, describe_machine, warn_of_slow_loops
+from cnvzoo.training.numerics import NUMERICS, describe_machine, describe_versions, warn_of_slow_loops
 from cnvzoo.training.progress import TrainingProgress
 from cnvzoo.training.recipe import LARGEST_SEED, PUBLISHED_SEED, Recipe
 from cnvzoo.training.record import RecordError, RunRecord, current_commit
 from cnvzoo.training.state import RunError, RunIdentity, RunInterrupted, RunUnderWay, resume, save_state
 from cnvzoo.training.trainer import Trainer
 
-
-@contextmanager
-def caught_signals(second: Any = None) -> Iterator[list[str]]:
-    """Collect the names of SIGINT and SIGTERM as they come; a second one of a kind acts as ever, or by `second`.
-
-    Outside the main thread, where Python handles no signals, the list stays empty.
-    """
-    caught: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before: dict[int, Any] = {}
-
-    def handler(number: int, _frame: object) -> None:
-        caught.append(signal.Signals(number).name)
-        signal.signal(number, before[number] if second is None else second)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, handler)
-    try:
-        yield caught
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
 SAVE_EVERY_SECONDS = 60.0
 STATE, TEACHER_LOGITS = "state.safetensors", "teacher_logits.safetensors"
 RECORD, WEIGHTS = "record.json", "weights.safetensors"
-_PURPOSES = {"float_start": "starts from", "teacher": "learns from"}
 
 
 @keep_freed_memory()
@@ -97,36 +66,37 @@ def run_recipe(
     quiet: bool = False,
     save_every: float = SAVE_EVERY_SECONDS,
 ) -> RunRecord:
-    """Train a recipe to its end and score it, going on from what `run_dir` holds of the same run.
+    """Train by a recipe and score the result, resuming from the state of the same run in `run_dir`.
 
     Args:
         recipe: what to train.
         run_dir: folder of this run alone; a leading `~` is the home folder.
-        seed: instead of the recipe's; 0 to 2**63 - 1.
+        seed: replaces the recipe's; 0 to 2**63 - 1.
         device: `auto`, or anything torch.device takes.
-        epochs: instead of the recipe's; another number makes the run a trial.
-        holdout: score on this many training images, which are not trained on, and leave the test set alone.
+        epochs: replaces the recipe's; another number makes the run a trial.
+        holdout: number of training images that are held out of training and scored instead of the test set.
         deadline: `time.monotonic()` at which to stop.
-        stop: asked before every step; a text is the reason to stop for. A thread that is not the main one, where
-            Python handles no signals, is stopped by it.
-        dataset: instead of loading the recipe's from `data_root`.
-        float_start: safetensors file of the float twin's weights; needed if the recipe has a float_start.
-        teacher: safetensors file of the teacher's weights, or one for each of the recipe's teachers, in its order. For
-            a run with a holdout, of runs that held out the same images, or they would know their labels.
+        stop: called before every step; a text that it returns is the reason to stop. It can stop a run in a thread
+            other than the main one, where Python handles no signals.
+        dataset: replaces loading the recipe's dataset from `data_root`.
+        data_root: folder of the dataset cache.
+        float_start: safetensors file with the float twin's weights; needed if the recipe has a float_start.
+        teacher: safetensors file with the teacher's weights, or one for each of the recipe's teachers, in its order.
+            With a holdout, the teachers must have held out the same images, or they would know the labels.
         quiet: no progress.
         save_every: seconds between saved states.
 
     Returns:
-        The record, also written to `run_dir` beside the weights.
+        The record, which is also written to `run_dir`, beside the weights.
 
     Raises:
         RunInterrupted: at the deadline, on SIGINT or SIGTERM, or where `stop` says so; the state is saved.
-        RunError: an argument, or a key of the recipe, is not possible with this dataset; the float start or teacher is
-            missing or does not fit, or the saved state cannot be read.
+        RunError: an argument or a key of the recipe is impossible with this dataset, the float start or a teacher is
+            missing or does not fit, the saved state cannot be read, or `run_dir` holds another finished run.
         RunUnderWay: another process is training in `run_dir`.
-        FileError: a file of the run cannot be written; the state that was saved before is still there.
-        TrainingDiverged: the loss or a weight is not finite, or a weight is beyond a million. No record is written,
-            and the saved state stays as it is.
+        FileError: a file of the run cannot be written; the state that was saved before is kept.
+        TrainingDiverged: the loss or a weight is not finite, or a weight is beyond a million. No record is written, and
+            the saved state is kept.
     """
     run_dir = expanded(run_dir)
     recipe = recipe if seed is None else recipe.model_copy(update={"seed": seed})
@@ -136,56 +106,53 @@ def run_recipe(
     _check_seed(recipe)
     target = resolve_device(device)
     teachers = [teacher] if isinstance(teacher, (str, Path)) else teacher or []
-    start = next(iter(_facts_of(recipe, "float_start", [] if float_start is None else [float_start])), None)
-    taught = _facts_of(recipe, "teacher", teachers)
-    taught_by = taught[0] if len(taught) == 1 else taught or None
-    pixels = published_sha256(recipe.dataset) if dataset is None else dataset.sha256
-    identity = RunIdentity(recipe.fingerprint(), recipe.seed, epochs, holdout, NUMERICS, pixels, start, taught_by)
-    commit = current_commit()  # of the code that trains: the checkout may have moved by the end
+    started_from = _describe_inputs(recipe, "float_start", [] if float_start is None else [float_start])
+    taught_by = _describe_inputs(recipe, "teacher", teachers)
+    identity = RunIdentity(
+        recipe=recipe.fingerprint(),
+        seed=recipe.seed,
+        epochs=epochs,
+        holdout=holdout,
+        numerics=NUMERICS,
+        data=published_sha256(recipe.dataset) if dataset is None else dataset.sha256,
+        float_start=started_from[0] if started_from else None,
+        teacher=taught_by[0] if len(taught_by) == 1 else taught_by or None,
+    )
+    commit = current_commit()  # read now: the checkout may have moved on by the end of the run
+
     with alone_in(run_dir), deterministic(target):
-        if finished := _finished(run_dir, identity):
+        if finished := _finished_record(run_dir, identity):
             return finished
-        machine = describe_machine(target)
+        machine, versions = describe_machine(target), describe_versions(recipe.model, target)
         if not quiet:
             warn_of_slow_loops(machine)
         data = dataset or load_dataset(recipe.dataset, root=data_root)
         data = data.holdout(holdout) if holdout else data
-        preprocessing = preprocessing_of(recipe.model, recipe.dataset)
-        model = _fresh_model(recipe, data, float_start).to(target)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with _refusing(recipe):
-            batches = TrainBatches(
-                data.train_images,
-                data.train_labels,
-                num_classes=data.info.num_classes,
-                preprocessing=preprocessing,
-                augmentation=recipe.augmentation,
-                batch_size=recipe.batch_size,
-                seed=recipe.seed,
-                device=target,
-                views=recipe.distillation.views,
-            )
-        trainer = Trainer(model, batches, recipe, epochs, _teacher(recipe, data, teachers, target))
-        versions = _versions(recipe, target)
-        deciding = {name: text for name, text in versions.items() if name not in ("python", "cnvzoo")}
-        conditions = {**machine, **deciding}
-        if (aside := resume(trainer, run_dir / STATE, identity, conditions)) and not quiet:
-            print(f"{recipe.run_name}: the state of another run is kept as {aside}", file=sys.stderr)
-        save = functools.partial(save_state, trainer, run_dir / STATE, identity, conditions)
-        facts = {"identity": asdict(identity), "conditions": conditions}
-        prepare = functools.partial(_precompute, trainer, run_dir / TEACHER_LOGITS, facts, quiet)
-        if reason := _train(trainer, save, prepare, deadline, stop, quiet, save_every):
+        trainer = Trainer(
+            _initial_model(recipe, data, float_start).to(target),
+            _train_batches(recipe, data, target),
+            recipe,
+            epochs,
+            _load_teacher(recipe, data, teachers, target),
+        )
+        conditions = machine | {name: text for name, text in versions.items() if name not in ("python", "cnvzoo")}
+        if (set_aside := resume(trainer, run_dir / STATE, identity, conditions)) and not quiet:
+            print(f"{recipe.run_name}: the state of another run was moved to {set_aside}", file=sys.stderr)
+        if reason := _train(trainer, run_dir, identity, conditions, deadline, stop, quiet, save_every):
             raise RunInterrupted(recipe.run_name, reason, trainer.step, trainer.total_steps, run_dir)
-        if recipe.quantize_bias:
-            from cnvzoo.models.quant import quantize_bias  # Brevitas takes a second to import
 
-            quantize_bias(model)
+        if recipe.quantize_bias:
+            from cnvzoo.models.quant import quantize_bias  # importing Brevitas takes a second
+
+            quantize_bias(trainer.model)
         trainer.check_weights("at the end")
-        correct = count_correct(model, data.test_images, data.test_labels, preprocessing, quiet=quiet)
+        preprocessing = preprocessing_of(recipe.model, recipe.dataset)
+        correct = count_correct(trainer.model, data.test_images, data.test_labels, preprocessing, quiet=quiet)
         total = len(data.test_labels)
 
         with replacing(run_dir / WEIGHTS) as temporary:
-            save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, temporary)
+            state = trainer.model.state_dict()
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
         record = RunRecord(
             entry=recipe.name,
             seed=recipe.seed,
@@ -200,27 +167,58 @@ def run_recipe(
             recipe_sha256=identity.recipe,
             data_sha256=identity.data,
             weights_sha256=sha256_of(run_dir / WEIGHTS),
-            seconds=round(_seconds(trainer), 1),
+            seconds=round(trainer.seconds, 1),
             device=machine,
             versions=versions,
             commit=commit,
-            float_start=start,
-            teacher=taught_by,
+            float_start=identity.float_start,
+            teacher=identity.teacher,
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             history=trainer.history,
         )
         record.write(run_dir / RECORD)
-        for leftover in (STATE, TEACHER_LOGITS):
-            (run_dir / leftover).unlink(missing_ok=True)
+        for name in (STATE, TEACHER_LOGITS):
+            (run_dir / name).unlink(missing_ok=True)
         return record
+
+
+def _check_seed(recipe: Recipe) -> None:
+    """Raise RunError for a seed out of range: `model_copy` does not validate."""
+    seed: Any = recipe.seed
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+        raise RunError(f"{recipe.name}: seed={seed!r}: a seed is a whole number from 0 to {LARGEST_SEED} (2**63 - 1)")
+
+
+def _describe_inputs(recipe: Recipe, purpose: str, files: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Entry, seed and sha256 of the weights given as float start or teachers, as in the record.
+
+    Raises:
+        RunError: a file is missing, or there is one too many.
+    """
+    entries = recipe.needs.get(purpose, ())
+    inputs = []
+    for entry, weights in itertools.zip_longest(entries, files):
+        if entry is None:
+            needs = f"learns from {', '.join(entries)}" if entries else f"has no {purpose}"
+            raise RunError(f"{recipe.name} {needs}: {weights} is one file too many for {purpose}: leave it out")
+        if weights is None or not Path(weights).is_file():
+            verb = {"float_start": "starts from", "teacher": "learns from"}[purpose]
+            raise RunError(
+                f"{recipe.name} {verb} the weights of {entry}, seed {PUBLISHED_SEED}, and {weights or 'no file'} was "
+                "given: train that entry first and give its weights.safetensors"
+            )
+        inputs.append({"entry": entry, "seed": PUBLISHED_SEED, "weights_sha256": sha256_of(weights)})
+    return inputs
 
 
 @contextmanager
 def alone_in(run_dir: Path) -> Iterator[None]:
-    """Hold the folder against other processes; the lock goes with the process, however it ends.
+    """Make the folder, lock it against other processes, and remove temporary files of killed ones.
+
+    The system releases the lock when the process ends, however it ends.
 
     Raises:
-        RunUnderWay: another process holds it.
+        RunUnderWay: another process holds the lock.
         FileError: the folder cannot be made, or takes no files.
     """
     lock = FileLock(run_dir / ".lock", timeout=0)
@@ -229,7 +227,7 @@ def alone_in(run_dir: Path) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout:
-            if not (run_dir / ".lock").exists():  # nobody has it: a folder such as /proc, which takes no files
+            if not (run_dir / ".lock").exists():  # not held by anyone: a folder that takes no files, such as /proc
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
             raise RunUnderWay(
                 f"{run_dir}: another process is training this run: wait for it, or give another folder"
@@ -242,7 +240,25 @@ def alone_in(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def _fresh_model(recipe: Recipe, data: Dataset, float_start: str | Path | None) -> nn.Module:
+def _finished_record(run_dir: Path, identity: RunIdentity) -> RunRecord | None:
+    """The record of this run, if the folder holds it with its weights; raises RunError for another finished run."""
+    try:
+        record = RunRecord.read(run_dir / RECORD)
+        if sha256_of(run_dir / WEIGHTS) != record.weights_sha256:
+            return None
+    except (RecordError, OSError):
+        return None
+    if (found := RunIdentity.of(record)) == identity:
+        return record
+    differences = [f"{key} {value!r}" for key, value in asdict(found).items() if value != getattr(identity, key)]
+    raise RunError(
+        f"{run_dir}: holds the finished run of {record.entry}, seed {record.seed}, which differs in "
+        f"{', '.join(differences)}: give another folder, or move that one away"
+    )
+
+
+def _initial_model(recipe: Recipe, data: Dataset, float_start: str | Path | None) -> nn.Module:
+    """The model as the seed initialises it, or with the weights of its float start, in channels_last."""
     with initialized_from(recipe.seed):
         model = build_model(
             recipe.model, num_classes=data.info.num_classes, in_chans=data.info.in_chans,
@@ -254,159 +270,137 @@ def _fresh_model(recipe: Recipe, data: Dataset, float_start: str | Path | None) 
         twin = model_spec(recipe.model).float_twin
         assert twin is not None
         normalisation = preprocessing_of(twin, recipe.dataset)
-        with _naming(recipe, float_start):
+        with _unfit_weights_named(recipe, float_start):
             start_from_float(model, load_file(float_start), normalisation.mean, normalisation.std)
-    return model
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _teacher(recipe: Recipe, data: Dataset, files: Sequence[str | Path], device: torch.device) -> Teacher | None:
+def _train_batches(recipe: Recipe, data: Dataset, device: torch.device) -> TrainBatches:
+    try:
+        return TrainBatches(
+            data.train_images,
+            data.train_labels,
+            num_classes=data.info.num_classes,
+            preprocessing=preprocessing_of(recipe.model, recipe.dataset),
+            augmentation=recipe.augmentation,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            device=device,
+            views=recipe.distillation.views,
+        )
+    except ValueError as error:  # the recipe was checked against the published dataset, not against this one
+        raise RunError(f"{recipe.run_name}: {error}") from None
+
+
+def _load_teacher(recipe: Recipe, data: Dataset, files: Sequence[str | Path], device: torch.device) -> Teacher | None:
     nets = []
     for name, weights in zip(recipe.teacher_models, files, strict=True):
         with without_initialization():
             model = build_model(name, num_classes=data.info.num_classes, in_chans=data.info.in_chans)
-        with _naming(recipe, weights):
+        with _unfit_weights_named(recipe, weights):
             model.load_state_dict(load_file(weights), strict=True)
         nets.append((model.to(device), preprocessing_of(name, recipe.dataset)))
     return Teacher(nets, preprocessing_of(recipe.model, recipe.dataset), recipe.distillation) if nets else None
 
 
-def _check_seed(recipe: Recipe) -> None:
-    """Raise RunError for a seed that did not go through a recipe's validation, and would not have."""
-    seed: Any = recipe.seed
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
-        raise RunError(f"{recipe.name}: seed={seed!r}: a seed is a whole number from 0 to {LARGEST_SEED} (2**63 - 1)")
-
-
 @contextmanager
-def _refusing(recipe: Recipe) -> Iterator[None]:
-    """Name the run where its recipe turns out to be impossible with the dataset."""
-    try:
-        yield
-    except ValueError as error:
-        raise RunError(f"{recipe.run_name}: {error}") from None
-
-
-@contextmanager
-def _naming(recipe: Recipe, weights: str | Path) -> Iterator[None]:
-    """Name the run and the file where its weights turn out not to be what they should."""
+def _unfit_weights_named(recipe: Recipe, weights: str | Path) -> Iterator[None]:
+    """Name the recipe and the file in errors about weights that cannot be loaded."""
     try:
         yield
     except (ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(f"{recipe.name}: {weights}: {error}") from None
 
 
-def _facts_of(recipe: Recipe, purpose: str, files: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """Which weights a run has been given as its float start or teacher."""
-    entries = recipe.needs.get(purpose, ())
-    facts = []
-    for entry, weights in itertools.zip_longest(entries, files):
-        if entry is None:
-            named = f"learns from {', '.join(entries)}" if entries else f"has no {purpose}"
-            raise RunError(f"{recipe.name} {named}: {weights} is one file too many for {purpose}: leave it out")
-        if weights is None or not Path(weights).is_file():
-            raise RunError(
-                f"{recipe.name} {_PURPOSES[purpose]} the weights of {entry}, seed {PUBLISHED_SEED}, and "
-                f"{weights or 'no file'} was given: train that entry first and give its weights.safetensors"
-            )
-        facts.append({"entry": entry, "seed": PUBLISHED_SEED, "weights_sha256": sha256_of(weights)})
-    return facts
-
-
-def _finished(run_dir: Path, identity: RunIdentity) -> RunRecord | None:
-    """The record of this very run, if the folder holds it with its weights.
-
-    Raises:
-        RunError: it holds those of another finished run, which are not to be overwritten.
-    """
-    try:
-        record = RunRecord.read(run_dir / RECORD)
-        if sha256_of(run_dir / WEIGHTS) != record.weights_sha256:
-            return None
-    except (RecordError, OSError):
-        return None
-    if (found := RunIdentity.of(record)) == identity:
-        return record
-    others = [f"{key} {theirs!r}" for key, theirs in asdict(found).items() if theirs != getattr(identity, key)]
-    raise RunError(
-        f"{run_dir}: holds the finished run of {record.entry}, seed {record.seed}, which differs in "
-        f"{', '.join(others)}: give another folder, or move that one away"
-    )
-
-
-def _seconds(trainer: Trainer) -> float:
-    """What the training took, and what its teachers took beforehand."""
-    precomputed = trainer.teacher.precomputed if trainer.teacher else None
-    return sum(epoch["seconds"] for epoch in trainer.history) + (precomputed.seconds if precomputed else 0.0)
-
-
 def _train(
     trainer: Trainer,
-    save: Callable[[], None],
-    prepare: Callable[[Callable[[], bool]], bool],
+    run_dir: Path,
+    identity: RunIdentity,
+    conditions: dict[str, Any],
     deadline: float | None,
     stop: Callable[[], str | None] | None,
     quiet: bool,
     save_every: float,
 ) -> str | None:
-    """Train to the end, or to a reason to stop, which is returned; the state is saved at either."""
+    """Train to the end or to a reason to stop, save the state, and return the reason."""
     saved = time.monotonic()
-    with caught_signals() as caught:
+    with caught_signals() as reasons:
 
         def should_stop() -> bool:
             if stop is not None and (reason := stop()):
-                caught.append(reason)
-            return bool(caught) or (deadline is not None and time.monotonic() >= deadline)
+                reasons.append(reason)
+            return bool(reasons) or (deadline is not None and time.monotonic() >= deadline)
+
+        def save() -> None:
+            nonlocal saved
+            save_state(trainer, run_dir / STATE, identity, conditions)
+            saved = time.monotonic()
 
         def after_step(trainer: Trainer) -> None:
-            nonlocal saved
             progress(trainer)
             if time.monotonic() - saved >= save_every:
                 save()
-                saved = time.monotonic()
 
         try:
-            if trainer.batches.views is None or prepare(should_stop):
+            facts = {"identity": asdict(identity), "conditions": conditions}
+            if trainer.batches.views is None or _precompute(trainer, run_dir, facts, quiet, should_stop):
                 with TrainingProgress(trainer.recipe.run_name, trainer, quiet) as progress:
                     trainer.train(should_stop, after_step)
             save()
         except FileError as error:
-            if not caught:
+            if not reasons:
                 raise
-            # told to stop, which is not to be lost for the lack of space
+            # a run that was told to stop stops, even where its state cannot be saved
             raise RunInterrupted(
-                trainer.recipe.run_name, caught[0], trainer.step, trainer.total_steps, error.path.parent, str(error)
+                trainer.recipe.run_name, reasons[0], trainer.step, trainer.total_steps, error.path.parent, str(error)
             ) from error
         except RuntimeError:
-            if not caught:
+            if not reasons:
                 raise
-            # a signal to a whole group of processes ends the compiler too that a step may wait for; half a step is not
-            # to be saved, and what was saved before it stays
-            return caught[0]
-    if caught:
-        return caught[0]
+            # a signal to the process group also ends a compiler that a step waits for: the step failed halfway, so its
+            # state is not saved, and the one saved before is kept
+            return reasons[0]
+    if reasons:
+        return reasons[0]
     return "time limit" if trainer.step < trainer.total_steps else None
 
 
 def _precompute(
-    trainer: Trainer, path: Path, facts: dict[str, Any], quiet: bool, should_stop: Callable[[], bool]
+    trainer: Trainer, run_dir: Path, facts: dict[str, Any], quiet: bool, should_stop: Callable[[], bool]
 ) -> bool:
-    """Precompute the teacher's logits for all views that the epochs will show."""
+    """Precompute the teacher's logits for all views that training will use; False if `should_stop()` came first."""
     batches, teacher = trainer.batches, trainer.teacher
     assert teacher is not None
     assert batches.views is not None
     views = min(batches.views, trainer.total_steps // trainer.steps_per_epoch)
-    label = f"{trainer.recipe.run_name}: views seen by its teachers"
+    label = f"{trainer.recipe.run_name}: teacher logits of all views"
     return precompute_logits(
-        teacher, batches, path, facts, views=views, precision=trainer.precision, should_stop=should_stop,
-        label=label, quiet=quiet,
+        teacher, batches, run_dir / TEACHER_LOGITS, facts, views=views, autocast=trainer.autocast,
+        should_stop=should_stop, label=label, quiet=quiet,
     )  # fmt: skip
 
 
-def _versions(recipe: Recipe, device: torch.device) -> dict[str, str]:
-    versions: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {package: version(package) for package in ("cnvzoo", "numpy")}
-    if model_spec(recipe.model).quantized:
-        versions["brevitas"] = version("brevitas")
-    if device.type == "cuda":
-        versions |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    return {name: str(value) for name, value in versions.items()}
+@contextmanager
+def caught_signals(second: Any = None) -> Iterator[list[str]]:
+    """Collect the names of SIGINT and SIGTERM instead of raising in the middle of a step.
+
+    A second signal of the same kind is handled by `second`, by default as before this context. In other threads than
+    the main one, where Python handles no signals, the list stays empty.
+    """
+    caught: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before: dict[int, Any] = {}
+
+    def handler(number: int, _frame: object) -> None:
+        caught.append(signal.Signals(number).name)
+        signal.signal(number, before[number] if second is None else second)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, handler)
+    try:
+        yield caught
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

@@ -1,7 +1,7 @@
-"""What can keep a run from its record.
+"""The saved state of a run, and the errors that end a run before its record is written.
 
-The saved state of a run under way: one safetensors file, replaced whole, that says which run it is of and has a
-checksum of all that is in it. One changed bit of a weight would else lead to other weights with a valid record.
+A state is one safetensors file, which is replaced as a whole. It names its run, and has a checksum of all its content:
+a flipped bit of a weight would otherwise lead to other weights with a valid record.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from cnvzoo.training.record import RunRecord
 
 
 class RunError(CnvzooError):
-    """A run that cannot start or go on: says which folder, why, and what to do."""
+    """A run that cannot start or resume: says which folder, why, and what to do."""
 
 
 class RunUnderWay(RunError):
-    """A run that another process is training in the same folder."""
+    """A run whose folder is in use: another process is training in it."""
 
 
 class RunInterrupted(CnvzooError):
-    """A run that stopped before its end, with its state saved.
+    """A run that stopped before its end; its state is saved.
 
     Attributes:
-        reason: `time limit`, `SIGINT` or `SIGTERM`.
-        step, total_steps: how far it came.
-        run_dir: where its state is.
-        unsaved: why the state of that step could not be saved, if so: that of an earlier one is what there is.
+        reason: `time limit`, `SIGINT`, `SIGTERM`, or what the run's `stop` returned.
+        step: number of steps taken, of `total_steps`.
+        total_steps: number of steps of the whole run.
+        run_dir: folder of the state.
+        unsaved: why the state of this step could not be saved; None if it is saved.
     """
 
     def __init__(
@@ -47,9 +48,9 @@ class RunInterrupted(CnvzooError):
         self.reason, self.step, self.total_steps, self.run_dir = reason, step, total_steps, run_dir
         self.unsaved = unsaved
         self._arguments = (run, reason, step, total_steps, run_dir, unsaved)
-        start = "there" if unsaved is None else f"the last state saved, if there is one: {unsaved}"
+        resumes = "there" if unsaved is None else f"from the last state saved, if there is one: {unsaved}"
         super().__init__(
-            f"{run}: stopped ({reason}) after step {step} of {total_steps}; the same command goes on from {start}"
+            f"{run}: stopped ({reason}) after step {step} of {total_steps}; the same command resumes {resumes}"
         )
 
     def __reduce__(self) -> tuple[type[RunInterrupted], tuple[Any, ...]]:
@@ -58,10 +59,10 @@ class RunInterrupted(CnvzooError):
 
 
 class Resumable(Protocol):
-    """What can be saved and restored at any step: a `Trainer`."""
+    """The part of a `Trainer` that saves and restores its state."""
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that the next steps depend on: tensors by name, and the rest as JSON values."""
+        """Everything that the next steps depend on: tensors by name, and JSON values."""
         ...
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any], /) -> None:
@@ -74,14 +75,12 @@ _CHECKSUM = "sha256"
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """Which run a state or a record is of: two with the same identity have the same weights in the end.
+    """What tells runs apart. Runs with the same identity, machine and versions end with the same weights.
 
     Attributes:
         recipe: fingerprint of the recipe.
-        seed, epochs, holdout, numerics: as in the record.
+        seed, epochs, holdout, numerics, float_start, teacher: as in the record.
         data: the record's data_sha256.
-        float_start, teacher: entry, seed and weights_sha256 of the float models that the run starts from and is taught
-            by, as in the record.
     """
 
     recipe: str
@@ -102,18 +101,25 @@ class RunIdentity:
 
 
 def save_state(trainer: Resumable, path: Path, identity: RunIdentity, conditions: dict[str, Any]) -> None:
-    """Save all that the trainer's next steps depend on; `conditions`: what their bits depend on beside it."""
+    """Save the trainer's state.
+
+    Args:
+        trainer: whose state is saved.
+        path: file to write.
+        identity: which run it is.
+        conditions: machine and versions, which the bits of the next steps depend on.
+    """
     tensors, values = trainer.state()
-    # safetensors holds each tensor contiguous; loading copies into the layout in use
+    # safetensors needs contiguous tensors; loading copies them into the layout in use
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_checked(plain, path, {"values": values, "identity": asdict(identity), "conditions": conditions})
 
 
 def resume(trainer: Resumable, path: Path, identity: RunIdentity, conditions: dict[str, Any]) -> Path | None:
-    """Load the state at `path`, if there is one, into the trainer.
+    """Load the state at `path` into the trainer, if the file exists. The state of another run is renamed.
 
     Returns:
-        Where the state of another run was set aside to, if it was one.
+        The new path of another run's state; None if the state was loaded or there was none.
 
     Raises:
         RunError: the file is damaged, or was saved under other conditions.
@@ -127,7 +133,9 @@ def resume(trainer: Resumable, path: Path, identity: RunIdentity, conditions: di
             trainer.load_state(tensors, facts["values"])
             return None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise RunError(f"{path}: not a state that this run can go on from ({error}): delete it to start over") from None
+        raise RunError(
+            f"{path}: not a state that this run can resume from ({error}): delete it to start over"
+        ) from None
     if found == identity:
         saved = facts["conditions"]
         keys = [key for key in sorted({*saved, *conditions}) if saved.get(key) != conditions.get(key)]
@@ -141,7 +149,7 @@ def resume(trainer: Resumable, path: Path, identity: RunIdentity, conditions: di
 
 
 def save_checked(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, Any]) -> None:
-    """Save contiguous tensors on the CPU, and JSON values by name, as one safetensors file with a checksum of both."""
+    """Save contiguous CPU tensors and JSON values by name as one safetensors file with a checksum of both."""
     metadata = {key: json.dumps(fact) for key, fact in facts.items()}
     metadata[_CHECKSUM] = _checksum(tensors, metadata)
     with replacing(path) as temporary:
@@ -149,10 +157,10 @@ def save_checked(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, 
 
 
 def load_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and values of a file of `save_checked`, if they are exactly what was saved.
+    """The tensors and values that `save_checked` saved.
 
     Raises:
-        SafetensorError, OSError, ValueError: they are not, or the file cannot be read.
+        SafetensorError, OSError, ValueError: the file cannot be read, or is not what was saved.
     """
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
@@ -166,7 +174,7 @@ def load_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """sha256 of the metadata, then of each tensor, by name: its name, dtype, shape and bytes."""
+    """sha256 of the metadata, then of the name, dtype, shape and bytes of each tensor, in the order of names."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

@@ -1,13 +1,10 @@
-"""The training loop, and the state that a run is at any step.
+"""The training loop, and its complete state at any step.
 
-Nothing in an epoch waits for the device: losses add up on it and are read once, at the epoch's end.
+The host does not wait for the device within an epoch: losses are summed on the device and read at the end of the epoch.
 
-
-How the steps of an epoch are taken: one by one, or as replays of one captured CUDA graph.
-
-Networks this small leave a GPU idle while the host launches their hundreds of kernels. A captured step is one launch,
-from the augmentation of the images to the new weights: what changes from step to step is copied to fixed
-places on the device before it.
+On a GPU a whole step, from augmentation to weight update, is captured once as a CUDA graph and replayed with one
+launch: networks this small leave a GPU idle while the host launches their hundreds of kernels. The inputs that differ
+between steps (random numbers, learning rate factor) are copied to fixed tensors on the device before each replay.
 """
 
 from __future__ import annotations
@@ -29,34 +26,32 @@ from cnvzoo.training.distillation import Teacher
 from cnvzoo.training.optimizers import build_optimizers, lr_factor
 from cnvzoo.training.recipe import Recipe
 
-# Of a parameter, from which on it counts as diverged. Those of the published models are below 10. At a million,
-# neighbouring float32 values are 1/16 apart and bfloat16 values 4096: no gradient moves such a weight any more.
+# A parameter beyond this counts as diverged. Parameters of the published models are below 10. At a million,
+# neighbouring float32 values are 1/16 apart and bfloat16 values 4096, so updates of the usual size are lost to
+# rounding.
 _LARGEST_WEIGHT = 1e6
 
 
 class TrainingDiverged(CnvzooError):
-    """The loss or a weight is not a number any more, or a weight has grown beyond all use."""
-
-
-def _gains_from_compiler(model: nn.Module) -> bool:
-    """Whether a GPU is to compile the model: fake quantization is a dozen small kernels. For the deep nets without it,
-    compiling takes longer than it saves: each layer counts, and each side of the images."""
-    return any(isinstance(module, QuantizedActivation) for module in model.modules())
+    """The loss or a weight is not finite, or a parameter is beyond a million: says where, and what to change."""
 
 
 class Trainer:
     """Trains `model` in place by `recipe`, step by step, from any step on.
 
-    The steps taken depend on the recipe, its seed and the step's number alone, so training that stopped at a
-    step and goes on from its `state()` gives the bits that it would have given without the stop.
+    A step depends only on the state before it, the recipe, its seed and the step's number. So training that stops at a
+    step and resumes from its `state()` ends with the same bits as training without a stop.
 
     Args:
-        model, batches, recipe: what learns, what from, and how.
-        epochs: how many there are in all.
-        teacher: whom the model learns from beside the labels, if the recipe has one.
+        model: the network, on the device that it is trained on.
+        batches: of the training set, on the same device.
+        recipe: optimizer, schedule, loss and early crops.
+        epochs: number of epochs; with fewer than the recipe's, warm-up and early crops are shortened in proportion.
+        teacher: for recipes with a teacher.
 
     Attributes:
-        step: steps taken so far, of `total_steps`.
+        step: number of steps taken so far.
+        total_steps: number of steps of the whole training.
         history: one dict per finished epoch: epoch, loss, lr, seconds.
     """
 
@@ -69,23 +64,24 @@ class Trainer:
         self.teacher = teacher
         self.steps_per_epoch = batches.steps_per_epoch
         self.total_steps = epochs * self.steps_per_epoch
-        # a trial of fewer epochs warms up, and shows parts of images, for the same share of them
         share = min(1.0, epochs / recipe.epochs)
         self.schedule = recipe.schedule.model_copy(update={"warmup_epochs": recipe.schedule.warmup_epochs * share})
         self._early_epochs = round(recipe.early_crops.epochs * share) if recipe.early_crops else 0
         self.optimizers = build_optimizers(model, recipe.optimizer)
         self.device = next(model.parameters()).device
-        compiled = self.device.type == "cuda" and _gains_from_compiler(model)
-        self._forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+        self._forward = torch.compile(model, fullgraph=True, dynamic=False) if _compiles_on_gpu(model) else model
         self.step = 0
         self.history: list[dict[str, float]] = []
         self._loss_sum = torch.zeros((), device=self.device)
         self._epoch_seconds = 0.0
-        stepper = CapturedSteps if self.device.type == "cuda" else Steps
-        self._stepper: Steps = stepper(self)
+        self._steps = CapturedSteps(self) if self.device.type == "cuda" else Steps(self)
 
     def train(self, should_stop: Callable[[], bool], after_step: Callable[[Trainer], None]) -> None:
-        """Take the remaining steps, or those until `should_stop()`; call `after_step(self)` after each."""
+        """Take the remaining steps, calling `after_step(self)` after each; return early when `should_stop()`.
+
+        Raises:
+            TrainingDiverged: at the end of an epoch, as `check_weights`, or when its mean loss is not finite.
+        """
         self.model.train()
         while self.step < self.total_steps and not should_stop():
             began = time.monotonic()
@@ -96,53 +92,60 @@ class Trainer:
             after_step(self)
 
     def take_step(self) -> None:
-        """Take the next step, and do nothing else."""
-        self._stepper.take(*divmod(self.step, self.steps_per_epoch))
+        """Take the next step."""
+        self._steps.take(*divmod(self.step, self.steps_per_epoch))
         self.step += 1
 
-    def side(self, epoch: int) -> int | None:
-        """Of what an epoch shows of each image, in pixels; None: all of it."""
+    @property
+    def seconds(self) -> float:
+        """Seconds of all finished epochs, and of precomputing the teacher's logits."""
+        precomputed = self.teacher.precomputed if self.teacher else None
+        return sum(epoch["seconds"] for epoch in self.history) + (precomputed.seconds if precomputed else 0.0)
+
+    def crop_side(self, epoch: int) -> int | None:
+        """Side in pixels of the crops that an epoch trains on; None for whole images."""
         crops = self.recipe.early_crops
         return crops.side if crops and epoch < self._early_epochs else None
 
     def work(self, step: int) -> float:
-        """What the first `step` steps take, in steps with whole images: as much less as they show less of them."""
-        crops, early = self.recipe.early_crops, min(step, self._early_epochs * self.steps_per_epoch)
+        """Cost of the first `step` steps, in steps on whole images; a step on crops costs their share of the pixels."""
+        crops, early_steps = self.recipe.early_crops, min(step, self._early_epochs * self.steps_per_epoch)
         share = (crops.side / self.batches.preprocessing.size) ** 2 if crops else 1.0
-        return early * share + step - early
+        return early_steps * share + step - early_steps
 
-    def learn(self, images: Tensor, targets: Tensor, shown: Tensor) -> None:
-        """Move the weights by one batch: work for the device alone, which nothing here waits for.
+    def update_weights(self, images: Tensor, targets: Tensor, logit_rows: Tensor) -> None:
+        """Forward pass, loss, backward pass and optimizer step of one batch, without waiting for the device.
 
         Args:
-            images, targets: as TrainBatches makes them.
-            shown: int64 [B], the numbers of the images in their views.
+            images: float32 [B, C, S, S].
+            targets: int64 [B], or float32 [B, K] with mixup.
+            logit_rows: int64 [B], rows of the images in the teacher's precomputed logits.
         """
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        with self.precision():
+        with self.autocast():
             logits = self._forward(images)
         logits = logits.float()
         loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
         if self.teacher:
-            with self.precision():
-                loss = self.teacher.loss(images, shown, logits, loss)
+            with self.autocast():
+                loss = self.teacher.loss(images, logit_rows, logits, loss)
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
         self._loss_sum += loss.detach()
 
-    def precision(self) -> torch.autocast:
-        """The context in which nets run while this one is trained."""
+    def autocast(self) -> torch.autocast:
+        """The context of forward passes in training: bfloat16 autocast."""
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def lr_factor(self, step: int) -> float:
-        """What the peak learning rates are multiplied by in a step."""
+        """Learning rate of a step as a share of the peak learning rate."""
         return lr_factor(self.schedule, step, self.total_steps, self.steps_per_epoch)
 
     def _end_epoch(self) -> None:
         began = time.monotonic()
-        loss = float(self._loss_sum) / self.steps_per_epoch  # waits for the device
+        loss = float(self._loss_sum) / self.steps_per_epoch  # the host waits for the device here
         self._epoch_seconds += time.monotonic() - began
         epoch = self.step // self.steps_per_epoch
         if not math.isfinite(loss):
@@ -157,22 +160,19 @@ class Trainer:
 
     @torch.no_grad()
     def check_weights(self, when: str) -> None:
-        """Check that what the model has learned so far can be computed with.
+        """Raise TrainingDiverged if a parameter or buffer is not finite, or a parameter is beyond a million.
 
         Args:
-            when: for the message.
-
-        Raises:
-            TrainingDiverged: a parameter or buffer is not finite, or a parameter is beyond a million.
+            when: ends the sentence of the message, such as `in epoch 3`.
         """
         parameters = dict(self.model.named_parameters())
         values = parameters | {name: t for name, t in self.model.named_buffers() if t.is_floating_point()}
-        largest = torch.stack(torch._foreach_norm([t.detach() for t in values.values()], math.inf)).tolist()
-        for name, most in zip(values, largest, strict=True):
-            if not math.isfinite(most):
+        maxima = torch.stack(torch._foreach_norm([t.detach() for t in values.values()], math.inf)).tolist()
+        for name, maximum in zip(values, maxima, strict=True):
+            if not math.isfinite(maximum):
                 raise self._diverged(f"{name} has values that are not finite {when}")
-            if name in parameters and most > _LARGEST_WEIGHT:
-                raise self._diverged(f"{name} has grown to {most:.2g} {when}")
+            if name in parameters and maximum > _LARGEST_WEIGHT:
+                raise self._diverged(f"{name} has grown to {maximum:.2g} {when}")
 
     def _diverged(self, what: str) -> TrainingDiverged:
         return TrainingDiverged(
@@ -181,7 +181,7 @@ class Trainer:
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that the next steps depend on: tensors by name, and the rest as JSON values."""
+        """Everything that the next steps depend on: tensors by name, and JSON values."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for index, optimizer in enumerate(self.optimizers):
             for number, values in optimizer.state_dict()["state"].items():
@@ -190,17 +190,17 @@ class Trainer:
         return tensors, {"step": self.step, "history": self.history, "epoch_seconds": self._epoch_seconds}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Go on from a `state()` of a trainer of the same model and recipe."""
+        """Resume from the `state()` of a trainer of the same model and recipe."""
 
-        def under(prefix: str) -> dict[str, Tensor]:
+        def tensors_under(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        self.model.load_state_dict(under("model."), strict=True)
+        self.model.load_state_dict(tensors_under("model."), strict=True)
         for index, optimizer in enumerate(self.optimizers):
             state: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in under(f"optimizer.{index}.").items():
+            for name, tensor in tensors_under(f"optimizer.{index}.").items():
                 number, key = name.split(".", 1)
-                # in the layout of the weights, or every further step would convert
+                # the layout of the weights: optimizers convert another layout in every step
                 layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
                 state.setdefault(int(number), {})[key] = tensor.contiguous(memory_format=layout)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
@@ -209,12 +209,17 @@ class Trainer:
         self._epoch_seconds = values["epoch_seconds"]
 
 
-_WARM_UP_STEPS = 3  # compilers, cuDNN and allocator settle before a capture
-_one_capture = threading.Lock()
+def _compiles_on_gpu(model: nn.Module) -> bool:
+    """Whether torch.compile pays: for fake quantization on a GPU, which is a dozen small kernels per layer.
+
+    For the deep float networks compilation takes longer than it saves, as it is repeated for each size of images.
+    """
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    return on_gpu and any(isinstance(module, QuantizedActivation) for module in model.modules())
 
 
 class Steps:
-    """Takes the steps of a trainer one by one."""
+    """Takes the steps of a trainer, kernel by kernel."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -228,7 +233,7 @@ class Steps:
 
     def _begin(self, epoch: int) -> None:
         self._epoch = epoch
-        self._plan = self._trainer.batches.plan(epoch, self._trainer.side(epoch))
+        self._plan = self._trainer.batches.plan(epoch, self._trainer.crop_side(epoch))
 
     def _take(self, epoch: int, index: int) -> None:
         trainer = self._trainer
@@ -237,16 +242,18 @@ class Steps:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
         images, targets = trainer.batches.make(self._plan, index)
-        trainer.learn(images, targets, self._plan.rows[index, -1])
+        trainer.update_weights(images, targets, self._plan.rows[index, -1])
 
 
 class CapturedSteps(Steps):
-    """Takes the first step of a trainer by capturing it, and every step by replaying that, until the images' side is
-    another.
+    """Captures a step of a trainer as a CUDA graph and takes every step by replaying it.
+
+    A graph has fixed shapes, so a new one is captured when the size of the images changes.
 
     Args:
-        trainer: in the state from which to go on when the first step is taken.
-        capture: runs the function that it is given a few times, and returns another that does what it does.
+        trainer: whose steps are taken.
+        capture: given the function of a step, calls it any number of times and returns a function that replays it;
+            by default a CUDA graph. Tests replace it to run on a CPU.
     """
 
     def __init__(
@@ -261,19 +268,19 @@ class CapturedSteps(Steps):
         super()._begin(epoch)
         trainer, steps = self._trainer, self._trainer.steps_per_epoch
         if self._plan.side != self._captured_side:
-            self._replay = None  # and let go of its memory
+            self._replay = None  # frees the memory of the graph before the next capture
         factors = [trainer.lr_factor(epoch * steps + index) for index in range(steps)]
         self._factors = torch.tensor(factors, dtype=torch.float32).to(trainer.device)
 
     def _take(self, epoch: int, index: int) -> None:
         if self._replay is None:
-            self._prepare(index)
+            self._capture_step(index)
         self._copy_inputs(index)
         assert self._replay is not None
         self._replay()
 
-    def _prepare(self, index: int) -> None:
-        """Capture a step, and put everything back that the capture's own steps moved."""
+    def _capture_step(self, index: int) -> None:
+        """Capture a step, and restore the state that the steps of the capture changed."""
         trainer = self._trainer
         self._captured_side = self._plan.side
         self._factor = self._factors[index].clone()
@@ -286,7 +293,7 @@ class CapturedSteps(Steps):
         for name, tensor in trainer.state()[0].items():
             if name in before:
                 tensor.copy_(before[name])
-            else:  # of an optimizer that had not taken a step: its momentum starts from zero
+            else:  # momentum of an optimizer that had not taken a step
                 tensor.zero_()
 
     def _step_inputs(self, index: int) -> tuple[Tensor, ...]:
@@ -295,8 +302,8 @@ class CapturedSteps(Steps):
 
     def _copy_inputs(self, index: int) -> None:
         self._factor.copy_(self._factors[index])
-        for place, value in zip(self._inputs, self._step_inputs(index), strict=True):
-            place.copy_(value)
+        for captured, value in zip(self._inputs, self._step_inputs(index), strict=True):
+            captured.copy_(value)
 
     def _take_from_inputs(self) -> None:
         trainer = self._trainer
@@ -305,7 +312,11 @@ class CapturedSteps(Steps):
                 torch.mul(self._factor, group["peak_lr"], out=group["lr"])
         rows, *lam = self._inputs
         images, targets = trainer.batches.make_from(rows, *lam, side=self._captured_side)
-        trainer.learn(images, targets, rows[-1])
+        trainer.update_weights(images, targets, rows[-1])
+
+
+_WARM_UP_STEPS = 3  # compilers, cuDNN and the allocator need a few before a capture
+_one_capture = threading.Lock()
 
 
 def _capture_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
@@ -316,7 +327,7 @@ def _capture_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # other threads may train other runs, and capture theirs
+    # other threads may train and capture other runs
     with _one_capture, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         step()
     return graph.replay
