@@ -257,4 +257,8 @@ def plain_graph(model: nn.Module, in_chans: int, size: int) -> onnx.ModelProto:
             dynamic_shapes=({0: torch.export.Dim("N")},), verbose=False,
         )  # fmt: skip
     assert program is not None
-    return program.model_proto
+    model_proto = program.model_proto
+    # the exporter's stack traces name files of this machine
+    for part in (model_proto.graph, *model_proto.graph.node, *model_proto.graph.value_info):
+        del part.metadata_props[:]
+    return model_proto
