@@ -1,4 +1,4 @@
-"""`TrainBatches`: the right pixels, every image once, exact resumption, and nothing random from outside its plan."""
+"""`TrainBatches`: the right pixels, every image once, exact resumption, and no random numbers from outside its plan."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def as_uint8(x: Tensor) -> Tensor:
     return levels.round().to(torch.uint8)
 
 
-@pytest.mark.parametrize(("padding", "flip"), [(4, True), (0, True), (3, False), (31, True)])
+@pytest.mark.parametrize(("padding", "flip"), [(4, True), (0, True), (31, False)])
 def test_crop_and_flip_equal_torchvision(padding: int, flip: bool) -> None:
-    images = noise(40)
+    images = noise(24)
     batches = make(images, augmentation=Augmentation(crop_padding=padding, flip=flip))
     plan = batches.plan(2)
     flips = 0
@@ -77,7 +77,7 @@ def test_zero_padding_comes_before_the_crop() -> None:
     images = torch.full((16, 28, 28, 1), 255, dtype=torch.uint8)
     preprocessing = Preprocessing(32, (0.0,), (1.0,), 28)
     x, _ = next(make(images, preprocessing=preprocessing, augmentation=Augmentation(crop_padding=2)).epoch(0))
-    # The black frame is 2 wide; reflecting 2 beyond it repeats black and one row of white at most.
+    # the black frame is 2 wide, and the crop reflects 2 pixels at its outer edge
     corner = torch.nn.functional.pad(torch.ones(1, 1, 28, 28), (2, 2, 2, 2))
     windows = torch.nn.functional.pad(corner, (2, 2, 2, 2), mode="reflect").unfold(2, 32, 1).unfold(3, 32, 1)
     possible = windows.reshape(25, 32, 32)
@@ -107,18 +107,9 @@ def test_partial_last_batch_is_dropped_and_differs_between_epochs() -> None:
     assert len(torch.cat(shown).unique()) == 30
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize(
-    ("augmentation", "soft"),
-    [
-        (Augmentation(), False),
-        (Augmentation(crop_padding=4, flip=True, cutout=8), False),
-        (Augmentation(mixup=0.2), True),
-        (EVERYTHING, True),
-    ],
-)
-def test_form_of_a_batch(augmentation: Augmentation, soft: bool, normalize: bool) -> None:
-    preprocessing = Preprocessing(32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)) if normalize else RAW[3]
+@pytest.mark.parametrize(("augmentation", "soft"), [(Augmentation(), False), (EVERYTHING, True)])
+def test_form_of_a_batch(augmentation: Augmentation, soft: bool) -> None:
+    preprocessing = Preprocessing(32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     batches = make(noise(24), augmentation=augmentation, num_classes=30, preprocessing=preprocessing)
     for x, target in batches.epoch(0):
         assert x.shape == (8, 3, 32, 32)
@@ -153,8 +144,8 @@ def test_cutout_fills_with_the_mean_colour_of_the_set() -> None:
     assert changed.sum((1, 2)).max() <= 36
 
 
-def test_targets_say_what_is_in_the_image() -> None:
-    # Image k is all of level k and has label k, so the mean level of a mixed image is the mean of its target.
+def test_targets_have_the_shares_of_the_images() -> None:
+    # image k has level k everywhere and label k, so the level of a mixed image is the mean of its target
     levels = torch.arange(64, dtype=torch.uint8)
     images = levels[:, None, None, None].expand(64, 32, 32, 3)
     batches = make(images, augmentation=Augmentation(mixup=1.0), num_classes=64, batch_size=16)
@@ -203,7 +194,7 @@ def test_batches_depend_on_seed_epoch_and_step_alone() -> None:
         assert same(collect(again, 3, start), whole[start:])
     assert not same(collect(batches, 4), whole)
     assert not same(collect(make(images, augmentation=EVERYTHING, seed=1), 3), whole)
-    # Epoch 1 of seed 0 and epoch 0 of seed 1 are no relatives.
+    # epoch 1 of seed 0 and epoch 0 of seed 1 differ
     assert not same(collect(make(images, seed=1), 0), collect(make(images, seed=0), 1))
 
 
@@ -225,7 +216,7 @@ def test_two_epochs_can_be_under_way_at_once() -> None:
     assert same([b for _, b in pairs], collect(batches, 1))
 
 
-def test_the_set_is_not_written_to() -> None:
+def test_the_images_are_not_written_to() -> None:
     images = noise(24)
     copy = images.clone()
     collect(make(images, augmentation=EVERYTHING), 0)
@@ -233,7 +224,7 @@ def test_the_set_is_not_written_to() -> None:
 
 
 class HostReads(TorchDispatchMode):
-    """Records operations whose result the host must wait for: reading a value, or sizes that depend on values."""
+    """Records operations for which the host waits: reading a value, or a result whose size depends on values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,7 +268,7 @@ def test_no_batch_waits_for_the_host() -> None:
         ({"augmentation": Augmentation(cutout=33)}, ValueError, "cutout must be at most the image side 32"),
     ],
 )
-def test_what_does_not_fit_is_refused(changes: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_wrong_arguments_are_refused(changes: dict[str, Any], error: type[Exception], words: str) -> None:
     arguments: dict[str, Any] = {"images": noise(24), "labels": torch.arange(24), **changes}
     with pytest.raises(error, match=words):
         make(**arguments)

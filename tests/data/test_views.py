@@ -1,4 +1,4 @@
-"""Views: a fixed number of augmented versions of each image, which epochs take turns with."""
+"""Views: a fixed number of augmented versions of each image, of which the epochs show one after the other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def batches(seed: int = 0, **changes: Any) -> TrainBatches:
 
 
 def shown_in(made: TrainBatches, epoch: int) -> dict[int, Tensor]:
-    """What the epoch makes of each image that it has."""
+    """The augmented image of the epoch for each label."""
     return {
         int(label): image for images, labels in made.epoch(epoch) for image, label in zip(images, labels, strict=True)
     }
@@ -38,7 +38,7 @@ def alike(one: dict[int, Tensor], other: dict[int, Tensor]) -> int:
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
-def test_a_view_comes_back_after_all_others(epoch: int) -> None:
+def test_a_view_is_shown_again_after_all_others(epoch: int) -> None:
     made = batches()
     first, again = shown_in(made, epoch), shown_in(made, epoch + VIEWS)
     both = len(first.keys() & again.keys())
@@ -53,12 +53,12 @@ def test_the_order_is_new_in_every_epoch() -> None:
     assert list(shown_in(made, 0)) != list(shown_in(made, VIEWS))
 
 
-def test_seeds_have_views_of_their_own() -> None:
+def test_views_differ_between_seeds() -> None:
     assert alike(shown_in(batches(0), 0), shown_in(batches(1), 0)) < 5
 
 
 @pytest.mark.parametrize("batch_size", [7, 1000])
-def test_all_images_can_be_had_in_a_view_and_have_a_number_in_it(batch_size: int) -> None:
+def test_show_gives_all_images_of_a_view_by_their_numbers(batch_size: int) -> None:
     made = batches()
     shown = torch.cat([torch.cat(list(made.show(view, batch_size))) for view in range(VIEWS)])
     assert len(shown) == VIEWS * IMAGES
@@ -68,13 +68,13 @@ def test_all_images_can_be_had_in_a_view_and_have_a_number_in_it(batch_size: int
             assert torch.equal(images, shown[plan.rows[step, -1]])
 
 
-def test_without_views_no_epoch_comes_back() -> None:
+def test_without_views_no_epoch_repeats_another() -> None:
     made = batches(views=None)
     first = shown_in(made, 0)
     assert all(alike(first, shown_in(made, epoch)) < 5 for epoch in range(1, 9))
 
 
 @pytest.mark.parametrize("changes", [{"views": 0}, {"augmentation": Augmentation(mixup=0.2)}], ids=str)
-def test_what_no_view_can_hold_is_refused(changes: dict[str, Any]) -> None:
+def test_no_views_and_views_with_mixup_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="views must be at least 1, and without mixup"):
         batches(**changes)

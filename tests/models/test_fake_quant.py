@@ -1,7 +1,7 @@
-"""The fused fake quantization: Brevitas' results, bit for bit, and Brevitas' gradients.
+"""Fake quantization: Brevitas' outputs bit for bit, and its gradients.
 
-The reference is composed from `brevitas.core`. Every range is tested on the plain path, and of the compiled one,
-which takes seconds to compile each variant, those few that a quantized model has.
+The reference is composed from `brevitas.core`. The uncompiled path is compared with it for every range, and the
+compiled path, which takes seconds to compile for each range, with the uncompiled one for a few.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ INTEGER_KINDS = [(bits, False) for bits in range(1, 9)] + [(bits, True) for bits
 BINARY = (1, True)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*TorchScript.*:DeprecationWarning")
-examples = settings(max_examples=60, deadline=None)
+examples = settings(max_examples=40, deadline=None)
 needs_compiler = pytest.mark.skipif(
     not compiled.compiles(torch.device("cpu")), reason="no C++ compiler here, so there is no compiled path to test"
 )
@@ -107,7 +107,7 @@ def cases(
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     shape = draw(st.sampled_from(shapes))
     scale_shape = (shape[0], *[1] * (len(shape) - 1)) if per_channel else ()
-    # The exponent of the scale is anything that float32 arithmetic is at ease with, the mantissa anything at all.
+    # exponents at which nothing in float32 arithmetic over- or underflows, and any mantissa
     scale = torch.ldexp(1 + torch.rand(scale_shape, generator=generator), torch.tensor(draw(st.integers(-14, 3))))
     ints = IntRange.of(bits, signed=signed)
     spread = draw(st.sampled_from([0.4, 1.0, 3.0])) * max(ints.high, 2)
@@ -130,18 +130,18 @@ def run(function: Callable[[Tensor, Tensor], Tensor], case: Case) -> tuple[Tenso
 
 
 def summed(case: Case) -> Tensor:
-    """The sizes of what the gradient of the scale sums: rounding is relative to these, since the sum may cancel."""
+    """The sum of the absolute terms of the scale's gradient, to which rounding errors are relative."""
     ints = IntRange.of(case.bits, signed=case.signed)
     v = (case.x.float() / case.scale).clamp(ints.low - 1, ints.high + 1)
     return (case.upstream.float() * v).abs().sum_to_size(case.scale.shape)
 
 
 def check(case: Case) -> None:
-    """Output and gradients are the reference's."""
+    """Output and gradients equal the reference's."""
     ints = IntRange.of(case.bits, signed=case.signed)
 
     def reference(x: Tensor, scale: Tensor) -> Tensor:
-        # A bfloat16 x is computed with in float32, and the result rounded.
+        # the arithmetic for a bfloat16 x is float32, and the result is rounded
         out = binary(x.float(), scale) if ints.binary else brevitas(x.float(), scale, case.bits, case.signed)
         return out.to(x.dtype)
 
@@ -151,7 +151,7 @@ def check(case: Case) -> None:
     assert torch.equal(out, expected[0])
     torch.testing.assert_close(grad_x, expected[1], rtol=1e-4, atol=0)
     assert grad_scale.dtype == torch.float32
-    # Brevitas sums q and v apart, so its own rounding is relative to their sizes, not to their difference.
+    # Brevitas sums q and v separately, so its rounding errors are relative to their sizes
     assert ((grad_scale - expected[2]).abs() <= 1e-4 * expected[2].abs() + 1e-6 * summed(case)).all()
     with torch.no_grad():
         assert torch.equal(fake_quantize(case.x, case.scale, ints), expected[0])
@@ -161,12 +161,6 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_equals_brevitas(plain: None, dtype: torch.dtype, per_channel: bool) -> None:
     examples(given(cases(dtype, per_channel, [*INTEGER_KINDS, BINARY], SMALL))(check))()
-
-
-@needs_compiler
-@COMPILED
-def test_compiled_equals_brevitas(dtype: torch.dtype, per_channel: bool, kinds: list[tuple[int, bool]]) -> None:
-    examples(given(cases(dtype, per_channel, kinds, LARGE))(check))()
 
 
 @needs_compiler
@@ -190,7 +184,7 @@ def test_compiled_and_plain_paths_agree_bit_for_bit(
 
 
 @needs_compiler
-def test_bits_depend_on_nothing_that_ran_before() -> None:
+def test_bits_do_not_depend_on_what_ran_before() -> None:
     def step(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
         x, upstream = (torch.randn(shape, generator=generator) for _ in range(2))
@@ -209,7 +203,7 @@ def test_bits_depend_on_nothing_that_ran_before() -> None:
 
 @needs_compiler
 def test_a_variant_is_compiled_once_for_all_shapes() -> None:
-    """Falling back to plain operations at the compiler's limit of variants would be slow, and other bits."""
+    """At its limit of variants torch.compile falls back to plain operations, which are slow and have other bits."""
     ints = IntRange.of(4, signed=True)
     seen: list[int] = []
     for shape in ((64, 300), (128, 200), (7, 2351), (64, 32, 3, 3), (256, 128, 3, 3)):
@@ -257,9 +251,6 @@ def test_scale_that_needs_no_gradient() -> None:
     out = fake_quantize(x, torch.tensor(0.25), IntRange(0, 3))
     (grad,) = torch.autograd.grad(out.sum(), x)
     assert torch.equal(grad, ((x.detach() >= -0.125) & (x.detach() <= 0.875)).float())
-
-
-# --- least_squares_scale -------------------------------------------------------------------------------------------
 
 
 def squared_error(x: Tensor, scale: Tensor, ints: IntRange) -> Tensor:
