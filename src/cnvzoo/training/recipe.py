@@ -197,11 +197,8 @@ class Recipe(_Section):
             if None in bits.values():
                 raise _at("model", f"{self.model} needs w_bits and a_bits")
         else:
-            for key, value in {
-                **bits,
-                "float_start": self.float_start,
-                "quantize_bias": self.quantize_bias or None,
-            }.items():
+            unusable = bits | {"float_start": self.float_start, "quantize_bias": self.quantize_bias or None}
+            for key, value in unusable.items():
                 if value is not None:
                     raise _at(key, f"{self.model} is a float model: leave {key} out")
         for teacher in self.teacher:

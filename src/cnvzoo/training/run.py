@@ -11,9 +11,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,10 +38,17 @@ from cnvzoo.training.numerics import NUMERICS, describe_machine, describe_versio
 from cnvzoo.training.progress import TrainingProgress
 from cnvzoo.training.recipe import LARGEST_SEED, PUBLISHED_SEED, Recipe
 from cnvzoo.training.record import RecordError, RunRecord, current_commit
-from cnvzoo.training.state import RunError, RunIdentity, RunInterrupted, RunUnderWay, resume, save_state
+from cnvzoo.training.state import (
+    RunError,
+    RunIdentity,
+    RunInterrupted,
+    RunUnderWay,
+    caught_signals,
+    resume,
+    save_state,
+)
 from cnvzoo.training.trainer import Trainer
 
-SAVE_EVERY_SECONDS = 60.0
 STATE, TEACHER_LOGITS = "state.safetensors", "teacher_logits.safetensors"
 RECORD, WEIGHTS = "record.json", "weights.safetensors"
 
@@ -64,7 +69,7 @@ def run_recipe(
     float_start: str | Path | None = None,
     teacher: str | Path | Sequence[str | Path] | None = None,
     quiet: bool = False,
-    save_every: float = SAVE_EVERY_SECONDS,
+    save_every: float = 60.0,
 ) -> RunRecord:
     """Train by a recipe and score the result, resuming from the state of the same run in `run_dir`.
 
@@ -378,29 +383,3 @@ def _precompute(
         teacher, batches, run_dir / TEACHER_LOGITS, facts, views=views, autocast=trainer.autocast,
         should_stop=should_stop, label=label, quiet=quiet,
     )  # fmt: skip
-
-
-@contextmanager
-def caught_signals(second: Any = None) -> Iterator[list[str]]:
-    """Collect the names of SIGINT and SIGTERM instead of raising in the middle of a step.
-
-    A second signal of the same kind is handled by `second`, by default as before this context. In other threads than
-    the main one, where Python handles no signals, the list stays empty.
-    """
-    caught: list[str] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before: dict[int, Any] = {}
-
-    def handler(number: int, _frame: object) -> None:
-        caught.append(signal.Signals(number).name)
-        signal.signal(number, before[number] if second is None else second)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, handler)
-    try:
-        yield caught
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)

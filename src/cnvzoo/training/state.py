@@ -1,4 +1,4 @@
-"""The saved state of a run, and the errors that end a run before its record is written.
+"""The saved state of a run, and the errors and signals that stop a run before its end.
 
 A state is one safetensors file, which is replaced as a whole. It names its run, and has a checksum of all its content:
 a flipped bit of a weight would otherwise lead to other weights with a valid record.
@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,6 +59,32 @@ class RunInterrupted(CnvzooError):
     def __reduce__(self) -> tuple[type[RunInterrupted], tuple[Any, ...]]:
         """Pickle by the arguments: worker processes send this error to the process that started them."""
         return type(self), self._arguments
+
+
+@contextmanager
+def caught_signals(second: Any = None) -> Iterator[list[str]]:
+    """Collect the names of SIGINT and SIGTERM instead of raising in the middle of a step.
+
+    A second signal of the same kind is handled by `second`, by default as before this context. In other threads than
+    the main one, where Python handles no signals, the list stays empty.
+    """
+    caught: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before: dict[int, Any] = {}
+
+    def handler(number: int, _frame: object) -> None:
+        caught.append(signal.Signals(number).name)
+        signal.signal(number, before[number] if second is None else second)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, handler)
+    try:
+        yield caught
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 class Resumable(Protocol):
