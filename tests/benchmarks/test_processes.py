@@ -212,6 +212,7 @@ def test_workers_stopped_by_time_limit_and_signal_end_with_the_weights_of_runs_a
     assert (outcome.stopped, [run.seed for run in outcome.left]) == ("time limit", [0, 1])
     assert has_state(entry) == [True, True]
 
+    monkeypatch.setenv("TINY_EPOCH_SECONDS", "4")  # neither run ends before the other has started, on busy cores too
     under_way: set[str] = set()
 
     def terminate_when_both_train(line: str) -> None:
@@ -274,7 +275,7 @@ def read_until(process: subprocess.Popen[str], *wanted: str) -> list[str]:
 
 
 def test_ctrl_c_stops_all_workers_and_the_same_command_resumes(entry, command, weights_alone):
-    process = command(1.5)
+    process = command(4)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=TIMEOUT)[1]
     assert process.returncode == 130
@@ -299,7 +300,7 @@ def test_a_second_ctrl_c_kills_the_workers_too(entry, command):
 
 
 def test_workers_whose_parent_is_killed_save_their_state_and_end(entry, command):
-    process = command(1.5)
+    process = command(4)
     os.kill(process.pid, signal.SIGKILL)
     for seed in (0, 1):
         with FileLock(entry.runs / ENTRY / f"seed{seed}" / ".lock", timeout=TIMEOUT):
