@@ -122,7 +122,6 @@ _LEADING = {
     "cifar100": ("mobilenet_v1", "cnv"),
 }
 TABLES = tuple(_LEADING)
-TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 SEEDS = (0, 1, 2)
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnvzoo.checkpoints.index import CheckpointInfo, read_index, row
+from cnvzoo.data.datasets import dataset_info, list_datasets
 from cnvzoo.files import replacing
 from cnvzoo.models.registry import model_names, model_spec
-from harness.entries import TABLES, TITLES, Layout, shown
+from harness.entries import TABLES, Layout, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,7 +118,9 @@ def _set_axes(axes: Axes, points: Sequence[CheckpointInfo]) -> None:
     axes.set_xticks(ticks, [f"{tick / 1e6:g} MB" if tick >= 1e6 else f"{tick / 1e3:g} kB" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("size of model.safetensors", color=_INK)
-    axes.set_title(TITLES.get(points[0]["dataset"], points[0]["dataset"]), loc="left", fontweight="bold", color=_INK)
+    dataset = points[0]["dataset"]
+    title = dataset_info(dataset).title if dataset in list_datasets() else dataset
+    axes.set_title(title, loc="left", fontweight="bold", color=_INK)
     axes.grid(axis="y", color=_GRID, lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)

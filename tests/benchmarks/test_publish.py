@@ -34,12 +34,12 @@ def test_it_trains_what_is_missing_and_publishes_the_table(trained, tmp_path, ca
 
 def test_the_card_is_written_with_the_checkpoint_and_again_with_another_seed(trained):
     card = trained.hub / "cnv.mnist" / "README.md"
-    assert "Mean over one seed: 90.00 %" in card.read_text()
+    assert "Mean of one seed: 90.00 %" in card.read_text()
     trained.run("--table", "mnist", "--entry", "mnist_cnv", "--seeds", "0", "1")
-    assert "Mean over 2 seeds: 90.50 %, standard deviation 0.71" in card.read_text()
+    assert "Mean of 2 seeds: 90.50 %, standard deviation 0.71" in card.read_text()
     card.unlink()
     trained.run("--table", "mnist", "--time-limit", "0")
-    assert "Mean over 2 seeds" in card.read_text()
+    assert "Mean of 2 seeds" in card.read_text()
 
 
 def test_a_dry_run_trains_nothing_and_writes_nothing(trained, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,12 +11,9 @@ from torch import nn
 import cnvzoo
 
 
-@pytest.fixture(scope="package", autouse=True)
-def eager() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def eager(uncompiled: None) -> None:
     """Compile no loops: it takes longer than the few batches of these tests, and gives the same values."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -168,7 +168,7 @@ class DirectoryStore:
                         temporary.write_bytes(files[file])
         except OSError as error:
             raise StoreError(
-                f"{name} cannot be written to {self.root}: {error.strerror}; the same command goes on from here"
+                f"{name} cannot be written to {self.root}: {error.strerror}; the same command resumes here"
             ) from error
         return publication
 
