@@ -93,7 +93,7 @@ def test_the_config_comes_last_so_a_half_written_folder_is_no_checkpoint(
         replace(source, target)
 
     monkeypatch.setattr(files.os, "replace", stop_at_the_second)
-    with pytest.raises(StoreError, match=r"cannot be written .*No space left on device; the same command goes on"):
+    with pytest.raises(StoreError, match=r"cannot be written .*No space left on device; the same command resumes"):
         directory.publish(checkpoint, message="first")
     assert [path.name for path in (root / "resnet20.mnist").iterdir()] == ["model.safetensors"]
     monkeypatch.undo()
