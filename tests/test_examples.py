@@ -43,7 +43,7 @@ def test_every_example_is_tested_here():
 
 def test_train_quantized_learns(run, small_datasets, uncompiled):
     small_datasets(train=1000, test=100)
-    out = run("train_quantized.py", "--steps", 15, "--holdout", 200)
+    out = run("train_quantized.py", "--steps", 8, "--holdout", 100)
     trained, started, recovered = percents(out)
     assert trained > 50  # of ten classes that are easy to tell apart
     assert recovered > 50
@@ -52,11 +52,11 @@ def test_train_quantized_learns(run, small_datasets, uncompiled):
 
 def test_train_quantized_on_real_digits(real_data, tmp_path, uncompiled):
     environment = os.environ | {"CNVZOO_DATA": str(real_data("mnist"))}
-    command = [sys.executable, "-W", "error", EXAMPLES / "train_quantized.py", "--steps", "30", "--holdout", "500"]
+    command = [sys.executable, "-W", "error", EXAMPLES / "train_quantized.py", "--steps", "18", "--holdout", "300"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     trained, _, recovered = percents(done.stdout)
-    assert trained > 80
+    assert trained > 40  # after 18 batches of 64 images
     assert recovered > 80
 
 
