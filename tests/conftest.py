@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -38,6 +39,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "checkpoints"))
 import harness.publish
 
 import dev
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze_imported_objects() -> None:
+    """Exclude what was imported so far from garbage collections: every run ends with one, which takes 0.3 s else."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
