@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
 
 from cnvzoo.errors import nearest
-from cnvzoo.strict_yaml import StrictYamlError, Where, explain, place_of, read_yaml
-from harness.entries import HarnessError
+from cnvzoo.strict_yaml import Where, error_at, explain_with_lines, place_of
+from harness.entries import HarnessError, read_harness_file
 
 _Percent = Annotated[float, Field(strict=True, ge=0, le=100)]
 _Seconds = Annotated[float, Field(strict=True, gt=0)]
@@ -67,17 +66,17 @@ class Comparison(_Section):
         for number, variant in enumerate(self.variants):
             place = f"variants.{number}"
             if variant.name in names[:number]:
-                raise _at(f"{place}.name", f"{variant.name!r}: the name of another variant too: rename one")
+                raise error_at(f"{place}.name", f"{variant.name!r}: the name of another variant too: rename one")
             if variant.correct is not None and variant.correct > self.holdout:
-                raise _at(f"{place}.correct", f"{variant.correct}: more than the {self.holdout} images held out")
+                raise error_at(f"{place}.correct", f"{variant.correct}: more than the {self.holdout} images held out")
             if variant.accuracy is not None and not _is_whole(variant.accuracy * self.holdout / 100):
                 images = variant.accuracy * self.holdout / 100
-                raise _at(
+                raise error_at(
                     f"{place}.accuracy",
                     f"{variant.accuracy}: {images:.2f} of {self.holdout} images, not a whole number: correct one",
                 )
         if self.chosen is not None and self.chosen not in names:
-            raise _at("chosen", f"{self.chosen!r}: no variant: {nearest(self.chosen, names)}")
+            raise error_at("chosen", f"{self.chosen!r}: no variant: {nearest(self.chosen, names)}")
         return self
 
     def correct(self, variant: Variant) -> int:
@@ -99,12 +98,7 @@ def load_comparisons(path: Path, configs: Path) -> list[Comparison]:
     Raises HarnessError, with file and line, if the file cannot be read, a value is not valid, an accuracy is not a
     whole number of images, or a name is no recipe.
     """
-    try:
-        found = read_yaml(path)
-    except OSError as error:
-        raise HarnessError(f"{path}: cannot be read ({error.strerror}); restore it from version control") from error
-    except StrictYamlError as error:
-        raise HarnessError(str(error)) from None
+    found = read_harness_file(path)
     if not isinstance(found.values, list):
         raise HarnessError(f"{path}:1: comparisons are a list, not {type(found.values).__name__}")
     comparisons = [_comparison(number, values, found.where, path) for number, values in enumerate(found.values)]
@@ -123,12 +117,8 @@ def _comparison(number: int, values: Any, where: Where, path: Path) -> Compariso
     except ValidationError as error:
         prefix = str(number)
         own = {key[1:]: place for key, place in where.items() if key[:1] == (prefix,)}
-        raise HarnessError(explain(error, Comparison, own, where.get((prefix,), str(path)))) from None
+        raise HarnessError(explain_with_lines(error, Comparison, own, where.get((prefix,), str(path)))) from None
 
 
 def _is_whole(images: float) -> bool:
     return abs(images - round(images)) < _ROUNDING
-
-
-def _at(key: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError("at_key", "{message}", {"key": key, "message": message})

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cnvzoo.errors import CnvzooError, nearest
 from cnvzoo.files import FileError, expanded
+from cnvzoo.strict_yaml import StrictYamlError, YamlFile, read_yaml
 from cnvzoo.training.recipe import Recipe, load_recipe
 
 
@@ -34,6 +35,16 @@ def set_aside(folder: Path) -> Path:
     shutil.rmtree(previous, ignore_errors=True)
     folder.rename(previous)
     return previous
+
+
+def read_harness_file(path: Path) -> YamlFile:
+    """Read a YAML file of the benchmarks folder. Raises HarnessError, with file and line, if it cannot be read."""
+    try:
+        return read_yaml(path)
+    except OSError as error:
+        raise HarnessError(f"{path}: cannot be read ({error.strerror}); restore it from version control") from error
+    except StrictYamlError as error:
+        raise HarnessError(str(error)) from None
 
 
 @dataclass(frozen=True)

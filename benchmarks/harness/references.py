@@ -9,11 +9,10 @@ from statistics import fmean, stdev
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
 
 from cnvzoo.errors import nearest
-from cnvzoo.strict_yaml import StrictYamlError, Where, explain, place_of, read_yaml
-from harness.entries import Entry, HarnessError
+from cnvzoo.strict_yaml import Where, error_at, explain_with_lines, place_of
+from harness.entries import Entry, HarnessError, read_harness_file
 
 _TOLERANCE = 0.0101  # points between a published figure of two decimals, rounded or truncated, and that of the runs
 _Accuracy = Annotated[float, Field(strict=True, gt=0, le=100)]  # in percent
@@ -62,7 +61,7 @@ class _Figures(_Section):
         if published is not None and (computed is None or abs(published - computed) > _TOLERANCE):
             found = "one has none" if computed is None else f"theirs is {computed:.4f}"
             message = f"{published}: not that of the runs, {found}: correct one or the other"
-            raise PydanticCustomError("at_key", "{message}", {"key": key, "message": message})
+            raise error_at(key, message)
 
 
 class _File(_Section):
@@ -91,19 +90,14 @@ def load_references(path: Path, entries: Mapping[str, Entry]) -> dict[str, Refer
     Raises HarnessError, with file and line, if the file cannot be read, a figure is not valid or does not agree with
     the runs, or a name is no entry or no source.
     """
-    try:
-        found = read_yaml(path)
-    except OSError as error:
-        raise HarnessError(f"{path}: cannot be read ({error.strerror}); restore it from version control") from error
-    except StrictYamlError as error:
-        raise HarnessError(str(error)) from None
+    found = read_harness_file(path)
     values = {} if found.values is None else found.values
     if not isinstance(values, dict):
         raise HarnessError(f"{path}:1: references are a mapping of sources and entries, not {type(values).__name__}")
     try:
         file = _File.model_validate(values)
     except ValidationError as error:
-        raise HarnessError(explain(error, _File, found.where, str(path))) from None
+        raise HarnessError(explain_with_lines(error, _File, found.where, str(path))) from None
     return {
         name: _reference(name, figures, file.sources, entries, found.where, str(path))
         for name, figures in file.entries.items()

@@ -26,6 +26,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from cnvzoo.errors import CnvzooError, in_a_line
+from cnvzoo.models.compiled import sigint_blocked
 from cnvzoo.training.device import deterministic
 from cnvzoo.training.record import RunRecord
 from cnvzoo.training.run import run_recipe
@@ -173,8 +174,10 @@ class ProcessRunner:
         process = context.Process(
             target=_work, args=(theirs, written, self.train, arguments, self.threads, seconds_left)
         )
+        resource_tracker.ensure_running()  # the first start of a process would start it, which unblocks SIGINT
         try:
-            with self._starting, _environment(self.threads), _sigint_blocked():
+            # the worker never gets SIGINT, which a terminal sends to all processes: this one passes it on
+            with self._starting, _environment(self.threads), sigint_blocked():
                 process.start()
         except OSError as error:
             raise RunError(f"its worker process cannot be started: {error}") from None
@@ -211,20 +214,6 @@ def _environment(threads: int) -> Iterator[None]:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
-
-
-@contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """A process started inside never gets SIGINT, which a terminal sends to all processes: this one passes it on."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # the first start of a process would start it, which unblocks SIGINT
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait_for_outcome(process: SpawnProcess, connection: Connection, stop: Stop) -> RunRecord | Exception | None:

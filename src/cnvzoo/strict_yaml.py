@@ -18,6 +18,7 @@ from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError
 
 from cnvzoo.errors import CnvzooError, nearest
 
@@ -87,7 +88,12 @@ def place_of(where: Where, path: tuple[str, ...], otherwise: str) -> str:
     return next((where[path[:n]] for n in range(len(path), 0, -1) if path[:n] in where), otherwise)
 
 
-def explain(error: ValidationError, model: type[BaseModel], where: Where, source: str) -> str:
+def error_at(key: str, message: str) -> PydanticCustomError:
+    """For validators of several keys: an error that `explain_with_lines` reports at `key`, relative to the section."""
+    return PydanticCustomError("at_key", "{message}", {"key": key, "message": message})
+
+
+def explain_with_lines(error: ValidationError, model: type[BaseModel], where: Where, source: str) -> str:
     """The mistakes that pydantic found in the values of a file, one line each, with place, key and remedy.
 
     Args:

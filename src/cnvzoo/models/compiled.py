@@ -84,7 +84,7 @@ def _working_compiler(named: str | None) -> str | None:
             warnings.warn(f"CXX={named}: no such command, so training on the CPU runs uncompiled.", stacklevel=2)
         return None
     try:
-        with _sigint_blocked():
+        with sigint_blocked():
             _compile(_example, command)(torch.zeros(2, 64))
     except Exception as error:  # torch.compile raises errors of many classes; training works without it
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
@@ -114,7 +114,7 @@ def compiled_for(function: Callable[..., Any], *example: Any) -> Callable[..., A
     dimension by `torch._dynamo.mark_static`.
     """
     compiled = _compile(function, _working_compiler(os.environ.get("CXX")))
-    with _sigint_blocked():
+    with sigint_blocked():
         compiled(*example)
     return compiled
 
@@ -138,7 +138,7 @@ def _compile(function: Callable[..., Any], compiler: str | None) -> Callable[...
 
 
 @contextmanager
-def _sigint_blocked() -> Iterator[None]:
+def sigint_blocked() -> Iterator[None]:
     """Block SIGINT in this thread and in the processes that it starts, which inherit the mask.
 
     A terminal sends Ctrl-C to child processes too. If it ended a C++ compiler, the step would fail; if it ended one

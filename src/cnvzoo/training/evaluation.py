@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cnvzoo.data.datasets import Dataset, dataset_info, load_dataset
+from cnvzoo.data.datasets import Dataset, DatasetInfo, dataset_info, load_dataset
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.errors import ModelError
 from cnvzoo.models.registry import ModelSpec, model_spec
@@ -18,8 +18,11 @@ from cnvzoo.training.progress import counted
 
 def preprocessing_of(model: str, dataset: str) -> Preprocessing:
     """Preprocessing of a dataset's images for a model: quantized models take uint8 / 255, others normalised images."""
-    spec = model_spec(model)
-    return Preprocessing.for_dataset(dataset_info(dataset), size=spec.input_size, normalize=not spec.quantized)
+    return _preprocessing_for(model_spec(model), dataset_info(dataset))
+
+
+def _preprocessing_for(spec: ModelSpec, info: DatasetInfo) -> Preprocessing:
+    return Preprocessing.for_dataset(info, size=spec.input_size, normalize=not spec.quantized)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def evaluate(
         spec = getattr(model, "spec", None)
         if not isinstance(spec, ModelSpec):
             raise ModelError(f"{type(model).__name__} is not a model of cnvzoo: give its preprocessing=")
-        preprocessing = Preprocessing.for_dataset(data.info, size=spec.input_size, normalize=not spec.quantized)
+        preprocessing = _preprocessing_for(spec, data.info)
     target = resolve_device(device)
     with deterministic(target):
         model.to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -22,13 +22,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from cnvzoo.data.augmentation import Augmentation
 from cnvzoo.data.datasets import dataset_info
 from cnvzoo.errors import CnvzooError, nearest
 from cnvzoo.models.registry import model_spec
-from cnvzoo.strict_yaml import StrictYamlError, Where, explain, read_yaml
+from cnvzoo.strict_yaml import StrictYamlError, Where, error_at, explain_with_lines, read_yaml
 
 PUBLISHED_SEED = 0  # the run of this seed is published, and its weights are the float start or teacher of other runs
 LARGEST_SEED = 2**63 - 1  # the largest that torch's generators take
@@ -40,11 +39,6 @@ class RecipeError(CnvzooError, ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-def _at(key: str, message: str) -> PydanticCustomError:
-    """The error of a validator of several keys, reported at the line of one of them."""
-    return PydanticCustomError("at_key", "{message}", {"key": key, "message": message})
 
 
 def _as_tuple(value: Any) -> Any:
@@ -90,9 +84,9 @@ class Optimizer(_Section):
     def _check_muon(self) -> Optimizer:
         if (self.name == "muon") != (self.sgd_lr is not None):
             key = "name" if self.sgd_lr is None else "sgd_lr"
-            raise _at(key, "name: muon needs sgd_lr, and no other optimizer takes it")
+            raise error_at(key, "name: muon needs sgd_lr, and no other optimizer takes it")
         if self.sgd_weight_decay is not None and self.name != "muon":
-            raise _at("sgd_weight_decay", "only name: muon takes sgd_weight_decay: leave it out")
+            raise error_at("sgd_weight_decay", "only name: muon takes sgd_weight_decay: leave it out")
         return self
 
 
@@ -195,26 +189,30 @@ class Recipe(_Section):
         bits = {"w_bits": self.w_bits, "a_bits": self.a_bits}
         if model_spec(self.model).quantized:
             if None in bits.values():
-                raise _at("model", f"{self.model} needs w_bits and a_bits")
+                raise error_at("model", f"{self.model} needs w_bits and a_bits")
         else:
             unusable = bits | {"float_start": self.float_start, "quantize_bias": self.quantize_bias or None}
             for key, value in unusable.items():
                 if value is not None:
-                    raise _at(key, f"{self.model} is a float model: leave {key} out")
+                    raise error_at(key, f"{self.model} is a float model: leave {key} out")
         for teacher in self.teacher:
             self._check_teacher(teacher)
         if not self.teacher and self.distillation != Distillation():
-            raise _at("distillation", "needs a teacher: name one, or leave distillation out")
+            raise error_at("distillation", "needs a teacher: name one, or leave distillation out")
         if (views := self.distillation.views) is not None:
             if views >= self.epochs:
-                raise _at("distillation.views", f"{views}: must be below epochs, {self.epochs}: each is used again")
+                raise error_at(
+                    "distillation.views", f"{views}: must be below epochs, {self.epochs}: each is used again"
+                )
             if self.augmentation.mixup:
-                raise _at("distillation.views", f"{views}: views cannot have mixup: leave one out")
+                raise error_at("distillation.views", f"{views}: views cannot have mixup: leave one out")
         self._check_fits_dataset()
         if self.early_crops:
             self._check_crops(self.early_crops)
         if self.schedule.warmup_epochs >= self.epochs:
-            raise _at("epochs", f"{self.epochs}: must be above schedule.warmup_epochs, {self.schedule.warmup_epochs}")
+            raise error_at(
+                "epochs", f"{self.epochs}: must be above schedule.warmup_epochs, {self.schedule.warmup_epochs}"
+            )
         return self
 
     def _check_fits_dataset(self) -> None:
@@ -223,40 +221,42 @@ class Recipe(_Section):
         padding, cutout = self.augmentation.crop_padding, self.augmentation.cutout
         if self.batch_size > info.train_size:
             most = f"must be at most {info.train_size}, the training images of {self.dataset}"
-            raise _at("batch_size", f"{self.batch_size}: {most}")
+            raise error_at("batch_size", f"{self.batch_size}: {most}")
         if padding >= side:
-            raise _at("augmentation.crop_padding", f"{padding}: must be below {side}, the side of the images")
+            raise error_at("augmentation.crop_padding", f"{padding}: must be below {side}, the side of the images")
         if cutout > side:
-            raise _at("augmentation.cutout", f"{cutout}: must be at most {side}, the side of the images")
+            raise error_at("augmentation.cutout", f"{cutout}: must be at most {side}, the side of the images")
 
     def _check_crops(self, crops: EarlyCrops) -> None:
         spec, own = model_spec(self.model), dataset_info(self.dataset).image_size
         if spec.input_size:
-            raise _at("early_crops", f"{self.model} takes images of {spec.input_size} pixels only: leave it out")
+            raise error_at("early_crops", f"{self.model} takes images of {spec.input_size} pixels only: leave it out")
         if not spec.min_size <= crops.side < own:
-            raise _at("early_crops.side", f"{crops.side}: must be {spec.min_size} to {own - 1} for {self.model}")
+            raise error_at("early_crops.side", f"{crops.side}: must be {spec.min_size} to {own - 1} for {self.model}")
         if crops.epochs >= self.epochs:
-            raise _at("early_crops.epochs", f"{crops.epochs}: must be below epochs, {self.epochs}: others are whole")
+            raise error_at(
+                "early_crops.epochs", f"{crops.epochs}: must be below epochs, {self.epochs}: others are whole"
+            )
         if self.teacher and self.distillation.views is None:
-            raise _at("early_crops", "a teacher takes whole images: set distillation.views, or leave one out")
+            raise error_at("early_crops", "a teacher takes whole images: set distillation.views, or leave one out")
         if self.teacher and self.augmentation.cutout:
-            raise _at("early_crops", "views with cutout cannot be cropped: leave one out")
+            raise error_at("early_crops", "views with cutout cannot be cropped: leave one out")
 
     def _check_teacher(self, teacher: str) -> None:
         model = teacher.removeprefix(f"{self.dataset}_")
         if model == teacher:
-            raise _at("teacher", f"{teacher!r}: a teacher is an entry of the same dataset, {self.dataset}_<model>")
+            raise error_at("teacher", f"{teacher!r}: a teacher is an entry of the same dataset, {self.dataset}_<model>")
         if self.teacher.count(teacher) > 1:
-            raise _at("teacher", f"{teacher} is named twice: name each teacher once")
+            raise error_at("teacher", f"{teacher} is named twice: name each teacher once")
         try:
             spec = model_spec(model)
         except CnvzooError as error:
-            raise _at("teacher", str(error)) from None
+            raise error_at("teacher", str(error)) from None
         if spec.quantized:
-            raise _at("teacher", f"{model} is quantized: a teacher is a float model")
+            raise error_at("teacher", f"{model} is quantized: a teacher is a float model")
         own = dataset_info(self.dataset).image_size
         if (spec.input_size or own) != (model_spec(self.model).input_size or own):
-            raise _at("teacher", f"{model} takes images of another size than {self.model}")
+            raise error_at("teacher", f"{model} takes images of another size than {self.model}")
 
     @property
     def teacher_models(self) -> tuple[str, ...]:
@@ -357,7 +357,7 @@ def recipe_from_dict(values: dict[str, Any], source: str, where: Where | None = 
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(explain(error, Recipe, where or {}, source)) from None
+        raise RecipeError(explain_with_lines(error, Recipe, where or {}, source)) from None
     except CnvzooError as error:
         raise RecipeError(f"{source}: {error}") from None
 
