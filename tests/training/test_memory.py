@@ -47,8 +47,9 @@ def test_epochs_leave_nothing_behind() -> None:
 
     trainer.train(lambda: False, note)
     assert len(seen) == 12
-    # what a step needs at once is about 60 MB here: keeping any part of it would show within eight epochs of ten steps
-    assert max(seen[4:]) - seen[3] < 8 * MEGABYTE
+    # A step takes about 60 MB here; keeping 300 KB of it would exceed the limit within these eight epochs of ten steps.
+    # The heap of a process that ran other tests grows by up to 9 MB from fragmentation alone.
+    assert max(seen[4:]) - seen[3] < 24 * MEGABYTE
 
 
 # Takes 520 MB in tensors of 1 to 60 MB, lets go of them, and notes how many MB are resident: within nested uses, and
