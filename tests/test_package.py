@@ -15,7 +15,7 @@ SOURCE = Path(cnvzoo.__file__).parent
 # from the lowest layer up; packages of one layer do not import each other
 LAYERS = [
     {"errors"},
-    {"files", "images", "strict_yaml"},
+    {"files", "images", "progress", "strict_yaml"},
     {"data", "models"},
     {"training"},
     {"checkpoints"},

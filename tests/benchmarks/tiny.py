@@ -19,8 +19,8 @@ import torch
 
 from cnvzoo.data import Dataset, dataset_info, datasets
 from cnvzoo.data.datasets import CHECKSUMS, sha256_of_array
+from cnvzoo.progress import TrainingStatus
 from cnvzoo.training import RunRecord, run
-from cnvzoo.training.progress import TrainingStatus
 
 TINY = Path(__file__).resolve()
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 from synthetic import StepHook
 
+from cnvzoo.progress import TrainingProgress
 from cnvzoo.training import Trainer
-from cnvzoo.training.progress import TrainingProgress
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from synthetic import noise, recipe
 
+from cnvzoo.progress import TrainingStatus
 from cnvzoo.training import RunRecord, run, run_recipe, state
-from cnvzoo.training.progress import TrainingStatus
 
 
 def die() -> None:

@@ -20,8 +20,8 @@ from cnvzoo.deploy.runner import DeployedModel, load
 from cnvzoo.errors import ModelError, nearest
 from cnvzoo.files import replacing
 from cnvzoo.models.registry import ModelSpec
+from cnvzoo.progress import counted
 from cnvzoo.training.evaluation import Evaluation, preprocessing_of
-from cnvzoo.training.progress import counted
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from cnvzoo.data.batches import TrainBatches
 from cnvzoo.data.preprocessing import Preprocessing
-from cnvzoo.training.progress import counted
+from cnvzoo.progress import counted
 from cnvzoo.training.recipe import Distillation
 from cnvzoo.training.state import load_checked, save_checked
 

@@ -12,8 +12,8 @@ from cnvzoo.data.datasets import Dataset, DatasetInfo, dataset_info, load_datase
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.errors import ModelError
 from cnvzoo.models.registry import ModelSpec, model_spec
+from cnvzoo.progress import counted
 from cnvzoo.training.device import deterministic, resolve_device
-from cnvzoo.training.progress import counted
 
 
 def preprocessing_of(model: str, dataset: str) -> Preprocessing:

@@ -31,11 +31,11 @@ from cnvzoo.data.datasets import Dataset, load_dataset, published_sha256
 from cnvzoo.files import FileError, expanded, remove_leftovers, replacing, sha256_of, writing
 from cnvzoo.models.layers import initialized_from, without_initialization
 from cnvzoo.models.registry import build_model, model_spec
+from cnvzoo.progress import TrainingProgress
 from cnvzoo.training.device import deterministic, keep_freed_memory, resolve_device
 from cnvzoo.training.distillation import Teacher, precompute_logits
 from cnvzoo.training.evaluation import count_correct, preprocessing_of
 from cnvzoo.training.numerics import NUMERICS, describe_machine, describe_versions, warn_of_slow_loops
-from cnvzoo.training.progress import TrainingProgress
 from cnvzoo.training.recipe import LARGEST_SEED, PUBLISHED_SEED, Recipe
 from cnvzoo.training.record import RecordError, RunRecord, current_commit
 from cnvzoo.training.state import (

@@ -10,8 +10,9 @@ from typing import Any, cast
 
 import pytest
 
-from cnvzoo.training import Trainer, progress
-from cnvzoo.training.progress import TrainingProgress, counted
+from cnvzoo import progress
+from cnvzoo.progress import TrainingProgress, counted
+from cnvzoo.training import Trainer
 
 NAME = "fashion_mnist_mobilenet_v1_with_a_long_name, seed 2"
 
