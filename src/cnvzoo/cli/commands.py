@@ -1,138 +1,27 @@
-"""The command line: each command is one call of the library.
-
-Modules that import PyTorch are imported inside the commands that need them, so that `cnvzoo --help`, `cnvzoo --version`
-and `cnvzoo list --checkpoints` answer at once.
-"""
+"""The commands that train, score, export, publish and classify."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import cnvzoo
-from cnvzoo.errors import CnvzooError, in_a_line
+from cnvzoo.cli.app import app
+from cnvzoo.cli.options import DataRoot, Device, Hub
+from cnvzoo.cli.output import print_table
+from cnvzoo.errors import CnvzooError
 
 if TYPE_CHECKING:
     from cnvzoo.deploy.runner import Prediction
     from cnvzoo.training.recipe import Recipe
 
-app = typer.Typer(
-    help="Small image classifiers, float and quantized, with the recipe and the weights of every published number.",
-    epilog="Start with: cnvzoo list, then cnvzoo info quant_cnv --w-bits 4 --a-bits 4",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-)
-_LISTED_BITS = 4  # bit widths at which `list` counts quantized models
 _EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143}  # as shells report these signals
 _INTERRUPTED = 3
-
-Bits = Annotated[int | None, typer.Option(min=1, max=8, help="Bit width, 1 to 8. Quantized models need both widths.")]
-Device = Annotated[str, typer.Option(help="auto (CUDA if available), cpu, cuda or cuda:N.")]
-DataRoot = Annotated[
-    Path | None,
-    typer.Option(help="Folder of cached datasets; default CNVZOO_DATA, else ~/.cache/cnvzoo/datasets."),
-]
-Hub = Annotated[
-    str | None,
-    typer.Option(help="Store of checkpoints: a directory or hf://ORG; default CNVZOO_HUB, else the checkout's hub/."),
-]
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"cnvzoo {cnvzoo.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def cnvzoo_(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    pass
-
-
-@app.command("list")
-def list_(
-    pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'resnet*'.")] = "*",
-    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="List published checkpoints instead.")] = False,
-) -> None:
-    """List models: parameters, multiply-accumulates and weight bytes for 32x32 images, 3 channels and 10 classes.
-
-    Quantized models are counted at 4 bits; `cnvzoo info` counts any model at any setting. `--checkpoints` lists
-    published checkpoints: test accuracy in percent, bit widths of weights and activations, and size of the weights.
-
-    Example: `cnvzoo list 'resnet*'`, or `cnvzoo list --checkpoints '*.cifar10'`
-    """
-    if checkpoints:
-        _list_checkpoints(pattern)
-        return
-    from cnvzoo.models.registry import model_spec
-
-    table = Table()
-    for column in ("model", "parameters", "MACs", "weight bytes"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("description")
-    for name in cnvzoo.list_models(pattern):
-        bits = _LISTED_BITS if model_spec(name).quantized else None
-        info = cnvzoo.model_info(name, w_bits=bits, a_bits=bits)
-        table.add_row(info.name, f"{info.parameters:,}", f"{info.macs:,}", f"{info.weight_bytes:,}", info.summary)
-    if not table.rows:
-        raise CnvzooError(f"no model matches {pattern!r}: cnvzoo list shows all models")
-    _print(table)
-
-
-def _list_checkpoints(pattern: str) -> None:
-    table = Table()
-    for column in ("checkpoint", "accuracy", "W/A bits", "parameters", "MACs", "bytes"):
-        table.add_column(column, no_wrap=True, justify="left" if column == "checkpoint" else "right")
-    for found in cnvzoo.list_checkpoints(pattern):
-        bits = f"{found['w_bits']}/{found['a_bits']}" if found["w_bits"] else "float"
-        numbers = (f"{found[key]:,}" for key in ("parameters", "macs", "bytes"))
-        table.add_row(found["name"], f"{found['accuracy']:.2f}", bits, *numbers)
-    if not table.rows:
-        raise CnvzooError(f"no published checkpoint matches {pattern!r}: cnvzoo list --checkpoints shows all of them")
-    _print(table)
-
-
-@app.command()
-def info(
-    model: Annotated[str, typer.Argument(help="Name of a model, as in `cnvzoo list`.")],
-    w_bits: Bits = None,
-    a_bits: Bits = None,
-    num_classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 10,
-    in_chans: Annotated[int, typer.Option(min=1, help="Image channels: 3 for colour, 1 for grey.")] = 3,
-    input_size: Annotated[int | None, typer.Option(min=1, help="Height and width at which MACs are counted.")] = None,
-) -> None:
-    """Show the size and cost of a model at given bit widths, classes and image size.
-
-    Example: `cnvzoo info quant_cnv --w-bits 2 --a-bits 2 --num-classes 100`
-    """
-    facts = cnvzoo.model_info(
-        model, w_bits=w_bits, a_bits=a_bits, num_classes=num_classes, in_chans=in_chans, input_size=input_size
-    )
-    channels, height, width = facts.input_shape
-    table = Table(show_header=False, box=None)
-    for label, value in (
-        ("model", facts.name),
-        ("description", facts.summary),
-        ("input", f"{channels} x {height} x {width}"),
-        ("parameters", f"{facts.parameters:,}"),
-        ("multiply-accumulates", f"{facts.macs:,}"),
-        ("weight bytes", f"{facts.weight_bytes:,}"),
-    ):
-        table.add_row(label, value)
-    _print(table)
 
 
 @app.command()
@@ -264,7 +153,7 @@ def verify(
         counts = (result.published, result.found, result.total, result.allowed)
         shown = ["-" if count is None else f"{count:,}" for count in counts]
         table.add_row(result.name, *shown, "differs" if result.problem else "as published")
-    _print(table)
+    print_table(table)
     if allowed := max((result.allowed for result in results), default=0):
         typer.echo(f"on another kind of machine than the publisher's, a difference of {allowed} images is allowed")
     if problems := [f"{result.name}: {result.problem}" for result in results if result.problem]:
@@ -358,19 +247,3 @@ def _classifier(
 
 def _is_exported(name: str) -> bool:
     return name.endswith(".onnx")
-
-
-def _print(table: Table) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:  # other programs read piped output: wide enough that no line is wrapped
-        console = Console(highlight=False, width=160)
-    console.print(table)
-
-
-def main() -> None:
-    """Run the command line; print errors of cnvzoo and of the operating system in one line, without a traceback."""
-    try:
-        app()
-    except (CnvzooError, OSError) as error:
-        typer.echo(f"error: {in_a_line(error)}", err=True)
-        sys.exit(1)

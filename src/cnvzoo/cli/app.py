@@ -1,0 +1,44 @@
+"""The application that commands register with, and the function that runs it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import cnvzoo
+from cnvzoo.errors import CnvzooError, in_a_line
+
+app = typer.Typer(
+    help="Small image classifiers, float and quantized, with the recipe and the weights of every published number.",
+    epilog="Start with: cnvzoo list, then cnvzoo info quant_cnv --w-bits 4 --a-bits 4",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cnvzoo {cnvzoo.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def cnvzoo_(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; print errors of cnvzoo and of the operating system in one line, without a traceback."""
+    try:
+        app()
+    except (CnvzooError, OSError) as error:
+        typer.echo(f"error: {in_a_line(error)}", err=True)
+        sys.exit(1)
