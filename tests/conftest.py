@@ -24,8 +24,7 @@ import cnvzoo
 import cnvzoo.checkpoints.index
 from cnvzoo.checkpoints.folder import write_checkpoint
 from cnvzoo.checkpoints.format import CheckpointFacts, SeedResult
-from cnvzoo.data import dataset_info, datasets, list_datasets
-from cnvzoo.data import datasets as cache
+from cnvzoo.data import dataset_info, datasets
 from cnvzoo.files import sha256_of
 from cnvzoo.training import preprocessing_of
 from cnvzoo.training.evaluation import Evaluation
@@ -63,7 +62,7 @@ def real_data() -> Callable[[str], Path]:
     def find(name: str) -> Path:
         if problem := dev.fill_dataset(name, sys.executable):
             pytest.skip(problem)
-        return cache.default_root()
+        return datasets.default_root()
 
     return find
 
@@ -79,8 +78,8 @@ def small_datasets(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`small_datasets(train=, test=)`: all datasets have so many images from then on: noise over a pattern."""
 
     def use(*, train: int = 300, test: int = 50) -> None:
-        for name in list_datasets():
-            monkeypatch.setitem(datasets._DATASETS, name, replace(dataset_info(name), train_size=train, test_size=test))
+        small = {name: replace(info, train_size=train, test_size=test) for name, info in datasets.DATASETS.items()}
+        monkeypatch.setattr(datasets, "DATASETS", small)
         monkeypatch.setattr(datasets, "load_arrays", lambda name, root: _arrays(name))
 
     return use

@@ -86,7 +86,7 @@ def float_contenders(
     plain, quantized, calibration = folder / f"{net}.onnx", folder / f"{net}_ptq.onnx", calibration[:CALIBRATION_IMAGES]
     cnvzoo.export(model, plain, format="onnx")
     yield Contender("ONNX Runtime float32", net, plain.stat().st_size, prepare, onnxruntime_session(plain, threads))
-    _quantize_with_onnxruntime(plain, quantized, prepare(calibration))
+    quantize_with_onnxruntime(plain, quantized, prepare(calibration))
     session = onnxruntime_session(quantized, threads)
     yield Contender("ONNX Runtime static PTQ int8", net, quantized.stat().st_size, prepare, session)
     if (openvino := _import_if_installed("openvino")) is None:
@@ -96,7 +96,7 @@ def float_contenders(
     if (nncf := _import_if_installed("nncf")) is None:
         return say(f"nncf is not installed: {OPENVINO_INT8} is left out")
     quantized = folder / f"{net}_nncf.xml"
-    _quantize_with_nncf(openvino, nncf, plain, quantized, prepare(calibration))
+    quantize_with_nncf(openvino, nncf, plain, quantized, prepare(calibration))
     size = quantized.stat().st_size + quantized.with_suffix(".bin").stat().st_size
     yield Contender(OPENVINO_INT8, net, size, prepare, _openvino_session(openvino, quantized, threads))
     return None
@@ -231,7 +231,7 @@ def _export_qcdq(model: nn.Module, path: Path, config: CheckpointConfig) -> None
         )  # fmt: skip
 
 
-def _quantize_with_onnxruntime(path: Path, quantized: Path, images: NDArray[np.float32]) -> None:
+def quantize_with_onnxruntime(path: Path, quantized: Path, images: NDArray[np.float32]) -> None:
     """ONNX Runtime's static quantization as its documentation recommends for x86: QDQ, int8 weights per channel."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -252,7 +252,7 @@ def _quantize_with_onnxruntime(path: Path, quantized: Path, images: NDArray[np.f
         )  # fmt: skip
 
 
-def _quantize_with_nncf(openvino: Any, nncf: Any, path: Path, quantized: Path, images: NDArray[np.float32]) -> None:
+def quantize_with_nncf(openvino: Any, nncf: Any, path: Path, quantized: Path, images: NDArray[np.float32]) -> None:
     """OpenVINO's quantization without training, written as `quantized` (.xml) and a file .bin beside it.
 
     The options are those of its documentation ("Basic Quantization Flow"): the preset PERFORMANCE, symmetric weights

@@ -45,7 +45,6 @@ MODELS = ("resnet20", "resnet56", "cnv", "quant_cnv_w8a8", "quant_cnv_w4a4", "qu
 CONFIGS = shared.HERE.parent / "configs"
 FLOAT_TWIN, EARLY_CROPS = "ours, float twin", "ours, early crops"  # measured for some nets only
 _MATMUL = "matmul"
-_REST_SECONDS = 0.7  # for the loader of the previous process to fill its queue
 _EXPLANATIONS = {
     "baseline": "torchvision transforms on PIL images in a DataLoader with two workers, float32, contiguous tensors, "
     "plain\n  layers of torch.nn and Brevitas, the memory allocator of the C library with its default settings.",
@@ -79,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(models: list[str], device: torch.device, data: Dataset, *, turns: int, seconds: float) -> dict[str, Any]:
+def measure(
+    models: list[str], device: torch.device, data: Dataset, *, turns: int, seconds: float, rest: float = 0.7
+) -> dict[str, Any]:
     """Images a second of every program with every net, and the recipes that these are of.
 
     Args:
@@ -88,6 +89,7 @@ def measure(models: list[str], device: torch.device, data: Dataset, *, turns: in
         data: CIFAR-10.
         turns: of each process.
         seconds: of a turn, without its first steps, which are not counted.
+        rest: seconds before each turn, in which the loader of the previous process fills its queue.
 
     Returns:
         {"machine", "matmul_peak": operations a second, "models": {model: {"recipe", "fingerprint", "batch_size",
@@ -112,7 +114,7 @@ def measure(models: list[str], device: torch.device, data: Dataset, *, turns: in
                 processes[FLOAT_TWIN] = start(OURS, _measured(recipe_of(twin)))
             if crops := published.early_crops:
                 processes[EARLY_CROPS] = start(OURS, _measured(published, crops.side))
-            rates = _take_turns(processes, device, turns, seconds)
+            rates = _take_turns(processes, device, turns, seconds, rest)
         peaks += (matmul := rates.pop(_MATMUL))
         info = cnvzoo.model_info(recipe.model, w_bits=recipe.w_bits, a_bits=recipe.a_bits)
         share = 6 * info.macs * statistics.median(rates[OURS]) / statistics.median(matmul)
@@ -153,7 +155,7 @@ def _measured(published: Recipe, crop_side: int | None = None) -> Recipe:
 
 
 def _take_turns(
-    processes: dict[str, TrainingProcess], device: torch.device, turns: int, seconds: float
+    processes: dict[str, TrainingProcess], device: torch.device, turns: int, seconds: float, rest: float
 ) -> dict[str, list[float]]:
     """The rate of each process in each turn, in images a second, and of a matrix product, in operations a second."""
     for process in processes.values():
@@ -161,7 +163,7 @@ def _take_turns(
     rates: dict[str, list[float]] = {name: [] for name in (*processes, _MATMUL)}
     for _ in range(turns):
         for name, process in processes.items():
-            time.sleep(_REST_SECONDS)
+            time.sleep(rest)
             rates[name].append(process.take_turn(seconds))
         rates[_MATMUL].append(shared.matmul_rate(device))
     return rates

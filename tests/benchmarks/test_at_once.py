@@ -241,7 +241,7 @@ def test_an_error_that_is_not_of_one_run_ends_it_all_with_the_others_saved(trio,
 
 def test_runs_in_threads_give_the_weights_of_runs_alone(bench, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling would take most of the time
-    publish_tiny(monkeypatch.setitem)
+    publish_tiny(monkeypatch.setattr)
     bench.recipe("mnist_resnet20", epochs=3, batch_size=16)
     bench.train = partial(run_recipe, dataset=tiny(), quiet=True)
     assert bench.run("--table", "mnist") == 0
@@ -256,7 +256,7 @@ def test_runs_in_threads_give_the_weights_of_runs_alone(bench, tmp_path, monkeyp
 
 def test_a_run_in_a_thread_can_be_asked_to_stop(tmp_path, bench, monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    publish_tiny(monkeypatch.setitem)
+    publish_tiny(monkeypatch.setattr)
     bench.recipe("mnist_resnet20", epochs=3, batch_size=16)
     recipe = bench.entry("mnist_resnet20").recipe
     asked = iter([None] * 5)

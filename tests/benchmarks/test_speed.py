@@ -369,11 +369,11 @@ def test_train_measures_what_the_recipes_state(monkeypatch: pytest.MonkeyPatch) 
             return next(self._rates)
 
     monkeypatch.setattr(train, "TrainingProcess", Process)
-    monkeypatch.setattr(train, "_REST_SECONDS", 0)
     monkeypatch.setattr(shared, "matmul_rate", lambda device: 1e12)
-    models = train.measure(["resnet20", "quant_cnv_w4a4"], torch.device("cpu"), images(10), turns=3, seconds=1.0)[
-        "models"
-    ]
+    result = train.measure(
+        ["resnet20", "quant_cnv_w4a4"], torch.device("cpu"), images(10), turns=3, seconds=1.0, rest=0.0
+    )
+    models = result["models"]
     assert started == [
         ("baseline", "resnet20", 96, None),
         ("tuned baseline", "resnet20", 96, None),
@@ -444,7 +444,7 @@ def test_every_runtime_gives_the_logits_of_the_model(
 def test_a_package_that_is_missing_is_stated(make_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_checkpoint(tmp_path / "hub", "cnv", "cifar10")
     monkeypatch.setenv("CNVZOO_HUB", str(tmp_path / "hub"))
-    monkeypatch.setattr(contenders, "_quantize_with_onnxruntime", lambda path, to, images: shutil.copy(path, to))
+    monkeypatch.setattr(contenders, "quantize_with_onnxruntime", lambda path, to, images: shutil.copy(path, to))
     monkeypatch.setitem(sys.modules, "openvino", None)
     said: list[str] = []
     images = np.zeros((1, 3, 32, 32), np.uint8)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from cnvzoo.data import Dataset, dataset_info, datasets
-from cnvzoo.data.datasets import CHECKSUMS, sha256_of_array
+from cnvzoo.data.datasets import sha256_of_array
 from cnvzoo.progress import TrainingStatus
 from cnvzoo.training import RunRecord, run
 
@@ -41,12 +41,13 @@ def tiny() -> Dataset:
     )
 
 
-def publish_tiny(put: Callable[[dict[str, Any], str, Any], object] = dict.__setitem__) -> None:
-    """Make `tiny()` the published MNIST; `put` sets an item, and may restore it later."""
+def publish_tiny(set_attribute: Callable[[object, str, object], object] = setattr) -> None:
+    """Make `tiny()` the published MNIST; a test passes `monkeypatch.setattr`, which undoes it afterwards."""
     data = tiny()
     arrays = ("train_images", "train_labels", "test_images", "test_labels")
-    put(datasets._DATASETS, "mnist", data.info)
-    put(CHECKSUMS, "mnist", {key: {"sha256": sha256_of_array(getattr(data, key))} for key in arrays})
+    checksums = {key: {"sha256": sha256_of_array(getattr(data, key))} for key in arrays}
+    set_attribute(datasets, "DATASETS", {**datasets.DATASETS, "mnist": data.info})
+    set_attribute(datasets, "CHECKSUMS", {**datasets.CHECKSUMS, "mnist": checksums})
 
 
 class SlowProgress(run.TrainingProgress):

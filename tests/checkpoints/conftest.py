@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fake_http import GOOD_TOKEN
 from fake_hub import FakeHub
-from huggingface_hub import close_session, constants, file_download
+from huggingface_hub import close_session, constants
 
 from cnvzoo.checkpoints.format import FileFacts
 from cnvzoo.checkpoints.huggingface import HubStore
@@ -33,7 +33,6 @@ def hub(hub_server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.001)))
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", SHORT.timeout)
-    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", SHORT.timeout)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)

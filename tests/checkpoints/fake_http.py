@@ -75,6 +75,8 @@ class Handler(BaseHTTPRequestHandler):
             self.hub.closed.wait(self.hub.stall_seconds)
             raise Cut
         self.body = self.rfile.read(length)
+        if action := self.hub.take_action(stage):
+            action()
         if self.fault and self.fault.kind == "wrong" and self.body and stage == "upload":
             self.body = self.body[:-1] + bytes([self.body[-1] ^ 1])
         if self.fault and isinstance(self.fault.kind, int):

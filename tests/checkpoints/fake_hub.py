@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 
 from fake_http import HubHandler, StorageHandler
@@ -49,6 +50,7 @@ class FakeHub:
         self.faults: Counter[str] = Counter()
         self.stall_seconds = 5.0
         self._planned: dict[str, Fault] = {}
+        self._actions: dict[str, Callable[[], object]] = {}
 
     @property
     def endpoint(self) -> str:
@@ -79,6 +81,15 @@ class FakeHub:
         assert stage in STAGES, stage
         headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
         self._planned[stage] = Fault(kind, times, headers, says)
+
+    def before(self, stage: str, action: Callable[[], object]) -> None:
+        """Call `action` once, when the next request of a stage has arrived and before it is answered."""
+        assert stage in STAGES, stage
+        self._actions[stage] = action
+
+    def take_action(self, stage: str) -> Callable[[], object] | None:
+        with self.lock:
+            return self._actions.pop(stage, None)
 
     def recover(self) -> None:
         """From now on nothing goes wrong."""

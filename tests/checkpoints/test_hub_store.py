@@ -204,19 +204,11 @@ def test_a_tag_is_set_once_and_never_moved(hub: FakeHub, store: HubStore, checkp
 
 
 def test_a_commit_of_another_publisher_in_between(
-    hub: FakeHub, store: HubStore, checkpoint: Path, contents: dict[str, bytes], other: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    hub: FakeHub, store: HubStore, checkpoint: Path, contents: dict[str, bytes], other: Path, tmp_path: Path
+) -> None:
     store.publish(other, message="first")
     second = HubStore("zoo", endpoint=hub.endpoint, cache_dir=tmp_path, retry=RetryPolicy(first_wait=0.001))
-    create = second._api.create_commit
-
-    def create_late(*arguments, **options):
-        if hub.requests["commit"] == 1:  # the other publisher is a moment faster
-            store.publish(checkpoint, message="in between")
-        return create(*arguments, **options)
-
-    monkeypatch.setattr(second._api, "create_commit", create_late)
+    hub.before("commit", lambda: store.publish(checkpoint, message="in between"))
     shutil.copytree(other, tmp_path / "third" / checkpoint.name)
     (tmp_path / "third" / checkpoint.name / "README.md").write_text("---\nlicense: mit\n---\n")
     second.publish(tmp_path / "third" / checkpoint.name, message="last")

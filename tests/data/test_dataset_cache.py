@@ -54,7 +54,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Downloader:
             checksums[f"{split}_{kind}"] = {"shape": list(array.shape), "dtype": "uint8", "sha256": digest}
     info = replace(datasets.dataset_info("mnist"), train_size=12, test_size=4)
     monkeypatch.setitem(datasets.CHECKSUMS, "mnist", checksums)
-    monkeypatch.setitem(datasets._DATASETS, "mnist", info)
+    monkeypatch.setattr(datasets, "DATASETS", {**datasets.DATASETS, "mnist": info})
     monkeypatch.setattr(torchvision.datasets, "MNIST", downloader)
     return downloader
 

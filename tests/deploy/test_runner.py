@@ -149,11 +149,11 @@ def test_exact_kernels_are_chosen_where_the_fast_ones_may_saturate(monkeypatch, 
     monkeypatch.setattr(runner.platform, "machine", lambda: machine)
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(flags)
-    assert runner._sums_products_exactly(tmp_path / "cpuinfo") is exact
+    assert runner.sums_products_exactly(tmp_path / "cpuinfo") is exact
 
 
 def test_exact_kernels_give_the_same_accumulators(exported, noise, monkeypatch):
     images = noise(4).numpy()
     fast = cnvzoo.deploy.load(exported, threads=1).accumulators(images)
-    monkeypatch.setattr(runner, "_sums_products_exactly", lambda: False)
+    monkeypatch.setattr(runner, "sums_products_exactly", lambda: False)
     np.testing.assert_array_equal(cnvzoo.deploy.load(exported, threads=1).accumulators(images), fast)

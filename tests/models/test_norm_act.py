@@ -82,8 +82,8 @@ def take(sequence: nn.Module, x: Tensor, upstream: Tensor, residual: Tensor | No
 def fuses(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A list of the arguments of each fused step from now on."""
     calls: list[Any] = []
-    original = norm_act._NormAct.apply
-    monkeypatch.setattr(norm_act._NormAct, "apply", lambda *args: (calls.append(args), original(*args))[1])
+    original = norm_act.NormAct.apply
+    monkeypatch.setattr(norm_act.NormAct, "apply", lambda *args: (calls.append(args), original(*args))[1])
     return calls
 
 
@@ -224,7 +224,7 @@ def test_models_run_fused(monkeypatch: pytest.MonkeyPatch, name: str, arguments:
         variants.append(variant)
         return nn.functional.max_pool2d(norm(x), 2) if variant.pool else norm(x)
 
-    monkeypatch.setattr(norm_act._NormAct, "apply", one_by_one)
+    monkeypatch.setattr(norm_act.NormAct, "apply", one_by_one)
     monkeypatch.setattr(compiled, "WORTH_COMPILING", 1)
     model = build_model(name, **arguments).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.autocast("cpu", torch.bfloat16):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cnvzoo.training import record as commit
+from cnvzoo.training.record import current_commit
 
 
 def git(folder: Path, *args: str) -> str:
@@ -18,11 +18,10 @@ def git(folder: Path, *args: str) -> str:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`src/cnvzoo` of a folder, for `commit` to be in."""
+    """`src/cnvzoo` of a folder, in place of the package that runs."""
     folder = (tmp_path / "checkout" / "src" / "cnvzoo").resolve()
     folder.mkdir(parents=True)
     (folder / "code.py").write_text("x = 1\n")
-    monkeypatch.setattr(commit, "_PACKAGE", folder)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.resolve()))
     return folder
 
@@ -38,40 +37,40 @@ def make_repository(folder: Path) -> None:
 
 def test_a_clean_checkout_has_its_commit(package: Path) -> None:
     make_repository(package.parents[1])
-    said = commit.current_commit()
-    assert said == git(package, "rev-parse", "HEAD")
-    assert re.fullmatch("[0-9a-f]{40}", said or "")
+    found = current_commit(package)
+    assert found == git(package, "rev-parse", "HEAD")
+    assert re.fullmatch("[0-9a-f]{40}", found or "")
 
 
 @pytest.mark.parametrize("name", ["code.py", "new.py"])
 def test_a_changed_package_is_marked(package: Path, name: str) -> None:
     make_repository(package.parents[1])
     (package / name).write_text("x = 2\n")
-    assert re.fullmatch(r"[0-9a-f]{40}\+", commit.current_commit() or "")
+    assert re.fullmatch(r"[0-9a-f]{40}\+", current_commit(package) or "")
 
 
 def test_changes_elsewhere_in_the_checkout_are_no_changes_of_the_package(package: Path) -> None:
     make_repository(package.parents[1])
     (package.parents[1] / "notes.txt").write_text("unrelated\n")
-    assert re.fullmatch("[0-9a-f]{40}", commit.current_commit() or "")
+    assert re.fullmatch("[0-9a-f]{40}", current_commit(package) or "")
 
 
 def test_outside_a_checkout_there_is_none(package: Path) -> None:
-    assert commit.current_commit() is None
+    assert current_commit(package) is None
 
 
 def test_the_repository_around_an_installed_package_is_not_its_own(package: Path) -> None:
     make_repository(package.parents[2])
-    assert commit.current_commit() is None
+    assert current_commit(package) is None
 
 
 def test_a_repository_without_a_commit_gives_none(package: Path) -> None:
     if shutil.which("git") is None:
         pytest.skip("git is not installed; this test makes a repository")
     git(package.parents[1], "init", "--quiet")
-    assert commit.current_commit() is None
+    assert current_commit(package) is None
 
 
 def test_without_git_there_is_none(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(package))
-    assert commit.current_commit() is None
+    assert current_commit(package) is None

@@ -105,7 +105,7 @@ def test_replayed_steps_look_up_the_logits_of_their_own_images(
 
     monkeypatch.setattr(Teacher, "loss", loss)
     one_by_one, replayed = new_trainer(weights), new_trainer(weights)
-    replayed._steps = CapturedSteps(replayed, lambda step: step)
+    replayed.steps = CapturedSteps(replayed, lambda step: step)
     for trainer in (one_by_one, replayed):
         assert precompute(trainer, tmp_path / "teacher_logits.safetensors")
         trainer.train(lambda: False, lambda _: None)

@@ -589,7 +589,7 @@ def test_a_loss_of_either_infinity_stops_the_run(loss: float, tmp_path: Path, mo
 
     def take_and_spoil(trainer: Trainer) -> None:
         take(trainer)
-        trainer._loss_sum.fill_(loss)
+        trainer.state()[0]["loss_sum"].fill_(loss)
 
     monkeypatch.setattr(Trainer, "take_step", take_and_spoil)
     with pytest.raises(TrainingDiverged, match=f"the training loss is {loss} in epoch 1"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnvzoo.data import Augmentation, Preprocessing, TrainBatches
-from cnvzoo.training import Trainer, count_correct, evaluation
+from cnvzoo.training import Trainer, count_correct
 from cnvzoo.training.trainer import CapturedSteps
 
 SMALL = Preprocessing(8, (0.0,), (1.0,))
@@ -157,7 +157,7 @@ def test_replayed_steps_are_those_taken_one_by_one(optimizer: dict[str, Any], au
         model = nn.Sequential(*layers).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         trainer = Trainer(model, mixed, wanted, 2)
         if capture:
-            trainer._steps = CapturedSteps(trainer, captured_twice)
+            trainer.steps = CapturedSteps(trainer, captured_twice)
         return trainer
 
     with torch.random.fork_rng():
@@ -224,7 +224,7 @@ def test_a_step_is_captured_once_for_each_side_of_images() -> None:
         return captured_twice(step)
 
     one_by_one, replayed = cropped(4, 2), cropped(4, 2)
-    replayed._steps = CapturedSteps(replayed, capture)
+    replayed.steps = CapturedSteps(replayed, capture)
     train(one_by_one)
     train(replayed)
     assert captures == [0, 10]
@@ -257,16 +257,13 @@ class Brightest(nn.Module):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("batch", [7, 10, 1000])
-def test_right_answers_are_counted_in_eval_mode_over_all_batches(
-    training: bool, batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evaluation, "_BATCH", batch)
+@pytest.mark.parametrize("batch_size", [7, 10, 1000])
+def test_right_answers_are_counted_in_eval_mode_over_all_batches(training: bool, batch_size: int) -> None:
     answers = torch.randint(8, (50,), generator=torch.Generator().manual_seed(0))
     images = torch.zeros(50, 8, 8, 1, dtype=torch.uint8)
     images[torch.arange(50), 0, answers, 0] = 255
     labels = answers.clone()
     labels[::3] = (labels[::3] + 1) % 8  # 17 wrong ones
     model = Brightest().train(training)
-    assert count_correct(model, images, labels.to(torch.uint8), SMALL) == 33
+    assert count_correct(model, images, labels.to(torch.uint8), SMALL, batch_size=batch_size) == 33
     assert model.training == training

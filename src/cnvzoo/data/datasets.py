@@ -80,7 +80,8 @@ _CIFAR100_CLASSES = (
     "trout tulip turtle wardrobe whale willow_tree wolf woman worm"
 )
 
-_DATASETS = {
+# in the order of `list_datasets`
+DATASETS: Mapping[str, DatasetInfo] = {
     info.name: info
     for info in (
         DatasetInfo(
@@ -144,7 +145,7 @@ _DATASETS = {
 
 def list_datasets() -> list[str]:
     """The names that `load_dataset` takes."""
-    return list(_DATASETS)
+    return list(DATASETS)
 
 
 def dataset_info(name: str) -> DatasetInfo:
@@ -153,9 +154,9 @@ def dataset_info(name: str) -> DatasetInfo:
     Raises:
         DatasetError: no such dataset.
     """
-    if name not in _DATASETS:
-        raise DatasetError(f"unknown dataset {name!r}: {nearest(name, _DATASETS)}")
-    return _DATASETS[name]
+    if name not in DATASETS:
+        raise DatasetError(f"unknown dataset {name!r}: {nearest(name, DATASETS)}")
+    return DATASETS[name]
 
 
 def published_sha256(name: str) -> str:

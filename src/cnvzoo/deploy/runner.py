@@ -142,7 +142,7 @@ def load(path: str | Path, *, threads: int | None = None) -> DeployedModel:
         raise DeployError(f"{path}: cannot be read: {error.strerror}") from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
-    if not _sums_products_exactly():
+    if not sums_products_exactly():
         options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -161,7 +161,7 @@ def load(path: str | Path, *, threads: int | None = None) -> DeployedModel:
     return DeployedModel(session, metadata)
 
 
-def _sums_products_exactly(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def sums_products_exactly(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether ONNX Runtime's fastest kernels on this CPU sum products of 8-bit integers in 32 bits.
 
     On x86 without VNNI they sum pairs in 16 bits, which can saturate; the exact kernels are half as fast.

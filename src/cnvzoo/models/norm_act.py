@@ -173,7 +173,9 @@ def _images(rows: Tensor, size: tuple[int, int]) -> Tensor:
     return rows.view(len(rows), *size, rows.shape[-1]).permute(0, 3, 1, 2)
 
 
-class _NormAct(torch.autograd.Function):
+class NormAct(torch.autograd.Function):
+    """The fused layers of `norm_act`, which calls it where they can be fused."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor | None, residual: Tensor | None,
@@ -241,7 +243,7 @@ def norm_act(
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     scale = None if quantizer is None else quantizer.positive_scale(x)
-    return _NormAct.apply(x, norm.weight, norm.bias, scale, residual, norm, variant)  # type: ignore[no-any-return]
+    return NormAct.apply(x, norm.weight, norm.bias, scale, residual, norm, variant)  # type: ignore[no-any-return]
 
 
 def _fuses(

@@ -72,12 +72,15 @@ def evaluate(
     return Evaluation(correct, len(data.test_labels))
 
 
-_BATCH = 1000
-
-
 @torch.inference_mode()
 def count_correct(
-    model: nn.Module, images: Tensor, labels: Tensor, preprocessing: Preprocessing, *, quiet: bool = False
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int = 1000,
+    quiet: bool = False,
 ) -> int:
     """Number of uint8 `images` [N, H, W, C] that the model, in eval mode, classifies as `labels` [N].
 
@@ -87,9 +90,9 @@ def count_correct(
     was_training = model.training
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    for start in counted(range(0, len(images), _BATCH), "evaluating", quiet=quiet):
-        batch = preprocessing(images[start : start + _BATCH].to(device))
-        target = labels[start : start + _BATCH].to(device)
+    for start in counted(range(0, len(images), batch_size), "evaluating", quiet=quiet):
+        batch = preprocessing(images[start : start + batch_size].to(device))
+        target = labels[start : start + batch_size].to(device)
         correct += (model(batch).argmax(1) == target).sum()
     model.train(was_training)
     return int(correct)

@@ -22,21 +22,24 @@ from cnvzoo.training.recipe import LARGEST_SEED, Recipe
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def current_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with a `+` appended if the package has other changes.
+def current_commit(package: Path = _PACKAGE) -> str | None:
+    """The commit of a checkout, with a `+` appended if the package in it has other changes.
 
     None where the package is not in a checkout of its own repository, or git is not installed.
+
+    Args:
+        package: `src/cnvzoo` of the checkout; default the package that runs.
     """
 
     def git(*args: str) -> str:
         return subprocess.run(
-            ["git", *args], cwd=_PACKAGE, check=True, capture_output=True, text=True, timeout=10
+            ["git", *args], cwd=package, check=True, capture_output=True, text=True, timeout=10
         ).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")) != _PACKAGE.parents[1]:
+        if Path(git("rev-parse", "--show-toplevel")) != package.parents[1]:
             return None
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", str(_PACKAGE)) else "")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", str(package)) else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -51,6 +51,7 @@ class Trainer:
 
     Attributes:
         step: number of steps taken so far.
+        steps: what takes them: a `CapturedSteps` on a GPU, else a `Steps`.
         total_steps: number of steps of the whole training.
         history: one dict per finished epoch: epoch, loss, lr, seconds.
     """
@@ -74,7 +75,7 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self._loss_sum = torch.zeros((), device=self.device)
         self._epoch_seconds = 0.0
-        self._steps = CapturedSteps(self) if self.device.type == "cuda" else Steps(self)
+        self.steps = CapturedSteps(self) if self.device.type == "cuda" else Steps(self)
 
     def train(self, should_stop: Callable[[], bool], after_step: Callable[[Trainer], None]) -> None:
         """Take the remaining steps, calling `after_step(self)` after each; return early when `should_stop()`.
@@ -93,7 +94,7 @@ class Trainer:
 
     def take_step(self) -> None:
         """Take the next step."""
-        self._steps.take(*divmod(self.step, self.steps_per_epoch))
+        self.steps.take(*divmod(self.step, self.steps_per_epoch))
         self.step += 1
 
     @property
