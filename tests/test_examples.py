@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnvzoo.models import registry
+from cnvzoo.models import model_names, unregister_model
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -25,8 +25,12 @@ def run(monkeypatch, capsys, tmp_path):
 
     def call(name: str, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # undo what it registers
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        before = model_names()
+        try:
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        finally:
+            for registered in set(model_names()).difference(before):
+                unregister_model(registered)
         return capsys.readouterr().out
 
     return call
@@ -79,4 +83,4 @@ def test_own_model(run, small_datasets, uncompiled):
 
 
 def test_the_model_of_an_example_is_not_registered_afterwards():
-    assert "patchnet" not in registry.model_names()
+    assert "patchnet" not in model_names()

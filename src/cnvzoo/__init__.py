@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cnvzoo.deploy.runner import Prediction
     from cnvzoo.errors import CnvzooError, ModelError
     from cnvzoo.models.quant import quantize_bias
-    from cnvzoo.models.registry import ModelInfo, model_info, register_model
+    from cnvzoo.models.registry import ModelInfo, model_info, register_model, unregister_model
     from cnvzoo.training.evaluation import Evaluation, evaluate
     from cnvzoo.training.recipe import Recipe, load_recipe
     from cnvzoo.training.record import RunRecord
@@ -70,6 +70,7 @@ __all__ = [
     "register_model",
     "train",
     "transforms",
+    "unregister_model",
     "verify",
     "write_card",
 ]
@@ -112,6 +113,7 @@ _MODULES = {  # with the public names that each defines
         "ModelInfo",
         "model_info",
         "register_model",
+        "unregister_model",
     ),
     "training.evaluation": (
         "Evaluation",

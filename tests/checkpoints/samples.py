@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cnvzoo.checkpoints.folder import write_checkpoint
 from cnvzoo.checkpoints.format import CheckpointConfig, CheckpointFacts, SeedResult
 from cnvzoo.files import sha256_of
-from cnvzoo.models import build_model, register_model, registry
+from cnvzoo.models import build_model, model_names, register_model, unregister_model
 from cnvzoo.models.quant import QuantLayers
 
 
@@ -38,14 +38,14 @@ TINY = {"name": "tiny", "num_classes": 3, "in_chans": 1, "w_bits": 3, "a_bits": 
 
 @contextmanager
 def registered_tiny() -> Iterator[dict[str, Any]]:
-    """The arguments of `Tiny`, which is a registered model meanwhile."""
-    before = dict(registry._REGISTRY)
+    """The arguments of `Tiny`, which is registered meanwhile; all models registered inside are removed at the end."""
+    before = model_names()
     register_model("tiny", summary="of tests", quantized=True)(Tiny)
     try:
         yield dict(TINY)
     finally:
-        registry._REGISTRY.clear()
-        registry._REGISTRY.update(before)
+        for name in set(model_names()).difference(before):
+            unregister_model(name)
 
 
 def facts_of(arguments: dict[str, Any], weights_sha256: str, **changes: Any) -> CheckpointFacts:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cnvzoo.errors import CnvzooError, ModelError
-from cnvzoo.models import build_model, model_names, model_spec, register_model
+from cnvzoo.models import build_model, model_names, model_spec, register_model, unregister_model
 
 
 def refusal(name: str, **arguments: Any) -> str:
@@ -139,7 +139,14 @@ def test_too_small_images() -> None:
         assert build_model("resnet20").eval()(torch.zeros(1, 3, 8, 8)).shape == (1, 10)
 
 
-def test_one_name_is_registered_once() -> None:
-    with pytest.raises(ValueError, match=r"'cnv'.*twice"):
+def test_a_registered_name_is_refused_until_it_is_unregistered() -> None:
+    with pytest.raises(ValueError, match=r"^model 'cnv' is registered already: .* or call unregister_model\('cnv'\)"):
         register_model("cnv", summary="another")(lambda num_classes, in_chans: nn.Identity())
     assert "float" in model_spec("cnv").summary
+    for classes in (3, 4):
+        register_model("fixed", summary="of tests")(lambda num_classes, in_chans, n=classes: nn.Linear(in_chans, n))
+        built = build_model("fixed")
+        unregister_model("fixed")
+        assert built.out_features == classes
+    with pytest.raises(ModelError, match="unknown model 'fixed'"):
+        unregister_model("fixed")

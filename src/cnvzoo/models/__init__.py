@@ -9,6 +9,16 @@ from cnvzoo.models.registry import (
     model_names,
     model_spec,
     register_model,
+    unregister_model,
 )
 
-__all__ = ["ModelInfo", "ModelSpec", "build_model", "model_info", "model_names", "model_spec", "register_model"]
+__all__ = [
+    "ModelInfo",
+    "ModelSpec",
+    "build_model",
+    "model_info",
+    "model_names",
+    "model_spec",
+    "register_model",
+    "unregister_model",
+]

@@ -56,17 +56,28 @@ def register_model(
     """Register the decorated builder as `name`; further keywords are fields of `ModelSpec`.
 
     Raises:
-        ValueError: the name is registered already.
+        ValueError: the name is registered already; `unregister_model` frees it.
     """
 
     def register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         if name in _REGISTRY:
-            raise ValueError(f"model {name!r} is registered twice")
+            raise ValueError(
+                f"model {name!r} is registered already: choose another name, or call unregister_model({name!r}) first"
+            )
         options = tuple(p for p in inspect.signature(build).parameters if p not in _COMMON)
         _REGISTRY[name] = ModelSpec(name=name, build=build, summary=summary, options=options, **spec)
         return build
 
     return register
+
+
+def unregister_model(name: str) -> None:
+    """Remove a model from the registry, so that its name can be registered again. Models that were built remain usable.
+
+    Raises:
+        ModelError: no such model.
+    """
+    del _REGISTRY[model_spec(name).name]
 
 
 def model_names(pattern: str = "*") -> list[str]:
