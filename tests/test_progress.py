@@ -24,17 +24,21 @@ def show(
     stop: int = 6,
     quiet: bool = False,
     work: Callable[[int], float] = float,
+    compiles: bool = False,
+    validates: bool = False,
 ) -> None:
     """Progress of three epochs of two steps, each of which takes 30 s."""
     trainer: Any = SimpleNamespace(total_steps=6, steps_per_epoch=2, step=start, history=[], work=work)
     now = 1000.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    with TrainingProgress(NAME, cast(Trainer, trainer), quiet) as after_step:
+    with TrainingProgress(NAME, cast(Trainer, trainer), quiet, compiles) as after_step:
         for step in range(start + 1, stop + 1):
             now += 30
             trainer.step = step
             if step % 2 == 0:
                 trainer.history.append({"epoch": step // 2, "loss": 9.87654 / step, "lr": 0.1, "seconds": 60.04})
+                if validates:
+                    trainer.history[-1]["validation_accuracy"] = 12.3456
             after_step(cast(Trainer, trainer))
 
 
@@ -43,16 +47,36 @@ def test_quiet_prints_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
     assert capfd.readouterr() == ("", "")
 
 
-def test_one_line_an_epoch_with_the_time_left(
+def test_a_line_each_half_minute_and_epoch_with_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     show(monkeypatch)
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
+        f"{NAME}: epoch 1/3, step 1/2, 2.5 min left",
         f"{NAME}: epoch 1/3, loss 4.9383, 60.0 s, 2.0 min left",
+        f"{NAME}: epoch 2/3, step 1/2, 1.5 min left",
         f"{NAME}: epoch 2/3, loss 2.4691, 60.0 s, 1.0 min left",
+        f"{NAME}: epoch 3/3, step 1/2, 0.5 min left",
         f"{NAME}: epoch 3/3, loss 1.6461, 60.0 s, 0.0 min left",
+    ]
+
+
+def test_a_line_of_a_run_that_validates(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    show(monkeypatch, stop=2, validates=True)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"{NAME}: epoch 1/3, loss 4.9383, validation 12.35 %, 60.0 s, 2.0 min left"
+
+
+def test_compiling_is_said_and_counts_for_no_other_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show(monkeypatch, stop=3, work=lambda step: min(step, 1) * 100 + step, compiles=True)
+    assert capsys.readouterr().err.splitlines() == [
+        f"{NAME}: compiling, which takes up to a minute the first time",
+        f"{NAME}: epoch 1/3, loss 4.9383, 60.0 s, 2.0 min left",
+        f"{NAME}: epoch 2/3, step 1/2, 1.5 min left",
     ]
 
 
@@ -83,7 +107,7 @@ def test_what_is_left_counts_by_its_work(monkeypatch: pytest.MonkeyPatch, capsys
     """Whole images, after two of three epochs with parts of a tenth."""
     show(monkeypatch, stop=4, work=lambda step: min(step, 4) / 10 + max(step - 4, 0))
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(", ")[-1] for line in lines] == ["11.0 min left", "10.0 min left"]
+    assert [line.split(", ")[-1] for line in lines if "loss" in line] == ["11.0 min left", "10.0 min left"]
 
 
 def test_a_thread_gets_plain_lines_on_a_terminal_too(
@@ -96,7 +120,9 @@ def test_a_thread_gets_plain_lines_on_a_terminal_too(
     thread.start()
     thread.join()
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[1] for line in lines] == [f" seed 2: epoch {epoch}/3" for epoch in (1, 2, 3)]
+    assert [line.split(",")[1] for line in lines if "loss" in line] == [
+        f" seed 2: epoch {epoch}/3" for epoch in (1, 2, 3)
+    ]
 
 
 @pytest.mark.parametrize("quiet", [True, False])

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cnvzoo.training.evaluation import Evaluation, evaluate
     from cnvzoo.training.recipe import Recipe, load_recipe
     from cnvzoo.training.record import RunRecord
+    from cnvzoo.training.watch import EpochReport
     from cnvzoo.zoo import TrainResult, create_model, list_models, predict, quantize, train, transforms
 
 try:
@@ -42,6 +43,7 @@ __all__ = [
     "CnvzooError",
     "Dataset",
     "DatasetInfo",
+    "EpochReport",
     "Evaluation",
     "Metadata",
     "ModelError",
@@ -124,6 +126,7 @@ _MODULES = {  # with the public names that each defines
         "load_recipe",
     ),
     "training.record": ("RunRecord",),
+    "training.watch": ("EpochReport",),
     "zoo": (
         "TrainResult",
         "create_model",

@@ -10,7 +10,8 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 
 _LINE_EVERY_SECONDS = 10.0
+_STEPS_LINE_EVERY_SECONDS = 30.0  # of training, where a line is also printed for each epoch
+_COMPILING = "compiling, which takes up to a minute the first time"
 T = TypeVar("T")
 
 
@@ -42,53 +45,95 @@ class TrainingProgress:
         name: name of the run.
         trainer: the trainer, at the step that training starts from.
         quiet: print nothing.
+        compiles: say that the first step compiles code.
     """
 
-    def __init__(self, name: str, trainer: TrainingStatus, quiet: bool = False) -> None:
+    def __init__(self, name: str, trainer: TrainingStatus, quiet: bool = False, compiles: bool = False) -> None:
         self._name = name
         self._console = _console(quiet)
         self._epochs = trainer.total_steps // trainer.steps_per_epoch
-        self._started, self._first_work = time.monotonic(), trainer.work(trainer.step)
+        self._first_step, self._first_work = trainer.step, trainer.work(trainer.step)
+        self._started = self._printed = time.monotonic()
+        self._compiles = compiles and trainer.step < trainer.total_steps
         self._bar = _bar(self._console, "{task.fields[status]}")
         self._task = self._bar.add_task(name, total=trainer.total_steps, completed=trainer.step, status="")
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
+        if self._compiles:
+            self._bar.update(self._task, status=_COMPILING)
+            if not _has_terminal(self._console):
+                self._print(_COMPILING)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def __call__(self, trainer: TrainingStatus) -> None:
-        at_epoch_end = trainer.step % trainer.steps_per_epoch == 0
-        done = trainer.work(trainer.step)
-        rate = (time.monotonic() - self._started) / (done - self._first_work)
-        minutes_left = f"{rate * (trainer.work(trainer.total_steps) - done) / 60:.1f} min left"
-        loss = f", loss {trainer.history[-1]['loss']:.3f}" if trainer.history else ""
-        self._bar.update(self._task, completed=trainer.step, status=minutes_left + loss)
-        if at_epoch_end and not _has_terminal(self._console):
-            last = trainer.history[-1]
-            self._console.print(
-                f"{self._name}: epoch {int(last['epoch'])}/{self._epochs}, loss {last['loss']:.4f}, "
-                f"{last['seconds']:.1f} s, {minutes_left}",
-                soft_wrap=True,
-            )
+        done, now = trainer.work(trainer.step), time.monotonic()
+        if self._compiles and trainer.step == self._first_step + 1:  # the time of this step says nothing of the others
+            self._started, self._first_work = now, done
+            self._bar.update(self._task, completed=trainer.step, status="")
+            if trainer.step % trainer.steps_per_epoch:
+                return
+        left = ""
+        if done > self._first_work:
+            rate = (now - self._started) / (done - self._first_work)
+            left = f"{rate * (trainer.work(trainer.total_steps) - done) / 60:.1f} min left"
+        last = trainer.history[-1] if trainer.history else {}
+        loss = f"loss {last['loss']:.3f}" if last else ""
+        self._bar.update(self._task, completed=trainer.step, status=_joined(left, loss, _validation(last)))
+        if _has_terminal(self._console):
+            return
+        if trainer.step % trainer.steps_per_epoch == 0:
+            seconds = f"{last['seconds']:.1f} s"
+            epoch = f"epoch {int(last['epoch'])}/{self._epochs}"
+            self._print(_joined(epoch, f"loss {last['loss']:.4f}", _validation(last), seconds, left))
+        elif now - self._printed >= _STEPS_LINE_EVERY_SECONDS:
+            epoch, step = divmod(trainer.step, trainer.steps_per_epoch)
+            self._print(_joined(f"epoch {epoch + 1}/{self._epochs}, step {step}/{trainer.steps_per_epoch}", left))
+
+    def _print(self, line: str) -> None:
+        self._console.print(f"{self._name}: {line}", soft_wrap=True)
+        self._printed = time.monotonic()
+
+
+def _validation(epoch: Mapping[str, float]) -> str:
+    return f"validation {epoch['validation_accuracy']:.2f} %" if "validation_accuracy" in epoch else ""
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
 
 
 def counted(items: Sequence[T], name: str, *, quiet: bool = False) -> Iterator[T]:
     """Yield the items and show how many are done; without a terminal, a line every 10 seconds."""
+    with counting(len(items), name, quiet=quiet) as one_more:
+        for item in items:
+            yield item
+            one_more()
+
+
+@contextmanager
+def counting(total: int, name: str, *, quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """A context that gives a function to call after each of `total` pieces of work, and shows them as `counted`."""
     console = _console(quiet)
     started = printed = time.monotonic()
+    done = 0
     with _bar(console) as bar:
-        task = bar.add_task(name, total=len(items))
-        for done, item in enumerate(items, start=1):
-            yield item
+        task = bar.add_task(name, total=total)
+
+        def one_more() -> None:
+            nonlocal done, printed
+            done += 1
             bar.update(task, completed=done)
             now = time.monotonic()
             if not _has_terminal(console) and now - printed >= _LINE_EVERY_SECONDS:
-                left = (now - started) / done * (len(items) - done)
-                console.print(f"{name}: {done}/{len(items)}, {left:.0f} s left")
+                left = (now - started) / done * (total - done)
+                console.print(f"{name}: {done}/{total}, {left:.0f} s left")
                 printed = now
+
+        yield one_more
 
 
 def _console(quiet: bool) -> Console:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from cnvzoo.training.recipe import Recipe, load_recipe
 from cnvzoo.training.record import RunRecord
 from cnvzoo.training.run import WEIGHTS as RUN_WEIGHTS
 from cnvzoo.training.run import run_recipe
+from cnvzoo.training.watch import EpochReport
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -120,6 +121,10 @@ def train(
     data_root: str | Path | None = None,
     float_start: str | Path | None = None,
     teacher: str | Path | Sequence[str | Path] | None = None,
+    validate: int = 0,
+    on_epoch: Callable[[EpochReport], object] | None = None,
+    log: str | Path | None = None,
+    tensorboard: str | Path | None = None,
     quiet: bool = False,
 ) -> TrainResult:
     """Train a recipe and score the model.
@@ -137,6 +142,12 @@ def train(
         data_root: folder of cached datasets.
         float_start: safetensors weights of the float model, for a recipe with `float_start`.
         teacher: safetensors weights of the teacher, or one file for each teacher of the recipe, in its order.
+        validate: score so many of the held-out images after each epoch, at most `holdout`. The weights are those of a
+            run without validation.
+        on_epoch: called with an `EpochReport` after each epoch. An exception that it raises stops the run, saves the
+            state, and is raised.
+        log: CSV file with a line for each epoch; a resumed run continues it.
+        tensorboard: folder of event files for TensorBoard, which has to be installed.
         quiet: show no progress.
 
     Raises:
@@ -147,7 +158,8 @@ def train(
         folder = Path(run_dir or temporary)
         record = run_recipe(
             recipe, run_dir=folder, seed=seed, device=device, epochs=epochs, holdout=holdout, deadline=deadline,
-            dataset=dataset, data_root=data_root, float_start=float_start, teacher=teacher, quiet=quiet,
+            dataset=dataset, data_root=data_root, float_start=float_start, teacher=teacher, validate=validate,
+            on_epoch=on_epoch, log=log, tensorboard=tensorboard, quiet=quiet,
         )  # fmt: skip
         state = load_file(folder / RUN_WEIGHTS)
     info = dataset_info(recipe.dataset)

@@ -4,8 +4,10 @@ Modules that import PyTorch are imported inside the commands that need them, so 
 and `cnvzoo list --checkpoints` answer at once.
 """
 
-import cnvzoo.cli.listing
-import cnvzoo.cli.commands  # noqa: I001  (the order of the commands in --help)
+import cnvzoo.cli.listing  # the first commands in --help
+
+# isort: split
+import cnvzoo.cli.commands  # noqa: F401
 from cnvzoo.cli.app import main
 
 __all__ = ["main"]

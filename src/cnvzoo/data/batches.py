@@ -92,6 +92,11 @@ class TrainBatches:
     def steps_per_epoch(self) -> int:
         return len(self._labels) // self.batch_size
 
+    @property
+    def images(self) -> int:
+        """Number of images of the training set."""
+        return len(self._labels)
+
     def epoch(self, epoch: int, start: int = 0, *, side: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from step `start` on; they do not depend on `start`.
 

@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from cnvzoo.data.batches import TrainBatches
 from cnvzoo.data.preprocessing import Preprocessing
-from cnvzoo.progress import counted
+from cnvzoo.progress import counting
 from cnvzoo.training.recipe import Distillation
 from cnvzoo.training.state import load_checked, save_checked
 
@@ -183,16 +183,19 @@ def precompute_logits(
         True when all logits are computed, False when `should_stop()` came first.
     """
     logits, seconds = _load(path, facts)
-    for view in counted(range(len(logits), views), label, quiet=quiet):
-        began, parts = time.monotonic(), []
-        for images in batches.show(view, _BATCH):
-            if should_stop():
-                return False
-            with torch.no_grad(), autocast():
-                parts.append(teacher.logits(images).to(_DTYPE))
-        logits.append(torch.cat(parts).cpu())
-        seconds += time.monotonic() - began
-        save_checked({str(n): part for n, part in enumerate(logits)}, path, {"facts": facts, "seconds": seconds})
+    batches_left = (views - len(logits)) * -(-batches.images // _BATCH)
+    with counting(batches_left, label, quiet=quiet) as one_more:
+        for view in range(len(logits), views):
+            began, parts = time.monotonic(), []
+            for images in batches.show(view, _BATCH):
+                if should_stop():
+                    return False
+                with torch.no_grad(), autocast():
+                    parts.append(teacher.logits(images).to(_DTYPE))
+                one_more()
+            logits.append(torch.cat(parts).cpu())
+            seconds += time.monotonic() - began
+            save_checked({str(n): part for n, part in enumerate(logits)}, path, {"facts": facts, "seconds": seconds})
     teacher.precomputed = PrecomputedLogits(torch.cat(logits).to(batches.device), seconds)
     return True
 

@@ -56,12 +56,16 @@ class _Section(BaseModel):
 
 
 class EpochRecord(_Section):
-    """One epoch of a run: number (from 1), mean training loss, learning rate of the last step, seconds."""
+    """One epoch of a run: number (from 1), mean training loss, learning rate of the last step, seconds.
+
+    And, where the run validated, the accuracy in percent on held-out images.
+    """
 
     epoch: float = Field(ge=1)
     loss: float
     lr: float = Field(ge=0)
     seconds: float = Field(ge=0)
+    validation_accuracy: float | None = Field(default=None, ge=0, le=100)
 
 
 class InputRecord(_Section):
@@ -111,7 +115,7 @@ class RunRecord(BaseModel):
         float_start: entry, seed and weights_sha256 of the float model that a quantized run started from.
         teacher: entry, seed and weights_sha256 of the teacher, or a list of several.
         finished: time of the end, UTC, ISO 8601.
-        history: for each epoch: epoch, loss (training), lr, seconds.
+        history: for each epoch: epoch, loss (training), lr, seconds; with `validate`, validation_accuracy in percent.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -155,6 +159,7 @@ class RunRecord(BaseModel):
             ("float_start", self._entries_of("float_start"), [*recipe.needs.get("float_start", ())]),
             ("teacher", self._entries_of("teacher"), [*recipe.needs.get("teacher", ())]),
             ("history", len(self.history), self.epochs),
+            ("validated", any("validation_accuracy" in epoch for epoch in self.history) and not self.holdout, False),
         ):
             if found != expected:
                 raise ValueError(f"{key} is {found!r}, and by the rest of the record it has to be {expected!r}")

@@ -48,6 +48,7 @@ from cnvzoo.training.state import (
     save_state,
 )
 from cnvzoo.training.trainer import Trainer
+from cnvzoo.training.watch import EpochReport, Watch, check_validation
 
 STATE, TEACHER_LOGITS = "state.safetensors", "teacher_logits.safetensors"
 RECORD, WEIGHTS = "record.json", "weights.safetensors"
@@ -68,6 +69,10 @@ def run_recipe(
     data_root: str | Path | None = None,
     float_start: str | Path | None = None,
     teacher: str | Path | Sequence[str | Path] | None = None,
+    validate: int = 0,
+    on_epoch: Callable[[EpochReport], object] | None = None,
+    log: str | Path | None = None,
+    tensorboard: str | Path | None = None,
     quiet: bool = False,
     save_every: float = 60.0,
 ) -> RunRecord:
@@ -88,6 +93,12 @@ def run_recipe(
         float_start: safetensors file with the float twin's weights; needed if the recipe has a float_start.
         teacher: safetensors file with the teacher's weights, or one for each of the recipe's teachers, in its order.
             With a holdout, the teachers must have held out the same images, or they would know the labels.
+        validate: number of held-out images, at most `holdout`, that are scored after each epoch: the first ones. The
+            record's history has the accuracies. The weights are those of a run without validation.
+        on_epoch: called with an `EpochReport` after each epoch that ends in this call. An exception that it raises
+            stops the run, saves the state, and is raised.
+        log: CSV file with a line for each epoch of the run.
+        tensorboard: folder of event files for TensorBoard, with values for each epoch of the run.
         quiet: no progress.
         save_every: seconds between saved states.
 
@@ -97,7 +108,8 @@ def run_recipe(
     Raises:
         RunInterrupted: at the deadline, on SIGINT or SIGTERM, or where `stop` says so; the state is saved.
         RunError: an argument or a key of the recipe is impossible with this dataset, the float start or a teacher is
-            missing or does not fit, the saved state cannot be read, or `run_dir` holds another finished run.
+            missing or does not fit, the saved state cannot be read, `run_dir` holds another finished run, `log` another
+            file, or TensorBoard is not installed.
         RunUnderWay: another process is training in `run_dir`.
         FileError: a file of the run cannot be written; the state that was saved before is kept.
         TrainingDiverged: the loss or a weight is not finite, or a weight is beyond a million. No record is written, and
@@ -109,6 +121,8 @@ def run_recipe(
     if epochs < 1:
         raise RunError(f"{recipe.name}: epochs={epochs}: a run has at least 1")
     _check_seed(recipe)
+    check_validation(recipe, validate, holdout)
+    watch = Watch.of(recipe, epochs, on_epoch, log, tensorboard)
     target = resolve_device(device)
     teachers = [teacher] if isinstance(teacher, (str, Path)) else teacher or []
     started_from = _describe_inputs(recipe, "float_start", [] if float_start is None else [float_start])
@@ -127,7 +141,8 @@ def run_recipe(
 
     with alone_in(run_dir), deterministic(target):
         if finished := _finished_record(run_dir, identity):
-            return finished
+            with watch.started(finished.history):
+                return finished
         machine, versions = describe_machine(target), describe_versions(recipe.model, target)
         if not quiet:
             warn_of_slow_loops(machine)
@@ -143,7 +158,18 @@ def run_recipe(
         conditions = machine | {name: text for name, text in versions.items() if name not in ("python", "cnvzoo")}
         if (set_aside := resume(trainer, run_dir / STATE, identity, conditions)) and not quiet:
             print(f"{recipe.run_name}: the state of another run was moved to {set_aside}", file=sys.stderr)
-        if reason := _train(trainer, run_dir, identity, conditions, deadline, stop, quiet, save_every):
+        preprocessing = preprocessing_of(recipe.model, recipe.dataset)
+
+        def epoch_ended(trainer: Trainer) -> None:
+            if validate:
+                images, labels = data.test_images[:validate], data.test_labels[:validate]
+                right = count_correct(trainer.model, images, labels, preprocessing, quiet=True)
+                trainer.history[-1]["validation_accuracy"] = round(100 * right / validate, 4)
+            watch.epoch_ended(trainer.history[-1])
+
+        with watch.started(trainer.history):
+            reason = _train(trainer, run_dir, identity, conditions, deadline, stop, quiet, save_every, epoch_ended)
+        if reason:
             raise RunInterrupted(recipe.run_name, reason, trainer.step, trainer.total_steps, run_dir)
 
         if recipe.quantize_bias:
@@ -151,7 +177,6 @@ def run_recipe(
 
             quantize_bias(trainer.model)
         trainer.check_weights("at the end")
-        preprocessing = preprocessing_of(recipe.model, recipe.dataset)
         correct = count_correct(trainer.model, data.test_images, data.test_labels, preprocessing, quiet=quiet)
         total = len(data.test_labels)
 
@@ -326,15 +351,20 @@ def _train(
     stop: Callable[[], str | None] | None,
     quiet: bool,
     save_every: float,
+    epoch_ended: Callable[[Trainer], None],
 ) -> str | None:
-    """Train to the end or to a reason to stop, save the state, and return the reason."""
+    """Train to the end or to a reason to stop, save the state, and return the reason.
+
+    An exception of `epoch_ended` stops the training too, and is raised when the state is saved.
+    """
     saved = time.monotonic()
+    failures: list[Exception] = []
     with caught_signals() as reasons:
 
         def should_stop() -> bool:
             if stop is not None and (reason := stop()):
                 reasons.append(reason)
-            return bool(reasons) or (deadline is not None and time.monotonic() >= deadline)
+            return bool(reasons or failures) or (deadline is not None and time.monotonic() >= deadline)
 
         def save() -> None:
             nonlocal saved
@@ -342,6 +372,11 @@ def _train(
             saved = time.monotonic()
 
         def after_step(trainer: Trainer) -> None:
+            if trainer.step % trainer.steps_per_epoch == 0:
+                try:
+                    epoch_ended(trainer)
+                except Exception as error:  # of the caller's function, or of writing a log
+                    failures.append(error)
             progress(trainer)
             if time.monotonic() - saved >= save_every:
                 save()
@@ -349,10 +384,12 @@ def _train(
         try:
             facts = {"identity": asdict(identity), "conditions": conditions}
             if trainer.batches.views is None or _precompute(trainer, run_dir, facts, quiet, should_stop):
-                with TrainingProgress(trainer.recipe.run_name, trainer, quiet) as progress:
+                with TrainingProgress(trainer.recipe.run_name, trainer, quiet, trainer.compiles) as progress:
                     trainer.train(should_stop, after_step)
             save()
         except FileError as error:
+            if failures:
+                raise failures[0] from error
             if not reasons:
                 raise
             # a run that was told to stop stops, even where its state cannot be saved
@@ -365,6 +402,8 @@ def _train(
             # a signal to the process group also ends a compiler that a step waits for: the step failed halfway, so its
             # state is not saved, and the one saved before is kept
             return reasons[0]
+    if failures:
+        raise failures[0]
     if reasons:
         return reasons[0]
     return "time limit" if trainer.step < trainer.total_steps else None

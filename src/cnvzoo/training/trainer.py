@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from cnvzoo.data.batches import TrainBatches
 from cnvzoo.errors import CnvzooError
+from cnvzoo.models.compiled import compiles
 from cnvzoo.models.norm_act import QuantizedActivation
 from cnvzoo.training.distillation import Teacher
 from cnvzoo.training.optimizers import build_optimizers, lr_factor
@@ -53,7 +54,7 @@ class Trainer:
         step: number of steps taken so far.
         steps: what takes them: a `CapturedSteps` on a GPU, else a `Steps`.
         total_steps: number of steps of the whole training.
-        history: one dict per finished epoch: epoch, loss, lr, seconds.
+        history: one dict per finished epoch: epoch, loss, lr, seconds; and validation_accuracy, where a run adds it.
     """
 
     def __init__(
@@ -102,6 +103,11 @@ class Trainer:
         """Seconds of all finished epochs, and of precomputing the teacher's logits."""
         precomputed = self.teacher.precomputed if self.teacher else None
         return sum(epoch["seconds"] for epoch in self.history) + (precomputed.seconds if precomputed else 0.0)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the first step compiles code, which may take a minute."""
+        return self._forward is not self.model or compiles(self.device)
 
     def crop_side(self, epoch: int) -> int | None:
         """Side in pixels of the crops that an epoch trains on; None for whole images."""
