@@ -213,10 +213,12 @@ def check_validation(recipe: Recipe, validate: int, holdout: int) -> None:
     """
     if isinstance(validate, bool) or not isinstance(validate, int) or validate < 0:
         raise RunError(f"{recipe.name}: validate={validate!r}: a number of held-out images, 0 for no validation")
-    if validate and not holdout:
+    if not validate:
+        return  # a holdout that is impossible is refused elsewhere
+    if not holdout:
         raise RunError(
             f"{recipe.name}: validate={validate} needs held-out images: the run trains on all others, and reads the "
             f"test set once, at its end: give holdout={validate} too, or more"
         )
-    if validate > holdout:
+    if validate > holdout > 0:
         raise RunError(f"{recipe.name}: validate={validate}: only {holdout} images are held out: validate those")
