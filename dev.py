@@ -7,9 +7,9 @@
     python3 dev.py lint                                                   ruff and pyright
     python3 dev.py setup                                                  only make the environment
 
-The first command makes a virtual environment in .venv beside this file and installs the project into it, editable,
-with its tools, in the versions of constraints.txt, which records are made with. Later commands use it until
-pyproject.toml or constraints.txt changes. No other environment is touched.
+The first command makes a virtual environment in .venv beside this file and installs both packages into it, cnvzoo and
+cnvzoo-runtime, editable, with their tools, in the versions of constraints.txt, which records are made with. Later
+commands use it until a pyproject.toml or constraints.txt changes. No other environment is touched.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def python() -> str:
 
 def fingerprint() -> str:
     """sha256 of what the environment depends on: these files, and their path, which an editable install contains."""
-    files = (ROOT / "pyproject.toml", CONSTRAINTS)
+    files = (ROOT / "pyproject.toml", ROOT / "runtime" / "pyproject.toml", CONSTRAINTS)
     return hashlib.sha256(b"".join(path.read_bytes() for path in files) + os.fsencode(ROOT)).hexdigest()
 
 
@@ -109,7 +109,7 @@ def prepare() -> int:
     if not sys.stdout.isatty():
         pip.append("--quiet")  # errors are still printed, progress bars are not
     # one call for everything: torch and torchvision resolved separately may not be compatible
-    project = ["--constraint", str(CONSTRAINTS), "--editable", ".", "--group", "dev"]
+    project = ["--constraint", str(CONSTRAINTS), "--editable", "./runtime", "--editable", ".", "--group", "dev"]
     for step in (["--upgrade", "pip"], project):
         if status := subprocess.run([*pip, *step], cwd=ROOT).returncode:
             fail("the installation failed, see above; the same command tries again")

@@ -13,7 +13,8 @@ dependencies = [
     "yaml",
 ]  # fmt: skip
 
-sys.path.append(str(_Path(__file__).resolve().parent / "src"))  # an installed cnvzoo comes first
+for _folder in ("src", "runtime/src"):
+    sys.path.append(str(_Path(__file__).resolve().parent / _folder))  # an installed cnvzoo comes first
 
 import cnvzoo as _cnvzoo  # noqa: E402
 from cnvzoo.models import model_spec as _model_spec  # noqa: E402

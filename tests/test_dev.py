@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -37,7 +38,9 @@ class Machine:
 def machine(monkeypatch, tmp_path) -> Machine:
     """A checkout without an environment, on a machine where commands are only written down."""
     machine = Machine()
-    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    for folder in (tmp_path, tmp_path / "runtime"):
+        folder.mkdir(exist_ok=True)
+        (folder / "pyproject.toml").write_text("[project]\n")
     monkeypatch.setattr(dev, "ROOT", tmp_path)
     (tmp_path / "constraints.txt").write_text("torch==2.14.1\n")
     monkeypatch.setattr(dev, "CONSTRAINTS", tmp_path / "constraints.txt")
@@ -56,12 +59,13 @@ def test_the_environment_is_made_once(machine):
     assert upgrade[0] == install[0] == dev.python()
     assert upgrade[-2:] == ["--upgrade", "pip"]
     constraints = ["--constraint", str(dev.CONSTRAINTS)]
-    assert install[-6:] == [*constraints, "--editable", ".", "--group", "dev"]  # at once: torch and torchvision fit
+    packages = ["--editable", "./runtime", "--editable", "."]
+    assert install[-8:] == [*constraints, *packages, "--group", "dev"]  # at once: torch and torchvision fit
     assert dev.main(["setup"]) == 0
     assert len(machine.commands) == 3
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+@pytest.mark.parametrize("name", ["pyproject.toml", "runtime/pyproject.toml", "constraints.txt"])
 def test_a_changed_file_is_installed_again_in_the_same_environment(machine, name):
     dev.main(["setup"])
     machine.commands.clear()
@@ -75,8 +79,8 @@ def test_an_environment_that_moved_with_its_checkout_is_installed_again(machine,
     dev.main(["setup"])
     machine.commands.clear()
     monkeypatch.setattr(dev, "ROOT", tmp_path / "moved")
-    (tmp_path / "moved").mkdir()
-    (tmp_path / "moved" / "pyproject.toml").write_text("[project]\n")
+    shutil.copytree(tmp_path / "runtime", tmp_path / "moved" / "runtime")
+    shutil.copy(tmp_path / "pyproject.toml", tmp_path / "moved")
     assert not dev.is_ready()
 
 

@@ -1,4 +1,4 @@
-"""`cnvzoo.images`: one image of any size to a network's input, against torchvision and against `cnvzoo.transforms`."""
+"""`cnvzoo_runtime.images`: one image of any size to a network's input, with torchvision and `cnvzoo.transforms`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 import cnvzoo
 from cnvzoo.data import Preprocessing, dataset_info
-from cnvzoo.images import ImageError, normalize, prepare
+from cnvzoo_runtime.images import ImageError, normalize, prepare
 
 MODES = ["RGB", "L", "RGBA", "P", "LA", "CMYK", "1"]
 

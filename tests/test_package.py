@@ -6,12 +6,15 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import cnvzoo
+import cnvzoo_runtime
 
 SOURCE = Path(cnvzoo.__file__).parent
+RUNTIME = Path(cnvzoo_runtime.__file__).parent
 # from the lowest layer up; packages of one layer do not import each other
 LAYERS = [
     {"errors"},
@@ -83,8 +86,28 @@ def test_no_module_imports_itself_through_others() -> None:
         visit(module, ())
 
 
-def test_public_names_are_listed_imported_for_types_and_defined() -> None:
-    tree = ast.parse((SOURCE / "__init__.py").read_text())
+RUNTIME_LAYERS = ["errors", "images metadata", "onnx_file", "runner", "cli"]  # as LAYERS
+
+
+def test_the_runtime_imports_nothing_of_cnvzoo_and_runs_down_its_own_layers() -> None:
+    level = {name: number for number, names in enumerate(RUNTIME_LAYERS) for name in names.split()}
+    third_party = {"numpy", "PIL", "onnxruntime", "cnvzoo_runtime"}
+    assert {path.stem for path in RUNTIME.glob("*.py")} == {*level, "__init__"}
+    for path in RUNTIME.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                package, _, module = name.partition(".")
+                assert package in third_party | sys.stdlib_module_names, f"{path}: {name}"
+                if module and package == "cnvzoo_runtime" and path.stem in level:
+                    assert level[module] < level[path.stem], f"{path}: {name}"
+
+
+@pytest.mark.parametrize("package", [cnvzoo, cnvzoo_runtime], ids=lambda package: package.__name__)
+def test_public_names_are_listed_imported_for_types_and_defined(package: ModuleType) -> None:
+    name = package.__name__
+    tree = ast.parse(Path(package.__file__ or "").read_text())
     typed = {
         alias.name: node.module
         for block in tree.body
@@ -93,13 +116,21 @@ def test_public_names_are_listed_imported_for_types_and_defined() -> None:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert typed == {name: f"cnvzoo.{module}" for name, module in cnvzoo._DEFINED_IN.items()}
-    assert sorted(typed) == sorted(cnvzoo.__all__)
-    for name in cnvzoo.__all__:
-        assert getattr(cnvzoo, name).__module__ in (typed[name], "typing")
-    assert set(cnvzoo.__all__) <= set(dir(cnvzoo))
-    with pytest.raises(AttributeError, match="module 'cnvzoo' has no attribute 'nonsense'"):
-        _ = cnvzoo.nonsense  # type: ignore[attr-defined]
+    assert typed == {public: f"{name}.{module}" for public, module in package._DEFINED_IN.items()}
+    assert sorted(typed) == sorted(package.__all__)
+    for public in package.__all__:
+        module = getattr(package, public).__module__
+        assert module in (typed[public], "typing") or module.startswith("cnvzoo_runtime.")
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match=f"module '{name}' has no attribute 'nonsense'"):
+        _ = package.nonsense
+
+
+def test_what_the_runtime_defines_is_the_same_in_both_packages() -> None:
+    for name in ("CnvzooError", "Metadata", "Prediction"):
+        assert getattr(cnvzoo, name) is getattr(cnvzoo_runtime, name)
+    assert issubclass(cnvzoo_runtime.DeployError, cnvzoo.CnvzooError)
+    assert issubclass(cnvzoo_runtime.ImageError, cnvzoo.CnvzooError)
 
 
 def modules_after(code: str) -> set[str]:
@@ -110,7 +141,14 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    assert not modules_after("import cnvzoo") & {"torch", "pydantic", "numpy", "brevitas", "huggingface_hub"}
+    assert not modules_after("import cnvzoo, cnvzoo.errors") & {
+        "torch",
+        "pydantic",
+        "numpy",
+        "PIL",
+        "brevitas",
+        "huggingface_hub",
+    }
 
 
 def test_models_and_training_import_no_network_and_no_quantization() -> None:

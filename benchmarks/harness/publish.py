@@ -32,13 +32,13 @@ from cnvzoo.checkpoints.index import Index, IndexEntry, read_index
 from cnvzoo.checkpoints.load import load_checkpoint
 from cnvzoo.checkpoints.publish import checkpoint_facts, write_card
 from cnvzoo.checkpoints.verify import Verification
-from cnvzoo.deploy.metadata import DeployError
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import update_text
 from cnvzoo.models.registry import ModelInfo
 from cnvzoo.training.recipe import PUBLISHED_SEED
 from cnvzoo.training.record import RunRecord
 from cnvzoo.training.run import WEIGHTS as RUN_WEIGHTS
+from cnvzoo_runtime.metadata import DeployError
 from harness.entries import SEEDS, Entry, HarnessError, Layout, shown
 from harness.records import Records, recipes_scored
 from harness.schedule import recorded_weights

@@ -27,7 +27,7 @@ import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.checkpoints.format import CheckpointConfig
 from cnvzoo.checkpoints.locations import find_checkpoint
-from cnvzoo.images import normalize
+from cnvzoo_runtime.images import normalize
 
 PYTORCH, PYTORCH_CHANNELS_LAST = "PyTorch float32", "PyTorch float32, channels_last"
 COMPILED, BREVITAS = "torch.compile float32, channels_last", "Brevitas eager"

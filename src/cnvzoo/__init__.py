@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from cnvzoo.checkpoints.verify import Verification, verify
     from cnvzoo.data.datasets import Dataset, DatasetInfo, list_datasets, load_dataset
     from cnvzoo.data.preprocessing import Preprocessing
+    from cnvzoo.deploy import Metadata, Prediction
     from cnvzoo.deploy.export import export
-    from cnvzoo.deploy.metadata import Metadata
-    from cnvzoo.deploy.runner import Prediction
     from cnvzoo.errors import CnvzooError, ModelError
     from cnvzoo.models.quant import quantize_bias
     from cnvzoo.models.registry import ModelInfo, model_info, register_model, unregister_model
@@ -103,9 +102,11 @@ _MODULES = {  # with the public names that each defines
         "load_dataset",
     ),
     "data.preprocessing": ("Preprocessing",),
+    "deploy": (
+        "Metadata",
+        "Prediction",
+    ),
     "deploy.export": ("export",),
-    "deploy.metadata": ("Metadata",),
-    "deploy.runner": ("Prediction",),
     "errors": (
         "CnvzooError",
         "ModelError",

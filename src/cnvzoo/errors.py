@@ -1,38 +1,25 @@
-"""The base class of all errors of this library, and functions that turn errors into one-line messages."""
+"""Errors of this library, and functions that turn errors into one-line messages.
+
+The base class is that of cnvzoo_runtime, whose errors are errors of this library too.
+"""
 
 from __future__ import annotations
 
 import difflib
-import traceback
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cnvzoo_runtime.errors import CnvzooError, in_a_line
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
-class CnvzooError(Exception):
-    """Base class of the errors that cnvzoo raises for invalid input: an argument, a file, or a request."""
+__all__ = ["CnvzooError", "ModelError", "explain", "in_a_line", "nearest"]
 
 
 class ModelError(CnvzooError, ValueError):
     """An unknown model, an invalid argument of a model, or input that the model does not take."""
-
-
-def in_a_line(error: BaseException) -> str:
-    """The message to print instead of a traceback.
-
-    For a CnvzooError, its message; for an OSError, the file and the reason; for any other error, its class, its message
-    on one line, and the file and line of the code that raised it.
-    """
-    if isinstance(error, CnvzooError):
-        return str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -19,7 +19,6 @@ from cnvzoo.checkpoints.locations import choose_checkpoint
 from cnvzoo.data.datasets import Dataset, DatasetInfo, dataset_info
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.preprocessing import transforms as data_transforms
-from cnvzoo.deploy.runner import Prediction
 from cnvzoo.errors import ModelError
 from cnvzoo.models.cnv import CNV
 from cnvzoo.models.layers import without_initialization
@@ -30,6 +29,7 @@ from cnvzoo.training.record import RunRecord
 from cnvzoo.training.run import WEIGHTS as RUN_WEIGHTS
 from cnvzoo.training.run import run_recipe
 from cnvzoo.training.watch import EpochReport
+from cnvzoo_runtime.runner import Prediction
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from cnvzoo.data import DatasetError, Preprocessing, dataset_info, list_datasets, transforms
-from cnvzoo.images import ImageError
+from cnvzoo_runtime.images import ImageError
 
 CASES = [("mnist", True, 32), ("mnist", False, None), ("cifar10", True, None), ("cifar10", False, 40)]
 

@@ -16,8 +16,9 @@ from PIL import Image
 import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.data import dataset_info
-from cnvzoo.deploy import DeployError, runner
-from cnvzoo.images import ImageError
+from cnvzoo.deploy import DeployError
+from cnvzoo_runtime import runner
+from cnvzoo_runtime.images import ImageError
 
 _WITHOUT_TORCH = """
 import sys
@@ -104,7 +105,7 @@ def _with_metadata(**changes):
     [
         (lambda m: m.metadata_props.pop(), "not one that cnvzoo exported"),
         (_with_metadata(version=9), "version 9, and this cnvzoo reads 1"),
-        (_with_metadata(classes=["cat"]), "there are 1 classes"),
+        (_with_metadata(classes=["cat"]), "with 1 classes"),
         (_with_metadata(size=40), "its input is not"),
         (_with_metadata(scale=-1.0), "scale positive"),
         (_with_metadata(format="zip"), "format 'zip' is none of"),

@@ -17,8 +17,8 @@ from cnvzoo.cli.output import print_table
 from cnvzoo.errors import CnvzooError
 
 if TYPE_CHECKING:
-    from cnvzoo.deploy.runner import Prediction
     from cnvzoo.training.recipe import Recipe
+    from cnvzoo_runtime.runner import Prediction
 
 _EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143}  # as shells report these signals
 _INTERRUPTED = 3
@@ -107,7 +107,7 @@ def eval_(
     """
     if _is_exported(checkpoint):
         from cnvzoo.deploy.export import evaluate_file
-        from cnvzoo.deploy.runner import load
+        from cnvzoo_runtime.runner import load
 
         exported = load(checkpoint)
         scored = evaluate_file(exported, dataset, data_root=data_root)
@@ -212,7 +212,7 @@ def predict(
 
     Example: `cnvzoo predict photo.png --checkpoint quant_cnv_w4a4.cifar10`, or `cnvzoo predict m.onnx photo.png`
     """
-    from PIL import Image, UnidentifiedImageError
+    from cnvzoo_runtime.images import read_image
 
     exported = images[0] if _is_exported(str(images[0])) else None
     if (exported is None) == (checkpoint is None):
@@ -221,11 +221,9 @@ def predict(
         raise CnvzooError(f"no image after {exported}: give the files to classify")
     classify = _classifier(exported, checkpoint, hub, top)
     for path in images[1:] if exported is not None else images:
+        image = read_image(path)
         try:
-            with Image.open(path) as image:
-                predictions = classify(image)
-        except (OSError, UnidentifiedImageError) as error:
-            raise CnvzooError(f"{path}: cannot be read as an image: {error}") from None
+            predictions = classify(image)
         except ValueError as error:  # an image of another kind than the model takes
             raise CnvzooError(f"{path}: {error}") from None
         typer.echo(f"{path}: " + ", ".join(f"{found.label} {found.probability:.1%}" for found in predictions))
@@ -236,7 +234,7 @@ def _classifier(
 ) -> Callable[[Any], list[Prediction]]:
     """The function from a PIL image to its predictions."""
     if exported is not None:
-        from cnvzoo.deploy.runner import load
+        from cnvzoo_runtime.runner import load
 
         runner = load(exported)
         return lambda image: runner.predict([image], top)[0]

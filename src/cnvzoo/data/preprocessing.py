@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cnvzoo.data.datasets import DatasetInfo, dataset_info
-from cnvzoo.images import ImageError, prepare
+from cnvzoo_runtime.images import ImageError, prepare
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -139,7 +139,7 @@ def _row_constants(preprocessing: Preprocessing, device: torch.device) -> tuple[
 
 
 class _PrepareImage(nn.Module):
-    """A PIL image or uint8 tensor [C, H, W] of any size to uint8 [in_chans, size, size]; see cnvzoo.images.prepare."""
+    """A PIL image or uint8 tensor [C, H, W] of any size to uint8 [in_chans, size, size]; see cnvzoo_runtime.prepare."""
 
     def __init__(self, in_chans: int, image_size: int, size: int) -> None:
         super().__init__()

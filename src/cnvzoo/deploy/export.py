@@ -15,13 +15,13 @@ from cnvzoo.checkpoints.folder import preprocessing_from
 from cnvzoo.checkpoints.format import CheckpointConfig, IntegerResult
 from cnvzoo.checkpoints.load import load_checkpoint
 from cnvzoo.data.datasets import Dataset, dataset_info, load_dataset
-from cnvzoo.deploy.metadata import FORMATS, KEY, DeployError, Metadata
-from cnvzoo.deploy.runner import DeployedModel, load
 from cnvzoo.errors import ModelError, nearest
 from cnvzoo.files import replacing
 from cnvzoo.models.registry import ModelSpec
 from cnvzoo.progress import counted
 from cnvzoo.training.evaluation import Evaluation, preprocessing_of
+from cnvzoo_runtime.metadata import FORMATS, KEY, DeployError, Metadata
+from cnvzoo_runtime.runner import DeployedModel, load
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -25,10 +25,10 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import nn
 
-from cnvzoo.deploy.metadata import DeployError
 from cnvzoo.deploy.requantize import Requantization, Staircase, levels, requantize
 from cnvzoo.models.cnv import CNV
 from cnvzoo.models.quant import int8_gain, quantizer_of
+from cnvzoo_runtime.metadata import DeployError
 
 _SIZE = 32  # height and width of the input of a CNV
 _LARGEST_PIXEL = 255

@@ -17,9 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from cnvzoo.deploy.integer import HiddenLayer, IntegerNet, quantized_cnv
-from cnvzoo.deploy.metadata import DeployError
 from cnvzoo.models.cnv import CNV
 from cnvzoo.models.quant import quantizer_of
+from cnvzoo_runtime.metadata import DeployError
 
 OPSET = 13
 IR_VERSION = 8  # read by onnxruntime 1.10 and later

@@ -5,18 +5,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
-from cnvzoo.errors import CnvzooError
+from cnvzoo_runtime.errors import CnvzooError
 
 Pixels = NDArray[np.uint8]
 
 _MODES = {1: "L", 3: "RGB"}  # Pillow's names of 8-bit greyscale and colour, by channels
 _MAX_ASPECT = 64  # longer images are cropped before they are resized too
+_OPAQUE = 255
+_BLACK = (0, 0, 0, _OPAQUE)
+# what turns an image upright, by its EXIF orientation; 1 is upright
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageError(CnvzooError, ValueError):
@@ -24,11 +37,13 @@ class ImageError(CnvzooError, ValueError):
 
 
 def prepare(image: Any, in_chans: int, image_size: int, size: int) -> Pixels:
-    """Convert, resize, crop and pad one image.
+    """Turn upright, convert, resize, crop and pad one image.
 
-    Channels are converted as Pillow does it (`Image.convert`; grey is the luma of ITU-R 601). The shorter side is
-    resized to `image_size` (bilinear, antialiased), as torchvision's Resize does with a PIL image, and the centre is
-    cropped. An image that has the size and channels keeps its pixels.
+    A PIL image is turned and mirrored as its EXIF orientation says. Where it is transparent it is composed on black,
+    with which images are padded too: the ink of MNIST is white. Channels are converted as Pillow does it
+    (`Image.convert`; grey is the luma of ITU-R 601). The shorter side is resized to `image_size` (bilinear,
+    antialiased), as torchvision's Resize does with a PIL image, and the centre is cropped. An image that has the size
+    and channels keeps its pixels.
 
     Args:
         image: a PIL image, or a uint8 array [H, W] or [H, W, C] with C 1 or 3.
@@ -40,7 +55,7 @@ def prepare(image: Any, in_chans: int, image_size: int, size: int) -> Pixels:
         uint8 [in_chans, size, size].
 
     Raises:
-        ImageError: not an image, not of 8 bits, or not of 1 or 3 channels.
+        ImageError: not an image, not of 8 bits, not of 1 or 3 channels, or black ink on a transparent ground.
     """
     picture = _pil_image(image)
     if picture.mode != _MODES[in_chans]:
@@ -50,6 +65,21 @@ def prepare(image: Any, in_chans: int, image_size: int, size: int) -> Pixels:
     return np.pad(pixels.transpose(2, 0, 1), ((0, 0), (margin, margin), (margin, margin)))
 
 
+def read_image(path: str | Path) -> Image.Image:
+    """Read an image file of any format that Pillow reads, as a whole.
+
+    Raises:
+        ImageError: the file is missing, damaged or no image; the message names it.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ImageError(f"{path}: cannot be read as an image: {reason}") from None
+
+
 def normalize(pixels: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
     """uint8 [N, C, H, W] to float32: times float32(1/255), minus `mean`, divided by `std`, given for each channel."""
     center, spread = (np.array(values, np.float32)[:, None, None] for values in (mean, std))
@@ -57,12 +87,15 @@ def normalize(pixels: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 
 def _pil_image(image: Any) -> Image.Image:
-    """The image in mode L or RGB."""
+    """The image in mode L or RGB, upright and without transparency."""
     if isinstance(image, Image.Image):
         if image.mode in ("F", "I") or image.mode.startswith("I;"):
             raise ImageError(f"expected an 8-bit image, got one of PIL mode {image.mode!r}: scale it to 8 bits")
         if 0 in image.size:
             raise ImageError(f"expected an image with pixels, got one of {image.width}x{image.height}")
+        image = _upright(image)
+        if image.has_transparency_data:
+            return _on_black(image)
         return image if image.mode in _MODES.values() else image.convert("RGB")
     if not isinstance(image, np.ndarray):
         raise ImageError(f"expected a PIL image or a uint8 array [H, W, C], got {type(image).__name__}")
@@ -73,6 +106,28 @@ def _pil_image(image: Any) -> Image.Image:
     if image.ndim != 3 or image.shape[2] not in _MODES or 0 in image.shape:
         raise ImageError(f"an image has to be [H, W] or [H, W, C] with C 1 or 3, got shape {list(image.shape)}")
     return Image.fromarray(np.ascontiguousarray(image[:, :, 0] if image.shape[2] == 1 else image))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF orientation says it is to be seen."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow raises SyntaxError, struct.error and others for damaged EXIF data, which is left aside
+        return image
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _on_black(image: Image.Image) -> Image.Image:
+    """The image composed on black, in mode RGB."""
+    image = image.convert("RGBA")
+    composed = Image.alpha_composite(Image.new("RGBA", image.size, _BLACK), image).convert("RGB")
+    least, most = image.getchannel("A").getextrema()
+    if least < _OPAQUE and most and composed.getbbox() is None:
+        raise ImageError(
+            "all that can be seen of the image is black, and so is the background that transparent images are put on: "
+            "put it on a background of another colour"
+        )
+    return composed
 
 
 def _resize_and_crop(image: Image.Image, side: int) -> Image.Image:

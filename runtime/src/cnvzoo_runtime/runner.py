@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from cnvzoo.deploy.metadata import KEY, DeployError, Metadata
-from cnvzoo.images import normalize, prepare
+from cnvzoo_runtime.images import normalize, prepare
+from cnvzoo_runtime.metadata import KEY, DeployError, Metadata
+from cnvzoo_runtime.onnx_file import read_properties
 
 _BATCH = 64  # images at a time; the activations of more do not fit the caches
 
@@ -129,36 +130,56 @@ def load(path: str | Path, *, threads: int | None = None) -> DeployedModel:
         threads: number of threads of ONNX Runtime; default one for each core.
 
     Raises:
-        DeployError: the file cannot be read, was not written by `cnvzoo.export`, or onnxruntime is not installed.
+        DeployError: the file cannot be read, was not written by `cnvzoo.export`, has tensors in other files (external
+            data), or onnxruntime is not installed.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise DeployError("running exported models needs onnxruntime: pip install 'cnvzoo[runtime]'") from None
     path = Path(path)
+    content, metadata = _read(path)
+    if metadata.format == "qonnx":
+        raise DeployError(f"{path}: QONNX is for FINN and the qonnx package, not for ONNX Runtime")
+    session = _open(content, path, threads)
+    _check_graph(session, metadata, path)
+    return DeployedModel(session, metadata)
+
+
+def read_metadata(path: str | Path) -> Metadata:
+    """What a file that `cnvzoo.export` wrote says about its model; also a QONNX file, which cannot be loaded here.
+
+    Raises:
+        DeployError: as `load`.
+    """
+    return _read(Path(path))[1]
+
+
+def _read(path: Path) -> tuple[bytes, Metadata]:
+    """The content of an exported file, and its metadata."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DeployError(f"{path}: cannot be read: {error.strerror}") from None
+    text = read_properties(content, str(path)).get(KEY)
+    if text is None:
+        raise DeployError(f"{path}: an ONNX file, but not one that cnvzoo exported: its metadata has no {KEY!r}")
+    return content, Metadata.from_json(text, str(path))
+
+
+def _open(content: bytes, path: Path, threads: int | None) -> Any:
+    """The `onnxruntime.InferenceSession` of a file; messages name `path`."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise DeployError("running exported models needs onnxruntime: pip install onnxruntime") from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # as it was checked
     if not sums_products_exactly():
         options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its error classes have no common base
-        reason = str(error).splitlines()[0]
-        if "qonnx" in reason:
-            raise DeployError(f"{path}: QONNX is for FINN and the qonnx package, not for ONNX Runtime") from None
-        raise DeployError(f"{path}: not an ONNX file that ONNX Runtime can run: {reason}") from None
-    text = session.get_modelmeta().custom_metadata_map.get(KEY)
-    if text is None:
-        raise DeployError(f"{path}: an ONNX file, but not one that cnvzoo exported: its metadata has no {KEY!r}")
-    metadata = Metadata.from_json(text, str(path))
-    _check_graph(session, metadata, path)
-    return DeployedModel(session, metadata)
+        raise DeployError(f"{path}: ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from None
 
 
 def sums_products_exactly(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -177,11 +198,13 @@ def sums_products_exactly(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 def _check_graph(session: Any, m: Metadata, path: Path) -> None:
     """Check that input and output are as the metadata says."""
     kind = "tensor(uint8)" if m.format == "integer" else "tensor(float)"
+    result = "tensor(int32)" if m.format == "integer" else "tensor(float)"
     inputs, output = session.get_inputs(), session.get_outputs()[0]
     expected = [m.in_chans, m.size, m.size]
     if len(inputs) != 1 or inputs[0].type != kind or inputs[0].shape[1:] != expected:
         raise DeployError(f"{path}: its input is not {kind} {['N', *expected]}, as its metadata says; export it again")
-    if output.shape[1:] != [len(m.classes)]:
+    if output.type != result or output.shape[1:] != [len(m.classes)]:
         raise DeployError(
-            f"{path}: its output has shape {output.shape}, and there are {len(m.classes)} classes; export it again"
+            f"{path}: its output is {output.type} {output.shape}, and its metadata says {result} with "
+            f"{len(m.classes)} classes; export it again"
         )

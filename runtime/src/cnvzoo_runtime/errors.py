@@ -1,0 +1,25 @@
+"""The base class of all errors of cnvzoo and of this package, and the line that is printed in place of a traceback."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+
+class CnvzooError(Exception):
+    """Base class of the errors that are raised for invalid input: an argument, a file, or a request."""
+
+
+def in_a_line(error: BaseException) -> str:
+    """The message to print instead of a traceback.
+
+    For a CnvzooError, its message; for an OSError, the file and the reason; for any other error, its class, its message
+    on one line, and the file and line of the code that raised it.
+    """
+    if isinstance(error, CnvzooError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"

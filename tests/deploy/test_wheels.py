@@ -1,0 +1,140 @@
+"""The two distributions as wheels: the runner works where only its own wheel and what it requires are installed."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import distribution
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cnvzoo
+import cnvzoo.deploy
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build(folder: Path, target: str, output: Path) -> Path:
+    """The wheel or sdist of the project in `folder`, built without a network."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(output)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = output.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def runtime_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(ROOT / "runtime", "wheel", tmp_path_factory.mktemp("runtime"))
+
+
+def required(names: list[str]) -> Iterator[str]:
+    """The names of the packages, and of all that they require."""
+    for name in names:
+        yield name
+        needs = [text for text in distribution(name).requires or [] if "extra ==" not in text]
+        yield from required([re.split(r"[^\w.-]", text)[0] for text in needs])
+
+
+@pytest.fixture(scope="module")
+def python(runtime_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment that has the wheel of the runtime and what it requires, and nothing else."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(runtime_wheel) as wheel:
+        wheel.extractall(packages)
+        metadata = next(name for name in wheel.namelist() if name.endswith("/METADATA"))
+        needs = re.findall(r"^Requires-Dist: ([\w.-]+)", wheel.read(metadata).decode(), re.MULTILINE)
+    assert sorted(needs) == ["numpy", "onnxruntime", "pillow"]
+    for name in set(required(needs)):
+        files = distribution(name).files or []
+        for top in {file.parts[0] for file in files if file.parts[0] not in ("..", "__pycache__")}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(Path(str(distribution(name).locate_file(top))))
+    return next(folder.glob("bin/python"))
+
+
+@pytest.fixture(scope="module")
+def exported(make_net, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    cnvzoo.export(make_net(2, 2), folder / "m.onnx", dataset="cifar10")
+    pixels = np.random.default_rng(0).integers(256, size=(40, 50, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(folder / "photo.png")
+    return folder
+
+
+def run(python: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([python, "-I", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+COMMAND = "import sys; from cnvzoo_runtime.cli import main; sys.exit(main())"
+
+
+def test_the_environment_has_no_other_package(python, tmp_path):
+    for name in ("torch", "cnvzoo", "onnx", "pydantic", "brevitas"):
+        assert "ModuleNotFoundError" in run(python, "-c", f"import {name}", cwd=tmp_path).stderr
+
+
+def test_the_command_predicts_what_the_library_does(python, exported):
+    done = run(python, "-c", COMMAND, "predict", "m.onnx", "photo.png", "--top", "2", "--json", cwd=exported)
+    assert done.returncode == 0, done.stderr
+    ((best, second),) = cnvzoo.deploy.load(exported / "m.onnx").predict([Image.open(exported / "photo.png")], top=2)
+    fields = [{"label": g.label, "index": g.index, "probability": g.probability} for g in (best, second)]
+    assert json.loads(done.stdout) == [{"image": "photo.png", "predictions": fields}]
+    done = run(python, "-c", COMMAND, "predict", "m.onnx", "photo.png", "photo.png", "--top", "1", cwd=exported)
+    assert done.stdout == f"photo.png: {best.label} {best.probability:.1%}\n" * 2
+
+
+def test_the_command_shows_what_a_file_says(python, exported):
+    done = run(python, "-c", COMMAND, "info", "m.onnx", cwd=exported)
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert rows["name"] == "quant_cnv.cifar10"
+    assert rows["input"] == "32x32 colour, images of 32x32"
+    assert rows["bits"] == "2 of weights, 2 of activations"
+    assert rows["bytes"] == f"{(exported / 'm.onnx').stat().st_size:,}"
+    done = run(python, "-c", COMMAND, "info", "m.onnx", "--json", cwd=exported)
+    assert json.loads(done.stdout)["classes"][3] == "cat"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "m.onnx", "none.png"], "none.png: cannot be read as an image: No such file or directory"),
+        (["predict", "m.onnx", "m.onnx"], "m.onnx: cannot be read as an image: cannot identify image file 'm.onnx'"),
+        (["info", "none.onnx"], "none.onnx: cannot be read: No such file or directory"),
+        (["info", "photo.png"], "photo.png: not an ONNX file: a value is not whole"),
+    ],
+)
+def test_errors_of_the_command_are_one_line(python, exported, arguments, message):
+    done = run(python, "-c", COMMAND, *arguments, cwd=exported)
+    assert (done.returncode, done.stderr) == (1, f"error: {message}\n")
+
+
+def test_the_python_block_of_its_readme_runs(python, exported):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "runtime" / "README.md").read_text(), re.DOTALL)
+    done = run(python, "-c", block, cwd=exported)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3
+
+
+def test_both_packages_have_one_version_and_licence(runtime_wheel):
+    projects = [(ROOT / folder / "pyproject.toml").read_text() for folder in (".", "runtime")]
+    for key in ("version", "requires-python"):
+        values = {re.findall(rf'^{key} = "(.*?)"', project, re.MULTILINE)[0] for project in projects}
+        assert len(values) == 1, key
+    version = re.findall(r'^version = "(.*?)"', projects[0], re.MULTILINE)[0]
+    assert f'"cnvzoo-runtime=={version}"' in projects[0]
+    assert (ROOT / "LICENSE").read_bytes() == (ROOT / "runtime" / "LICENSE").read_bytes()
+    with zipfile.ZipFile(runtime_wheel) as wheel:
+        assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
+        assert "cnvzoo_runtime/py.typed" in wheel.namelist()
