@@ -259,11 +259,8 @@ def test_quantize_refuses_other_models_and_a_missing_dataset() -> None:
         cnvzoo.quantize(float_model, w_bits=4, a_bits=4)
     with pytest.raises(ModelError, match="w_bits=9"):
         cnvzoo.quantize(float_model, w_bits=9, a_bits=4, dataset="cifar10")
-    with pytest.raises(ModelError, match="only a float CNV"):
+    with pytest.raises(ModelError, match="only a CNV can be quantized, not ResNet"):
         cnvzoo.quantize(cnvzoo.create_model("resnet20"), w_bits=4, a_bits=4, dataset="cifar10")
-    quantized = cnvzoo.create_model("quant_cnv", w_bits=4, a_bits=4)
-    with pytest.raises(ModelError, match="only a float CNV"):
-        cnvzoo.quantize(quantized, w_bits=4, a_bits=4, dataset="cifar10")
     with pytest.raises(cnvzoo.CnvzooError, match="checkpoint folder"):
         cnvzoo.quantize("no/such/folder", w_bits=4, a_bits=4)
 

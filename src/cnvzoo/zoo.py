@@ -22,6 +22,7 @@ from cnvzoo.data.preprocessing import transforms as data_transforms
 from cnvzoo.errors import ModelError
 from cnvzoo.models.cnv import CNV
 from cnvzoo.models.layers import without_initialization
+from cnvzoo.models.modes import evaluating, unwrapped
 from cnvzoo.models.registry import build_model, model_names
 from cnvzoo.training.evaluation import preprocessing_of
 from cnvzoo.training.recipe import Recipe, load_recipe
@@ -173,53 +174,60 @@ def train(
 
 
 def quantize(
-    float_model: nn.Module | str | Path,
+    model: nn.Module | str | Path,
     *,
     w_bits: int,
     a_bits: int,
     first_w_bits: int = 8,
     dataset: str | Preprocessing | None = None,
 ) -> nn.Module:
-    """Make a quantized model from a trained float model: the same weights, with scales that fit them.
+    """Make a quantized model from a trained one: the same weights, with scales that fit them at the new bit widths.
 
     Args:
-        float_model: a trained float CNV, or the name or folder of its checkpoint.
+        model: a trained CNV, float or quantized, or the name or folder of its checkpoint.
         w_bits, a_bits, first_w_bits: as for `create_model("quant_cnv", ...)`.
-        dataset: the dataset that the float model was trained on, or its preprocessing; not needed for a checkpoint.
+        dataset: the dataset that the float model was trained on, or its preprocessing; needed for a float model
+            that is not a checkpoint. A quantized model takes images without normalisation.
 
     Returns:
         A `quant_cnv` in training mode, which takes uint8 images divided by 255; train it further.
 
     Raises:
-        ModelError: not a float CNV, or `dataset` is missing or has other channels.
+        ModelError: not a CNV, or `dataset` is missing or has other channels.
         CheckpointError: the folder is not a checkpoint.
     """
     from cnvzoo.models.quant import start_from_float  # Brevitas takes a second to import
 
     preprocessing = dataset
-    if isinstance(float_model, (str, Path)):
-        float_model, config = load_checkpoint(float_model)
+    if isinstance(model, (str, Path)):
+        model, config = load_checkpoint(model)
         preprocessing = preprocessing or preprocessing_from(config)
-    if preprocessing is None:
-        raise ModelError("quantize needs dataset=: its mean and std become part of the first layer")
-    if isinstance(preprocessing, str):
-        preprocessing = preprocessing_of("cnv", preprocessing)
-    if not isinstance(float_model, CNV) or not isinstance(float_model.input, nn.Identity):
-        raise ModelError(f"only a float CNV can be quantized, not {type(float_model).__name__}")
-    weights = [m.weight for m in float_model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    source = unwrapped(model)
+    if not isinstance(source, CNV):
+        raise ModelError(f"only a CNV can be quantized, not {type(source).__name__}")
+    weights = [m.weight for m in source.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     channels = weights[0].shape[1]
-    if len(preprocessing.mean) != channels:
+    if not isinstance(source.input, nn.Identity):  # it is quantized, and takes images without normalisation
+        mean, std = (0.0,) * channels, (1.0,) * channels
+    elif preprocessing is None:
+        raise ModelError("quantize needs dataset=: its mean and std become part of the first layer")
+    else:
+        if isinstance(preprocessing, str):
+            preprocessing = preprocessing_of("cnv", preprocessing)
+        mean, std = preprocessing.mean, preprocessing.std
+    if len(mean) != channels:
         raise ModelError(
-            f"the model takes {channels} channel(s) and the preprocessing has {len(preprocessing.mean)}: "
+            f"the model takes {channels} channel(s) and the preprocessing has {len(mean)}: "
             "give the dataset that the model was trained on"
         )
     with without_initialization():
-        model = build_model(
+        quantized = build_model(
             "quant_cnv", num_classes=weights[-1].shape[0], in_chans=channels,
             w_bits=w_bits, a_bits=a_bits, first_w_bits=first_w_bits,
-        ).to(weights[0].device)  # fmt: skip
-    start_from_float(model, float_model.state_dict(), preprocessing.mean, preprocessing.std)
-    return model
+        ).to(weights[0].device, torch.float32)  # fmt: skip
+    state = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith(".scale")}
+    start_from_float(quantized, state, mean, std)
+    return quantized
 
 
 def transforms(source: str | DatasetInfo | Preprocessing | CheckpointConfig | nn.Module) -> Compose:
@@ -234,7 +242,7 @@ def transforms(source: str | DatasetInfo | Preprocessing | CheckpointConfig | nn
         DatasetError: unknown dataset.
     """
     if isinstance(source, nn.Module):
-        source = _preprocessing_of_model(source)
+        source = _preprocessing_of_model(unwrapped(source))
     return data_transforms(preprocessing_from(source) if isinstance(source, CheckpointConfig) else source)
 
 
@@ -254,14 +262,16 @@ def _preprocessing_of_model(model: nn.Module) -> Preprocessing:
 
 @torch.inference_mode()
 def predict(model: nn.Module, config: CheckpointConfig, image: Image | Tensor, top: int = 5) -> list[Prediction]:
-    """Classify one image.
+    """Classify one image, with the model in eval mode; afterwards each layer has the mode that it had.
 
     Args:
         model, config: as `load_checkpoint` returns them.
         image: PIL image, or uint8 tensor [C, H, W]; of any size.
         top: number of classes to return, most probable first.
     """
+    model = unwrapped(model)
     device = next(model.parameters()).device
-    probabilities = model(transforms(config)(image)[None].to(device)).softmax(1)[0]
+    with evaluating(model):
+        probabilities = model(transforms(config)(image)[None].to(device)).softmax(1)[0]
     best = probabilities.argsort(descending=True, stable=True)[:top].tolist()
     return [Prediction(config.classes[index], index, float(probabilities[index])) for index in best]

@@ -17,6 +17,7 @@ from cnvzoo.checkpoints.load import load_checkpoint
 from cnvzoo.data.datasets import Dataset, dataset_info, load_dataset
 from cnvzoo.errors import ModelError, nearest
 from cnvzoo.files import replacing
+from cnvzoo.models.modes import evaluating, unwrapped
 from cnvzoo.models.registry import ModelSpec
 from cnvzoo.progress import counted
 from cnvzoo.training.evaluation import Evaluation, preprocessing_of
@@ -35,7 +36,7 @@ def export(
     """Write a model to an ONNX file.
 
     Args:
-        model: a model of this library, or the name or folder of a checkpoint.
+        model: a model of this library, which may be compiled, or the name or folder of a checkpoint.
         path: the file to write. It is written whole, or left as it is if the export fails.
         format: `integer`, the integer graph of a `quant_cnv`, exact and fast in ONNX Runtime; `qonnx`, a `quant_cnv`
             for FINN; `onnx`, a float model in float32.
@@ -56,13 +57,10 @@ def export(
         raise DeployError("exporting needs the onnx package: pip install 'cnvzoo[export]'") from None
     if not isinstance(model, nn.Module):
         model = load_checkpoint(model)[0]
+    model = unwrapped(model)
     metadata = _describe(model, dataset, format)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         proto, metadata = _build_graph(model, metadata)
-    finally:
-        model.train(was_training)
     entry = proto.metadata_props.add()
     entry.key, entry.value = KEY, metadata.to_json()
     with replacing(path) as temporary:
@@ -156,6 +154,7 @@ def measure_integer(model: nn.Module, dataset: str | Dataset, *, quiet: bool = F
     """
     from cnvzoo.deploy.integer import integer_net, run_reference  # Brevitas takes a second to import
 
+    model = unwrapped(model)
     data = load_dataset(dataset) if isinstance(dataset, str) else dataset
     net = integer_net(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +172,7 @@ def measure_integer(model: nn.Module, dataset: str | Dataset, *, quiet: bool = F
                 f"{metadata.name}: ONNX Runtime and the reference differ on test images {start} to "
                 f"{start + len(images) - 1}: its integer graph is not exact on this machine"
             )
-        with torch.inference_mode():
+        with torch.inference_mode(), evaluating(model):
             expected = model(preprocessing(data.test_images[part])).argmax(1).numpy()
         correct += int((found.argmax(1) == labels[part]).sum())
         agreeing += int((found.argmax(1) == expected).sum())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cnvzoo.data.datasets import Dataset, DatasetInfo, dataset_info, load_dataset
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.errors import ModelError
+from cnvzoo.models.modes import evaluating, moved, unwrapped
 from cnvzoo.models.registry import ModelSpec, model_spec
 from cnvzoo.progress import counted
 from cnvzoo.training.device import deterministic, resolve_device
@@ -49,7 +50,8 @@ def evaluate(
     """Score a model on the test set of a dataset: float32, one crop, no augmentation.
 
     Args:
-        model: maps images [B, C, H, W] to logits [B, K]. It is moved to `device` and stays there; its mode is kept.
+        model: maps images [B, C, H, W] to logits [B, K]. It is left as it was: in mode, device and memory
+            layout. The wrappers of torch.compile and DataParallel are not used.
         dataset: name of a dataset, or a loaded one.
         preprocessing: from uint8 images to the model's inputs; by default that of training, for models of this library.
         device: `auto`, or anything torch.device takes.
@@ -59,6 +61,7 @@ def evaluate(
         ModelError: the model is not from this library and no preprocessing was given.
         CnvzooError: the device is not available.
     """
+    model = unwrapped(model)
     data = load_dataset(dataset, root=data_root) if isinstance(dataset, str) else dataset
     if preprocessing is None:
         spec = getattr(model, "spec", None)
@@ -66,8 +69,7 @@ def evaluate(
             raise ModelError(f"{type(model).__name__} is not a model of cnvzoo: give its preprocessing=")
         preprocessing = _preprocessing_for(spec, data.info)
     target = resolve_device(device)
-    with deterministic(target):
-        model.to(target, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with deterministic(target), moved(model, target):
         correct = count_correct(model, data.test_images, data.test_labels, preprocessing)
     return Evaluation(correct, len(data.test_labels))
 
@@ -87,12 +89,10 @@ def count_correct(
     Shows progress unless `quiet`.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    for start in counted(range(0, len(images), batch_size), "evaluating", quiet=quiet):
-        batch = preprocessing(images[start : start + batch_size].to(device))
-        target = labels[start : start + batch_size].to(device)
-        correct += (model(batch).argmax(1) == target).sum()
-    model.train(was_training)
+    with evaluating(model):
+        for start in counted(range(0, len(images), batch_size), "evaluating", quiet=quiet):
+            batch = preprocessing(images[start : start + batch_size].to(device))
+            target = labels[start : start + batch_size].to(device)
+            correct += (model(batch).argmax(1) == target).sum()
     return int(correct)

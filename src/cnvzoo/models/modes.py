@@ -1,0 +1,65 @@
+"""Using a model without leaving traces: its modes, its device and its memory layout are as before afterwards.
+
+`nn.Module.train(was_training)` would give every layer the mode of the root, so a frozen BatchNorm would be unfrozen;
+and a model that was moved to channels_last has a state_dict that safetensors refuses to save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile, DataParallel and DistributedDataParallel."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, every layer is in eval mode; afterwards each has the mode that it had, also after an error."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextmanager
+def moved(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, the model is on `device` and in channels_last; afterwards it has the tensors that it had.
+
+    It keeps them meanwhile, so nothing is copied back, and tensors that share their memory still do.
+    """
+    parameters = [(p, p.data) for p in model.parameters()]
+    gradients = [(p, p.grad, p.grad.data) for p, _ in parameters if p.grad is not None]
+    registered = [
+        (tensors, name, tensor)
+        for module in model.modules()
+        for tensors in (module._parameters, module._buffers)
+        for name, tensor in tensors.items()
+    ]
+    try:
+        target: Any = model
+        target.to(device, memory_format=torch.channels_last)
+        yield
+    finally:
+        for tensors, name, tensor in registered:
+            tensors[name] = tensor  # type: ignore[assignment]
+        for parameter, data in parameters:
+            parameter.data = data
+        for parameter, gradient, data in gradients:
+            gradient.data = data
+            parameter.grad = gradient
