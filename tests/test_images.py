@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
 import cnvzoo
 from cnvzoo.data import Preprocessing, dataset_info
-from cnvzoo_runtime.images import ImageError, normalize, prepare
+from cnvzoo_runtime.images import ImageError, normalize, prepare, read_image
 
 MODES = ["RGB", "L", "RGBA", "P", "LA", "CMYK", "1"]
 
@@ -91,3 +92,49 @@ def test_a_very_long_image_is_not_resized_whole(monkeypatch: pytest.MonkeyPatch)
 def test_what_is_not_an_8_bit_image_is_refused(image: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         prepare(image, 3, 32, 32)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright_as_their_exif_data_says(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(40, 30).save(tmp_path / "photo.png", exif=exif)
+    image = read_image(tmp_path / "photo.png")
+    upright = ImageOps.exif_transpose(image)
+    assert np.array_equal(prepare(image, 3, 32, 32), prepare(upright, 3, 32, 32))
+    assert np.array_equal(prepare(image, 3, 32, 32), prepare(np.asarray(upright), 3, 32, 32))
+
+
+def test_damaged_exif_data_is_left_aside() -> None:
+    image = noise(32, 32)
+    expected = prepare(image, 3, 32, 32)
+    image.info["exif"] = b"Exif\0\0not TIFF"
+    assert np.array_equal(prepare(image, 3, 32, 32), expected)
+
+
+def ink(mode: str, color: int) -> Image.Image:
+    """A square of `color` on a transparent ground of the same color; for P the ground is another index of it."""
+    image = Image.new("LA", (28, 28), (color, 0))
+    image.paste((color, 255), (10, 10, 18, 18))
+    if mode == "P":
+        palette = Image.new("P", (28, 28), 0)
+        palette.putpalette([color] * 6)
+        palette.paste(1, (10, 10, 18, 18))
+        palette.info["transparency"] = 0
+        return palette
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_white_ink_on_a_transparent_ground_is_white_on_black(mode: str, in_chans: int) -> None:
+    expected = np.zeros((in_chans, 28, 28), np.uint8)
+    expected[:, 10:18, 10:18] = 255
+    assert np.array_equal(prepare(ink(mode, 255), in_chans, 28, 28), expected)
+    with pytest.raises(ImageError, match="all that can be seen of the image is black"):
+        prepare(ink(mode, 0), in_chans, 28, 28)
+
+
+def test_half_transparent_pixels_are_half_as_bright() -> None:
+    assert (prepare(Image.new("RGBA", (28, 28), (200, 100, 50, 51)), 3, 28, 28)[:, 0, 0] == [40, 20, 10]).all()
+    assert not prepare(Image.new("RGBA", (28, 28), (200, 100, 50, 0)), 3, 28, 28).any()

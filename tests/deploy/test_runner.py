@@ -19,6 +19,7 @@ from cnvzoo.data import dataset_info
 from cnvzoo.deploy import DeployError
 from cnvzoo_runtime import runner
 from cnvzoo_runtime.images import ImageError
+from cnvzoo_runtime.onnx_file import DATA_LOCATION, EXTERNAL_DATA, MESSAGES
 
 _WITHOUT_TORCH = """
 import sys
@@ -100,6 +101,40 @@ def _with_metadata(**changes):
     return change
 
 
+def _without(key):
+    def change(model):
+        entry = model.metadata_props[0]
+        values = json.loads(entry.value)
+        del values[key]
+        entry.value = json.dumps(values)
+
+    return change
+
+
+def _with_external_data(model):
+    tensor = model.graph.initializer[-1]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/hostname")
+
+
+def test_every_way_to_a_tensor_in_onnx_is_known():
+    """In the message types of the onnx package, from ModelProto on."""
+    named = {name: onnx.__dict__[f"{name}Proto"].DESCRIPTOR for name in MESSAGES if name != "TrainingInfo"}
+    named["TrainingInfo"] = onnx.TrainingInfoProto.DESCRIPTOR
+    leading, tensor = {"TensorProto"}, onnx.TensorProto.DESCRIPTOR
+    for _ in range(10):
+        leading |= {
+            d.name for d in named.values() if any(f.message_type and f.message_type.name in leading for f in d.fields)
+        }
+    for name, descriptor in named.items():
+        found = {f.number: f.message_type.name for f in descriptor.fields if f.message_type}
+        expected = {number: kind.removesuffix("Proto") for number, kind in found.items() if kind in leading}
+        assert {number: kind for number, kind in MESSAGES[name].items() if kind != "Entry"} == expected, name
+    numbers = {field.name: field.number for field in tensor.fields}
+    assert (numbers["external_data"], numbers["data_location"]) == (EXTERNAL_DATA, DATA_LOCATION)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -111,6 +146,20 @@ def _with_metadata(**changes):
         (_with_metadata(format="zip"), "format 'zip' is none of"),
         (_with_metadata(extra=1), "damaged"),
         (lambda m: setattr(m.metadata_props[0], "value", "{"), "damaged"),
+        (lambda m: setattr(m.metadata_props[0], "value", "[" * 200_000), "nested too deep"),
+        (lambda m: setattr(m.metadata_props[0], "value", "[]"), "a JSON object is expected"),
+        (lambda m: setattr(m.metadata_props[0], "value", " " * 2**20 + "{}"), "1,048,578 characters"),
+        (lambda m: m.metadata_props.add(key="cnvzoo", value="{}"), "has 'cnvzoo' twice"),
+        (_without("scale"), "'scale' is missing"),
+        (_with_metadata(size=32.0), "size 32.0 is no whole number of pixels"),
+        (_with_metadata(size=True, image_size=1), "size True is no whole number"),
+        (_with_metadata(image_size=31), "images of side 31 do not pad to 32"),
+        (_with_metadata(classes="airplane"), "classes must be 1 to 10,000 printable names"),
+        (_with_metadata(classes=["a\x1b[2J"] * 10), "printable names"),
+        (_with_metadata(mean=[0.0, 10**400, 0.0]), "must be finite"),
+        (_with_metadata(w_bits=9), "w_bits 9 is no bit width"),
+        (_with_metadata(version=True), "version True"),
+        (_with_external_data, "a tensor of it is in another file"),
     ],
 )
 def test_a_file_with_invalid_metadata_is_refused(exported, tmp_path, change, message):
