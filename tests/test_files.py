@@ -238,3 +238,51 @@ def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileError) as caught:
         expanded("~no-such-user/runs")
     assert str(caught.value) == "~no-such-user/runs: ~no-such-user is not a known home folder: write the path without ~"
+
+
+class TestWhatIsThere:
+    """What is at the path stays what it is."""
+
+    def test_a_symbolic_link_stays_and_the_file_behind_it_is_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "elsewhere").mkdir()
+        target = tmp_path / "elsewhere" / "m.onnx"
+        link, second = tmp_path / "link.onnx", tmp_path / "second.onnx"
+        link.symlink_to("elsewhere/m.onnx")
+        second.symlink_to(link)
+        for path, text in ((link, "made"), (second, "replaced")):  # the first leads to what is not there yet
+            write_text(path, text)
+            assert link.is_symlink()
+            assert second.is_symlink()
+            assert target.read_text() == text
+        assert list(target.parent.iterdir()) == [target]
+
+    def test_links_in_a_circle_are_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "a").symlink_to("b")
+        (tmp_path / "b").symlink_to("a")
+        with pytest.raises(FileError, match=r"a: cannot be written: Too many .*: a symbolic link leads to itself"):
+            write_text(tmp_path / "a", "")
+        assert (tmp_path / "a").is_symlink()
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are those of POSIX")
+    def test_a_pipe_gets_the_bytes(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with ThreadPoolExecutor(1) as thread:
+            reader = thread.submit((tmp_path / "pipe").read_text)
+            write_text(tmp_path / "pipe", "content")
+            assert reader.result(timeout=10) == "content"
+        assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+    @pytest.mark.skipif(os.name != "posix", reason="devices are those of POSIX")
+    def test_a_device_gets_the_bytes(self, tmp_path: Path) -> None:
+        reader, terminal = os.openpty()
+        try:
+            link = tmp_path / "link"
+            link.symlink_to(os.ttyname(terminal))
+            for path in (Path(os.ttyname(terminal)), link):
+                write_text(path, "content")
+                assert os.read(reader, 100) == b"content"
+            assert stat.S_ISCHR(link.stat().st_mode)
+            assert list(tmp_path.iterdir()) == [link]
+        finally:
+            os.close(reader)
+            os.close(terminal)

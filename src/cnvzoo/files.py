@@ -10,6 +10,8 @@ import errno
 import hashlib
 import os
 import re
+import shutil
+import stat
 import tempfile
 import threading
 import time
@@ -35,6 +37,7 @@ _REMEDIES = {
     errno.ENOENT: _OTHER_FOLDER,
     errno.EISDIR: "give the path of a file",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENXIO: "nothing reads from it: give the path of a file",
     errno.ELOOP: "a symbolic link leads to itself: remove it",
     errno.EIO: f"check the disk, or {_OTHER_FOLDER}",
     errno.ESTALE: f"mount it again, or {_OTHER_FOLDER}",
@@ -96,13 +99,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Missing parent folders are made. Temporary files of `path` that were not changed for a day are deleted, since their
     writers were killed; younger ones may belong to a running process.
 
+    A symbolic link stays: the file that it leads to is replaced. A device or a pipe stays too: the bytes are written
+    into it.
+
     Raises:
         FileError: `path` cannot be written.
     """
     path = Path(path)
+    if _is_special(path):
+        with _copied_into(path) as temporary:
+            yield temporary
+        return
     with writing(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path = _target(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # a file that this user may not delete does not matter
             remove_leftovers(path, unchanged_for=_ABANDONED)
@@ -119,6 +130,36 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # renamed already, or the file system became read-only, which was raised
             temporary.unlink()
+
+
+@contextmanager
+def _copied_into(path: Path) -> Iterator[Path]:
+    """A context that gives a temporary path to write, whose content is then written into a device or pipe."""
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / "content"
+        temporary.touch()
+        yield temporary
+        with writing(path), temporary.open("rb") as source, open(os.open(path, os.O_WRONLY), "wb") as sink:
+            shutil.copyfileobj(source, sink)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether there is something that is neither a file nor a folder, such as a device or a pipe."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def _target(path: Path) -> Path:
+    """Where a symbolic link leads, through others if it is to another link; any other path as it is."""
+    if not path.is_symlink():
+        return path
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():  # the links lead in a circle
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return target
 
 
 def remove_leftovers(path: str | Path, *, unchanged_for: float = 0.0) -> None:
