@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cnvzoo.deploy import Metadata, Prediction
     from cnvzoo.deploy.export import export
     from cnvzoo.errors import CnvzooError, ModelError
+    from cnvzoo.models.classifier import Classifier
     from cnvzoo.models.quant import quantize_bias
     from cnvzoo.models.registry import ModelInfo, model_info, register_model, unregister_model
     from cnvzoo.training.evaluation import Evaluation, evaluate
@@ -39,6 +40,7 @@ __all__ = [
     "CheckpointConfig",
     "CheckpointError",
     "CheckpointInfo",
+    "Classifier",
     "CnvzooError",
     "Dataset",
     "DatasetInfo",
@@ -111,6 +113,7 @@ _MODULES = {  # with the public names that each defines
         "CnvzooError",
         "ModelError",
     ),
+    "models.classifier": ("Classifier",),
     "models.quant": ("quantize_bias",),
     "models.registry": (
         "ModelInfo",

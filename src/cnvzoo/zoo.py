@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -20,6 +20,7 @@ from cnvzoo.data.datasets import Dataset, DatasetInfo, dataset_info
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.preprocessing import transforms as data_transforms
 from cnvzoo.errors import ModelError
+from cnvzoo.models.classifier import Classifier
 from cnvzoo.models.cnv import CNV
 from cnvzoo.models.layers import without_initialization
 from cnvzoo.models.modes import evaluating, unwrapped
@@ -52,7 +53,7 @@ def create_model(
     a_bits: int | None = None,
     hub: str | Path | None = None,
     **kwargs: Any,
-) -> nn.Module:
+) -> Classifier:
     """Build a model on the CPU: with random weights in training mode, or with published weights in eval mode.
 
     Args:
@@ -98,7 +99,7 @@ def create_model(
     # A checkpoint whose dataset is named may be adapted; without a dataset, classes and channels help to choose it.
     adaptable = {key: wanted.pop(key) for key in ("num_classes", "in_chans") if dataset and key in wanted}
     checkpoint = choose_checkpoint(parsed.model, wanted, dataset, hub)
-    return load_checkpoint(checkpoint, hub=hub, **adaptable)[0]
+    return cast("Classifier", load_checkpoint(checkpoint, hub=hub, **adaptable)[0])
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def test_counts_that_are_not_whole_numbers(count: object) -> None:
 
 
 def test_counts_below_one() -> None:
-    assert "num_classes=0" in refusal("cnv", num_classes=0)
+    assert "num_classes=-1" in refusal("cnv", num_classes=-1)
     assert "in_chans=0" in refusal("cnv", in_chans=0)
 
 

@@ -1,6 +1,7 @@
 """Architectures. Importing this package registers all of them; building a quantized one imports Brevitas."""
 
 from cnvzoo.models import cnv, mobilenet, resnet  # noqa: F401  (each registers its models)
+from cnvzoo.models.classifier import Classifier
 from cnvzoo.models.registry import (
     ModelInfo,
     ModelSpec,
@@ -13,6 +14,7 @@ from cnvzoo.models.registry import (
 )
 
 __all__ = [
+    "Classifier",
     "ModelInfo",
     "ModelSpec",
     "build_model",

@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from cnvzoo.models.classifier import Classifier, check_bits
 from cnvzoo.models.layers import FullFieldConv2d, init_weight, skips_initialization
 from cnvzoo.models.norm_act import NormActSequential
-from cnvzoo.models.registry import check_bits, register_model
+from cnvzoo.models.registry import register_model
 
 _CONVS = (64, 64, "pool", 128, 128, "pool", 256, 256)
 _HIDDEN = (512, 512)
@@ -51,19 +52,21 @@ class FloatLayers:
         return nn.ReLU(inplace=True)
 
 
-class CNV(nn.Module):
+class CNV(Classifier):
     """Images [N, in_chans, 32, 32] to logits [N, num_classes].
 
-    `features` gives [N, 256, 1, 1], which `classifier` takes flattened.
+    The features are those of the convolutions, [N, 256, 1, 1]. The head is the three linear layers, the last of which
+    takes [N, 512].
 
     Args:
-        num_classes: number of logits.
+        num_classes: number of logits; 0 for no last layer.
         in_chans: channels of the images.
         layers: factory of the layers: `FloatLayers()`, or `QuantLayers` of `cnvzoo.models.quant`.
     """
 
     def __init__(self, num_classes: int, in_chans: int, layers: Layers) -> None:
         super().__init__()
+        self.layers = layers
         self.input = layers.input()
         self.features = NormActSequential()
         channels = in_chans
@@ -75,19 +78,36 @@ class CNV(nn.Module):
             self.features.append(nn.BatchNorm2d(step, eps=_NORM_EPS))
             self.features.append(layers.relu())
             channels = step
+        self.num_features = channels
         self.classifier = nn.Sequential()
         for width in _HIDDEN:
             self.classifier.append(layers.linear(channels, width, last=False))
             self.classifier.append(nn.BatchNorm1d(width, eps=_NORM_EPS))
             self.classifier.append(layers.relu())
             channels = width
-        self.classifier.append(layers.linear(channels, num_classes, last=True))
+        self.head_hidden_size = channels
+        self.classifier.append(self._new_head(num_classes))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(torch.flatten(self.features(self.input(x)), 1))
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images [N, in_chans, 32, 32] to features [N, 256, 1, 1]."""
+        return self.features(self.input(x))
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features [N, 256, 1, 1] to logits [N, num_classes], or to what the last layer takes, [N, 512]."""
+        layers = self.classifier[:-1] if pre_logits else self.classifier
+        return layers(torch.flatten(features, 1))
+
+    def get_classifier(self) -> nn.Module:
+        return self.classifier[-1]
+
+    def _new_head(self, num_classes: int) -> nn.Module:
+        return self.layers.linear(self.head_hidden_size, num_classes, last=True) if num_classes else nn.Identity()
+
+    def _set_head(self, head: nn.Module) -> None:
+        self.classifier[-1] = head
 
 
-@register_model("cnv", summary="CNV (Umuroglu et al. 2017), float", input_size=32)
+@register_model("cnv", summary="CNV (Umuroglu et al. 2017), float", input_size=32, headless=True)
 def _cnv(num_classes: int, in_chans: int) -> CNV:
     return CNV(num_classes, in_chans, FloatLayers())
 
@@ -97,10 +117,11 @@ def _cnv(num_classes: int, in_chans: int) -> CNV:
     summary="CNV with weights of w_bits and activations of a_bits (1 to 8)",
     quantized=True,
     input_size=32,
+    headless=True,
     float_twin="cnv",
 )
 def _quant_cnv(num_classes: int, in_chans: int, w_bits: int, a_bits: int, first_w_bits: int = 8) -> CNV:
     from cnvzoo.models.quant import QuantLayers  # Brevitas takes a second to import
 
-    check_bits("first_w_bits", first_w_bits, "quant_cnv")
+    first_w_bits = check_bits("first_w_bits", first_w_bits, "quant_cnv")
     return CNV(num_classes, in_chans, QuantLayers(w_bits, a_bits, first_w_bits))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cnvzoo.models.classifier import Classifier
 from cnvzoo.models.layers import DepthwiseConv2d, PointwiseConv2d, skips_initialization
 from cnvzoo.models.norm_act import NormActSequential
 from cnvzoo.models.registry import register_model
@@ -21,7 +22,7 @@ def _norm_relu(conv: nn.Conv2d) -> nn.Module:
     return NormActSequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True))
 
 
-class MobileNetV1(nn.Module):
+class MobileNetV1(Classifier):
     """Stem, 13 depthwise-separable blocks, global average pool, linear.
 
     Images [N, in_chans, H, W] to logits [N, num_classes].
@@ -36,14 +37,27 @@ class MobileNetV1(nn.Module):
             layers.append(_norm_relu(PointwiseConv2d(channels, out_channels)))
             channels = out_channels
         self.features = nn.Sequential(*layers)
-        self.fc = nn.Linear(channels, num_classes)
+        self.num_features = self.head_hidden_size = channels
+        self.fc = self._new_head(num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and not skips_initialization():
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.adaptive_avg_pool2d(self.features(x), 1)
-        return self.fc(torch.flatten(x, 1))
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images [N, in_chans, H, W] to the last block's features [N, 1024, h, w]."""
+        return self.features(x)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        pooled = torch.flatten(nn.functional.adaptive_avg_pool2d(features, 1), 1)
+        return pooled if pre_logits else self.fc(pooled)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def _set_head(self, head: nn.Module) -> None:
+        self.fc = head
 
 
-register_model("mobilenet_v1", summary="MobileNetV1 (Howard et al. 2017) with a stride-1 stem")(MobileNetV1)
+register_model("mobilenet_v1", summary="MobileNetV1 (Howard et al. 2017) with a stride-1 stem", headless=True)(
+    MobileNetV1
+)

@@ -6,18 +6,18 @@ Model modules register their builders here. `build_model` checks the arguments o
 from __future__ import annotations
 
 import fnmatch
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from cnvzoo.errors import ModelError, nearest
+from cnvzoo.models.classifier import NEEDS_A_CLASS, Classifier, check_bits, check_count, check_input
 from cnvzoo.models.layers import without_initialization
-
-BITS = range(1, 9)
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class ModelSpec:
         input_size: the only height and width in pixels that the model takes; None for any of at least `min_size`.
         min_size: the smallest height and width in pixels.
         float_twin: for a quantized model, the name of the float model with the same graph.
+        headless: whether `build` takes `num_classes=0` and then returns a model without its last layer.
         options: names of further arguments of `build`.
     """
 
@@ -43,7 +44,12 @@ class ModelSpec:
     input_size: int | None = None
     min_size: int = 8
     float_twin: str | None = None
+    headless: bool = False
     options: tuple[str, ...] = field(default=())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by name, since a builder may be of any kind; a copy is the registered object itself."""
+        return model_spec, (self.name,)
 
 
 _REGISTRY: dict[str, ModelSpec] = {}
@@ -55,12 +61,15 @@ def register_model(
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
     """Register the decorated builder as `name`; further keywords are fields of `ModelSpec`.
 
+    The builder may return any module; with a `Classifier` the functions for features and head work too. Registering a
+    builder of the same module and name again replaces it, so a notebook's cell may run twice.
+
     Raises:
-        ValueError: the name is registered already; `unregister_model` frees it.
+        ValueError: another builder has the name; `unregister_model` frees it.
     """
 
     def register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        if name in _REGISTRY:
+        if name in _REGISTRY and _origin(_REGISTRY[name].build) != _origin(build):
             raise ValueError(
                 f"model {name!r} is registered already: choose another name, or call unregister_model({name!r}) first"
             )
@@ -78,6 +87,14 @@ def unregister_model(name: str) -> None:
         ModelError: no such model.
     """
     del _REGISTRY[model_spec(name).name]
+
+
+def _origin(build: Callable[..., nn.Module]) -> tuple[Any, ...]:
+    """The module and the name in it that define a builder, and the arguments that are bound to it."""
+    bound: tuple[Any, ...] = ()
+    while isinstance(build, functools.partial):
+        bound, build = (*build.args, *sorted(build.keywords.items()), *bound), build.func
+    return build.__module__, build.__qualname__, bound
 
 
 def model_names(pattern: str = "*") -> list[str]:
@@ -101,74 +118,35 @@ def build_model(
     w_bits: int | None = None,
     a_bits: int | None = None,
     **kwargs: Any,
-) -> nn.Module:
+) -> Classifier:
     """Build a freshly initialised model; see `cnvzoo.create_model` for the arguments and errors."""
     spec = model_spec(name)
-    _check_count("num_classes", num_classes, "a classifier needs at least 1 class")
-    _check_count("in_chans", in_chans, "an image has at least 1 channel")
+    num_classes = check_count("num_classes", num_classes, NEEDS_A_CLASS, least=0 if spec.headless else 1)
+    in_chans = check_count("in_chans", in_chans, "an image has at least 1 channel")
     unknown = [key for key in kwargs if key not in spec.options]
     if unknown:
         takes = nearest(unknown[0], spec.options) if spec.options else "it takes no further options"
         raise ModelError(f"{name} has no option {unknown[0]!r}: {takes}")
     if spec.quantized:
-        kwargs |= {"w_bits": check_bits("w_bits", w_bits, name), "a_bits": check_bits("a_bits", a_bits, name)}
+        kwargs = {"w_bits": check_bits("w_bits", w_bits, name), "a_bits": check_bits("a_bits", a_bits, name), **kwargs}
     elif w_bits is not None or a_bits is not None:
         twins = [s.name for s in _REGISTRY.values() if s.float_twin == name]
         remedy = f"use {twins[0]!r}, its quantized twin" if twins else "leave w_bits and a_bits out"
         raise ModelError(f"{name} is a float model and has no bit widths: {remedy}")
-    model = spec.build(num_classes=num_classes, in_chans=in_chans, **kwargs)
-    model.spec = spec  # type: ignore[assignment]  (a public attribute: evaluation and export read it)
-    guard_input(model, spec, in_chans)
-    return model
+    arguments = {"num_classes": num_classes, "in_chans": in_chans, **kwargs}
+    return _described(spec.build(**arguments), spec, arguments)
 
 
-def check_bits(argument: str, bits: int | None, model: str) -> int:
-    """Return `bits` if it is a whole number from 1 to 8, else raise ModelError naming `argument`."""
-    if bits is None:
-        raise ModelError(f"{model} needs {argument}: a whole number from {BITS[0]} to {BITS[-1]}")
-    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
-        close = round(min(max(BITS[0], bits), BITS[-1])) if isinstance(bits, (int, float)) else BITS[-1]
-        raise ModelError(
-            f"{argument}={bits!r} is not a whole number from {BITS[0]} to {BITS[-1]}: "
-            f"the nearest that {model} takes is {argument}={close}"
-        )
-    return bits
-
-
-def _check_count(argument: str, count: int, remedy: str) -> None:
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise ModelError(f"{argument}={count!r} is not a whole number: {remedy}")
-    if count < 1:
-        raise ModelError(f"{argument}={count}: {remedy}")
-
-
-def guard_input(model: nn.Module, spec: ModelSpec, in_chans: int) -> None:
-    """Make `model` raise ModelError for input of a wrong shape, instead of the error of some layer."""
-
-    def check(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        shape = tuple(args[0].shape)
-        if len(shape) != 4:
-            raise ModelError(
-                f"{spec.name} takes a batch of images [N, {in_chans}, H, W], not a tensor of shape {list(shape)}"
-            )
-        _, channels, height, width = shape
-        if channels != in_chans:
-            raise ModelError(
-                f"{spec.name} was built for {in_chans} channel(s) and was given {channels}: "
-                f"create it with in_chans={channels}, or convert the images"
-            )
-        size = spec.input_size
-        if size is not None and (height, width) != (size, size):
-            raise ModelError(
-                f"{spec.name} takes {size}x{size} images and was given {height}x{width}: "
-                f"cnvzoo.transforms pads or resizes images to {size}x{size}"
-            )
-        if min(height, width) < spec.min_size:
-            raise ModelError(
-                f"{spec.name} takes images of at least {spec.min_size}x{spec.min_size} and was given {height}x{width}"
-            )
-
-    model.register_forward_pre_hook(check)
+def _described(model: nn.Module, spec: ModelSpec, arguments: dict[str, Any]) -> Classifier:
+    """Set on a new model the attributes that say what it is, and have it check its input."""
+    described = cast("Classifier", model)
+    described.spec, described.arguments = spec, {"name": spec.name, **arguments}
+    if not isinstance(model, Classifier):  # a model of its own class gets attributes for what a Classifier has
+        for name in ("classes", "preprocessing", "pretrained_cfg", "w_bits", "a_bits", "num_classes", "in_chans"):
+            if not hasattr(model, name):
+                setattr(model, name, arguments.get(name))
+    model.register_forward_pre_hook(check_input, with_kwargs=True)
+    return described
 
 
 @dataclass(frozen=True)

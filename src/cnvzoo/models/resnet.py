@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cnvzoo.models.classifier import Classifier
 from cnvzoo.models.layers import skips_initialization
 from cnvzoo.models.norm_act import NormActSequential, norm_act
 from cnvzoo.models.registry import register_model
@@ -38,13 +39,13 @@ class BasicBlock(nn.Module):
         return norm_act(self.conv2(y), self.norm2, self.relu, residual=self.shortcut(x))
 
 
-class ResNet(nn.Module):
+class ResNet(Classifier):
     """3x3 stem, stages of basic blocks (stride 2 from the second stage on), global average pool, linear.
 
     Args:
         widths: channels of each stage; the stem has as many as the first stage.
         depths: number of blocks of each stage.
-        num_classes: number of logits.
+        num_classes: number of logits; 0 for no last layer.
         in_chans: channels of the images.
     """
 
@@ -61,15 +62,25 @@ class ResNet(nn.Module):
                 channels = width
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.Sequential(*stages)
-        self.fc = nn.Linear(channels, num_classes)
+        self.num_features = self.head_hidden_size = channels
+        self.fc = self._new_head(num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and not skips_initialization():
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [N, in_chans, H, W] to logits [N, num_classes]."""
-        x = self.stages(norm_act(self.conv(x), self.norm, self.relu))
-        return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images [N, in_chans, H, W] to the last stage's features [N, num_features, h, w]."""
+        return self.stages(norm_act(self.conv(x), self.norm, self.relu))
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        pooled = torch.flatten(nn.functional.adaptive_avg_pool2d(features, 1), 1)
+        return pooled if pre_logits else self.fc(pooled)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def _set_head(self, head: nn.Module) -> None:
+        self.fc = head
 
 
 def _cifar_resnet(depth: int, num_classes: int, in_chans: int) -> ResNet:
@@ -77,11 +88,13 @@ def _cifar_resnet(depth: int, num_classes: int, in_chans: int) -> ResNet:
 
 
 for _depth in (20, 32, 44, 56, 110):  # 6n + 2 layers
-    register_model(f"resnet{_depth}", summary=f"CIFAR ResNet of {_depth} layers (He et al. 2015, section 4.2)")(
-        functools.partial(_cifar_resnet, _depth)
-    )
+    register_model(
+        f"resnet{_depth}", summary=f"CIFAR ResNet of {_depth} layers (He et al. 2015, section 4.2)", headless=True
+    )(functools.partial(_cifar_resnet, _depth))
 
 
-@register_model("resnet18", summary="ImageNet ResNet-18 (He et al. 2015) with a 3x3 stride-1 stem, no maxpool")
+@register_model(
+    "resnet18", summary="ImageNet ResNet-18 (He et al. 2015) with a 3x3 stride-1 stem, no maxpool", headless=True
+)
 def _resnet18(num_classes: int, in_chans: int) -> ResNet:
     return ResNet((64, 128, 256, 512), (2, 2, 2, 2), num_classes, in_chans)

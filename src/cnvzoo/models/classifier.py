@@ -1,0 +1,186 @@
+"""The base class of the models, and the checks of their arguments and of their input.
+
+`forward_features`, `forward_head`, `num_features`, `head_hidden_size`, `get_classifier` and `reset_classifier` mean
+what they mean in timm. A subclass defines its features and its head; what a model is made of and what it was trained on
+travels with it in attributes.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx, nn
+
+from cnvzoo.errors import ModelError
+
+if TYPE_CHECKING:
+    from cnvzoo.checkpoints.format import CheckpointConfig
+    from cnvzoo.data.preprocessing import Preprocessing
+    from cnvzoo.models.registry import ModelSpec
+
+BITS = range(1, 9)
+NEEDS_A_CLASS = "a classifier needs at least 1 class"
+
+
+class Classifier(nn.Module):
+    """A model of this library: images [N, in_chans, H, W] to logits [N, num_classes].
+
+    `create_model` sets the first five attributes, also on models of other classes that were registered by
+    `register_model`, and gives these `num_classes`, `in_chans`, `w_bits` and `a_bits` as plain attributes.
+
+    Attributes:
+        spec: what is known about the architecture.
+        arguments: the arguments of `create_model` that build the model again, `name` included, without weights.
+        classes: names of the classes, in the order of the logits; None where they are not known.
+        preprocessing: from images to the model's input; None where it is not known.
+        pretrained_cfg: config of the checkpoint that the weights come from; None for other weights.
+        num_features: channels of what `forward_features` returns.
+        head_hidden_size: width of what the last layer takes, and of the output of a model with `num_classes=0`.
+    """
+
+    spec: ModelSpec
+    arguments: dict[str, Any]
+    classes: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
+    pretrained_cfg: CheckpointConfig | None = None
+    num_features: int
+    head_hidden_size: int
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits, of the head that is there now; 0 without a head."""
+        layers = [m for m in self.get_classifier().modules() if isinstance(m, nn.Linear)]
+        return layers[-1].out_features if layers else self.arguments["num_classes"]
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images, of the first convolution that is there now."""
+        return first_channels(self) or self.arguments["in_chans"]
+
+    @property
+    def w_bits(self) -> int | None:
+        """Bit width of the weights; None for a float model."""
+        return self.arguments.get("w_bits")
+
+    @property
+    def a_bits(self) -> int | None:
+        """Bit width of the activations; None for a float model."""
+        return self.arguments.get("a_bits")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [N, in_chans, H, W] to logits [N, num_classes], or to [N, head_hidden_size] without a head."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images [N, in_chans, H, W] to the features [N, num_features, h, w] that the head takes."""
+        raise NotImplementedError
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features [N, num_features, h, w] to logits [N, num_classes].
+
+        Args:
+            features: as `forward_features` returns them.
+            pre_logits: return what the last layer takes, [N, head_hidden_size].
+        """
+        raise NotImplementedError
+
+    def get_classifier(self) -> nn.Module:
+        """The last layer; `nn.Identity` in a model with `num_classes=0`."""
+        raise NotImplementedError
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the last layer by an untrained one, whose weights are drawn from torch's default generator.
+
+        The model then has no `classes` and no `pretrained_cfg`; `arguments` has the new number.
+
+        Args:
+            num_classes: number of logits; 0 for none: the model then returns [N, head_hidden_size].
+
+        Raises:
+            ModelError: not a whole number, or negative.
+        """
+        num_classes = check_count("num_classes", num_classes, NEEDS_A_CLASS, least=0)
+        like = next(self.parameters())
+        head = self._new_head(num_classes).to(like.device, like.dtype).train(self.training)
+        self._set_head(head)
+        self.arguments = {**self.arguments, "num_classes": num_classes}
+        self.classes = self.pretrained_cfg = None
+
+    def _new_head(self, num_classes: int) -> nn.Module:
+        """A last layer of the model's kind for `num_classes`; `nn.Identity` for 0."""
+        return nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+
+    def _set_head(self, head: nn.Module) -> None:
+        raise NotImplementedError
+
+
+def first_channels(model: nn.Module) -> int | None:
+    """Input channels of the first convolution of a model; None without one."""
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+
+
+def check_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise ModelError for input of a wrong shape, instead of the error of some layer: a forward pre-hook."""
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    if x is None or isinstance(x, fx.Proxy):  # without input `forward` raises; a proxy of torch.fx has no shape
+        return
+    spec: ModelSpec = model.spec  # type: ignore[assignment]
+    in_chans: int = model.in_chans  # type: ignore[assignment]
+    if not isinstance(x, Tensor):
+        raise ModelError(f"{spec.name} takes a tensor of images [N, {in_chans}, H, W], not {type(x).__name__}")
+    if x.dim() != 4:
+        raise ModelError(
+            f"{spec.name} takes a batch of images [N, {in_chans}, H, W], not a tensor of shape {list(x.shape)}"
+        )
+    _, channels, height, width = x.shape
+    if channels != in_chans and channels != first_channels(model):
+        raise ModelError(
+            f"{spec.name} was built for {in_chans} channel(s) and was given {channels}: "
+            f"create it with in_chans={channels}, or convert the images"
+        )
+    size = spec.input_size
+    if size is not None and (height, width) != (size, size):
+        raise ModelError(
+            f"{spec.name} takes {size}x{size} images and was given {height}x{width}: "
+            f"cnvzoo.transforms pads or resizes images to {size}x{size}"
+        )
+    if min(height, width) < spec.min_size:
+        raise ModelError(
+            f"{spec.name} takes images of at least {spec.min_size}x{spec.min_size} and was given {height}x{width}"
+        )
+
+
+def whole_number(value: Any) -> int | None:
+    """`value` as an int if it is a whole number of any type (numpy's too) but bool, else None."""
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):  # numpy.bool, once numpy.bool_
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def check_bits(argument: str, bits: Any, model: str) -> int:
+    """Return `bits` as an int if it is a whole number from 1 to 8, else raise ModelError naming `argument`."""
+    if bits is None:
+        raise ModelError(f"{model} needs {argument}: a whole number from {BITS[0]} to {BITS[-1]}")
+    number = whole_number(bits)
+    if number is None or number not in BITS:
+        near = number if number is not None else bits
+        close = round(min(max(BITS[0], near), BITS[-1])) if isinstance(near, (int, float)) else BITS[-1]
+        raise ModelError(
+            f"{argument}={bits!r} is not a whole number from {BITS[0]} to {BITS[-1]}: "
+            f"the nearest that {model} takes is {argument}={close}"
+        )
+    return number
+
+
+def check_count(argument: str, count: Any, remedy: str, *, least: int = 1) -> int:
+    """Return `count` as an int if it is a whole number of at least `least`, else raise ModelError."""
+    number = whole_number(count)
+    if number is None:
+        raise ModelError(f"{argument}={count!r} is not a whole number: {remedy}")
+    if number < least:
+        raise ModelError(f"{argument}={number}: {remedy}")
+    return number

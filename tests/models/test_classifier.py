@@ -1,0 +1,169 @@
+"""Models as torch modules: features and head, what a model knows about itself, pickling, and its check of input."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cnvzoo
+from cnvzoo.errors import ModelError
+from cnvzoo.models import Classifier, build_model, model_spec
+
+FLOAT = ["cnv", "resnet20", "resnet18", "mobilenet_v1"]
+FEATURES = {
+    "cnv": ((256, 1, 1), 512), "quant_cnv": ((256, 1, 1), 512), "resnet20": ((64, 8, 8), 64),
+    "resnet18": ((512, 4, 4), 512), "mobilenet_v1": ((1024, 2, 2), 1024),
+}  # fmt: skip
+BITS = {"w_bits": 3, "a_bits": 4}
+
+
+def built(name: str, **arguments: Any) -> Classifier:
+    bits = BITS if model_spec(name).quantized else {}
+    return build_model(name, **bits, **arguments).eval()
+
+
+def images(count: int = 2, channels: int = 3) -> torch.Tensor:
+    return torch.rand(count, channels, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@torch.no_grad()
+def test_features_and_head_make_the_logits(name: str) -> None:
+    model, (shape, hidden) = built(name), FEATURES[name]
+    features = model.forward_features(images())
+    assert features.shape == (2, *shape)
+    assert (model.num_features, model.head_hidden_size) == (shape[0], hidden)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (2, hidden)
+    assert torch.equal(model.get_classifier()(pooled), model(images()))
+    assert torch.equal(model.forward_head(features), model(images()))
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@torch.no_grad()
+def test_a_model_without_head_returns_what_the_head_takes(name: str) -> None:
+    whole, headless = built(name), built(name, num_classes=0)
+    state = whole.state_dict()
+    own = headless.state_dict()
+    assert [key for key in state if key in own] == list(own)
+    headless.load_state_dict({key: state[key] for key in own}, strict=True)
+    expected = whole.forward_head(whole.forward_features(images()), pre_logits=True)
+    assert torch.equal(headless(images()), expected)
+    assert headless.num_classes == 0
+    whole.reset_classifier(0)
+    assert torch.equal(whole(images()), expected)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@torch.no_grad()
+def test_a_reset_head_is_that_of_a_new_model(name: str) -> None:
+    model = built(name)
+    model.classes = tuple("abcdefghij")
+    kept = {key: value.clone() for key, value in model.state_dict().items()}
+    head = type(model.get_classifier())
+    model.reset_classifier(np.int64(4))  # type: ignore[arg-type]
+    twin = built(name, num_classes=4)
+    assert {key: value.shape for key, value in model.state_dict().items()} == {
+        key: value.shape for key, value in twin.state_dict().items()
+    }
+    last = [key for key, value in twin.state_dict().items() if value.shape != kept[key].shape]
+    assert all(
+        torch.equal(value, kept[key])
+        for key, value in model.state_dict().items()
+        if "6" not in key and key not in last and "fc" not in key
+    )
+    assert type(model.get_classifier()) is head
+    assert model(images()).shape == (2, 4)
+    assert (model.num_classes, model.arguments["num_classes"], model.classes) == (4, 4, None)
+    assert not model.get_classifier().training
+    with pytest.raises(ModelError, match="num_classes=-1"):
+        model.reset_classifier(-1)
+
+
+def test_a_model_knows_its_arguments() -> None:
+    model = build_model("quant_cnv", num_classes=7, in_chans=1, w_bits=np.int64(2), a_bits=np.int8(3), first_w_bits=4)  # type: ignore[arg-type]
+    assert model.arguments == {
+        "name": "quant_cnv", "num_classes": 7, "in_chans": 1, "w_bits": 2, "a_bits": 3, "first_w_bits": 4,
+    }  # fmt: skip
+    assert all(type(value) in (int, str) for value in model.arguments.values())
+    assert (model.num_classes, model.in_chans, model.w_bits, model.a_bits) == (7, 1, 2, 3)
+    assert (model.classes, model.preprocessing, model.pretrained_cfg) == (None, None, None)
+    twin = build_model("resnet20")
+    assert (twin.w_bits, twin.a_bits, twin.in_chans) == (None, None, 3)
+
+
+@pytest.mark.parametrize("argument", ["num_classes", "in_chans"])
+def test_numpy_bools_are_no_numbers(argument: str) -> None:
+    with pytest.raises(ModelError, match="not a whole number"):
+        build_model("resnet20", **{argument: np.bool_(True)})
+
+
+@pytest.mark.parametrize("name", FLOAT)
+@torch.no_grad()
+def test_float_models_are_pickled_saved_and_copied(name: str) -> None:
+    model = built(name)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for again in (pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False), copy.deepcopy(model)):
+        assert again.spec is model.spec
+        assert again.arguments == model.arguments
+        assert torch.equal(again(images()), model(images()))
+        with pytest.raises(ModelError, match="3 channel"):
+            again(images(channels=2))
+
+
+@torch.no_grad()
+def test_quantized_models_are_copied() -> None:
+    model = built("quant_cnv")
+    again = copy.deepcopy(model)
+    assert again.spec is model.spec
+    assert torch.equal(again(images()), model(images()))
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@torch.no_grad()
+def test_input_is_given_by_position_or_by_name(name: str) -> None:
+    model = built(name)
+    assert torch.equal(model(x=images()), model(images()))
+    with pytest.raises(ModelError, match="3 channel"):
+        model(x=images(channels=1))
+    with pytest.raises(ModelError, match="a tensor of images"):
+        model([images()])
+    with pytest.raises(TypeError, match="'x'"):
+        model()
+
+
+@torch.no_grad()
+def test_the_check_of_input_asks_the_layers_that_are_there() -> None:
+    model = built("resnet20")
+    model.conv = nn.Conv2d(1, 16, 3, padding=1, bias=False)
+    model.fc = nn.Linear(64, 2)
+    assert model(images(channels=1)).shape == (2, 2)
+    assert (model.in_chans, model.num_classes) == (1, 2)
+    with pytest.raises(ModelError, match=r"1 channel.*given 3"):
+        model(images())
+
+
+def test_models_of_other_classes_have_the_attributes_too() -> None:
+    @cnvzoo.register_model("plain_net", summary="of tests")
+    def plain(num_classes: int, in_chans: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(in_chans, num_classes, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    try:
+        model = build_model("plain_net", num_classes=4)
+        assert (model.num_classes, model.in_chans, model.w_bits, model.classes) == (4, 3, None, None)
+        assert model(images()).shape == (2, 4)
+        with pytest.raises(ModelError, match="num_classes=0"):
+            build_model("plain_net", num_classes=0)
+        assert cnvzoo.register_model("plain_net", summary="again")(plain) is plain
+        assert model_spec("plain_net").summary == "again"
+    finally:
+        cnvzoo.unregister_model("plain_net")
