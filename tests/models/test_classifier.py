@@ -102,7 +102,7 @@ def test_a_model_knows_its_arguments() -> None:
 @pytest.mark.parametrize("argument", ["num_classes", "in_chans"])
 def test_numpy_bools_are_no_numbers(argument: str) -> None:
     with pytest.raises(ModelError, match="not a whole number"):
-        build_model("resnet20", **{argument: np.bool_(True)})
+        build_model("resnet20", **{argument: np.bool_(True)})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", FLOAT)
