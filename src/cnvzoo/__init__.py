@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cnvzoo.models.registry import ModelInfo, model_info, register_model, unregister_model
     from cnvzoo.training.evaluation import Evaluation, evaluate
     from cnvzoo.training.recipe import Recipe, load_recipe
+    from cnvzoo.training.recipe_folder import list_recipes
     from cnvzoo.training.record import RunRecord
     from cnvzoo.training.watch import EpochReport
     from cnvzoo.zoo import TrainResult, create_model, list_models, predict, quantize, train, transforms
@@ -62,6 +63,7 @@ __all__ = [
     "list_checkpoints",
     "list_datasets",
     "list_models",
+    "list_recipes",
     "load_checkpoint",
     "load_dataset",
     "load_recipe",
@@ -129,6 +131,7 @@ _MODULES = {  # with the public names that each defines
         "Recipe",
         "load_recipe",
     ),
+    "training.recipe_folder": ("list_recipes",),
     "training.record": ("RunRecord",),
     "training.watch": ("EpochReport",),
     "zoo": (

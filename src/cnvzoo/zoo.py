@@ -132,7 +132,7 @@ def train(
     """Train a recipe and score the model.
 
     Args:
-        recipe: a Recipe, or the path of its YAML file.
+        recipe: a Recipe, a name of `list_recipes()`, or the path of a YAML file.
         run_dir: folder for state, weights and record, in which an interrupted run resumes. By default nothing is kept
             and nothing can be resumed.
         seed: replaces the recipe's; 0 to 2**63 - 1.

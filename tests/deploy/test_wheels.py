@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from collections.abc import Iterator
@@ -138,3 +139,35 @@ def test_both_packages_have_one_version_and_licence(runtime_wheel):
     with zipfile.ZipFile(runtime_wheel) as wheel:
         assert any(name.endswith("licenses/LICENSE") for name in wheel.namelist())
         assert "cnvzoo_runtime/py.typed" in wheel.namelist()
+
+
+def test_recipes_are_read_by_name_from_an_unpacked_wheel(tmp_path):
+    with zipfile.ZipFile(build(ROOT, "wheel", tmp_path / "wheel")) as wheel:
+        wheel.extractall(tmp_path / "packages")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import cnvzoo; assert sys.argv[1] in cnvzoo.__file__;"
+        "print(*cnvzoo.list_recipes()); print(*(cnvzoo.load_recipe(n).fingerprint() for n in cnvzoo.list_recipes()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "packages")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names, fingerprints = (line.split() for line in done.stdout.splitlines())
+    configs = ROOT / "benchmarks" / "configs"
+    assert names == sorted(path.stem for path in configs.glob("[!_]*.yaml"))
+    assert fingerprints == [cnvzoo.load_recipe(configs / f"{name}.yaml").fingerprint() for name in names]
+
+
+def test_names_of_recipes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cnvzoo.list_recipes("mnist_c*") == ["mnist_cnv"]
+    assert cnvzoo.load_recipe("mnist_cnv").name == "mnist_cnv"
+    with pytest.raises(cnvzoo.CnvzooError, match="no file and no recipe 'mnist_cvn': did you mean 'mnist_cnv'"):
+        cnvzoo.load_recipe("mnist_cvn")
+    with pytest.raises(cnvzoo.CnvzooError, match=r"^mnist_cnv.yaml: no such recipe"):
+        cnvzoo.load_recipe("mnist_cnv.yaml")
+
+
+def test_the_sdist_has_the_recipes_and_no_checkpoints(tmp_path):
+    with tarfile.open(build(ROOT, "sdist", tmp_path / "sdist")) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {"benchmarks/configs/mnist_cnv.yaml", "src/cnvzoo/zoo.py", "LICENSE"} <= names
+    assert not [name for name in names if name.startswith(("hub/", "benchmarks/results/", "runs/"))]

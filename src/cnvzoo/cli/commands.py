@@ -26,7 +26,7 @@ _INTERRUPTED = 3
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, such as benchmarks/configs/mnist_cnv.yaml.")],
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe of cnvzoo, or the path of a YAML file.")],
     run_dir: Annotated[
         Path | None,
         typer.Option(

@@ -28,13 +28,10 @@ from cnvzoo.data.datasets import dataset_info
 from cnvzoo.errors import CnvzooError, nearest
 from cnvzoo.models.registry import model_spec
 from cnvzoo.strict_yaml import StrictYamlError, Where, error_at, explain_with_lines, read_yaml
+from cnvzoo.training.recipe_folder import RecipeError, find_recipe
 
 PUBLISHED_SEED = 0  # the run of this seed is published, and its weights are the float start or teacher of other runs
 LARGEST_SEED = 2**63 - 1  # the largest that torch's generators take
-
-
-class RecipeError(CnvzooError, ValueError):
-    """A recipe that cannot be used: names file, line and key, what was expected and what to do."""
 
 
 class _Section(BaseModel):
@@ -297,8 +294,8 @@ _FILLED_IN = {
 }
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read and validate a recipe file, and those that it extends, starts from and learns from.
+def load_recipe(recipe: str | Path) -> Recipe:
+    """Read and validate a recipe file, or a recipe of `list_recipes()`, and those that it extends or needs.
 
     The recipe's `name` is the file's, without extension.
 
@@ -306,7 +303,7 @@ def load_recipe(path: str | Path) -> Recipe:
         RecipeError: a file cannot be read or is not YAML, a key is unknown, a value has the wrong type or is
             impossible.
     """
-    path = Path(path)
+    path = find_recipe(recipe)
     return _with_needs(*_load(path), path, ())
 
 
