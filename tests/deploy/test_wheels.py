@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -171,3 +172,21 @@ def test_the_sdist_has_the_recipes_and_no_checkpoints(tmp_path):
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"benchmarks/configs/mnist_cnv.yaml", "src/cnvzoo/zoo.py", "LICENSE"} <= names
     assert not [name for name in names if name.startswith(("hub/", "benchmarks/results/", "runs/"))]
+
+
+def test_a_default_location_that_cannot_be_reached_is_one_line_with_remedies(tmp_path):
+    with zipfile.ZipFile(build(ROOT, "wheel", tmp_path / "wheel")) as wheel:
+        wheel.extractall(tmp_path / "packages")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); sys.argv[1:] = ['eval', 'cnv.mnist'];"
+        "from cnvzoo.cli import main; main()"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "CNVZOO_HUB" and not key.lower().endswith("proxy")}
+    env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", code, str(tmp_path / "packages")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: cnv.mnist cannot be fetched from hf://cnvzoo, the default location of checkpoints")
+    for remedy in ("HF_ENDPOINT", "CNVZOO_HUB", "path of the checkpoint's folder"):
+        assert remedy in line

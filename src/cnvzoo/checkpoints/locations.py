@@ -63,6 +63,7 @@ def open_store(
 
 
 ORGANISATION = "hf://cnvzoo"
+_SHORT = RetryPolicy(tries=2, first_wait=0.5, deadline=4.0, timeout=3.0)
 _CHECKOUT = Path(__file__).resolve().parents[3]
 
 
@@ -106,7 +107,7 @@ def find_checkpoint(
     entry = read_index().checkpoints.get(name)
     if entry is not None:
         files = entry.files if every_file else {file: entry.files[file] for file in (CONFIG, WEIGHTS)}
-        return LocalCheckpoint(open_store(location).fetch(name, files), files)
+        return LocalCheckpoint(_fetch(name, location, files), files)
     if folder := _unpublished(location).get(name):
         return LocalCheckpoint(folder, None)
     known = sorted({*read_index().checkpoints, *_unpublished(location)})
@@ -114,6 +115,21 @@ def find_checkpoint(
         raise CheckpointError(f"no checkpoint {name!r}: none is published, and none is in {printable(location)}")
     raise CheckpointError(
         f"no checkpoint {name!r}, neither published nor in {printable(location)}: {nearest(name, known)}"
+    )
+
+
+def _fetch(name: str, location: str | Path, files: Mapping[str, FileFacts]) -> Path:
+    """The folder of a published checkpoint. The default location, which nobody chose, is given up sooner."""
+    if location != ORGANISATION:
+        return open_store(location).fetch(name, files)
+    try:
+        return open_store(location, retry=_SHORT).fetch(name, files)
+    except StoreError as error:
+        problem = str(error)
+    raise StoreError(
+        f"{name} cannot be fetched from {ORGANISATION}, the default location of checkpoints: connect to the network or "
+        "set HF_ENDPOINT to a mirror, give a directory of checkpoints with --hub, hub= or CNVZOO_HUB, or give the path "
+        f"of the checkpoint's folder ({problem})"
     )
 
 
