@@ -167,3 +167,49 @@ def test_models_of_other_classes_have_the_attributes_too() -> None:
         assert model_spec("plain_net").summary == "again"
     finally:
         cnvzoo.unregister_model("plain_net")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("name", "node"), [("resnet20", "stages.1"), ("mobilenet_v1", "features.4"), ("cnv", "features")]
+)
+def test_torchvision_extracts_features(name: str, node: str, training: bool) -> None:
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    model = built(name).train(training)
+    nodes = get_graph_node_names(model)[not training]
+    last = [n for n in nodes if n.startswith(f"{node}.") or n == node][-1]
+    seen: list[torch.Tensor] = []
+    model.get_submodule(node).register_forward_hook(lambda _module, _args, output: seen.append(output))
+    found = create_feature_extractor(copy.deepcopy(model), [last])(images(4))[last]
+    model(images(4))
+    torch.testing.assert_close(found, seen[-1])
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1"])
+def test_hooks_of_fused_layers_fire(name: str) -> None:
+    model = built(name).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fired: list[str] = []
+    hooked = [n for n, m in model.named_modules() if isinstance(m, (nn.BatchNorm2d, nn.ReLU))]
+    for layer in hooked:
+        model.get_submodule(layer).register_forward_hook(lambda *_, layer=layer: fired.append(layer))
+    model(images(16).contiguous(memory_format=torch.channels_last))
+    assert set(fired) == set(hooked)
+
+
+@pytest.mark.parametrize("norm", [lambda n: nn.GroupNorm(4, n), lambda _: nn.Identity()])
+def test_other_norms_take_the_place_of_batch_norm(norm: Any) -> None:
+    model = built("resnet20").train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in list(model.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.BatchNorm2d):
+                setattr(module, name, norm(layer.num_features))
+    assert model(images(16).contiguous(memory_format=torch.channels_last)).shape == (16, 10)
+
+
+def test_second_order_gradients_of_fused_steps_are_refused() -> None:
+    model = built("resnet20").train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = images(16).contiguous(memory_format=torch.channels_last).requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()

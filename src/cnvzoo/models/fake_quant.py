@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cnvzoo.models.compiled import compiled_for, runs_compiled
 
@@ -113,6 +114,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, scale = (t.detach() for t in ctx.saved_tensors)
         rows = scale.numel()

@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
@@ -90,7 +90,12 @@ class FullFieldConv2d(nn.Conv2d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.training or input.shape[2:] != weight.shape[2:] or self.padding != (0, 0):
+        if (
+            isinstance(input, fx.Proxy)
+            or not self.training
+            or input.shape[2:] != weight.shape[2:]
+            or self.padding != (0, 0)
+        ):
             return super()._conv_forward(input, weight, bias)
         # in their order in memory, channels last, so nothing is copied
         rows, columns = (t.permute(0, 2, 3, 1).flatten(1) for t in (input, weight))
@@ -112,6 +117,8 @@ class DepthwiseConv2d(nn.Conv2d):
         super().__init__(channels, channels, 3, stride, 1, groups=channels, bias=False)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(input, fx.Proxy):  # torch.fx traces the plain convolution
+            return super()._conv_forward(input, weight, bias)
         on_cpu = input.device.type == "cpu" and input.dim() == 4 and not torch.compiler.is_compiling()
         if not (self.training and on_cpu and torch.is_grad_enabled()):
             return super()._conv_forward(input, weight, bias)
@@ -177,6 +184,8 @@ class PointwiseConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1, bias=False)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(input, fx.Proxy):  # torch.fx traces the plain convolution
+            return super()._conv_forward(input, weight, bias)
         on_cpu = input.device.type == "cpu" and not torch.compiler.is_compiling()
         small = input.dim() == 4 and input.shape[2] * input.shape[3] <= self._MAX_PIXELS
         if not (self.training and on_cpu and small):

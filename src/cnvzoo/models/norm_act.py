@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from cnvzoo.models.compiled import compiled_for, runs_compiled
 
@@ -198,6 +200,7 @@ class NormAct(torch.autograd.Function):
         return _images(y, (h // 2, w // 2) if variant.pool else (h, w))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, seen, corner, gamma, scale, *batch_norm = ctx.saved_tensors
         variant: _Variant = ctx.variant
@@ -225,7 +228,7 @@ def norm_act(
 
     Args:
         x: [N, C, H, W].
-        norm: BatchNorm of C channels.
+        norm: BatchNorm of C channels; fused if it is just `nn.BatchNorm2d`. No layer with hooks is fused.
         act: any layer; fused if it is ReLU or a QuantizedActivation. None: no activation.
         residual: added before the activation, like x in shape. None: nothing is added.
         pool: fused if it takes 2x2 windows with stride 2. None: no pool.
@@ -250,7 +253,9 @@ def _fuses(
     x: Tensor, norm: nn.BatchNorm2d, act: nn.Module | None, quantizer: Quantizer | None,
     residual: Tensor | None, pool: nn.MaxPool2d | None,
 ) -> bool:  # fmt: skip
-    if not (norm.training and torch.is_grad_enabled() and runs_compiled(x)):
+    if isinstance(x, fx.Proxy) or not (norm.training and torch.is_grad_enabled() and runs_compiled(x)):
+        return False
+    if type(norm) is not nn.BatchNorm2d or type(pool) not in (nn.MaxPool2d, type(None)) or _has_hooks(norm, act, pool):
         return False
     supported_dtype = x.dtype in (torch.float32, torch.bfloat16) and norm.weight.dtype == torch.float32
     dense = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and x.shape[2] * x.shape[3] > 1
@@ -266,6 +271,15 @@ def _fuses(
         and standard_norm
         and supported_residual
         and (pool is None or _is_2x2(x, pool))
+    )
+
+
+def _has_hooks(*layers: nn.Module | None) -> bool:
+    """Whether something is called before or after one of the layers, which a fused step would leave out."""
+    return has_any_global_hook() or any(
+        layer is not None
+        and (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        for layer in layers
     )
 
 
