@@ -121,7 +121,7 @@ class _FakeQuantize(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             _, backward = _kernels_for(x, scale, ctx.ints, ctx.dtype)
             grad_x, grad_scale = backward(
-                _as_rows(x, rows, x), scale.view(rows, 1), _as_rows(grads[0], rows, x), ctx.ints
+                _as_rows(x, rows, x), scale.view(rows, 1), _as_rows(grads[0].detach(), rows, x), ctx.ints
             )
         return grad_x.as_strided(x.shape, x.stride()), grad_scale.view(scale.shape), None, None
 

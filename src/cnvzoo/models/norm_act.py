@@ -204,7 +204,7 @@ class NormAct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, seen, corner, gamma, scale, *batch_norm = ctx.saved_tensors
         variant: _Variant = ctx.variant
-        grad = grads[0].contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        grad = grads[0].detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
         grad = grad if variant.pool else grad.flatten(1, 2)
         with torch.autocast(x.device.type, enabled=False):
             _, backward = _kernels(variant)
