@@ -121,8 +121,8 @@ def _on_black(image: Image.Image) -> Image.Image:
     """The image composed on black, in mode RGB."""
     image = image.convert("RGBA")
     composed = Image.alpha_composite(Image.new("RGBA", image.size, _BLACK), image).convert("RGB")
-    least, most = image.getchannel("A").getextrema()
-    if least < _OPAQUE and most and composed.getbbox() is None:
+    alpha = np.asarray(image.getchannel("A"))
+    if composed.getbbox() is None and alpha.any() and alpha.min() < _OPAQUE:
         raise ImageError(
             "all that can be seen of the image is black, and so is the background that transparent images are put on: "
             "put it on a background of another colour"
