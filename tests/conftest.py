@@ -24,7 +24,7 @@ import cnvzoo
 import cnvzoo.checkpoints.index
 from cnvzoo.checkpoints.folder import write_checkpoint
 from cnvzoo.checkpoints.format import CheckpointFacts, SeedResult
-from cnvzoo.data import dataset_info, datasets
+from cnvzoo.data import dataset_info, published
 from cnvzoo.files import sha256_of
 from cnvzoo.training import preprocessing_of
 from cnvzoo.training.evaluation import Evaluation
@@ -62,7 +62,7 @@ def real_data() -> Callable[[str], Path]:
     def find(name: str) -> Path:
         if problem := dev.fill_dataset(name, sys.executable):
             pytest.skip(problem)
-        return datasets.default_root()
+        return published.default_root()
 
     return find
 
@@ -78,9 +78,9 @@ def small_datasets(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`small_datasets(train=, test=)`: all datasets have so many images from then on: noise over a pattern."""
 
     def use(*, train: int = 300, test: int = 50) -> None:
-        small = {name: replace(info, train_size=train, test_size=test) for name, info in datasets.DATASETS.items()}
-        monkeypatch.setattr(datasets, "DATASETS", small)
-        monkeypatch.setattr(datasets, "load_arrays", lambda name, root: _arrays(name))
+        small = {name: replace(info, train_size=train, test_size=test) for name, info in published.DATASETS.items()}
+        monkeypatch.setattr(published, "DATASETS", small)
+        monkeypatch.setattr(published, "load_arrays", lambda name, root: _arrays(name))
 
     return use
 

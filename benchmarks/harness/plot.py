@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnvzoo.checkpoints.index import CheckpointInfo, read_index, row
-from cnvzoo.data.datasets import dataset_info, list_datasets
+from cnvzoo.data.published import dataset_info, list_datasets
 from cnvzoo.files import replacing
 from cnvzoo.models.registry import model_names, model_spec
 from harness.entries import TABLES, Layout, shown

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from cnvzoo.checkpoints.folder import read_config
 from cnvzoo.checkpoints.format import CheckpointError
-from cnvzoo.data.datasets import published_sha256
+from cnvzoo.data.published import published_sha256
 from cnvzoo.files import write_text
 from cnvzoo.training.numerics import NUMERICS
 from cnvzoo.training.recipe import PUBLISHED_SEED

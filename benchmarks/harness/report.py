@@ -16,7 +16,7 @@ from statistics import fmean, stdev, variance
 from rich.console import Console
 from rich.table import Table
 
-from cnvzoo.data.datasets import dataset_info
+from cnvzoo.data.published import dataset_info
 from cnvzoo.files import update_text
 from cnvzoo.training.numerics import NUMERICS
 from cnvzoo.training.recipe import PUBLISHED_SEED

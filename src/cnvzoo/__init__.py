@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from cnvzoo.checkpoints.publish import publish, write_card
     from cnvzoo.checkpoints.store import Publication
     from cnvzoo.checkpoints.verify import Verification, verify
-    from cnvzoo.data.datasets import Dataset, DatasetInfo, list_datasets, load_dataset
+    from cnvzoo.data.datasets import Dataset, load_dataset
     from cnvzoo.data.preprocessing import Preprocessing
+    from cnvzoo.data.published import DatasetInfo, list_datasets
     from cnvzoo.deploy import Metadata, Prediction
     from cnvzoo.deploy.export import export
-    from cnvzoo.errors import CnvzooError, ModelError
+    from cnvzoo.errors import CnvzooError, DatasetError, ModelError
     from cnvzoo.models.classifier import Classifier
     from cnvzoo.models.quant import quantize_bias
     from cnvzoo.models.registry import ModelInfo, model_info, register_model, unregister_model
@@ -44,6 +45,7 @@ __all__ = [
     "Classifier",
     "CnvzooError",
     "Dataset",
+    "DatasetError",
     "DatasetInfo",
     "EpochReport",
     "Evaluation",
@@ -101,11 +103,13 @@ _MODULES = {  # with the public names that each defines
     ),
     "data.datasets": (
         "Dataset",
-        "DatasetInfo",
-        "list_datasets",
         "load_dataset",
     ),
     "data.preprocessing": ("Preprocessing",),
+    "data.published": (
+        "DatasetInfo",
+        "list_datasets",
+    ),
     "deploy": (
         "Metadata",
         "Prediction",
@@ -113,6 +117,7 @@ _MODULES = {  # with the public names that each defines
     "deploy.export": ("export",),
     "errors": (
         "CnvzooError",
+        "DatasetError",
         "ModelError",
     ),
     "models.classifier": ("Classifier",),

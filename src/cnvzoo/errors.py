@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["CnvzooError", "ModelError", "explain", "in_a_line", "nearest"]
 
 
+class DatasetError(CnvzooError, ValueError):
+    """A dataset that is unknown, cannot be loaded, or has other data than it should."""
+
+
 class ModelError(CnvzooError, ValueError):
     """An unknown model, an invalid argument of a model, or input that the model does not take."""
 

@@ -16,9 +16,10 @@ from cnvzoo.checkpoints.folder import preprocessing_from
 from cnvzoo.checkpoints.format import CheckpointConfig
 from cnvzoo.checkpoints.load import load_checkpoint, parse_name
 from cnvzoo.checkpoints.locations import choose_checkpoint
-from cnvzoo.data.datasets import Dataset, DatasetInfo, dataset_info
+from cnvzoo.data.datasets import Dataset
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.preprocessing import transforms as data_transforms
+from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo.errors import ModelError
 from cnvzoo.models.classifier import Classifier
 from cnvzoo.models.cnv import CNV

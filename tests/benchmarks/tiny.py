@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from cnvzoo.data import Dataset, dataset_info, datasets
-from cnvzoo.data.datasets import sha256_of_array
+from cnvzoo.data import Dataset, dataset_info, published
+from cnvzoo.data.published import sha256_of_array
 from cnvzoo.progress import TrainingStatus
 from cnvzoo.training import RunRecord, run
 
@@ -46,8 +46,8 @@ def publish_tiny(set_attribute: Callable[[object, str, object], object] = setatt
     data = tiny()
     arrays = ("train_images", "train_labels", "test_images", "test_labels")
     checksums = {key: {"sha256": sha256_of_array(getattr(data, key))} for key in arrays}
-    set_attribute(datasets, "DATASETS", {**datasets.DATASETS, "mnist": data.info})
-    set_attribute(datasets, "CHECKSUMS", {**datasets.CHECKSUMS, "mnist": checksums})
+    set_attribute(published, "DATASETS", {**published.DATASETS, "mnist": data.info})
+    set_attribute(published, "CHECKSUMS", {**published.CHECKSUMS, "mnist": checksums})
 
 
 class SlowProgress(run.TrainingProgress):

@@ -16,7 +16,7 @@ import torch
 import torchvision.datasets
 from safetensors.torch import load_file, save_file
 
-from cnvzoo.data import DatasetError, datasets, load_dataset
+from cnvzoo.data import DatasetError, load_dataset, published
 
 
 class Downloader:
@@ -52,9 +52,9 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Downloader:
         for kind, array in arrays.items():
             digest = hashlib.sha256(array.numpy().tobytes()).hexdigest()
             checksums[f"{split}_{kind}"] = {"shape": list(array.shape), "dtype": "uint8", "sha256": digest}
-    info = replace(datasets.dataset_info("mnist"), train_size=12, test_size=4)
-    monkeypatch.setitem(datasets.CHECKSUMS, "mnist", checksums)
-    monkeypatch.setattr(datasets, "DATASETS", {**datasets.DATASETS, "mnist": info})
+    info = replace(published.dataset_info("mnist"), train_size=12, test_size=4)
+    monkeypatch.setitem(published.CHECKSUMS, "mnist", checksums)
+    monkeypatch.setattr(published, "DATASETS", {**published.DATASETS, "mnist": info})
     monkeypatch.setattr(torchvision.datasets, "MNIST", downloader)
     return downloader
 

@@ -16,7 +16,7 @@ import yaml
 
 from cnvzoo.checkpoints.folder import preprocessing_from
 from cnvzoo.checkpoints.format import CheckpointConfig, IntegerResult
-from cnvzoo.data.datasets import DatasetInfo, dataset_info, list_datasets
+from cnvzoo.data.published import DatasetInfo, dataset_info, list_datasets
 
 _INSTALLED = ("torch", "torchvision", "numpy", "brevitas")  # packages that pip installs for a reproduction
 

@@ -12,7 +12,7 @@ from cnvzoo.checkpoints.folder import checkpoint_folders, read_config, read_mode
 from cnvzoo.checkpoints.format import CARD, CheckpointError, CheckpointFacts, SeedResult
 from cnvzoo.checkpoints.locations import is_path, open_store, printable, store_location
 from cnvzoo.checkpoints.store import Publication, Store
-from cnvzoo.data.datasets import dataset_info
+from cnvzoo.data.published import dataset_info
 from cnvzoo.errors import explain, nearest
 from cnvzoo.files import expanded, update_text
 from cnvzoo.models.registry import model_info

@@ -2,16 +2,10 @@
 
 from cnvzoo.data.augmentation import Augmentation
 from cnvzoo.data.batches import TrainBatches
-from cnvzoo.data.datasets import (
-    Dataset,
-    DatasetError,
-    DatasetInfo,
-    dataset_info,
-    list_datasets,
-    load_dataset,
-    published_sha256,
-)
+from cnvzoo.data.datasets import Dataset, load_dataset
 from cnvzoo.data.preprocessing import Preprocessing, transforms
+from cnvzoo.data.published import DatasetInfo, dataset_info, list_datasets, published_sha256
+from cnvzoo.errors import DatasetError
 
 __all__ = [
     "Augmentation",

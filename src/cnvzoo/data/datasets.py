@@ -1,183 +1,39 @@
-"""The four benchmark datasets: their facts, and their images and labels as uint8 tensors from a verified cache.
+"""Datasets in memory, as uint8 tensors: those of the benchmark, and a user's own from folders, files and arrays.
 
-Images are [N, H, W, C] uint8 in their published order. What turns them into network inputs is in
-`cnvzoo.data.preprocessing` and `cnvzoo.data.batches`.
+What turns images into network inputs is in `cnvzoo.data.preprocessing` and `cnvzoo.data.batches`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
-import warnings
-from collections.abc import Mapping
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from cnvzoo.errors import CnvzooError, nearest
-from cnvzoo.files import expanded
+from cnvzoo.data import published
+from cnvzoo.data.image_folders import read_image_folder
+from cnvzoo.data.published import ARRAYS, DatasetInfo, combined_sha256, dataset_info, default_root, list_datasets
+from cnvzoo.errors import DatasetError
+from cnvzoo.files import expanded, replacing
 
-# for each dataset, array name -> {"shape", "dtype", "sha256"}
-CHECKSUMS: dict[str, dict[str, dict[str, Any]]] = json.loads(
-    Path(__file__).with_name("checksums.json").read_text(encoding="utf-8")
-)
-_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
-
-
-class DatasetError(CnvzooError, ValueError):
-    """A dataset that is unknown, cannot be loaded, or has other data than it should."""
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """The facts about a dataset.
-
-    Attributes:
-        name: the name that `load_dataset` takes.
-        title: the name for readers, such as "CIFAR-10".
-        classes: names of the classes, in the order of the labels.
-        in_chans: channels of an image, 1 or 3.
-        image_size: height and width of an image in pixels.
-        mean, std: of the training pixels, for each channel, for pixels in [0, 1].
-        train_size, test_size: numbers of images.
-        huggingface_id: its id among the datasets of the Hugging Face Hub, if it is there.
-        torchvision_class: the class of `torchvision.datasets` that downloads it.
-    """
-
-    name: str
-    title: str
-    classes: tuple[str, ...]
-    in_chans: int
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    train_size: int
-    test_size: int
-    huggingface_id: str | None = None
-    torchvision_class: str | None = None
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-
-# in the order of the labels, which is alphabetical
-_CIFAR100_CLASSES = (
-    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle "
-    "caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant "
-    "flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man "
-    "maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree "
-    "plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper "
-    "snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train "
-    "trout tulip turtle wardrobe whale willow_tree wolf woman worm"
-)
-
-# in the order of `list_datasets`
-DATASETS: Mapping[str, DatasetInfo] = {
-    info.name: info
-    for info in (
-        DatasetInfo(
-            name="mnist",
-            title="MNIST",
-            classes=tuple("0123456789"),
-            in_chans=1,
-            image_size=28,
-            mean=(0.1307,),
-            std=(0.3081,),
-            train_size=60_000,
-            test_size=10_000,
-            huggingface_id="ylecun/mnist",
-            torchvision_class="MNIST",
-        ),
-        DatasetInfo(
-            name="fashion_mnist",
-            title="Fashion-MNIST",
-            classes=(
-                *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-                *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-            ),
-            in_chans=1,
-            image_size=28,
-            mean=(0.2860,),
-            std=(0.3530,),
-            train_size=60_000,
-            test_size=10_000,
-            huggingface_id="zalando-datasets/fashion_mnist",
-            torchvision_class="FashionMNIST",
-        ),
-        DatasetInfo(
-            name="cifar10",
-            title="CIFAR-10",
-            classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-            in_chans=3,
-            image_size=32,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2470, 0.2435, 0.2616),
-            train_size=50_000,
-            test_size=10_000,
-            huggingface_id="uoft-cs/cifar10",
-            torchvision_class="CIFAR10",
-        ),
-        DatasetInfo(
-            name="cifar100",
-            title="CIFAR-100",
-            classes=tuple(_CIFAR100_CLASSES.split()),
-            in_chans=3,
-            image_size=32,
-            mean=(0.5071, 0.4865, 0.4409),
-            std=(0.2673, 0.2564, 0.2762),
-            train_size=50_000,
-            test_size=10_000,
-            huggingface_id="uoft-cs/cifar100",
-            torchvision_class="CIFAR100",
-        ),
-    )
-}
-
-
-def list_datasets() -> list[str]:
-    """The names that `load_dataset` takes."""
-    return list(DATASETS)
-
-
-def dataset_info(name: str) -> DatasetInfo:
-    """The facts about a dataset; needs neither its files nor the network.
-
-    Raises:
-        DatasetError: no such dataset.
-    """
-    if name not in DATASETS:
-        raise DatasetError(f"unknown dataset {name!r}: {nearest(name, DATASETS)}")
-    return DATASETS[name]
-
-
-def published_sha256(name: str) -> str:
-    """`Dataset.sha256` of the published dataset; needs neither its files nor the network.
-
-    Raises:
-        DatasetError: no such dataset.
-    """
-    dataset_info(name)
-    return _combined({key: CHECKSUMS[name][key]["sha256"] for key in _ARRAYS})
-
-
-def _combined(digests: Mapping[str, str]) -> str:
-    return hashlib.sha256("".join(f"{key} {digest}\n" for key, digest in digests.items()).encode()).hexdigest()
+_LARGEST_SIDE = 1024  # pixels
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """A training set and a test set in memory: images uint8 [N, H, W, C], labels uint8 [N].
 
-    The tensors are shared, not copied: do not write to them.
+    The tensors are shared, not copied: do not write to them. `load_dataset` and `Dataset.from_arrays` make one.
 
     Raises:
         DatasetError: arrays whose shape or dtype is not what `info` says.
@@ -202,10 +58,73 @@ class Dataset:
                         f"not {str(array.dtype).removeprefix('torch.')} {list(array.shape)}"
                     )
 
+    @classmethod
+    def from_arrays(
+        cls,
+        images: Tensor | NDArray[np.uint8],
+        labels: Tensor | NDArray[np.integer[Any]] | Sequence[int],
+        classes: Sequence[str],
+        *,
+        test_images: Tensor | NDArray[np.uint8] | None = None,
+        test_labels: Tensor | NDArray[np.integer[Any]] | Sequence[int] | None = None,
+        name: str = "own",
+    ) -> Dataset:
+        """A dataset of a user's own images.
+
+        Mean and standard deviation are those of the training images, rounded to four decimals.
+
+        Args:
+            images: uint8, square: [N, H, W, C] with C 1 or 3, or [N, H, W] of grey ones.
+            labels: N whole numbers from 0 to len(classes) - 1.
+            classes: names of the classes in the order of the labels, 2 to 256.
+            test_images, test_labels: the same for the test set. By default a fifth of the images is split off, by the
+                rule of `holdout`.
+            name: letters, digits, `_` and `-`; names checkpoints and exported files.
+
+        Raises:
+            DatasetError: an array has another dtype or shape, or a label is out of range.
+        """
+        if not _NAME.fullmatch(name) or name in list_datasets():
+            raise DatasetError(
+                f"name={name!r}: give a name of letters, digits, _ and -, other than {', '.join(list_datasets())}"
+            )
+        names = tuple(classes)
+        if not 2 <= len(names) <= 256 or len(set(names)) < len(names) or not all(isinstance(n, str) for n in names):
+            raise DatasetError(f"{name}: classes must be 2 to 256 different names, got {len(names)}: {names[:5]}")
+        train = _own_split(name, "", images, labels, len(names))
+        if (test_images is None) != (test_labels is None):
+            raise DatasetError(f"{name}: give test_images and test_labels, or neither")
+        if test_images is None or test_labels is None:
+            test = (train[0][:0], train[1][:0])
+        else:
+            test = _own_split(name, "test_", test_images, test_labels, len(names))
+            if test[0].shape[1:] != train[0].shape[1:]:
+                shapes = (list(part.shape[1:]) for part in (train[0], test[0]))
+                raise DatasetError("{}: images are {} and test_images {}: make them the same".format(name, *shapes))
+        data = cls(_own_info(name, names, train[0], len(test[0])), *train, *test)
+        if len(test[0]):
+            return data
+        if len(train[0]) < 5:
+            raise DatasetError(f"{name}: {len(train[0])} images: a fifth is split off for testing, so give at least 5")
+        split = data.holdout(len(train[0]) // 5)
+        return replace(split, info=_own_info(name, names, split.train_images, len(split.test_labels)))
+
+    def save(self, path: str | Path) -> None:
+        """Write arrays, classes and the other facts to a safetensors file, which `load_dataset(path)` reads.
+
+        Raises:
+            FileError: the file cannot be written; an existing one is kept.
+        """
+        facts = {"name": self.info.name, "title": self.info.title, "classes": list(self.info.classes)}
+        facts |= {"mean": list(self.info.mean), "std": list(self.info.std)}
+        content = save({key: getattr(self, key).contiguous() for key in ARRAYS}, {_FACTS: json.dumps(facts)})
+        with replacing(expanded(path)) as temporary:
+            temporary.write_bytes(content)
+
     @property
     def sha256(self) -> str:
         """sha256, in hexadecimal, of the contents of the four arrays."""
-        return _combined({key: sha256_of_array(getattr(self, key)) for key in _ARRAYS})
+        return combined_sha256({key: published.sha256_of_array(getattr(self, key)) for key in ARRAYS})
 
     def holdout(self, n: int) -> Dataset:
         """Split `n` training images off as a test set, to choose recipes without reading the real test set.
@@ -245,139 +164,134 @@ def _shares(labels: Tensor, n: int) -> tuple[list[Tensor], list[int]]:
     return [classes[c] for c in kept], [shares[c] for c in kept]
 
 
-def load_dataset(name: str, *, root: str | Path | None = None) -> Dataset:
-    """Load a dataset from the cache; on first use torchvision downloads it into the cache.
-
-    Args:
-        name: one of `list_datasets()`.
-        root: the folder of the cache; default `$CNVZOO_DATA`, else `~/.cache/cnvzoo/datasets`.
-
-    Raises:
-        DatasetError: unknown name; or the cache has no data with the published checksums, and none can be downloaded.
-    """
-    info = dataset_info(name)
-    return Dataset(info, **load_arrays(name, expanded(root) if root is not None else default_root()))
+_FACTS = "cnvzoo"  # key of the metadata of a file that Dataset.save wrote
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", re.ASCII)
 
 
-def default_root() -> Path:
-    """The folder of the cache: `$CNVZOO_DATA`, else `~/.cache/cnvzoo/datasets`."""
-    return expanded(os.environ.get("CNVZOO_DATA") or "~/.cache/cnvzoo/datasets")
-
-
-def load_arrays(name: str, root: Path) -> dict[str, Tensor]:
-    """The four arrays of a dataset, with the published checksums, downloaded into `root` if they are not there.
-
-    A cached file that fails its check is renamed to `<file>.corrupt`, with a warning, and downloaded again.
-
-    Raises:
-        DatasetError: the cache has no data with the published checksums, and the download failed; the message says
-            what was wrong with a cached file, and what to do.
-    """
-    path = root / f"{name}.safetensors"
-    arrays, _ = _read(name, path)
-    if arrays is not None:
-        return arrays
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        # one process downloads; the others wait here and then read what it has written
-        with FileLock(root / f".{name}.lock"):
-            return _read_or_download(name, path)
-    except OSError as error:
+def _own_split(name: str, prefix: str, images: Any, labels: Any, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Images [N, H, W, C] and labels [N] as uint8 tensors, after checks."""
+    pixels = torch.as_tensor(images)
+    if pixels.dtype != torch.uint8:
+        raise DatasetError(f"{name}: {prefix}images must be uint8 (0 to 255), got {pixels.dtype}")
+    pixels = pixels.unsqueeze(-1) if pixels.ndim == 3 else pixels
+    if pixels.ndim != 4 or pixels.shape[1] != pixels.shape[2] or pixels.shape[3] not in (1, 3) or 0 in pixels.shape:
         raise DatasetError(
-            f"{name} cannot be written to the dataset cache {root}: {error}. {_remedy(name, path)}"
-        ) from error
+            f"{name}: {prefix}images must be square, [N, H, W, C] with C 1 or 3, or [N, H, W], got shape "
+            f"{list(torch.as_tensor(images).shape)}"
+        )
+    numbers = torch.as_tensor(labels)
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise DatasetError(f"{name}: {prefix}labels must be whole numbers, got {numbers.dtype}")
+    if numbers.shape != (len(pixels),):
+        raise DatasetError(f"{name}: {prefix}labels must be [{len(pixels)}], got shape {list(numbers.shape)}")
+    low, high = int(numbers.min()), int(numbers.max())
+    if low < 0 or high >= num_classes:
+        raise DatasetError(f"{name}: {prefix}labels are {low} to {high}, and {num_classes} classes were given")
+    return pixels.contiguous(), numbers.to(torch.uint8)
 
 
-def _read_or_download(name: str, path: Path) -> dict[str, Tensor]:
-    arrays, problem = _read(name, path)
-    if arrays is not None:
-        return arrays
-    reason = f"{path} is not in the dataset cache"
-    if problem is not None:
-        aside = path.with_name(f"{path.name}.corrupt")
-        os.replace(path, aside)
-        reason = f"the cached {path} was refused ({problem}) and renamed to {aside.name}"
-        warnings.warn(f"{name}: {reason}; downloading it again.", stacklevel=4)
-    scratch = path.with_name(f".{name}.fetch")
-    shutil.rmtree(scratch, ignore_errors=True)  # left by a process that was killed: this one holds the lock
-    scratch.mkdir()
-    try:
-        arrays = _download(name, scratch)
-        problem = _mismatch(name, arrays)
-        if problem is not None:
-            raise DatasetError(f"torchvision delivered other data than the published set: {problem}")
-        _write(arrays, scratch / path.name, path)
-    except DatasetError as error:
-        raise DatasetError(f"{name}: {reason}, and downloading it failed: {error}. {_remedy(name, path)}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return arrays
-
-
-def _remedy(name: str, path: Path) -> str:
-    return (
-        f"Try again with a network connection, or place a verified {name}.safetensors at {path}, "
-        "or point CNVZOO_DATA (or root=) at a directory that holds one."
+def _own_info(name: str, classes: tuple[str, ...], images: Tensor, test_size: int) -> DatasetInfo:
+    counts = torch.stack([torch.bincount(images[..., c].reshape(-1), minlength=256) for c in range(images.shape[3])])
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    mean = (counts * levels).sum(1) / counts.sum(1)
+    std = ((counts * (levels - mean[:, None]) ** 2).sum(1) / counts.sum(1)).sqrt()
+    return DatasetInfo(
+        name=name,
+        title=name,
+        classes=classes,
+        in_chans=images.shape[3],
+        image_size=images.shape[1],
+        mean=tuple(round(value, 4) for value in mean.tolist()),
+        std=tuple(max(round(value, 4), 1e-4) for value in std.tolist()),  # images of one colour have 0
+        train_size=len(images),
+        test_size=test_size,
     )
 
 
-def _read(name: str, path: Path) -> tuple[dict[str, Tensor] | None, str | None]:
-    """(arrays, None), or (None, what is wrong with the file), or (None, None) where there is no file."""
+def is_dataset_path(source: str | Path) -> bool:
+    """Whether this is a path of own images, not a name: a Path, or text with a separator or ending in .safetensors."""
+    separators = [s for s in (os.sep, os.altsep) if s]
+    return isinstance(source, Path) or source.endswith(".safetensors") or any(s in source for s in separators)
+
+
+def load_dataset(
+    source: str | Path, *, root: str | Path | None = None, size: int | None = None, in_chans: int | None = None
+) -> Dataset:
+    """Load a dataset: one of the benchmark by name, or a user's own images by path.
+
+    A dataset of the benchmark is read from the cache; on first use torchvision downloads it into the cache.
+
+    Own images are a folder `train/<class>/*` and `test/<class>/*` (also `val`, `valid`, `validation`), or `<class>/*`,
+    as torchvision's `ImageFolder` has it, of which a fifth is split off for testing by the rule of `Dataset.holdout`;
+    or a file that `Dataset.save` wrote. Images of a folder are turned upright by their EXIF orientation, converted to 1
+    or 3 channels, resized once, with the centre cropped, and kept as uint8.
+
+    Args:
+        source: one of `list_datasets()`; or a path: a Path, or text with a separator or that ends in .safetensors.
+        root: the folder of the cache; default `$CNVZOO_DATA`, else `~/.cache/cnvzoo/datasets`.
+        size: for a folder, height and width of the images in pixels, 1 to 1024; default the size that all its images
+            share if they are square, else 32.
+        in_chans: for a folder, 1 for grey or 3 for RGB; default 1 if all its images are grey, else 3.
+
+    Raises:
+        DatasetError: unknown name; the cache has no data with the published checksums, and none can be downloaded; or
+            files of own images are missing, not images, or not a dataset: the message names them.
+    """
+    if not is_dataset_path(source):
+        if size is not None or in_chans is not None:
+            raise DatasetError(f"{source}: size and in_chans are for folders of own images: leave them out")
+        info = dataset_info(str(source))
+        return Dataset(info, **published.load_arrays(info.name, expanded(root) if root is not None else default_root()))
+    if size is not None and not 1 <= size <= _LARGEST_SIDE:
+        raise DatasetError(f"size={size}: 1 to {_LARGEST_SIDE} pixels")
+    if in_chans not in (None, 1, 3):
+        raise DatasetError(f"in_chans={in_chans}: 1 for grey or 3 for RGB")
+    path = expanded(source)
+    if path.is_dir():
+        found = read_image_folder(path, size=size, in_chans=in_chans)
+        return Dataset.from_arrays(
+            found.images["train"], found.labels["train"], found.classes, name=dataset_path_name(path),
+            test_images=found.images.get("test"), test_labels=found.labels.get("test"),
+        )  # fmt: skip
+    if size is not None or in_chans is not None:
+        raise DatasetError(f"{path}: size and in_chans are for folders of own images: leave them out")
+    return _read_saved(path)
+
+
+def dataset_path_name(source: str | Path) -> str:
+    """The name of the dataset at a path: that of the folder or file, with other characters than names have as `_`."""
+    stem = expanded(source).absolute().name.removesuffix(".safetensors")
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", stem).lstrip("-")[:60] or "own"
+    return f"own_{name}" if name in list_datasets() else name
+
+
+def _read_saved(path: Path) -> Dataset:
+    """The dataset in a file that `Dataset.save` wrote, or in one of the cache of the benchmark's."""
     try:
-        arrays = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata, arrays = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
-        return None, None
-    except PermissionError as error:
-        raise DatasetError(f"{path} cannot be read: {error}. Change its permissions, or use another root.") from error
+        raise DatasetError(f"{path}: no such file or folder: give images in a folder <class>/*, or a file") from None
     except (OSError, SafetensorError) as error:
-        return None, f"not a complete safetensors file: {error}"
-    problem = _mismatch(name, arrays)
-    return ({key: arrays[key] for key in CHECKSUMS[name]}, None) if problem is None else (None, problem)
-
-
-def _mismatch(name: str, arrays: dict[str, Tensor]) -> str | None:
-    """How arrays differ from the published ones; None where they do not."""
-    for key, expected in CHECKSUMS[name].items():
-        if key not in arrays:
-            return f"it holds no array {key!r}"
-        array = arrays[key]
-        if list(array.shape) != expected["shape"] or array.dtype != torch.uint8:
-            return f"{key} is {array.dtype} {list(array.shape)}, expected torch.uint8 {expected['shape']}"
-        digest = sha256_of_array(array)
-        if digest != expected["sha256"]:
-            return f"sha256 of {key} is {digest}, expected {expected['sha256']}"
-    return None
-
-
-def sha256_of_array(array: Tensor) -> str:
-    """sha256, in hexadecimal, of the bytes of a tensor on the CPU in row-major order."""
-    return hashlib.sha256(array.contiguous().numpy().data).hexdigest()
-
-
-def _download(name: str, scratch: Path) -> dict[str, Tensor]:
-    class_name = dataset_info(name).torchvision_class
-    assert class_name is not None
+        raise DatasetError(f"{path}: not a complete safetensors file: {error}") from None
+    if _FACTS not in metadata and path.stem in list_datasets():
+        if problem := published.mismatch(path.stem, arrays):
+            raise DatasetError(f"{path}: {problem}")
+        return Dataset(dataset_info(path.stem), **{key: arrays[key] for key in ARRAYS})
+    if _FACTS not in metadata or not arrays.keys() >= set(ARRAYS):
+        raise DatasetError(f"{path}: not a dataset that Dataset.save wrote: no metadata {_FACTS!r}, or arrays missing")
     try:
-        from torchvision import datasets
-    except (ImportError, RuntimeError) as error:
-        raise DatasetError(f"torchvision, which downloads it, does not import ({error})") from error
-    arrays: dict[str, Tensor] = {}
-    for split in ("train", "test"):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # NumPy warns of CIFAR's pickles
-                source = getattr(datasets, class_name)(str(scratch / "download"), train=split == "train", download=True)
-        except Exception as error:  # of many classes, from DNS to a mirror's error page, with one remedy
-            raise DatasetError(f"torchvision's download raised {type(error).__name__}: {error}") from error
-        images = torch.as_tensor(source.data)
-        arrays[f"{split}_images"] = (images if images.ndim == 4 else images.unsqueeze(-1)).contiguous()
-        arrays[f"{split}_labels"] = torch.as_tensor(source.targets, dtype=torch.uint8)
-    return arrays
-
-
-def _write(arrays: dict[str, Tensor], temporary: Path, path: Path) -> None:
-    with temporary.open("wb") as file:
-        file.write(save(arrays))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        facts = json.loads(metadata[_FACTS])
+        classes, name = tuple(map(str, facts["classes"])), str(facts["name"])
+        if name in list_datasets():  # for example a held-out split of one
+            name = f"own_{name}"
+        data = Dataset.from_arrays(
+            arrays["train_images"], arrays["train_labels"], classes, name=name,
+            test_images=arrays["test_images"], test_labels=arrays["test_labels"],
+        )  # fmt: skip
+        mean, std = (tuple(float(value) for value in facts[key]) for key in ("mean", "std"))
+        if not len(mean) == len(std) == data.info.in_chans or not all(s > 0 for s in std):
+            raise ValueError("mean and std do not fit the images")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DatasetError(f"{path}: its metadata {_FACTS!r} is damaged: {error}") from None
+    return replace(data, info=replace(data.info, title=str(facts.get("title", name)), mean=mean, std=std))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cnvzoo.data.datasets import DatasetInfo, dataset_info
+from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo_runtime.images import ImageError, prepare
 
 if TYPE_CHECKING:

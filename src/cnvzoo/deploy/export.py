@@ -14,7 +14,8 @@ from torch import nn
 from cnvzoo.checkpoints.folder import preprocessing_from
 from cnvzoo.checkpoints.format import CheckpointConfig, IntegerResult
 from cnvzoo.checkpoints.load import load_checkpoint
-from cnvzoo.data.datasets import Dataset, dataset_info, load_dataset
+from cnvzoo.data.datasets import Dataset, load_dataset
+from cnvzoo.data.published import dataset_info
 from cnvzoo.errors import ModelError, nearest
 from cnvzoo.files import replacing
 from cnvzoo.models.modes import evaluating, unwrapped

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cnvzoo.data.datasets import Dataset, DatasetInfo, dataset_info, load_dataset
+from cnvzoo.data.datasets import Dataset, load_dataset
 from cnvzoo.data.preprocessing import Preprocessing
+from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo.errors import ModelError
 from cnvzoo.models.modes import evaluating, moved, unwrapped
 from cnvzoo.models.registry import ModelSpec, model_spec

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from cnvzoo.data.augmentation import Augmentation
-from cnvzoo.data.datasets import dataset_info
+from cnvzoo.data.published import dataset_info
 from cnvzoo.errors import CnvzooError, nearest
 from cnvzoo.models.registry import model_spec
 from cnvzoo.strict_yaml import StrictYamlError, Where, error_at, explain_with_lines, read_yaml

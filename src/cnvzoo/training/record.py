@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cnvzoo.data.datasets import dataset_info, published_sha256
+from cnvzoo.data.published import dataset_info, published_sha256
 from cnvzoo.errors import CnvzooError, explain
 from cnvzoo.files import write_text
 from cnvzoo.training.numerics import Machine

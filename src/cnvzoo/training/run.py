@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cnvzoo.data.batches import TrainBatches
-from cnvzoo.data.datasets import Dataset, load_dataset, published_sha256
+from cnvzoo.data.datasets import Dataset, load_dataset
+from cnvzoo.data.published import published_sha256
 from cnvzoo.files import FileError, expanded, remove_leftovers, replacing, sha256_of, writing
 from cnvzoo.models.layers import initialized_from, without_initialization
 from cnvzoo.models.registry import build_model, model_spec

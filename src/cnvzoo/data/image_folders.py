@@ -1,0 +1,162 @@
+"""A folder of images as arrays: `train/<class>/*` and `test/<class>/*`, or one level of classes that is split here.
+
+Images are read by Pillow, turned upright by their EXIF orientation, and resized once, by the same code as the images
+that a trained model is asked about (`cnvzoo_runtime.images.prepare`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from cnvzoo.errors import DatasetError
+from cnvzoo.progress import counted
+from cnvzoo_runtime.images import ImageError, prepare
+
+DEFAULT_SIDE = 32  # pixels, of images that do not share one square size
+_TEST_FOLDERS = ("test", "val", "valid", "validation")
+_NAMED = 5  # bad files that an error names
+_GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "F")
+_TOGETHER = 64  # images that are read between two reports of progress
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of a folder.
+
+    Attributes:
+        classes: names of the classes, in alphabetical order, which is that of the labels.
+        images, labels: uint8 [N, side, side, C] and uint8 [N], by split: `train` and `test`, or `train` alone where
+            the folder has only one level.
+    """
+
+    classes: tuple[str, ...]
+    images: dict[str, NDArray[np.uint8]]
+    labels: dict[str, NDArray[np.uint8]]
+
+
+def read_image_folder(root: Path, *, size: int | None = None, in_chans: int | None = None) -> ImageFolder:
+    """Read all images of `root`.
+
+    The folder holds `train/<class>/*` and `test/<class>/*` (also `val`, `valid` or `validation`), or `<class>/*`
+    without splits, as torchvision's `ImageFolder` reads it: files at any depth below a class, in the order of their
+    paths. Files with another suffix than those of images, and hidden ones, are ignored.
+
+    Args:
+        root: the folder.
+        size: side of the square images to make, in pixels; default: the side that all images share, if they are square
+            and of one size, else 32.
+        in_chans: 1 for grey or 3 for RGB; default 1 if all images are grey, else 3.
+
+    Raises:
+        DatasetError: there are no images or only those of one class, the splits have other classes, or files cannot be
+            read: the message names them.
+    """
+    splits = _splits(root)
+    classes = tuple(sorted({name for folders in splits.values() for name in folders}))
+    for split, folders in splits.items():
+        if lacking := [name for name in classes if not folders.get(name)]:
+            raise DatasetError(f"{root}: {split} has no images of {_listed(lacking)}: every split needs every class")
+    if len(classes) < 2:
+        raise DatasetError(f"{root}: only one class, {classes[0]!r}: a classifier needs a folder for each of several")
+    if len(classes) > 256:
+        raise DatasetError(f"{root}: {len(classes)} classes: labels are 8-bit numbers, so at most 256 are possible")
+    paths = {split: [path for name in classes for path in folders[name]] for split, folders in splits.items()}
+    side, channels = _format([path for found in paths.values() for path in found])
+    images = {
+        split: _read(found, size or side, in_chans or channels, f"{root.name}: {split} images")
+        for split, found in paths.items()
+    }
+    labels = {
+        split: np.repeat(np.arange(len(classes), dtype=np.uint8), [len(folders[name]) for name in classes])
+        for split, folders in splits.items()
+    }
+    return ImageFolder(classes, images, labels)
+
+
+def _splits(root: Path) -> dict[str, dict[str, list[Path]]]:
+    """The image files of each class of each split."""
+    folders = {path.name: path for path in _visible(root) if path.is_dir()}
+    tests = [name for name in _TEST_FOLDERS if name in folders]
+    if "train" in folders and tests:
+        return {"train": _classes(folders["train"]), "test": _classes(folders[tests[0]])}
+    if "train" in folders and len(folders) == 1:
+        return {"train": _classes(folders["train"])}
+    return {"train": _classes(root)}
+
+
+def _classes(folder: Path) -> dict[str, list[Path]]:
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = {
+        path.name: [
+            file
+            for file in sorted(path.rglob("*"))
+            if file.suffix.lower() in suffixes and file.is_file() and not _is_hidden(file.relative_to(path))
+        ]
+        for path in _visible(folder)
+        if path.is_dir()
+    }
+    if not any(found.values()):
+        raise DatasetError(
+            f"{folder}: no images found: expected <class>/<image>, or train/<class>/<image> and test/<class>/<image>"
+        )
+    return found
+
+
+def _visible(folder: Path) -> list[Path]:
+    try:
+        return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    except OSError as error:
+        raise DatasetError(f"{folder}: cannot be read: {error.strerror}") from None
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _format(paths: Sequence[Path]) -> tuple[int, int]:
+    """The default side and number of channels, from the headers of the files; unreadable ones are left to `_read`."""
+    sizes, grey = set(), True
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                sizes.add(image.size)
+                grey = grey and image.mode in _GREY_MODES
+        except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
+            continue
+    width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
+    return (width if width == height else DEFAULT_SIDE), (1 if grey else 3)
+
+
+def _read(paths: Sequence[Path], side: int, channels: int, name: str) -> NDArray[np.uint8]:
+    images = np.empty((len(paths), side, side, channels), np.uint8)
+    bad: list[str] = []
+
+    def read(index: int) -> str | None:
+        try:
+            with Image.open(paths[index]) as image:
+                images[index] = prepare(image, channels, side, side).transpose(1, 2, 0)
+        except ImageError as error:
+            return f"{paths[index]}: {error}"
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return f"{paths[index]}: cannot be read as an image ({error})"
+        return None
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without the interpreter's lock
+        for start in counted(range(0, len(paths), _TOGETHER), name):
+            bad += filter(None, pool.map(read, range(start, min(start + _TOGETHER, len(paths)))))
+    if bad:
+        more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        raise DatasetError(f"{'; '.join(bad[:_NAMED])}{more}: repair or remove them")
+    return images
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(map(repr, names[:_NAMED])) + more

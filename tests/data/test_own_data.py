@@ -1,0 +1,150 @@
+"""A user's own images: from folders, arrays and files, with bad ones named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cnvzoo.data import Dataset, DatasetError, load_dataset
+from cnvzoo_runtime.images import prepare
+
+
+def write(path: Path, colour: tuple[int, int, int] | int, size: tuple[int, int] = (40, 40)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L" if isinstance(colour, int) else "RGB", size, colour).save(path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes with train and test images of several sizes."""
+    root = tmp_path / "my photos"
+    for split, count in (("train", 4), ("test", 2)):
+        for n in range(count):
+            write(root / split / "red" / f"{n}.png", (200 + n, 0, 0), (40 + n, 50))
+            write(root / split / "blue" / "deep" / f"{n}.jpg", (0, 0, 200), (64, 40))
+    (root / "train" / "red" / "notes.txt").write_text("not an image")
+    write(root / "train" / "red" / ".hidden.png", (0, 255, 0))
+    return root
+
+
+def test_a_folder_with_train_and_test(photos: Path) -> None:
+    data = load_dataset(photos)
+    assert data.info.classes == ("blue", "red")  # in alphabetical order
+    assert (data.info.name, data.info.image_size, data.info.in_chans) == ("my_photos", 32, 3)
+    assert data.train_labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert data.test_labels.tolist() == [0, 0, 1, 1]
+    assert data.train_images[4:, 5, 5].tolist() == [[200 + n, 0, 0] for n in range(4)]  # in the order of their paths
+    blue, red = 200 / 255, (200 + 201 + 202 + 203) / 4 / 255
+    assert data.info.mean[0] == pytest.approx(red / 2, abs=0.004)
+    assert data.info.mean[2] == pytest.approx(blue / 2, abs=0.004)  # JPEG
+    assert data.info.std[1] == pytest.approx(0, abs=0.01)
+
+
+def test_images_are_resized_as_those_that_a_model_is_asked_about(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(256, size=(50, 70, 3), dtype=np.uint8)
+    for name in ("a", "b"):
+        for n in range(5):
+            write(tmp_path / name / f"{n}.png", n)
+    Image.fromarray(noise).save(tmp_path / "a" / "0.png")
+    data = load_dataset(tmp_path, size=24, in_chans=3)
+    expected = prepare(Image.fromarray(noise), 3, 24, 24).transpose(1, 2, 0)
+    images = torch.cat([data.train_images, data.test_images]).numpy()
+    assert any((image == expected).all() for image in images)
+
+
+def test_one_level_is_split_by_class(tmp_path: Path) -> None:
+    for name, level in (("x", 10), ("y", 20)):
+        for n in range(10):
+            write(tmp_path / name / f"{n}.png", level + n, (28, 28))
+    data = load_dataset(tmp_path)
+    assert (data.info.image_size, data.info.in_chans) == (28, 1)  # the size that all share; all are grey
+    assert (data.info.train_size, data.info.test_size) == (16, 4)
+    assert data.test_images[:, 0, 0, 0].tolist() == [12, 17, 22, 27]  # evenly spaced within each class
+    assert data.info.mean == (pytest.approx(data.train_images.double().mean().item() / 255, abs=5e-5),)
+
+
+def test_bad_files_are_named(photos: Path) -> None:
+    (photos / "train" / "red" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (photos / "test" / "blue" / "html.jpg").write_text("<html>")
+    with pytest.raises(DatasetError, match=r"red/cut\.png: cannot be read as an image .*: repair or remove"):
+        load_dataset(photos)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: write(root / "train" / "green" / "0.png", 0), "test has no images of 'green'"),
+        (lambda root: (root / "empty").mkdir(), None),
+    ],
+)
+def test_splits_have_the_same_classes(photos: Path, change, message: str | None) -> None:
+    change(photos)
+    if message is None:
+        assert load_dataset(photos).info.num_classes == 2
+        return
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(photos)
+
+
+def test_folders_without_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"no images found: expected <class>/<image>, or train/<class>/<image>"):
+        load_dataset(tmp_path)
+    with pytest.raises(DatasetError, match="no such file or folder"):
+        load_dataset(tmp_path / "nowhere")
+    write(tmp_path / "only" / "0.png", 0)
+    with pytest.raises(DatasetError, match="only one class, 'only'"):
+        load_dataset(tmp_path)
+
+
+def test_arrays(tmp_path: Path) -> None:
+    images = np.arange(10, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
+    data = Dataset.from_arrays(
+        images, [0, 1] * 5, ["even", "odd"], test_images=images[:2], test_labels=np.array([0, 1])
+    )
+    assert data.train_images.shape == (10, 8, 8, 1)
+    assert data.info.mean == (round(4.5 / 255, 4),)
+    data.save(tmp_path / "digits.safetensors")
+    again = load_dataset(tmp_path / "digits.safetensors")
+    assert again.info == data.info
+    assert again.sha256 == data.sha256
+    assert load_dataset(str(tmp_path / "digits.safetensors")).info.classes == ("even", "odd")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": np.zeros((6, 8, 8), np.float32)}, "images must be uint8 (0 to 255), got torch.float32"),
+        ({"images": np.zeros((6, 8, 9), np.uint8)}, "images must be square"),
+        ({"images": np.zeros((6, 2, 8, 8), np.uint8)}, "images must be square"),
+        ({"labels": [0, 1, 2, 0, 1, 2]}, "labels are 0 to 2, and 2 classes were given"),
+        ({"labels": [0, 1, 0]}, "labels must be [6], got shape [3]"),
+        ({"labels": [0.0, 1.0, 0.0, 1.0, 0.0, 1.0]}, "labels must be whole numbers"),
+        ({"classes": ["a"]}, "classes must be 2 to 256 different names, got 1"),
+        ({"classes": ["a", "a"]}, "different names"),
+        ({"name": "cifar10"}, "other than mnist"),
+        ({"name": "../x"}, "give a name of letters"),
+        ({"test_images": np.zeros((2, 8, 8), np.uint8)}, "give test_images and test_labels, or neither"),
+    ],
+)
+def test_impossible_arrays_are_refused(arguments: dict, message: str) -> None:
+    given = {"images": np.zeros((6, 8, 8), np.uint8), "labels": [0, 1] * 3, "classes": ["a", "b"]} | arguments
+    with pytest.raises(DatasetError, match=re.escape(message)):
+        Dataset.from_arrays(**given)
+
+
+def test_a_file_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"short")
+    with pytest.raises(DatasetError, match="not a complete safetensors file"):
+        load_dataset(path)
+
+
+def test_the_size_of_a_benchmark_dataset_is_fixed() -> None:
+    with pytest.raises(DatasetError, match="size and in_chans are for folders of own images"):
+        load_dataset("mnist", size=32)
