@@ -122,7 +122,8 @@ def _is_hidden(path: Path) -> bool:
 
 def _format(paths: Sequence[Path]) -> tuple[int, int]:
     """The default side and number of channels, from the headers of the files; unreadable ones are left to `_read`."""
-    sizes, grey = set(), True
+    sizes: set[tuple[int, int]] = set()
+    grey = True
     for path in paths:
         try:
             with Image.open(path) as image:
