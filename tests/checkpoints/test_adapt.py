@@ -111,7 +111,7 @@ def test_adapt_input(channels: int, wanted: int, expected: list[float]) -> None:
     torch.testing.assert_close(adapted[0, :, 0, 0], torch.tensor(expected))
 
 
-@pytest.mark.parametrize("arguments", [{"num_classes": 0}, {"in_chans": 0}, {"num_classes": 2.5}, {"in_chans": "3"}])
+@pytest.mark.parametrize("arguments", [{"num_classes": -1}, {"in_chans": 0}, {"num_classes": 2.5}, {"in_chans": "3"}])
 def test_impossible_requests(tmp_path: Path, arguments: dict[str, Any]) -> None:
     publish(tmp_path / "c", trained(CASES[0][0]), CASES[0][0])
     with pytest.raises(ModelError, match=next(iter(arguments))):

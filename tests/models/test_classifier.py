@@ -180,7 +180,7 @@ def test_torchvision_extracts_features(name: str, node: str, training: bool) -> 
     nodes = get_graph_node_names(model)[not training]
     last = [n for n in nodes if n.startswith(f"{node}.") or n == node][-1]
     seen: list[torch.Tensor] = []
-    model.get_submodule(node).register_forward_hook(lambda _module, _args, output: seen.append(output))
+    model.get_submodule(node).register_forward_hook(lambda *call: seen.append(call[-1]))
     found = create_feature_extractor(copy.deepcopy(model), [last])(images(4))[last]
     model(images(4))
     torch.testing.assert_close(found, seen[-1])
@@ -213,3 +213,13 @@ def test_second_order_gradients_of_fused_steps_are_refused() -> None:
     (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", ["resnet20.cifar10", "cnv.mnist", "quant_cnv_w4a4.mnist"])
+@torch.no_grad()
+def test_published_weights_without_head(name: str) -> None:
+    whole = cnvzoo.create_model(name, pretrained=True)
+    headless = cnvzoo.create_model(name, pretrained=True, num_classes=0)
+    x = images(channels=whole.in_chans)
+    assert torch.equal(headless(x), whole.forward_head(whole.forward_features(x), pre_logits=True))
+    assert headless.pretrained_cfg is not None

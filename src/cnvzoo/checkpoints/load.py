@@ -21,6 +21,7 @@ from cnvzoo.checkpoints.format import CheckpointConfig, CheckpointError
 from cnvzoo.checkpoints.locations import find_checkpoint
 from cnvzoo.checkpoints.weights import build_skeleton, fit_scale
 from cnvzoo.errors import ModelError
+from cnvzoo.models.classifier import Classifier
 from cnvzoo.models.layers import without_initialization
 from cnvzoo.models.registry import build_model, model_names, model_spec
 
@@ -72,6 +73,7 @@ def load_checkpoint(
         hub: the store of named checkpoints: a directory or `hf://ORGANISATION`; default `CNVZOO_HUB`, else the
             checkout's own `hub/`, else the Hugging Face Hub.
         num_classes: number of classes. Other than the checkpoint's, the head is new and untrained; a warning says so.
+            0 leaves the head out, without a warning: the output is what the head takes.
         in_chans: channels of the images. Other than the checkpoint's, the first convolution is adapted; a warning says
             so.
 
@@ -86,8 +88,13 @@ def load_checkpoint(
     model, config = read_model(found.folder, found.files)
     wanted = {"num_classes": num_classes, "in_chans": in_chans}
     changes = {key: value for key, value in wanted.items() if value is not None and value != config.model[key]}
+    headless = changes.get("num_classes") == 0 and isinstance(model, Classifier)
+    if headless:
+        del changes["num_classes"]
     if changes:
         model = adapt(model, config.model, changes, config.name)
+    if headless:
+        model.reset_classifier(0)  # type: ignore[operator]  (a Classifier, adapted or not)
     model.pretrained_cfg = config  # type: ignore[assignment]  (a Module takes only tensors and modules)
     return model, config
 

@@ -115,7 +115,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         x, scale = (t.detach() for t in ctx.saved_tensors)
         rows = scale.numel()
         with torch.autocast(x.device.type, enabled=False):

@@ -201,7 +201,7 @@ class NormAct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, seen, corner, gamma, scale, *batch_norm = ctx.saved_tensors
         variant: _Variant = ctx.variant
         grad = grads[0].detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
@@ -276,7 +276,7 @@ def _fuses(
 
 def _has_hooks(*layers: nn.Module | None) -> bool:
     """Whether something is called before or after one of the layers, which a fused step would leave out."""
-    return has_any_global_hook() or any(
+    return bool(has_any_global_hook()) or any(
         layer is not None
         and (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
         for layer in layers
