@@ -1,4 +1,4 @@
-"""Several runs at once: what starts when, what one run's end means for the others, and who brings records home."""
+"""Parallel runs: when each starts, what the end of one means for the others, and who writes messages and records."""
 
 from __future__ import annotations
 
@@ -32,65 +32,65 @@ FLOAT, QUANTIZED, OTHER = "cifar10_cnv", "cifar10_quant_cnv_w4a4", "cifar10_resn
 TIMEOUT = 60
 
 
-class Play:
-    """In the place of run_recipe: FakeTraining, with a scene in front of each run, and a count of those under way."""
+class HookedTraining:
+    """Replaces run_recipe: FakeTraining with a function called before each run, and a count of simultaneous runs."""
 
-    def __init__(self, scene: Callable[[tuple[str, int], Callable[[], str | None]], object]) -> None:
-        self.scene, self.fake = scene, FakeTraining()
-        self.under_way = self.most = 0
+    def __init__(self, before_run: Callable[[tuple[str, int], Callable[[], str | None]], object]) -> None:
+        self.before_run, self.fake = before_run, FakeTraining()
+        self.running = self.most_running = 0
         self._counting = threading.Lock()
 
     def __call__(self, recipe: Any, **arguments: Any) -> RunRecord:
         with self._counting:
-            self.under_way += 1
-            self.most = max(self.most, self.under_way)
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
         try:
-            if reason := self.scene((recipe.name, arguments["seed"]), arguments["stop"]):
+            if reason := self.before_run((recipe.name, arguments["seed"]), arguments["stop"]):
                 self.fake.stop_at[recipe.name, arguments["seed"]] = str(reason)
             return self.fake(recipe, **arguments)
         finally:
             with self._counting:
-                self.under_way -= 1
+                self.running -= 1
 
 
 def until_stopped(stop: Callable[[], str | None]) -> str:
     end = time.monotonic() + TIMEOUT
     while (reason := stop()) is None:
-        assert time.monotonic() < end, "nobody asked this run to stop"
+        assert time.monotonic() < end, "no request to stop this run arrived"
         time.sleep(0.01)
     return reason
 
 
 @pytest.fixture
-def trio(bench):
-    """Two float entries and a quantized one; in the order of the table FLOAT, OTHER, QUANTIZED."""
+def three_entries(bench):
+    """Two float entries and a quantized one; their order in the table is FLOAT, OTHER, QUANTIZED."""
     bench.recipe(FLOAT)
     bench.recipe(OTHER)
     bench.recipe(QUANTIZED, float_start=FLOAT)
     return bench
 
 
-def left(message: str) -> list[str]:
+def unfinished(message: str) -> list[str]:
     return [line.strip().split(":")[0] for line in message.splitlines() if line.startswith("  ")]
 
 
-def test_as_many_as_asked_for_go_at_once_and_no_more(bench):
+def test_the_requested_number_of_runs_is_trained_in_parallel(bench):
     for name in ("mnist_resnet20", "mnist_cnv"):
         bench.recipe(name)
     meeting = threading.Barrier(3)
-    bench.train = play = Play(lambda key, stop: meeting.wait(TIMEOUT) and None)
+    bench.train = training = HookedTraining(lambda key, stop: meeting.wait(TIMEOUT) and None)
     assert bench.run("--table", "mnist", "--at-once", "3") == 0
-    assert play.most == 3
-    assert sorted(play.fake.calls[:3]) == [("mnist_cnv", 0), ("mnist_resnet20", 0), ("mnist_resnet20", 1)]
+    assert training.most_running == 3
+    assert sorted(training.fake.calls[:3]) == [("mnist_cnv", 0), ("mnist_resnet20", 0), ("mnist_resnet20", 1)]
     for name in ("mnist_resnet20", "mnist_cnv"):
         assert [RunRecord.read(bench.result(name, seed)).accuracy for seed in (0, 1, 2)] == [90, 91, 92]
 
 
-def test_a_run_waits_for_its_float_start_and_those_behind_it_do_not(trio):
+def test_a_run_waits_for_its_float_start_while_later_runs_start(three_entries):
     order: list[tuple[str, int]] = []
     next_seed = threading.Event()
 
-    def scene(key: tuple[str, int], _: object) -> None:
+    def before_run(key: tuple[str, int], _: object) -> None:
         order.append(key)
         if key == (FLOAT, 1):
             next_seed.set()
@@ -98,39 +98,41 @@ def test_a_run_waits_for_its_float_start_and_those_behind_it_do_not(trio):
             assert next_seed.wait(TIMEOUT)
             assert (QUANTIZED, 0) not in order
 
-    trio.train = play = Play(scene)
-    assert trio.run("--table", "cifar10", "--seeds", "0", "1", "--at-once", "2") == 0
+    three_entries.train = training = HookedTraining(before_run)
+    assert three_entries.run("--table", "cifar10", "--seeds", "0", "1", "--at-once", "2") == 0
     assert sorted(order[:2]) == [(FLOAT, 0), (OTHER, 0)]
     assert order[2] == (FLOAT, 1)
     assert set(order[3:]) == {(QUANTIZED, 0), (OTHER, 1), (QUANTIZED, 1)}
-    starts = [options["float_start"] for options in play.fake.options if options["float_start"]]
-    assert starts == [trio.runs / FLOAT / "seed0" / "weights.safetensors"] * 2
+    starts = [options["float_start"] for options in training.fake.options if options["float_start"]]
+    assert starts == [three_entries.runs / FLOAT / "seed0" / "weights.safetensors"] * 2
 
 
-def test_a_failed_run_takes_along_only_what_starts_from_it(trio, capsys):
-    trio.training.fail_at.add((FLOAT, 0))
-    assert trio.run("--table", "cifar10", "--seeds", "0", "1", "--at-once", "3") == 1
+def test_when_a_run_fails_only_the_runs_that_start_from_it_fail_too(three_entries, capsys):
+    three_entries.training.fail_at.add((FLOAT, 0))
+    assert three_entries.run("--table", "cifar10", "--seeds", "0", "1", "--at-once", "3") == 1
     calls = [(FLOAT, 0), (OTHER, 0), (FLOAT, 1), (OTHER, 1)]
-    assert sorted(trio.training.calls) == sorted(calls)
+    assert sorted(three_entries.training.calls) == sorted(calls)
     message = capsys.readouterr().err
     assert f"{QUANTIZED} seed 0 failed: it needs the weights of {FLOAT} seed 0, which are missing" in message
     assert f"failed, see above: {FLOAT} seed 0, {QUANTIZED} seed 0, {QUANTIZED} seed 1\n" in message
 
 
-def test_all_but_the_runs_happens_in_the_calling_thread(trio):
-    entries = {name: trio.entry(name) for name in (FLOAT, OTHER, QUANTIZED)}
-    records = Records(entries, Layout.of(trio.home, trio.runs))
+def test_messages_and_files_are_written_in_the_calling_thread(three_entries):
+    entries = {name: three_entries.entry(name) for name in (FLOAT, OTHER, QUANTIZED)}
+    records = Records(entries, Layout.of(three_entries.home, three_entries.runs))
     runs = make_plan(list(entries.values()), (0, 1, 2), records=records)
-    here: list[bool] = []
-    there: list[bool] = []
+    calls_in_main: list[bool] = []
+    runs_in_main: list[bool] = []
 
     def note(*_: object) -> None:
-        here.append(threading.current_thread() is threading.main_thread())
+        calls_in_main.append(threading.current_thread() is threading.main_thread())
 
-    play = Play(lambda key, stop: there.append(threading.current_thread() is threading.main_thread()))
+    training = HookedTraining(
+        lambda key, stop: runs_in_main.append(threading.current_thread() is threading.main_thread())
+    )
     outcome = execute(
         runs,
-        LocalRunner(play, torch.device("cpu"), None),
+        LocalRunner(training, torch.device("cpu"), None),
         at_once=4,
         records=records,
         deadline=None,
@@ -138,27 +140,27 @@ def test_all_but_the_runs_happens_in_the_calling_thread(trio):
         on_finished=note,
     )
     assert (outcome.failed, outcome.left, outcome.stopped) == ([], [], None)
-    assert here == [True] * 27  # of 9 runs each its start, its end and the pages
-    assert there == [False] * 9
+    assert calls_in_main == [True] * 27  # three calls for each of 9 runs: its start, its end and the pages
+    assert runs_in_main == [False] * 9
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_all_that_are_under_way(trio, capsys, number, status):
+def test_a_signal_stops_all_parallel_runs(three_entries, capsys, number, status):
     meeting = threading.Barrier(3, action=lambda: os.kill(os.getpid(), number))
 
-    def scene(key: tuple[str, int], stop: Callable[[], str | None]) -> str | None:
+    def before_run(key: tuple[str, int], stop: Callable[[], str | None]) -> str | None:
         if key == (FLOAT, 0):
             return None
         meeting.wait(TIMEOUT)
         return until_stopped(stop)
 
-    trio.train = Play(scene)
+    three_entries.train = HookedTraining(before_run)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    assert trio.run("--table", "cifar10", "--seeds", "0", "1", "--at-once", "3") == status
+    assert three_entries.run("--table", "cifar10", "--seeds", "0", "1", "--at-once", "3") == status
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     message = capsys.readouterr().err
     assert f"stopped ({number.name})" in message
-    assert left(message) == [
+    assert unfinished(message) == [
         f"{OTHER} seed 0",
         f"{QUANTIZED} seed 0",
         f"{FLOAT} seed 1",
@@ -167,23 +169,23 @@ def test_a_signal_stops_all_that_are_under_way(trio, capsys, number, status):
     ]
     assert message.count("state in") == 3
     assert message.count("not started") == 2
-    assert trio.result(FLOAT).exists()
+    assert three_entries.result(FLOAT).exists()
 
 
-def test_a_run_that_stops_by_itself_stops_the_others(trio, capsys):
-    trio.train = Play(lambda key, stop: "time limit" if key == (OTHER, 0) else until_stopped(stop))
-    assert trio.run("--table", "cifar10", "--seeds", "0", "--at-once", "2") == 3
-    assert left(capsys.readouterr().err) == [f"{FLOAT} seed 0", f"{OTHER} seed 0", f"{QUANTIZED} seed 0"]
+def test_a_run_that_reaches_the_time_limit_stops_the_others(three_entries, capsys):
+    three_entries.train = HookedTraining(lambda key, stop: "time limit" if key == (OTHER, 0) else until_stopped(stop))
+    assert three_entries.run("--table", "cifar10", "--seeds", "0", "--at-once", "2") == 3
+    assert unfinished(capsys.readouterr().err) == [f"{FLOAT} seed 0", f"{OTHER} seed 0", f"{QUANTIZED} seed 0"]
 
 
-def test_no_run_starts_after_the_time_limit_and_what_ends_after_it_counts(trio, capsys):
+def test_after_the_time_limit_no_run_starts_and_a_run_that_finishes_is_recorded(three_entries, capsys):
     end = time.monotonic() + 4
-    trio.train = play = Play(lambda key, stop: time.sleep(max(0, end - time.monotonic())))
-    assert trio.run("--table", "cifar10", "--seeds", "0", "--at-once", "2", "--time-limit", "3") == 3
-    assert sorted(play.fake.calls) == [(FLOAT, 0), (OTHER, 0)]
-    assert trio.result(FLOAT).exists()
-    assert trio.result(OTHER).exists()
-    assert left(capsys.readouterr().err) == [f"{QUANTIZED} seed 0"]
+    three_entries.train = training = HookedTraining(lambda key, stop: time.sleep(max(0, end - time.monotonic())))
+    assert three_entries.run("--table", "cifar10", "--seeds", "0", "--at-once", "2", "--time-limit", "3") == 3
+    assert sorted(training.fake.calls) == [(FLOAT, 0), (OTHER, 0)]
+    assert three_entries.result(FLOAT).exists()
+    assert three_entries.result(OTHER).exists()
+    assert unfinished(capsys.readouterr().err) == [f"{QUANTIZED} seed 0"]
 
 
 @pytest.mark.parametrize("at_once", ["1", "3"])
@@ -196,33 +198,33 @@ def test_no_run_starts_after_the_time_limit_and_what_ends_after_it_counts(trio, 
         (DatasetError("no data"), "no data"),
     ],
 )
-def test_whatever_a_run_raises_is_the_failure_of_that_run(trio, capsys, at_once, error, says):
-    def scene(key: tuple[str, int], _: object) -> None:
+def test_an_exception_in_a_run_is_the_failure_of_that_run_only(three_entries, capsys, at_once, error, says):
+    def before_run(key: tuple[str, int], _: object) -> None:
         if key == (FLOAT, 0):
             raise error
 
-    trio.train = play = Play(scene)
-    assert trio.run("--table", "cifar10", "--seeds", "0", "1", "--at-once", at_once) == 1
-    assert sorted(play.fake.calls) == [(FLOAT, 1), (OTHER, 0), (OTHER, 1)]
-    said = capsys.readouterr()
-    assert re.search(f"^{FLOAT} seed 0 failed: {says}$", said.err, re.MULTILINE)
-    assert f"| {OTHER} | 90.50" in said.out
+    three_entries.train = training = HookedTraining(before_run)
+    assert three_entries.run("--table", "cifar10", "--seeds", "0", "1", "--at-once", at_once) == 1
+    assert sorted(training.fake.calls) == [(FLOAT, 1), (OTHER, 0), (OTHER, 1)]
+    printed = capsys.readouterr()
+    assert re.search(f"^{FLOAT} seed 0 failed: {says}$", printed.err, re.MULTILINE)
+    assert f"| {OTHER} | 90.50" in printed.out
 
 
 @pytest.mark.parametrize("at_once", ["1", "3"])
-def test_an_interrupt_is_not_a_failure_of_one_run(trio, at_once):
-    def scene(key: tuple[str, int], _: object) -> None:
+def test_a_keyboard_interrupt_in_a_run_stops_all_runs(three_entries, at_once):
+    def before_run(key: tuple[str, int], _: object) -> None:
         raise KeyboardInterrupt
 
-    trio.train = play = Play(scene)
-    assert trio.run("--table", "cifar10", "--seeds", "0", "--at-once", at_once) == 130
-    assert play.fake.calls == []
+    three_entries.train = training = HookedTraining(before_run)
+    assert three_entries.run("--table", "cifar10", "--seeds", "0", "--at-once", at_once) == 130
+    assert training.fake.calls == []
 
 
-def test_an_error_that_is_not_of_one_run_ends_it_all_with_the_others_saved(trio, monkeypatch):
+def test_an_error_outside_the_runs_stops_them_and_their_state_is_saved(three_entries, monkeypatch):
     asked: list[str] = []
 
-    def scene(key: tuple[str, int], stop: Callable[[], str | None]) -> str | None:
+    def before_run(key: tuple[str, int], stop: Callable[[], str | None]) -> str | None:
         if key == (FLOAT, 0):
             return None
         asked.append(until_stopped(stop))
@@ -231,15 +233,15 @@ def test_an_error_that_is_not_of_one_run_ends_it_all_with_the_others_saved(trio,
     def page(*_: object) -> str:
         raise KeyError("a bug")
 
-    trio.train = Play(scene)
+    three_entries.train = HookedTraining(before_run)
     monkeypatch.setattr(outputs, "page", page)
     with pytest.raises(KeyError, match="a bug"):
-        trio.run("--table", "cifar10", "--seeds", "0", "--at-once", "2")
+        three_entries.run("--table", "cifar10", "--seeds", "0", "--at-once", "2")
     assert asked == ["an error"]
-    assert (trio.runs / OTHER / "seed0" / "state.safetensors").exists()
+    assert (three_entries.runs / OTHER / "seed0" / "state.safetensors").exists()
 
 
-def test_runs_in_threads_give_the_weights_of_runs_alone(bench, tmp_path, monkeypatch):
+def test_parallel_runs_give_the_same_weights_as_single_runs(bench, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # compiling would take most of the time
     publish_tiny(monkeypatch.setattr)
     bench.recipe("mnist_resnet20", epochs=3, batch_size=16)
@@ -254,7 +256,7 @@ def test_runs_in_threads_give_the_weights_of_runs_alone(bench, tmp_path, monkeyp
     assert {record.device["threads"] for record in records} == {1}
 
 
-def test_a_run_in_a_thread_can_be_asked_to_stop(tmp_path, bench, monkeypatch):
+def test_the_stop_function_interrupts_a_run(tmp_path, bench, monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     publish_tiny(monkeypatch.setattr)
     bench.recipe("mnist_resnet20", epochs=3, batch_size=16)
@@ -266,18 +268,18 @@ def test_a_run_in_a_thread_can_be_asked_to_stop(tmp_path, bench, monkeypatch):
     assert (tmp_path / "state.safetensors").exists()
 
 
-def test_threads_are_set_for_the_runs_and_put_back(bench):
+def test_the_number_of_threads_is_set_for_the_runs_and_restored(bench):
     before = torch.get_num_threads()
     seen: list[int] = []
     bench.recipe("mnist_cnv")
-    bench.train = Play(lambda key, stop: seen.append(torch.get_num_threads()))
+    bench.train = HookedTraining(lambda key, stop: seen.append(torch.get_num_threads()))
     assert bench.run("--table", "mnist", "--seeds", "0", "--threads", str(before + 1)) == 0
     assert bench.run("--table", "mnist", "--seeds", "1") == 0
     assert seen == [before + 1, 1]
     assert torch.get_num_threads() == before
 
 
-def test_deterministic_kernels_stay_on_when_a_run_ends_beside_others():
+def test_deterministic_kernels_stay_on_when_one_of_several_runs_ends():
     def switches() -> tuple[bool, bool]:
         return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32
 
@@ -293,7 +295,7 @@ def test_deterministic_kernels_stay_on_when_a_run_ends_beside_others():
     assert switches() == before
 
 
-def test_a_run_on_a_gpu_beside_others_has_a_stream_of_its_own(trio, monkeypatch):
+def test_each_of_several_runs_on_a_gpu_has_its_own_stream(three_entries, monkeypatch):
     made: list[str] = []
     current: list[str] = []
 
@@ -305,23 +307,25 @@ def test_a_run_on_a_gpu_beside_others_has_a_stream_of_its_own(trio, monkeypatch)
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(f"{device} {len(made)}") or made[-1])
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    play = Play(lambda key, stop: seen.append(list(current)))
+    training = HookedTraining(lambda key, stop: seen.append(list(current)))
     seen: list[list[str]] = []
-    runner = LocalRunner(play, torch.device("cuda", 1), None, own_stream=True)
+    runner = LocalRunner(training, torch.device("cuda", 1), None, own_stream=True)
     for seed in (0, 1):
-        runner.run(Run(trio.entry(FLOAT), seed, trio.runs / str(seed)), {}, lambda: None)
+        runner.run(Run(three_entries.entry(FLOAT), seed, three_entries.runs / str(seed)), {}, lambda: None)
     assert seen == [["cuda:1 0"], ["cuda:1 1"]]
 
 
 @pytest.mark.parametrize(("cores", "threads", "runs"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])
-def test_the_cores_of_this_process_are_used_and_no_more(monkeypatch, cores, threads, runs):
+def test_the_default_number_of_runs_follows_from_the_cores_and_threads(monkeypatch, cores, threads, runs):
     monkeypatch.setattr(workers.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     assert default_runs_at_once(torch.device("cpu"), threads) == runs
     assert default_runs_at_once(torch.device("cuda"), threads) == 3
 
 
 @pytest.mark.parametrize("wrong", [["--at-once", "0"], ["--threads", "1.5"]])
-def test_impossible_numbers_are_refused(bench: Bench, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_of_runs_and_threads_out_of_range_are_refused(
+    bench: Bench, wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         bench.run("--table", "mnist", *wrong)
     assert "a whole number, 1 or more" in capsys.readouterr().err

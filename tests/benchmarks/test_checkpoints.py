@@ -51,7 +51,7 @@ def test_one_that_was_lost_is_written_again_without_training(run_once):
 
 
 def test_a_new_run_takes_the_place_of_the_old(run_once):
-    run_once.training.flavour = "new "
+    run_once.training.variant = "new "
     run_once.training.accuracy = lambda name, seed: 95.0
     run_once.run("--table", "mnist", "--seeds", "0", "--retrain")
     assert read_config(run_once.hub / "cnv.mnist").correct == 9500

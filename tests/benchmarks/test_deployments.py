@@ -51,7 +51,7 @@ def test_another_seed_leaves_the_result_and_new_weights_do_not(bench_of_two):
     config = read_config(bench_of_two.hub / "quant_cnv_w2a2.mnist")
     assert len(config.results) == 2
     assert config.integer is not None
-    bench_of_two.training.flavour = "new "
+    bench_of_two.training.variant = "new "
     bench_of_two.run("--table", "mnist", "--entry", QUANTIZED, "--seeds", "0", "--retrain")
     assert len(bench_of_two.measured) == 2
 

@@ -1,4 +1,4 @@
-"""Which entries a table holds, and in which order."""
+"""Which entries the recipes in configs/ give, and their order in the tables."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TABLES = {
 NAMES = [f"{dataset}_{model}" for dataset, models in TABLES.items() for model in models]
 
 
-def test_order_is_that_of_the_tables_whatever_the_order_of_the_files(bench):
+def test_entries_have_the_order_of_the_tables(bench):
     for name in random.Random(0).sample(NAMES, len(NAMES)):
         bench.recipe(name)
     assert list(load_entries(bench.home / "configs")) == NAMES
 
 
-def test_a_leading_underscore_marks_a_base(bench):
+def test_a_file_with_a_leading_underscore_is_a_base_recipe_and_not_an_entry(bench):
     (bench.home / "configs" / "_base.yaml").write_text("epochs: 7\nbatch_size: 50\noptimizer: {lr: 0.1}\n")
     (bench.home / "configs" / "mnist_cnv.yaml").write_text("extends: _base.yaml\nmodel: cnv\ndataset: mnist\n")
     entries = load_entries(bench.home / "configs")
@@ -37,13 +37,13 @@ def test_a_leading_underscore_marks_a_base(bench):
 
 
 @pytest.mark.parametrize("wrong", ["mnist_cnv", "cifar10_resnet20", "cifar10_quant_cnv_w4a2", "cifar10_quant_cnv"])
-def test_a_file_named_after_something_else_is_refused(bench, wrong):
+def test_a_file_whose_name_does_not_match_its_recipe_is_refused(bench, wrong):
     bench.recipe("cifar10_quant_cnv_w4a4", file=wrong)
     with pytest.raises(HarnessError, match=rf"{wrong}.*cifar10_quant_cnv_w4a4"):
         load_entries(bench.home / "configs")
 
 
-def test_selected_entries_keep_the_order_of_the_table(bench):
+def test_selected_entries_have_the_order_of_the_tables(bench):
     for name in NAMES:
         bench.recipe(name)
     entries = load_entries(bench.home / "configs")
@@ -51,7 +51,7 @@ def test_selected_entries_keep_the_order_of_the_table(bench):
     assert [entry.name for entry in chosen] == ["mnist_cnv", "cifar10_cnv"]
 
 
-def test_the_tables_of_this_project():
+def test_the_recipes_of_this_repository_are_those_of_the_tables():
     entries = load_entries(BENCHMARKS / "configs")
     assert list(entries) == NAMES
     for entry in entries.values():
@@ -59,7 +59,7 @@ def test_the_tables_of_this_project():
 
 
 @pytest.mark.parametrize(("table", "count"), [("cifar10", 10), ("all", 31)])
-def test_listing_has_every_run(table, count):
+def test_the_list_has_a_line_for_every_run(table, count):
     command = [sys.executable, str(BENCHMARKS / "reproduce.py"), "--table", table, "--list"]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     runs = [(name, str(seed)) for name in NAMES if table in ("all", name.split("_")[0]) for seed in (0, 1, 2)]

@@ -1,4 +1,4 @@
-"""What is trained and in which order; what is kept, resumed, replaced and never touched."""
+"""Which runs reproduce.py trains, in which order, and which records and weights it keeps, resumes or replaces."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def _no_checkpoints(monkeypatch):
 
 
 @pytest.fixture
-def pair(bench):
+def float_and_quantized(bench):
     """A float entry and a quantized one that starts from it."""
     bench.recipe(FLOAT)
     bench.recipe(QUANTIZED, float_start=FLOAT)
     return bench
 
 
-def test_first_seed_of_every_entry_first(bench):
+def test_the_first_seed_of_every_entry_is_trained_before_the_second(bench):
     for name in ("cifar10_cnv", "cifar10_resnet20"):
         bench.recipe(name)
     assert bench.run("--table", "cifar10") == 0
@@ -47,7 +47,7 @@ def test_a_run_with_a_record_is_not_trained_again(bench):
     assert len(bench.training.calls) == 2
 
 
-def test_the_record_among_the_results_is_the_one_of_the_run(bench):
+def test_a_finished_run_copies_its_record_to_the_results(bench):
     bench.recipe("mnist_cnv")
     bench.run("--table", "mnist", "--seeds", "2")
     finished = bench.runs / "mnist_cnv" / "seed2" / "record.json"
@@ -55,14 +55,14 @@ def test_the_record_among_the_results_is_the_one_of_the_run(bench):
     assert [path.name for path in bench.result("mnist_cnv").parent.iterdir()] == ["seed2.json"]
 
 
-def test_only_the_entries_and_seeds_asked_for(bench):
+def test_only_the_requested_entries_and_seeds_are_trained(bench):
     for name in ("mnist_cnv", "mnist_resnet20", "cifar10_cnv"):
         bench.recipe(name)
     bench.run("--table", "all", "--entry", "cifar10_cnv", "mnist_cnv", "--seeds", "2", "1")
     assert bench.training.calls == [(name, seed) for seed in (2, 1) for name in ("mnist_cnv", "cifar10_cnv")]
 
 
-def test_a_changed_recipe_outdates_its_record(bench, capsys):
+def test_a_record_of_a_changed_recipe_is_trained_again(bench, capsys):
     bench.recipe("mnist_cnv", epochs=10)
     old = bench.put("mnist_cnv", accuracy=12.34).recipe_sha256
     bench.recipe("mnist_cnv", epochs=11)
@@ -75,7 +75,7 @@ def test_a_changed_recipe_outdates_its_record(bench, capsys):
     assert RunRecord.read(bench.result("mnist_cnv")).accuracy == 90
 
 
-def test_a_corrupt_record_is_named_and_stays_until_a_new_run_is_finished(bench, capsys):
+def test_a_corrupt_record_is_reported_and_kept_until_a_new_run_is_finished(bench, capsys):
     bench.recipe("mnist_cnv")
     bench.put("mnist_cnv", accuracy=12.34)
     path = bench.result("mnist_cnv")
@@ -102,7 +102,7 @@ def test_a_corrupt_record_is_named_and_stays_until_a_new_run_is_finished(bench, 
         ("mnist_cnv", 0, {"numerics": NUMERICS + 1}, f"of arithmetic version {NUMERICS + 1}, and this checkout has"),
     ],
 )
-def test_a_record_in_the_wrong_place_or_of_other_code_or_data_does_not_count(
+def test_a_record_of_another_entry_seed_dataset_or_arithmetic_is_not_used(
     bench, capsys, entry, seed, changes, complaint
 ):
     for name in ("mnist_cnv", "mnist_resnet20"):
@@ -113,7 +113,7 @@ def test_a_record_in_the_wrong_place_or_of_other_code_or_data_does_not_count(
     assert "12.34" not in bench.page
 
 
-def test_records_that_no_table_reads_are_mentioned(bench, capsys):
+def test_records_that_belong_to_no_table_are_reported(bench, capsys):
     bench.recipe("mnist_cnv")
     record = make_record(bench.entry("mnist_cnv").recipe)
     for name, seed in (("mnist_cnv", 7), ("mnist_cvn", 0)):
@@ -124,7 +124,7 @@ def test_records_that_no_table_reads_are_mentioned(bench, capsys):
     assert "mnist_cvn" in message
 
 
-def test_a_stopped_run_goes_on(bench):
+def test_a_stopped_run_resumes(bench):
     bench.recipe("mnist_cnv")
     bench.training.stop_at["mnist_cnv", 0] = "SIGTERM"
     assert bench.run("--table", "mnist") == 143
@@ -134,7 +134,7 @@ def test_a_stopped_run_goes_on(bench):
 
 
 @pytest.mark.parametrize(("reason", "status"), [("time limit", 3), ("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_stop_keeps_what_is_done_and_says_what_is_left(bench, capsys, reason, status):
+def test_a_stop_keeps_finished_runs_and_lists_the_unfinished_ones(bench, capsys, reason, status):
     for name in ("mnist_resnet20", "mnist_cnv"):
         bench.recipe(name)
     bench.training.stop_at["mnist_cnv", 0] = reason
@@ -154,7 +154,7 @@ def test_a_stop_keeps_what_is_done_and_says_what_is_left(bench, capsys, reason, 
     assert "not started" in left[1]
 
 
-def test_the_time_limit_is_handed_to_the_run_as_a_deadline(bench):
+def test_the_time_limit_is_passed_to_the_run_as_a_deadline(bench):
     bench.recipe("mnist_cnv")
     before = time.monotonic()
     bench.run("--table", "mnist", "--seeds", "0", "--time-limit", "1000")
@@ -170,16 +170,21 @@ def test_no_run_starts_after_the_time_limit(bench):
     assert "mnist_cnv" in bench.page
 
 
-def test_a_failed_run_does_not_hold_up_the_others(pair, capsys):
-    pair.recipe("cifar10_resnet20")
-    pair.training.fail_at.add((FLOAT, 0))
-    assert pair.run("--table", "cifar10", "--seeds", "0", "1") == 1
-    assert pair.training.calls == [(FLOAT, 0), ("cifar10_resnet20", 0), (FLOAT, 1), ("cifar10_resnet20", 1)]
+def test_after_a_failed_run_the_runs_that_do_not_depend_on_it_are_trained(float_and_quantized, capsys):
+    float_and_quantized.recipe("cifar10_resnet20")
+    float_and_quantized.training.fail_at.add((FLOAT, 0))
+    assert float_and_quantized.run("--table", "cifar10", "--seeds", "0", "1") == 1
+    assert float_and_quantized.training.calls == [
+        (FLOAT, 0),
+        ("cifar10_resnet20", 0),
+        (FLOAT, 1),
+        ("cifar10_resnet20", 1),
+    ]
     assert f"{FLOAT} seed 0, {QUANTIZED} seed 0, {QUANTIZED} seed 1" in capsys.readouterr().err
-    assert not pair.result(QUANTIZED, 0).exists()
+    assert not float_and_quantized.result(QUANTIZED, 0).exists()
 
 
-def test_a_finished_run_whose_record_was_not_brought_home_is_not_trained_again(bench):
+def test_a_finished_run_without_a_record_in_the_results_is_not_trained_again(bench):
     bench.recipe("mnist_cnv")
     bench.run("--table", "mnist", "--seeds", "0")
     shutil.rmtree(bench.home / "results")
@@ -204,67 +209,67 @@ class TestRetrain:
     def test_keeps_the_weights_that_it_replaces(self, bench):
         bench.recipe("mnist_cnv")
         bench.run("--table", "mnist", "--seeds", "0")
-        bench.training.flavour = "new "
+        bench.training.variant = "new "
         bench.run("--table", "mnist", "--seeds", "0", "--retrain")
         folder = bench.runs / "mnist_cnv"
         assert label_of(folder / "seed0" / "weights.safetensors").startswith("new ")
         assert not label_of(folder / "seed0.previous" / "weights.safetensors").startswith("new ")
 
-    def test_is_for_the_entries_asked_for(self, pair):
-        pair.run("--table", "cifar10", "--seeds", "0")
-        pair.training.calls.clear()
-        pair.run("--table", "cifar10", "--seeds", "0", "--entry", QUANTIZED, "--retrain")
-        assert pair.training.calls == [(QUANTIZED, 0)]
+    def test_trains_only_the_requested_entries_again(self, float_and_quantized):
+        float_and_quantized.run("--table", "cifar10", "--seeds", "0")
+        float_and_quantized.training.calls.clear()
+        float_and_quantized.run("--table", "cifar10", "--seeds", "0", "--entry", QUANTIZED, "--retrain")
+        assert float_and_quantized.training.calls == [(QUANTIZED, 0)]
 
-    def test_of_both_starts_from_the_new_float_weights(self, pair):
-        pair.run("--table", "cifar10", "--seeds", "0")
-        pair.training.calls.clear()
-        pair.training.flavour = "new "
-        pair.run("--table", "cifar10", "--seeds", "0", "--retrain")
-        assert pair.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
-        assert label_of(pair.training.options[-1]["float_start"]).startswith("new ")
+    def test_of_float_and_quantized_entries_starts_from_the_new_float_weights(self, float_and_quantized):
+        float_and_quantized.run("--table", "cifar10", "--seeds", "0")
+        float_and_quantized.training.calls.clear()
+        float_and_quantized.training.variant = "new "
+        float_and_quantized.run("--table", "cifar10", "--seeds", "0", "--retrain")
+        assert float_and_quantized.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
+        assert label_of(float_and_quantized.training.options[-1]["float_start"]).startswith("new ")
 
 
 class TestFloatStart:
-    def test_is_trained_before_the_runs_that_need_it_with_the_seed_that_is_published(self, pair):
-        assert pair.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "1", "2") == 0
-        assert pair.training.calls == [(FLOAT, 0), (QUANTIZED, 1), (QUANTIZED, 2)]
-        weights = pair.runs / FLOAT / "seed0" / "weights.safetensors"
-        assert [options["float_start"] for options in pair.training.options] == [None, weights, weights]
-        assert pair.result(FLOAT, 0).exists()
+    def test_is_trained_with_seed_0_before_the_runs_that_need_it(self, float_and_quantized):
+        assert float_and_quantized.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "1", "2") == 0
+        assert float_and_quantized.training.calls == [(FLOAT, 0), (QUANTIZED, 1), (QUANTIZED, 2)]
+        weights = float_and_quantized.runs / FLOAT / "seed0" / "weights.safetensors"
+        assert [options["float_start"] for options in float_and_quantized.training.options] == [None, weights, weights]
+        assert float_and_quantized.result(FLOAT, 0).exists()
 
-    def test_is_not_trained_again_with_runs_of_other_seeds_that_are(self, pair):
-        pair.run("--table", "cifar10", "--seeds", "0", "1")
-        pair.training.calls.clear()
-        assert pair.run("--table", "cifar10", "--seeds", "1", "--retrain") == 0
-        assert pair.training.calls == [(FLOAT, 1), (QUANTIZED, 1)]
+    def test_of_seed_0_is_not_trained_again_when_another_seed_is_retrained(self, float_and_quantized):
+        float_and_quantized.run("--table", "cifar10", "--seeds", "0", "1")
+        float_and_quantized.training.calls.clear()
+        assert float_and_quantized.run("--table", "cifar10", "--seeds", "1", "--retrain") == 0
+        assert float_and_quantized.training.calls == [(FLOAT, 1), (QUANTIZED, 1)]
 
-    def test_is_trained_for_its_weights_though_its_record_is_there(self, pair, capsys):
-        kept = pair.put(FLOAT, accuracy=91.5)
-        assert pair.run("--table", "cifar10", "--seeds", "0") == 0
-        assert pair.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
+    def test_is_trained_when_its_record_exists_but_its_weights_are_missing(self, float_and_quantized, capsys):
+        kept = float_and_quantized.put(FLOAT, accuracy=91.5)
+        assert float_and_quantized.run("--table", "cifar10", "--seeds", "0") == 0
+        assert float_and_quantized.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
         message = capsys.readouterr().err
         assert f"{QUANTIZED} needs its weights, which are not under" in message
         assert "its weights differ from those of" in message
-        assert RunRecord.read(pair.result(FLOAT)) == kept
+        assert RunRecord.read(float_and_quantized.result(FLOAT)) == kept
 
-    def test_is_not_needed_by_a_run_that_is_done(self, pair):
-        pair.put(FLOAT)
-        pair.put(QUANTIZED)
-        assert pair.run("--table", "cifar10", "--seeds", "0") == 0
-        assert pair.training.calls == []
+    def test_is_not_trained_for_a_run_that_is_finished(self, float_and_quantized):
+        float_and_quantized.put(FLOAT)
+        float_and_quantized.put(QUANTIZED)
+        assert float_and_quantized.run("--table", "cifar10", "--seeds", "0") == 0
+        assert float_and_quantized.training.calls == []
 
-    def test_weights_other_than_those_of_the_record_do_not_serve(self, pair):
-        pair.run("--table", "cifar10", "--entry", FLOAT, "--seeds", "0")
-        (pair.runs / FLOAT / "seed0" / "weights.safetensors").write_text("half of i")
-        assert pair.run("--table", "cifar10", "--seeds", "0") == 0
-        assert pair.training.calls == [(FLOAT, 0), (FLOAT, 0), (QUANTIZED, 0)]
+    def test_is_trained_again_when_its_weights_differ_from_its_record(self, float_and_quantized):
+        float_and_quantized.run("--table", "cifar10", "--entry", FLOAT, "--seeds", "0")
+        (float_and_quantized.runs / FLOAT / "seed0" / "weights.safetensors").write_text("half of i")
+        assert float_and_quantized.run("--table", "cifar10", "--seeds", "0") == 0
+        assert float_and_quantized.training.calls == [(FLOAT, 0), (FLOAT, 0), (QUANTIZED, 0)]
 
-    def test_weights_of_an_older_recipe_do_not_serve(self, pair):
-        pair.run("--table", "cifar10", "--entry", FLOAT, "--seeds", "0")
-        pair.recipe(FLOAT, epochs=11)
-        pair.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "0")
-        assert pair.training.calls == [(FLOAT, 0), (FLOAT, 0), (QUANTIZED, 0)]
+    def test_is_trained_again_when_its_recipe_changed(self, float_and_quantized):
+        float_and_quantized.run("--table", "cifar10", "--entry", FLOAT, "--seeds", "0")
+        float_and_quantized.recipe(FLOAT, epochs=11)
+        float_and_quantized.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "0")
+        assert float_and_quantized.training.calls == [(FLOAT, 0), (FLOAT, 0), (QUANTIZED, 0)]
 
     def publish(self, bench, weights: str, config: object) -> None:
         folder = bench.hub / "cnv.cifar10"
@@ -272,73 +277,81 @@ class TestFloatStart:
         (folder / "model.safetensors").write_text(weights)
         (folder / "config.json").write_text(json.dumps(config))
 
-    def test_published_weights_of_the_record_serve(self, pair, tmp_path):
+    def test_published_weights_that_match_the_record_are_used(self, float_and_quantized, tmp_path):
         (tmp_path / "weights").write_text("published")
         digest = sha256_of(tmp_path / "weights")
-        pair.put(FLOAT, weights_sha256=digest)
-        self.publish(pair, "published", {"weights_sha256": digest})
-        assert pair.run("--table", "cifar10", "--seeds", "0") == 0
-        assert pair.training.calls == [(QUANTIZED, 0)]
-        assert pair.training.options[0]["float_start"] == pair.hub / "cnv.cifar10" / "model.safetensors"
+        float_and_quantized.put(FLOAT, weights_sha256=digest)
+        self.publish(float_and_quantized, "published", {"weights_sha256": digest})
+        assert float_and_quantized.run("--table", "cifar10", "--seeds", "0") == 0
+        assert float_and_quantized.training.calls == [(QUANTIZED, 0)]
+        assert (
+            float_and_quantized.training.options[0]["float_start"]
+            == float_and_quantized.hub / "cnv.cifar10" / "model.safetensors"
+        )
 
     @pytest.mark.parametrize("config", [{"weights_sha256": "f" * 64}, {}, [], {"weights_sha256": "RECORD"}])
-    def test_other_published_weights_do_not(self, pair, config):
-        record = pair.put(FLOAT)
-        if config == {"weights_sha256": "RECORD"}:  # says so, but the file beside it is another
+    def test_published_weights_that_do_not_match_the_record_are_not_used(self, float_and_quantized, config):
+        record = float_and_quantized.put(FLOAT)
+        if config == {"weights_sha256": "RECORD"}:  # the config has the right checksum, but the weights file is another
             config = {"weights_sha256": record.weights_sha256}
-        self.publish(pair, "published", config)
-        assert pair.run("--table", "cifar10", "--seeds", "0") == 0
-        assert pair.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
+        self.publish(float_and_quantized, "published", config)
+        assert float_and_quantized.run("--table", "cifar10", "--seeds", "0") == 0
+        assert float_and_quantized.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
 
 
 class TestTeacher:
     @pytest.fixture
-    def school(self, bench):
-        """Of the order of the table: a student, its float start, and a teacher that was taught itself."""
+    def teacher_and_students(self, bench):
+        """A quantized student with a float start, and a float student whose teacher is itself a student."""
         bench.recipe("cifar10_cnv", teacher="cifar10_resnet20")
         bench.recipe("cifar10_resnet20", teacher="cifar10_resnet56")
         bench.recipe("cifar10_resnet56")
         bench.recipe(QUANTIZED, float_start="cifar10_cnv", teacher="cifar10_resnet56")
         return bench
 
-    def test_is_trained_first_with_the_seed_that_is_published(self, school):
-        assert school.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "2") == 0
+    def test_is_trained_with_seed_0_before_its_students(self, teacher_and_students):
+        assert teacher_and_students.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "2") == 0
         names = ["cifar10_resnet56", "cifar10_resnet20", "cifar10_cnv", QUANTIZED]
-        assert school.training.calls == [*((name, 0) for name in names[:3]), (QUANTIZED, 2)]
-        weights = {name: school.runs / name / "seed0" / "weights.safetensors" for name in names}
-        given = [(options["float_start"], options["teacher"]) for options in school.training.options]
+        assert teacher_and_students.training.calls == [*((name, 0) for name in names[:3]), (QUANTIZED, 2)]
+        weights = {name: teacher_and_students.runs / name / "seed0" / "weights.safetensors" for name in names}
+        given = [(options["float_start"], options["teacher"]) for options in teacher_and_students.training.options]
         resnet56, resnet20, cnv, _ = weights.values()
         assert given == [(None, None), (None, [resnet56]), (None, [resnet20]), (cnv, [resnet56])]
 
-    def test_may_be_several_which_are_all_waited_for(self, school):
-        school.recipe(QUANTIZED, float_start="cifar10_cnv", teacher=["cifar10_resnet20", "cifar10_cnv"])
-        assert school.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "1", "--at-once", "4") == 0
-        order = [name for name, _ in school.training.calls]
+    def test_a_student_of_several_teachers_starts_after_all_of_them(self, teacher_and_students):
+        teacher_and_students.recipe(QUANTIZED, float_start="cifar10_cnv", teacher=["cifar10_resnet20", "cifar10_cnv"])
+        assert (
+            teacher_and_students.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "1", "--at-once", "4") == 0
+        )
+        order = [name for name, _ in teacher_and_students.training.calls]
         assert order == ["cifar10_resnet56", "cifar10_resnet20", "cifar10_cnv", QUANTIZED]
-        weights = [school.runs / f"cifar10_{name}" / "seed0" / "weights.safetensors" for name in ("resnet20", "cnv")]
-        assert school.training.options[-1]["teacher"] == weights
+        weights = [
+            teacher_and_students.runs / f"cifar10_{name}" / "seed0" / "weights.safetensors"
+            for name in ("resnet20", "cnv")
+        ]
+        assert teacher_and_students.training.options[-1]["teacher"] == weights
 
-    def test_is_waited_for(self, school):
-        assert school.run("--table", "cifar10", "--seeds", "0", "--at-once", "4") == 0
-        order = [name for name, _ in school.training.calls]
+    def test_a_student_starts_after_its_teacher_with_parallel_runs(self, teacher_and_students):
+        assert teacher_and_students.run("--table", "cifar10", "--seeds", "0", "--at-once", "4") == 0
+        order = [name for name, _ in teacher_and_students.training.calls]
         assert order == ["cifar10_resnet56", "cifar10_resnet20", "cifar10_cnv", QUANTIZED]
 
-    def test_that_fails_takes_its_students_along(self, school, capsys):
-        school.training.fail_at.add(("cifar10_resnet56", 0))
-        assert school.run("--table", "cifar10", "--seeds", "0") == 1
-        assert [name for name, _ in school.training.calls] == ["cifar10_resnet56"]
+    def test_when_a_teacher_fails_its_students_are_not_trained(self, teacher_and_students, capsys):
+        teacher_and_students.training.fail_at.add(("cifar10_resnet56", 0))
+        assert teacher_and_students.run("--table", "cifar10", "--seeds", "0") == 1
+        assert [name for name, _ in teacher_and_students.training.calls] == ["cifar10_resnet56"]
         assert "it needs the weights of cifar10_resnet20 seed 0, which are missing" in capsys.readouterr().err
 
-    def test_with_another_recipe_makes_the_student_out_of_date(self, school):
-        assert school.run("--table", "cifar10", "--seeds", "0") == 0
-        school.training.calls.clear()
-        school.recipe("cifar10_resnet56", epochs=12)
-        assert school.run("--table", "cifar10", "--seeds", "0") == 0
-        assert len(school.training.calls) == 4
+    def test_when_the_recipe_of_a_teacher_changes_its_students_are_trained_again(self, teacher_and_students):
+        assert teacher_and_students.run("--table", "cifar10", "--seeds", "0") == 0
+        teacher_and_students.training.calls.clear()
+        teacher_and_students.recipe("cifar10_resnet56", epochs=12)
+        assert teacher_and_students.run("--table", "cifar10", "--seeds", "0") == 0
+        assert len(teacher_and_students.training.calls) == 4
 
 
 class TestTrial:
-    def test_enters_no_table(self, bench, capsys):
+    def test_is_listed_separately_and_in_no_table(self, bench, capsys):
         bench.recipe("mnist_cnv", epochs=10)
         bench.training.accuracy = lambda name, seed: 12.34
         assert bench.run("--table", "mnist", "--seeds", "0", "--epochs", "2") == 0
@@ -350,31 +363,34 @@ class TestTrial:
         assert "12.34" not in tables
         assert "| mnist_cnv | 0 | 2 of 10 | 12.34 |" in trials
 
-    def test_is_not_repeated(self, bench):
+    def test_that_is_finished_is_not_trained_again(self, bench):
         bench.recipe("mnist_cnv")
         for _ in range(2):
             assert bench.run("--table", "mnist", "--seeds", "0", "--epochs", "2") == 0
         assert bench.training.calls == [("mnist_cnv", 0)]
 
     @pytest.mark.parametrize("epochs", ["10", "99"])
-    def test_is_not_what_the_recipe_asks_for_or_more(self, bench, epochs):
+    def test_with_as_many_epochs_as_the_recipe_or_more_is_a_full_run(self, bench, epochs):
         bench.recipe("mnist_cnv", epochs=10)
         assert bench.run("--table", "mnist", "--seeds", "0", "--epochs", epochs) == 0
         assert bench.training.options[0]["epochs"] is None
         assert bench.result("mnist_cnv").exists()
 
-    def test_may_start_from_a_trial(self, pair):
-        assert pair.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "0", "--epochs", "2") == 0
-        assert pair.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
-        assert "trials" in pair.training.options[1]["float_start"].parts
+    def test_starts_from_the_weights_of_another_trial(self, float_and_quantized):
+        assert float_and_quantized.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "0", "--epochs", "2") == 0
+        assert float_and_quantized.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
+        assert "trials" in float_and_quantized.training.options[1]["float_start"].parts
 
-    def test_starts_from_real_weights_if_they_are_there(self, pair):
-        pair.run("--table", "cifar10", "--entry", FLOAT, "--seeds", "0")
-        pair.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "0", "--epochs", "2")
-        assert pair.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
-        assert pair.training.options[1]["float_start"] == pair.runs / FLOAT / "seed0" / "weights.safetensors"
+    def test_starts_from_the_weights_of_a_full_run_if_they_exist(self, float_and_quantized):
+        float_and_quantized.run("--table", "cifar10", "--entry", FLOAT, "--seeds", "0")
+        float_and_quantized.run("--table", "cifar10", "--entry", QUANTIZED, "--seeds", "0", "--epochs", "2")
+        assert float_and_quantized.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
+        assert (
+            float_and_quantized.training.options[1]["float_start"]
+            == float_and_quantized.runs / FLOAT / "seed0" / "weights.safetensors"
+        )
 
-    def test_no_run_of_a_table_starts_from_a_trial(self, bench):
+    def test_a_full_run_does_not_start_from_a_trial(self, bench):
         bench.recipe(FLOAT, epochs=20)
         bench.recipe(QUANTIZED, epochs=5, float_start=FLOAT)
         assert bench.run("--table", "cifar10", "--seeds", "0", "--epochs", "10") == 0
@@ -390,7 +406,7 @@ class TestTrial:
         (["--table", "cifar100"], "cifar100 has no recipe"),
     ],
 )
-def test_a_request_that_cannot_be_met_says_why(bench, capsys, arguments, complaint):
+def test_an_unknown_entry_or_table_is_an_error(bench, capsys, arguments, complaint):
     bench.recipe("mnist_cnv")
     bench.recipe("cifar10_cnv")
     assert bench.run(*arguments) == 2
@@ -399,16 +415,16 @@ def test_a_request_that_cannot_be_met_says_why(bench, capsys, arguments, complai
 
 
 @pytest.mark.parametrize("wrong", [["--seeds", "3"], ["--epochs", "0"], ["--time-limit", "-1"], ["--time-limit", "1h"]])
-def test_impossible_arguments_are_refused(bench, wrong):
+def test_arguments_out_of_range_are_refused(bench, wrong):
     with pytest.raises(SystemExit) as stop:
         bench.run("--table", "mnist", *wrong)
     assert stop.value.code == 2
 
 
-# --- records of older arithmetic, and of inputs that changed
+# --- records of an older arithmetic version, and of weights that were replaced
 
 
-def test_a_record_of_older_arithmetic_stays_marked_and_is_due_after_all_that_is_missing(bench, capsys):
+def test_a_record_of_older_arithmetic_is_marked_and_trained_again_after_all_missing_runs(bench, capsys):
     for name in ("mnist_cnv", "mnist_resnet20"):
         bench.recipe(name)
     bench.put("mnist_resnet20", 0, accuracy=99.11, numerics=NUMERICS - 1)
@@ -424,7 +440,7 @@ def test_a_record_of_older_arithmetic_stays_marked_and_is_due_after_all_that_is_
     assert (retired.entry, retired.seed, retired.accuracy, retired.numerics) == ("mnist_resnet20", 0, 99.11, 1)
 
 
-def test_what_starts_from_older_weights_is_older_and_is_trained_after_them(bench):
+def test_a_run_that_started_from_weights_of_older_arithmetic_is_trained_again_after_them(bench):
     bench.recipe("cifar10_cnv")
     bench.recipe("cifar10_quant_cnv_w4a4", float_start="cifar10_cnv")
     bench.put("cifar10_cnv", 0, numerics=NUMERICS - 1)
@@ -436,7 +452,7 @@ def test_what_starts_from_older_weights_is_older_and_is_trained_after_them(bench
     assert "†," not in bench.page
 
 
-def test_what_started_from_weights_that_were_replaced_is_due_again(bench):
+def test_a_run_that_started_from_replaced_weights_is_trained_again(bench):
     bench.recipe("cifar10_cnv")
     bench.recipe("cifar10_quant_cnv_w4a4", float_start="cifar10_cnv")
     for name in ("cifar10_cnv", "cifar10_quant_cnv_w4a4"):
@@ -449,7 +465,7 @@ def test_what_started_from_weights_that_were_replaced_is_due_again(bench):
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_weights_that_no_record_knows_are_named(bench, capsys, recorded):
+def test_start_weights_without_a_record_are_reported(bench, capsys, recorded):
     bench.recipe("cifar10_cnv")
     bench.recipe("cifar10_quant_cnv_w4a4", float_start="cifar10_cnv")
     if recorded:

@@ -1,4 +1,4 @@
-"""What stays of replaced records, and how many recipes of a row were scored on the test set."""
+"""The list of replaced records (retired.json), and how many recipes of an entry were scored on the test set."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cnv(bench):
     return bench
 
 
-def test_what_is_kept_is_one_line_of_json(cnv, tmp_path: Path) -> None:
+def test_a_replaced_record_is_one_line_of_json(cnv, tmp_path: Path) -> None:
     recipe = cnv.entry("mnist_cnv").recipe
     record = make_record(recipe, 1, accuracy=98.76, weights_sha256="a" * 64, commit="c0ffee" * 6 + "c0ff+")
     path = tmp_path / "retired.json"
@@ -51,7 +51,7 @@ def test_what_is_kept_is_one_line_of_json(cnv, tmp_path: Path) -> None:
     }
 
 
-def test_lines_are_sorted_and_none_is_there_twice(cnv, tmp_path: Path) -> None:
+def test_lines_are_sorted_and_not_repeated(cnv, tmp_path: Path) -> None:
     path, recipe = tmp_path / "retired.json", cnv.entry("mnist_cnv").recipe
     later = "2025-01-02T00:00:00+00:00"
     records = [
@@ -69,7 +69,7 @@ def test_lines_are_sorted_and_none_is_there_twice(cnv, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_no_file_means_none(tmp_path: Path) -> None:
+def test_without_a_file_the_list_is_empty(tmp_path: Path) -> None:
     assert load_retired(tmp_path / "retired.json") == []
 
 
@@ -83,7 +83,7 @@ def test_no_file_means_none(tmp_path: Path) -> None:
         (('"seed":0', '"sead":0,"seed":0'), "0: sead: Extra inputs are not permitted"),
     ],
 )
-def test_a_broken_file_is_named_and_nothing_is_trained_or_lost(cnv, change, complaint, capsys) -> None:
+def test_a_damaged_file_is_an_error_and_stays_as_it_is(cnv, change, complaint, capsys) -> None:
     path = cnv.home / "retired.json"
     record = make_record(cnv.entry("mnist_cnv").recipe)
     retire(path, record)
@@ -98,7 +98,7 @@ def test_a_broken_file_is_named_and_nothing_is_trained_or_lost(cnv, change, comp
     assert path.read_text() == broken
 
 
-def test_recipes_of_records_and_retired_ones_are_counted_once_each(cnv) -> None:
+def test_each_recipe_of_current_and_retired_records_is_counted_once(cnv) -> None:
     retired = cnv.home / "retired.json"
     assert scored(cnv) == {"mnist_cnv": 0}
     for seed in (0, 1):
@@ -114,14 +114,14 @@ def test_recipes_of_records_and_retired_ones_are_counted_once_each(cnv) -> None:
     assert scored(cnv) == {"mnist_cnv": 3, "cifar10_cnv": 0}
 
 
-def test_a_record_that_is_out_of_date_was_scored_as_well(cnv) -> None:
+def test_the_recipe_of_an_outdated_record_is_counted(cnv) -> None:
     cnv.put("mnist_cnv", 0)
     cnv.recipe("mnist_cnv", epochs=11)
     cnv.put("mnist_cnv", 1)
     assert scored(cnv) == {"mnist_cnv": 2}
 
 
-def test_trials_and_records_of_other_entries_and_broken_ones_do_not_count(cnv) -> None:
+def test_trials_damaged_records_and_records_of_other_entries_are_not_counted(cnv) -> None:
     cnv.recipe("mnist_resnet20")
     cnv.put("mnist_cnv", 0, trial=True, epochs=3)
     make_record(cnv.entry("mnist_resnet20").recipe, 1).write(cnv.result("mnist_cnv", 1))
@@ -129,7 +129,7 @@ def test_trials_and_records_of_other_entries_and_broken_ones_do_not_count(cnv) -
     assert scored(cnv) == {"mnist_cnv": 0, "mnist_resnet20": 0}
 
 
-def test_page_readme_and_screen_say_how_many(cnv, capsys) -> None:
+def test_page_readme_and_terminal_show_the_number_of_scored_recipes(cnv, capsys) -> None:
     cnv.put("mnist_cnv")
     cnv.recipe("mnist_resnet20")
     other = cnv.entry("mnist_cnv").recipe.model_copy(update={"label_smoothing": 0.25})
@@ -142,7 +142,7 @@ def test_page_readme_and_screen_say_how_many(cnv, capsys) -> None:
     assert last_cell(capsys.readouterr().out.replace("| mnist_cnv ", "| [mnist_cnv] "), "mnist_cnv") == "2"
 
 
-# By hand from the log of benchmarks/results up to 2026-11-26: the beginnings of the fingerprints, and the scores.
+# By hand from the git log of benchmarks/results up to 2026-11-26: entry, start of the fingerprint, correct images.
 HISTORY = {
     ("cifar10_quant_cnv_w2a2", "b261ca2b", 8938),
     ("cifar10_quant_cnv_w2a2", "2c66685a", 9016),
@@ -162,7 +162,7 @@ HISTORY = {
 }
 
 
-def test_the_file_of_this_project_has_its_history() -> None:
+def test_the_list_of_this_repository_has_the_records_that_were_replaced() -> None:
     layout = Layout.of(BENCHMARKS)
     entries = load_entries(layout.configs)
     retired = load_retired(layout.retired)

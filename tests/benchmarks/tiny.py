@@ -1,8 +1,8 @@
-"""reproduce.py and its worker processes on a few random images.
+"""reproduce.py and its worker processes, on a small dataset of random images.
 
-    python tiny.py HOME ARGUMENT ...    as reproduce.py, with HOME instead of benchmarks/
+    python tiny.py HOME ARGUMENT ...    the command line of reproduce.py, with HOME instead of benchmarks/
 
-TINY_EPOCH_SECONDS is a pause at the end of every epoch: time to be stopped in.
+The environment variable TINY_EPOCH_SECONDS is a pause at the end of every epoch, so that a test can stop the run there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TINY = Path(__file__).resolve()
 
 
 def tiny() -> Dataset:
-    """MNIST of noise: four steps of 16 images an epoch."""
+    """A dataset like MNIST with 64 random training images: four steps of 16 images an epoch."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(below: int, *shape: int) -> torch.Tensor:
@@ -42,7 +42,7 @@ def tiny() -> Dataset:
 
 
 def publish_tiny(set_attribute: Callable[[object, str, object], object] = setattr) -> None:
-    """Make `tiny()` the published MNIST; a test passes `monkeypatch.setattr`, which undoes it afterwards."""
+    """Replace the facts and checksums of MNIST by those of `tiny()`; a test passes `monkeypatch.setattr` to undo it."""
     data = tiny()
     arrays = ("train_images", "train_labels", "test_images", "test_labels")
     checksums = {key: {"sha256": sha256_of_array(getattr(data, key))} for key in arrays}
@@ -58,7 +58,7 @@ class SlowProgress(run.TrainingProgress):
 
 
 def train_tiny(recipe: Any, **arguments: Any) -> RunRecord:
-    """Like run_recipe, on `tiny()`; for a process of its own, whose progress it slows down."""
+    """Like run_recipe, on `tiny()` and with the pauses; for worker processes only, as it changes the library."""
     publish_tiny()
     run.TrainingProgress = SlowProgress
     return run.run_recipe(recipe, dataset=tiny(), **arguments)
@@ -66,7 +66,7 @@ def train_tiny(recipe: Any, **arguments: Any) -> RunRecord:
 
 @dataclass(frozen=True)
 class Script:
-    """Python code that runs in place of run_recipe; `recipe` and `options` are its arguments, `record` its result."""
+    """Python code that replaces run_recipe; `recipe` and `options` are its arguments, `record` its result."""
 
     code: str
 

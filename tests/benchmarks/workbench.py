@@ -1,4 +1,4 @@
-"""A benchmarks folder of one's own, and training that takes no time: what is tested is what is trained, and when."""
+"""A temporary benchmarks folder and a fake training that takes no time, to test which runs are trained, and when."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def make_record(recipe: Any, seed: int = 0, /, *, accuracy: float = 90.0, **chan
 
 
 def inputs(recipe: Any, purpose: str, *weights: Path) -> list[dict[str, Any]]:
-    """What a record says of the weights that a run was given: of these files, by default those of `make_record`."""
+    """What a record says of the weights that a run used; without files, the checksums are those of `make_record`."""
     digests = [sha256_of(path) for path in weights] or ["0" * 64] * len(recipe.needs.get(purpose, ()))
     entries = recipe.needs.get(purpose, ())
     return [{"entry": e, "seed": 0, "weights_sha256": sha} for e, sha in zip(entries, digests, strict=True)]
@@ -71,7 +71,7 @@ def _state(model: str, dataset: str, w_bits: int | None, a_bits: int | None) -> 
 
 
 def write_weights(path: Path, recipe: Any, label: str) -> None:
-    """Weights of the recipe's model: any, but other bytes for another label."""
+    """Write initial weights of the recipe's model; files with different labels have different bytes."""
     save_file(_state(recipe.model, recipe.dataset, recipe.w_bits, recipe.a_bits), path, metadata={"label": label})
 
 
@@ -82,10 +82,10 @@ def label_of(weights: Path) -> str:
 
 @dataclass
 class FakeTraining:
-    """In the place of run_recipe: writes what it would, says what it was asked, and stops or fails when told to."""
+    """Replaces run_recipe: writes the same files, keeps the arguments of calls, and stops or fails where asked to."""
 
     accuracy: Callable[[str, int], float] = lambda name, seed: 90.0 + seed
-    flavour: str = ""  # other bits in the weights, as another machine makes them
+    variant: str = ""  # makes other bytes of weights, as another machine would
     stop_at: dict[tuple[str, int], str] = field(default_factory=dict)
     fail_at: set[tuple[str, int]] = field(default_factory=set)
     calls: list[tuple[str, int]] = field(default_factory=list)
@@ -93,27 +93,29 @@ class FakeTraining:
     resumed: list[tuple[str, int]] = field(default_factory=list)
 
     def __call__(self, recipe: Any, *, run_dir: Path, seed: int, epochs: int | None, **options: Any) -> RunRecord:
-        handed_in = {"float_start": None, "teacher": None} | {k: options.pop(k) for k in recipe.needs if k in options}
+        weights_given = {"float_start": None, "teacher": None} | {
+            k: options.pop(k) for k in recipe.needs if k in options
+        }
         key = (recipe.name, seed)
         self.calls.append(key)
-        self.options.append({"epochs": epochs, "run_dir": run_dir, **handed_in, **options})
-        if any(handed_in[purpose] is None for purpose in recipe.needs):
-            raise RunError("not all weights were handed in")
-        given = {k: v if isinstance(v, list) else [v] for k, v in handed_in.items() if v is not None}
+        self.options.append({"epochs": epochs, "run_dir": run_dir, **weights_given, **options})
+        if any(weights_given[purpose] is None for purpose in recipe.needs):
+            raise RunError("weights are missing")
+        given = {k: v if isinstance(v, list) else [v] for k, v in weights_given.items() if v is not None}
         record_path, weights, state = (run_dir / n for n in ("record.json", "weights.safetensors", "state.safetensors"))
         if record_path.exists() and weights.exists():
             record = RunRecord.read(record_path)
             if record.recipe_sha256 == recipe.fingerprint():
-                return record  # as run_recipe does with a finished run
+                return record  # run_recipe does so with a finished run
         run_dir.mkdir(parents=True, exist_ok=True)
         if state.exists():
             self.resumed.append(key)
         if key in self.fail_at:
-            raise RunError(f"{recipe.name} cannot be had")
+            raise RunError(f"{recipe.name} failed as the test wants")
         if reason := self.stop_at.pop(key, None):
             state.touch()
             raise RunInterrupted(f"{recipe.name}, seed {seed}", reason, 3, 10, run_dir)
-        write_weights(weights, recipe, f"{self.flavour}{key}")
+        write_weights(weights, recipe, f"{self.variant}{key}")
         record = make_record(
             recipe,
             seed,
@@ -130,7 +132,7 @@ class FakeTraining:
 
 
 class Bench:
-    """A benchmarks folder with recipes, and its command line."""
+    """A temporary benchmarks folder with recipes, and the command line of reproduce.py on it."""
 
     def __init__(self, root: Path) -> None:
         self.home, self.runs, self.hub = root / "benchmarks", root / "runs", root / "hub"
@@ -166,7 +168,7 @@ class Bench:
         return self.home / "results" / name / f"seed{seed}.json"
 
     def put(self, name: str, seed: int = 0, /, **changes: Any) -> RunRecord:
-        """Put a record of the current recipe among the results, as copied from another machine."""
+        """Write a record of the current recipe to the results, as if it were copied from another machine."""
         record = make_record(self.entry(name).recipe, seed, **changes)
         record.write(self.result(name, seed))
         return record
@@ -178,9 +180,9 @@ class Bench:
     def verify(
         self, names: list[str] | list[Path], *, hub: Path | None = None, device: str = "auto"
     ) -> list[Verification]:
-        """In the place of cnvzoo.verify: remembers the names it was asked, and finds `problem` in each.
+        """Replaces cnvzoo.verify: keeps the names of each call, and reports `problem` for each of them.
 
-        In folders that are to be published, which it is asked about by their paths, it finds `unproven`.
+        For folders that are to be published, which are given as paths, it reports `unproven`.
         """
         if hub is None:
             return [Verification(str(path), problem=self.unproven) for path in names]
@@ -189,7 +191,7 @@ class Bench:
         return [Verification(str(name), problem=self.problem) for name in names]
 
     def measure(self, model: Any, dataset: str) -> IntegerResult:
-        """In the place of cnvzoo.deploy.export.measure_integer: remembers what it was asked."""
+        """Replaces cnvzoo.deploy.export.measure_integer: keeps the arguments of each call."""
         self.measured.append((model.pretrained_cfg.name, dataset))
         if self.unmeasurable:
             raise DeployError(self.unmeasurable)
