@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cnvzoo.cli import main
@@ -236,6 +237,26 @@ class TestTrain:
         )
         assert (record.seed, record.holdout, record.total, record.trial) == (7, 40, 40, True)
 
+    def test_watching(self, cnvzoo, recipe, small_datasets, tmp_path, uncompiled):
+        small_datasets(train=64, test=10)
+        before = torch.get_num_threads()
+        watched = ("--holdout", 20, "--validate", 10, "--log", "log.csv", "--threads", before + 1, "--run-dir", "run")
+        result = cnvzoo("train", recipe(), "--device", "cpu", *watched)
+        assert result.status == 0, result.err
+        record = RunRecord.read(tmp_path / "run" / "record.json")
+        assert record.device["threads"] == before + 1
+        assert torch.get_num_threads() == before
+        accuracies = [epoch["validation_accuracy"] for epoch in record.history]
+        lines = (tmp_path / "log.csv").read_text().splitlines()
+        assert [float(line.split(",")[-1]) for line in lines[1:]] == accuracies
+        assert f"validation {accuracies[-1]:.2f} %" in result.err
+
+    def test_validation_without_held_out_images(self, cnvzoo, recipe):
+        result = cnvzoo("train", recipe(), "--validate", 10)
+        assert result.status == 1
+        assert "validate=10 needs held-out images" in result.err
+        assert "give holdout=10 too" in result.err
+
     @pytest.mark.parametrize("seed", [-1, 2**63])
     def test_a_seed_out_of_range(self, cnvzoo, recipe, seed, tmp_path):
         result = cnvzoo("train", recipe(), "--seed", seed)
@@ -446,6 +467,12 @@ class TestVerify:
         assert all(name in result.out for name in ("quant_cnv_w4a4.cifar10", "resnet20.mnist"))
         assert f"resnet20.mnist: {hub / 'resnet20.mnist' / 'config.json'}: " in result.err
         assert "Traceback" not in result.err
+
+    def test_a_typo_is_an_unknown_name_not_a_difference(self, cnvzoo, hub):
+        result = cnvzoo("verify", "resnet20.mnits")
+        assert (result.status, result.out) == (1, "")
+        assert "error: no checkpoint 'resnet20.mnits'" in result.err
+        assert "did you mean 'resnet20.mnist'" in result.err
 
     @pytest.mark.parametrize("arguments", [(), ("resnet20.mnist", "--all")])
     def test_either_names_or_all(self, cnvzoo, hub, arguments):

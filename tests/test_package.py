@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,13 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         "brevitas",
         "huggingface_hub",
     }
+
+
+def test_torch_does_not_warn_of_a_missing_gpu_on_machines_with_a_cuda_folder(tmp_path: Path) -> None:
+    code = "import cnvzoo; cnvzoo.create_model('quant_cnv', w_bits=4, a_bits=4)"
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_models_and_training_import_no_network_and_no_quantization() -> None:

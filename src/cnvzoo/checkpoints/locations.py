@@ -110,10 +110,25 @@ def find_checkpoint(
         return LocalCheckpoint(_fetch(name, location, files), files)
     if folder := _unpublished(location).get(name):
         return LocalCheckpoint(folder, None)
+    raise _unknown(name, location)
+
+
+def check_exists(checkpoint: str | Path, hub: str | Path | None = None) -> None:
+    """Raise CheckpointError for a name that is neither published nor in the store, and a path that is no folder."""
+    if is_path(checkpoint):
+        if not expanded(checkpoint).is_dir():
+            raise CheckpointError(f"{checkpoint}: no such folder: give the folder of a checkpoint, or a name")
+        return
+    name, location = str(checkpoint), store_location(hub)
+    if name not in read_index().checkpoints and name not in _unpublished(location):
+        raise _unknown(name, location)
+
+
+def _unknown(name: str, location: str | Path) -> CheckpointError:
     known = sorted({*read_index().checkpoints, *_unpublished(location)})
     if not known:
-        raise CheckpointError(f"no checkpoint {name!r}: none is published, and none is in {printable(location)}")
-    raise CheckpointError(
+        return CheckpointError(f"no checkpoint {name!r}: none is published, and none is in {printable(location)}")
+    return CheckpointError(
         f"no checkpoint {name!r}, neither published nor in {printable(location)}: {nearest(name, known)}"
     )
 

@@ -11,7 +11,7 @@ import torch
 from cnvzoo.checkpoints.folder import preprocessing_from, read_model
 from cnvzoo.checkpoints.format import CheckpointConfig
 from cnvzoo.checkpoints.index import list_checkpoints
-from cnvzoo.checkpoints.locations import find_checkpoint
+from cnvzoo.checkpoints.locations import check_exists, find_checkpoint
 from cnvzoo.data.datasets import Dataset, load_dataset
 from cnvzoo.errors import CnvzooError
 from cnvzoo.training.device import describe_device, keep_freed_memory, resolve_device
@@ -61,9 +61,15 @@ def verify(
 
     Returns:
         One result for each, in order. A problem of a checkpoint is returned, not raised.
+
+    Raises:
+        CheckpointError: a name is of no checkpoint, or a folder does not exist; nothing was verified.
     """
     if checkpoints is None:
         checkpoints = [found["name"] for found in list_checkpoints()]
+    checkpoints = list(checkpoints)
+    for checkpoint in checkpoints:
+        check_exists(checkpoint, hub)
     target, datasets = resolve_device(device), {}
     return [_verify(checkpoint, hub, target, data_root, datasets) for checkpoint in checkpoints]
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 import cnvzoo
 from cnvzoo.cli.app import app
-from cnvzoo.cli.options import DataRoot, Device, Hub
+from cnvzoo.cli.options import DataRoot, Device, Hub, Threads
 from cnvzoo.cli.output import print_table
 from cnvzoo.errors import CnvzooError
 
@@ -50,6 +50,16 @@ def train(
         typer.Option(help="weights.safetensors of a teacher of the recipe; repeat it for several, in their order."),
     ] = None,
     device: Device = "auto",
+    validate: Annotated[
+        int, typer.Option(min=0, help="Score so many of the held-out images after each epoch; needs --holdout.")
+    ] = 0,
+    log: Annotated[
+        Path | None, typer.Option(help="CSV file with a line for each epoch; resuming continues it.")
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Folder for TensorBoard, which has to be installed: cnvzoo[tensorboard].")
+    ] = None,
+    threads: Threads = None,
     time_limit: Annotated[float | None, typer.Option(min=0, help="Stop after this many seconds; resumable.")] = None,
     data_root: DataRoot = None,
 ) -> None:
@@ -65,11 +75,15 @@ def train(
     loaded = cnvzoo.load_recipe(recipe)
     folder = _run_dir(loaded, seed, epochs, holdout) if run_dir is None else expanded(run_dir)
     deadline = None if time_limit is None else time.monotonic() + time_limit
+    from cnvzoo.training.device import using_threads
+
     try:
-        record = cnvzoo.train(
-            loaded, run_dir=folder, seed=seed, epochs=epochs, holdout=holdout, float_start=float_start,
-            teacher=teacher, device=device, deadline=deadline, data_root=data_root,
-        ).record  # fmt: skip
+        with using_threads(threads):
+            record = cnvzoo.train(
+                loaded, run_dir=folder, seed=seed, epochs=epochs, holdout=holdout, float_start=float_start,
+                teacher=teacher, device=device, deadline=deadline, data_root=data_root,
+                validate=validate, log=log, tensorboard=tensorboard,
+            ).record  # fmt: skip
     except RunInterrupted as interruption:
         typer.echo(str(interruption), err=True)
         raise typer.Exit(_EXIT_STATUS.get(interruption.reason, _INTERRUPTED)) from None
@@ -99,6 +113,7 @@ def eval_(
     ] = None,
     hub: Hub = None,
     device: Device = "auto",
+    threads: Threads = None,
     data_root: DataRoot = None,
 ) -> None:
     """Score a checkpoint or an exported file on a test set; for a checkpoint, show the published number too.
@@ -117,11 +132,13 @@ def eval_(
     if dataset is not None:
         raise CnvzooError("--dataset is for exported .onnx files: a checkpoint is scored on its own dataset")
     from cnvzoo.checkpoints.folder import preprocessing_from
+    from cnvzoo.training.device import using_threads
 
     model, config = cnvzoo.load_checkpoint(checkpoint, hub=hub)
-    result = cnvzoo.evaluate(
-        model, config.dataset, preprocessing=preprocessing_from(config), device=device, data_root=data_root
-    )
+    with using_threads(threads):
+        result = cnvzoo.evaluate(
+            model, config.dataset, preprocessing=preprocessing_from(config), device=device, data_root=data_root
+        )
     typer.echo(
         f"{config.name}: {result.accuracy:.2f} % ({result.correct} of {result.total}); "
         f"published {config.accuracy:.2f} % ({config.correct} of {config.total})"
@@ -134,6 +151,7 @@ def verify(
     all_: Annotated[bool, typer.Option("--all", help="Verify every published checkpoint.")] = False,
     hub: Hub = None,
     device: Device = "auto",
+    threads: Threads = None,
     data_root: DataRoot = None,
 ) -> None:
     """Compare files of checkpoints with the index, and their test scores with the published ones.
@@ -145,7 +163,10 @@ def verify(
     """
     if bool(checkpoints) == all_:
         raise typer.BadParameter("give names of checkpoints, or --all")
-    results = cnvzoo.verify(checkpoints or None, hub=hub, device=device, data_root=data_root)
+    from cnvzoo.training.device import using_threads
+
+    with using_threads(threads):
+        results = cnvzoo.verify(checkpoints or None, hub=hub, device=device, data_root=data_root)
     table = Table()
     for column in ("checkpoint", "published", "found", "of", "allowed", "verdict"):
         table.add_column(column, no_wrap=column != "verdict", justify="left" if column == "checkpoint" else "right")

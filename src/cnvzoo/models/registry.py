@@ -57,9 +57,19 @@ _COMMON = ("num_classes", "in_chans", "w_bits", "a_bits")
 
 
 def register_model(
-    name: str, *, summary: str, **spec: Any
+    name: str,
+    *,
+    summary: str,
+    quantized: bool = False,
+    input_size: int | None = None,
+    min_size: int = 8,
+    float_twin: str | None = None,
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
-    """Register the decorated builder as `name`; further keywords are fields of `ModelSpec`.
+    """Register the decorated builder as `name`.
+
+    Args:
+        name, summary, quantized, input_size, min_size, float_twin: as in `ModelSpec`; its `options` are the further
+            arguments of the builder.
 
     The builder may return any module; with a `Classifier` the functions for features and head work too. Registering a
     builder of the same module and name again replaces it, so a notebook's cell may run twice.
@@ -74,7 +84,9 @@ def register_model(
                 f"model {name!r} is registered already: choose another name, or call unregister_model({name!r}) first"
             )
         options = tuple(p for p in inspect.signature(build).parameters if p not in _COMMON)
-        _REGISTRY[name] = ModelSpec(name=name, build=build, summary=summary, options=options, **spec)
+        _REGISTRY[name] = ModelSpec(
+            name, build, summary, quantized, input_size, min_size, float_twin=float_twin, options=options
+        )
         return build
 
     return register

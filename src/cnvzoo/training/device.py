@@ -59,6 +59,18 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def using_threads(threads: int | None) -> Iterator[None]:
+    """So many threads for the CPU kernels inside; None leaves them as they are."""
+    before = torch.get_num_threads()
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class _ProcessSetting:
     """A context manager for a setting of the whole process, whose uses may overlap in threads.
 
