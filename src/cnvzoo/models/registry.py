@@ -64,12 +64,13 @@ def register_model(
     input_size: int | None = None,
     min_size: int = 8,
     float_twin: str | None = None,
+    headless: bool = False,
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
     """Register the decorated builder as `name`.
 
     Args:
-        name, summary, quantized, input_size, min_size, float_twin: as in `ModelSpec`; its `options` are the further
-            arguments of the builder.
+        name, summary, quantized, input_size, min_size, float_twin, headless: as in `ModelSpec`; its
+            `options` are the further arguments of the builder.
 
     The builder may return any module; with a `Classifier` the functions for features and head work too. Registering a
     builder of the same module and name again replaces it, so a notebook's cell may run twice.
@@ -85,7 +86,15 @@ def register_model(
             )
         options = tuple(p for p in inspect.signature(build).parameters if p not in _COMMON)
         _REGISTRY[name] = ModelSpec(
-            name, build, summary, quantized, input_size, min_size, float_twin=float_twin, options=options
+            name,
+            build,
+            summary,
+            quantized,
+            input_size,
+            min_size,
+            float_twin=float_twin,
+            headless=headless,
+            options=options,
         )
         return build
 
