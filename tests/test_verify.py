@@ -143,7 +143,10 @@ def test_the_others_are_verified_all_the_same(published) -> None:
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("cnv.nothing", "no checkpoint 'cnv.nothing'.*Choices: quant_cnv_w2a2.mnist"), ("../nothing", "../nothing: no such folder")],
+    [
+        ("cnv.nothing", "no checkpoint 'cnv.nothing'.*Choices: quant_cnv_w2a2.mnist"),
+        ("../nothing", "../nothing: no such folder"),
+    ],
 )
 def test_what_does_not_exist_is_an_error_before_anything_is_verified(published, name: str, says: str) -> None:
     folder = published()
