@@ -122,7 +122,10 @@ def build_skeleton(arguments: Mapping[str, Any]) -> nn.Module:
 
 def _build(arguments: Mapping[str, Any]) -> nn.Module:
     with without_initialization():
-        return build_model(**arguments)
+        model = build_model(**arguments)
+    if (default := torch.get_default_dtype()) != torch.float32:  # of the process, and not of checkpoints
+        model._apply(lambda tensor: tensor.float() if tensor.dtype == default else tensor)
+    return model
 
 
 _PACKED = "packed"
@@ -162,7 +165,7 @@ def packed_file(model: nn.Module) -> bytes:
     descriptions = {}
     for layer, quantizer in _quantizers(model).items():
         weight, scale = state[f"{layer}.weight"], quantizer.effective_scale()
-        integers = quantizer.ints.round(weight / scale)
+        integers = quantizer.integers(weight)
         if not torch.equal(integers * scale, quantizer(weight)[0]):
             raise CheckpointError(f"{layer}.weight: not integer times scale: check for values that are not finite")
         packed = pack(integers.to(torch.int8).numpy(), quantizer.bits)

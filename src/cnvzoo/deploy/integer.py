@@ -247,7 +247,7 @@ def _integer_weights(layer: Any) -> tuple[NDArray[np.int8], torch.Tensor]:
     """The integer weights of a layer and their scale, rounded in float32 as by the fake quantizer."""
     quantizer = quantizer_of(layer)
     scale = quantizer.effective_scale().detach().cpu()
-    return quantizer.ints.round(layer.weight.detach().cpu() / scale).to(torch.int8).numpy(), scale
+    return quantizer.integers(layer.weight.detach()).to(torch.int8).cpu().numpy(), scale
 
 
 def _requantize(weight: NDArray[np.int8], exact: Staircase, gain: int) -> tuple[NDArray[np.int8], Requantization]:

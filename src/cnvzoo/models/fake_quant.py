@@ -49,7 +49,7 @@ class IntRange:
     def round(self, v: Tensor) -> Tensor:
         """The integers (as floats) to which v = x / scale is rounded."""
         if self.binary:
-            return torch.where(v >= 0, 1.0, -1.0)
+            return torch.where(v >= 0, 1.0, -1.0).to(v.dtype)  # torch.where gives the default dtype
         return torch.round(v).clamp(self.low, self.high)
 
     def passes(self, v: Tensor) -> Tensor:
@@ -80,16 +80,16 @@ def _kernels(
     if not compiled:
         return _forward, _backward
     x = torch.ones((1, 1 << 20) if one_row else (96, 2400), dtype=dtype)
-    scale = torch.ones(len(x), 1)
+    scale = torch.ones(len(x), 1, dtype=torch.float32)
     return compiled_for(_forward, x, scale, ints, to), compiled_for(
         _backward, x, scale, torch.ones_like(x, dtype=to), ints
     )
 
 
 def _kernels_for(
-    x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype
+    x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype, compiled: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    return _kernels(ints, x.dtype, dtype, scale.numel() == 1, runs_compiled(x))
+    return _kernels(ints, x.dtype, dtype, scale.numel() == 1, compiled and runs_compiled(x))
 
 
 def _as_rows(x: Tensor, rows: int, like: Tensor) -> Tensor:
@@ -101,47 +101,49 @@ def _as_rows(x: Tensor, rows: int, like: Tensor) -> Tensor:
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype) -> Tensor:
+    def forward(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype, compiled: bool) -> Tensor:
         x, scale, rows = x.detach(), scale.detach(), scale.numel()
         with torch.autocast(x.device.type, enabled=False):  # else each autocast state would compile a variant
-            forward, _ = _kernels_for(x, scale, ints, dtype)
+            forward, _ = _kernels_for(x, scale, ints, dtype, compiled)
             out = forward(_as_rows(x, rows, x), scale.view(rows, 1), ints, dtype)
         return out.as_strided(x.shape, x.stride())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, ctx.ints, ctx.dtype = inputs
+        x, scale, ctx.ints, ctx.dtype, ctx.compiled = inputs
         ctx.save_for_backward(x, scale)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         x, scale = (t.detach() for t in ctx.saved_tensors)
         rows = scale.numel()
         with torch.autocast(x.device.type, enabled=False):
-            _, backward = _kernels_for(x, scale, ctx.ints, ctx.dtype)
+            _, backward = _kernels_for(x, scale, ctx.ints, ctx.dtype, ctx.compiled)
             grad_x, grad_scale = backward(
                 _as_rows(x, rows, x), scale.view(rows, 1), _as_rows(grads[0].detach(), rows, x), ctx.ints
             )
-        return grad_x.as_strided(x.shape, x.stride()), grad_scale.view(scale.shape), None, None
+        return grad_x.as_strided(x.shape, x.stride()), grad_scale.view(scale.shape), None, None, None
 
 
 class _TraceableFakeQuantize(torch.autograd.Function):
     """The same function in plain operations, which torch.compile and torch.export can trace and fuse."""
 
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype) -> Tensor:
+    def forward(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype, compiled: bool) -> Tensor:
         return _forward(x, scale, ints, dtype)
 
     setup_context = _FakeQuantize.setup_context
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x, scale = ctx.saved_tensors
-        return *_backward(x, scale, grads[0], ctx.ints), None, None
+        return *_backward(x, scale, grads[0], ctx.ints), None, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype | None = None) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype | None = None, *, compiled: bool = True
+) -> Tensor:
     """Round x to an integer of `ints` times scale; the result has the shape and memory layout of x.
 
     Args:
@@ -149,14 +151,15 @@ def fake_quantize(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype |
         scale: float32, positive: a scalar, or `[channels, 1, ...]` with one value per index of x's first dimension.
         ints: range of the integers.
         dtype: dtype of the result, x's by default.
+        compiled: whether loops over large x may be compiled, which takes seconds the first time.
     """
     dtype = dtype or x.dtype
     if torch.compiler.is_compiling():
-        return _TraceableFakeQuantize.apply(x, scale, ints, dtype)  # type: ignore[no-any-return]
-    if torch.is_grad_enabled():
+        return _TraceableFakeQuantize.apply(x, scale, ints, dtype, compiled)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and not torch.jit.is_tracing():  # traces hold plain operations
         if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
             x = x.contiguous()
-        return _FakeQuantize.apply(x, scale, ints, dtype)  # type: ignore[no-any-return]
+        return _FakeQuantize.apply(x, scale, ints, dtype, compiled)  # type: ignore[no-any-return]
     return _forward(x, scale, ints, dtype)
 
 

@@ -7,7 +7,7 @@ the first steps gather no statistics, and torch.compile does not recompile after
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,23 +75,38 @@ class IntQuantizer(nn.Module):
         self.signed = signed
         self.ints = IntRange.of(bits, signed=signed)
         self.learned = learned
-        value = torch.full(scale_shape, scale)
+        value = torch.full(scale_shape, scale, dtype=torch.float32)
         if learned:
             self.scale = nn.Parameter(value)
         else:
             self.register_buffer("scale", value, persistent=False)
-        self.register_buffer("zero_point", torch.zeros(()), persistent=False)
-        self.register_buffer("bit_width", torch.tensor(float(bits)), persistent=False)
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.float32), persistent=False)
+        self.register_buffer("bit_width", torch.tensor(float(bits), dtype=torch.float32), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scale = self.positive_scale(x)
         # the dtype to which autocast would convert the weights, in a pass of its own
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return fake_quantize(x, scale, self.ints, dtype), scale, self.zero_point, self.bit_width  # type: ignore[return-value]
+        # a model that only evaluates, with gradients on or off, must not wait for a compiler
+        values = fake_quantize(x, scale, self.ints, dtype, compiled=self.training)
+        return values, scale, self.zero_point, self.bit_width  # type: ignore[return-value]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> IntQuantizer:
+        """Move the tensors, and keep constants in float32: 1/255 in bfloat16 would be another scale."""
+        constants = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in constants.items():
+            if (new := self._buffers[name]) is not None and value is not None and new.dtype != value.dtype:
+                self._buffers[name] = value.to(new.device)
+        return self
 
     def effective_scale(self) -> Tensor:
-        """The scale that values are divided by: the parameter, clamped to a floor above zero."""
-        return self.scale.clamp_min(_SCALE_FLOOR) if self.learned else self.scale
+        """The scale that values are divided by, in float32: the parameter, clamped to a floor above zero."""
+        return self.scale.float().clamp_min(_SCALE_FLOOR) if self.learned else self.scale
+
+    def integers(self, x: Tensor) -> Tensor:
+        """The integers of x, in its shape, as float32: those that `forward` multiplies by the scale."""
+        return self.ints.round(x.float() / self.effective_scale())
 
     def positive_scale(self, x: Tensor) -> Tensor:
         """The effective scale, for training: its gradient is divided by sqrt(values * levels) (LSQ, section 2.2).
@@ -102,7 +117,26 @@ class IntQuantizer(nn.Module):
         if not self.learned:
             return self.scale
         values = x.numel() // (self.scale.numel() if self.signed else x.shape[0])
-        return _PositiveScale.apply(self.scale, 1 / math.sqrt(values * self.ints.high))  # type: ignore[no-any-return]
+        return _PositiveScale.apply(self.scale.float(), 1 / math.sqrt(values * self.ints.high))  # type: ignore[no-any-return]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (metadata := getattr(destination, "_metadata", None)) is not None:  # beside the tensors; torch.save keeps it
+            metadata[prefix[:-1]]["bits"] = self.bits
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        bits = local_metadata.get("bits", self.bits)
+        if bits != self.bits:
+            raise ModelError(
+                f"{prefix}scale is of {bits} bits, and the model has {self.bits} there: build the model with "
+                "the bits of the state, or make one of other bits from it by cnvzoo.quantize(model, w_bits=, a_bits=)"
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:

@@ -1,0 +1,144 @@
+"""Quantized models in other dtypes, in eval mode, traced, and loaded with the state of other bit widths."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import cnvzoo
+from cnvzoo.models import fake_quant
+from cnvzoo.models.quant import IntQuantizer, quantizer_of
+
+WIDTHS = [(8, 8), (4, 4), (2, 2), (1, 2)]
+
+
+@pytest.fixture
+def plain(uncompiled: None) -> None:
+    """Compile no loops."""
+
+
+def new(w_bits: int, a_bits: int) -> nn.Module:
+    torch.manual_seed(0)
+    return cnvzoo.create_model("quant_cnv", w_bits=w_bits, a_bits=a_bits).eval()
+
+
+def weighted(model: nn.Module) -> list[Any]:
+    return [layer for layer in model.modules() if hasattr(layer, "weight_quant")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("w_bits", "a_bits"), WIDTHS)
+def test_exported_integers_are_those_of_the_forward_pass(
+    plain: None, w_bits: int, a_bits: int, dtype: torch.dtype
+) -> None:
+    integer = pytest.importorskip("cnvzoo.deploy.integer")
+    model = new(w_bits, a_bits).to(dtype)
+    for layer in weighted(model):
+        quantizer = quantizer_of(layer)
+        used, scale = (t.double() for t in quantizer(layer.weight)[:2])
+        assert scale.dtype == torch.float64
+        expected = (used / scale).round()
+        assert torch.equal(quantizer.integers(layer.weight).double(), expected)
+    head = weighted(model)[-1]
+    assert torch.equal(
+        torch.from_numpy(integer.integer_net(model).head).double(), quantizer_of(head).integers(head.weight).double()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_constants_stay_float32(dtype: torch.dtype) -> None:
+    model = new(4, 4)
+    before = quantizer_of(model.get_submodule("input")).scale.clone()
+    scale = quantizer_of(model.to(dtype).get_submodule("input")).scale
+    assert scale.dtype == torch.float32
+    assert torch.equal(scale, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("cnv", {}), ("resnet20", {}), *(("quant_cnv", {"w_bits": w, "a_bits": a}) for w, a in WIDTHS)],
+)
+def test_the_default_dtype_of_the_process_changes_no_checkpoint(
+    plain: None, make_checkpoint: Any, tmp_path: Path, name: str, bits: dict[str, int], dtype: torch.dtype
+) -> None:
+    folder = make_checkpoint(tmp_path / "hub", name, "cifar10", **bits)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = cnvzoo.load_checkpoint(folder)[0](images)
+    torch.set_default_dtype(dtype)
+    try:
+        model, _ = cnvzoo.load_checkpoint(folder)
+        logits = model(images)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {torch.float32}
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize(("w_bits", "a_bits"), WIDTHS)
+def test_nothing_is_compiled_in_eval_mode(monkeypatch: pytest.MonkeyPatch, w_bits: int, a_bits: int) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiles"))
+    model, images = new(w_bits, a_bits), torch.rand(8, 3, 32, 32)
+    logits = model(images)
+    logits.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(model(images), logits)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(("w_bits", "a_bits"), WIDTHS)
+def test_traces_with_gradients_on(plain: None, w_bits: int, a_bits: int) -> None:
+    model, images = new(w_bits, a_bits), torch.rand(2, 3, 32, 32)
+    assert torch.is_grad_enabled()
+    traced: Any = torch.jit.trace(model, images)
+    other = torch.rand(3, 3, 32, 32)
+    assert torch.equal(traced(other), model(other))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_exports_by_tracing_with_gradients_on(plain: None, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, images = new(4, 4), torch.rand(2, 3, 32, 32)
+    torch.onnx.export(model, (images,), str(tmp_path / "m.onnx"), dynamo=False, opset_version=13)
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-3, atol=1e-3)
+
+
+def test_the_state_of_other_bit_widths_is_refused(tmp_path: Path) -> None:
+    state = new(8, 8).state_dict()
+    torch.save(state, tmp_path / "m.pt")
+    for other in (state, copy.deepcopy(state), torch.load(tmp_path / "m.pt", weights_only=True)):
+        new(8, 8).load_state_dict(other)
+        with pytest.raises(cnvzoo.ModelError, match=r"features.2.* of 8 bits.* has 4.*cnvzoo.quantize"):
+            new(4, 4).load_state_dict(other)
+    assert not [name for name in state if "bits" in name]
+
+
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 4), (2, 3), (1, 2)])
+def test_quantize_refits_a_quantized_model(plain: None, w_bits: int, a_bits: int) -> None:
+    source = new(8, 8)
+    refitted = cnvzoo.quantize(source, w_bits=w_bits, a_bits=a_bits)
+    for old, layer in zip(weighted(source), weighted(refitted), strict=True):
+        assert torch.equal(layer.weight, old.weight)
+        quantizer = quantizer_of(layer)
+        fitted = IntQuantizer(quantizer.bits, signed=True, scale_shape=tuple(quantizer.scale.shape))
+        fitted.fit(layer.weight)
+        assert torch.equal(quantizer.scale, fitted.scale)
+    assert quantizer_of(weighted(refitted)[-1]).bits == w_bits
+
+
+def test_integers_do_not_depend_on_the_default_dtype() -> None:
+    ints = fake_quant.IntRange.of(1, signed=True)
+    torch.set_default_dtype(torch.float16)
+    try:
+        rounded = ints.round(torch.ones(3, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert rounded.dtype == torch.float32
