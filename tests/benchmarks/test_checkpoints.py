@@ -1,4 +1,4 @@
-"""Which runs become a checkpoint of the hub: those of seed 0 that are in the table, with the very weights."""
+"""Which runs are written to hub/ as checkpoints: those of seed 0 whose weights are the ones of the record."""
 
 from __future__ import annotations
 
@@ -18,50 +18,50 @@ NAME = "mnist_cnv"
 
 
 @pytest.fixture
-def run_once(bench: Bench) -> Bench:
+def trained_once(bench: Bench) -> Bench:
     bench.recipe(NAME)
     assert bench.run("--table", "mnist", "--seeds", "0", "1") == 0
     return bench
 
 
-def test_seed_0_is_kept_with_its_number_and_weights(run_once):
-    folder = run_once.hub / "cnv.mnist"
-    assert [path.name for path in run_once.hub.iterdir()] == ["cnv.mnist"]
+def test_the_run_of_seed_0_becomes_a_checkpoint_with_its_accuracy_and_weights(trained_once):
+    folder = trained_once.hub / "cnv.mnist"
+    assert [path.name for path in trained_once.hub.iterdir()] == ["cnv.mnist"]
     config = read_config(folder)
     assert (config.correct, config.total, config.recipe["seed"]) == (9000, 10000, 0)
     assert config.model == {"name": "cnv", "num_classes": 10, "in_chans": 1}
     assert config.preprocessing["size"] == 32
-    run = run_once.runs / NAME / "seed0"
+    run = trained_once.runs / NAME / "seed0"
     assert (folder / "model.safetensors").read_bytes() == (run / "weights.safetensors").read_bytes()
 
 
-def test_one_that_is_kept_is_not_written_again(run_once):
-    weights = run_once.hub / "cnv.mnist" / "model.safetensors"
+def test_an_existing_checkpoint_is_not_written_again(trained_once):
+    weights = trained_once.hub / "cnv.mnist" / "model.safetensors"
     before = weights.stat().st_mtime_ns
-    run_once.run("--table", "mnist", "--seeds", "0")
+    trained_once.run("--table", "mnist", "--seeds", "0")
     assert weights.stat().st_mtime_ns == before
 
 
-def test_one_that_was_lost_is_written_again_without_training(run_once):
-    (run_once.hub / "cnv.mnist" / "config.json").unlink()
-    calls = len(run_once.training.calls)
-    run_once.run("--table", "mnist", "--seeds", "0")
-    assert read_config(run_once.hub / "cnv.mnist").correct == 9000
-    assert len(run_once.training.calls) == calls
+def test_a_lost_checkpoint_is_written_again_without_training(trained_once):
+    (trained_once.hub / "cnv.mnist" / "config.json").unlink()
+    calls = len(trained_once.training.calls)
+    trained_once.run("--table", "mnist", "--seeds", "0")
+    assert read_config(trained_once.hub / "cnv.mnist").correct == 9000
+    assert len(trained_once.training.calls) == calls
 
 
-def test_a_new_run_takes_the_place_of_the_old(run_once):
-    run_once.training.variant = "new "
-    run_once.training.accuracy = lambda name, seed: 95.0
-    run_once.run("--table", "mnist", "--seeds", "0", "--retrain")
-    assert read_config(run_once.hub / "cnv.mnist").correct == 9500
-    run = run_once.runs / NAME / "seed0"
-    kept = (run_once.hub / "cnv.mnist" / "model.safetensors").read_bytes()
+def test_a_retrained_run_replaces_the_checkpoint(trained_once):
+    trained_once.training.variant = "new "
+    trained_once.training.accuracy = lambda name, seed: 95.0
+    trained_once.run("--table", "mnist", "--seeds", "0", "--retrain")
+    assert read_config(trained_once.hub / "cnv.mnist").correct == 9500
+    run = trained_once.runs / NAME / "seed0"
+    kept = (trained_once.hub / "cnv.mnist" / "model.safetensors").read_bytes()
     assert kept == (run / "weights.safetensors").read_bytes()
     assert b"new " in kept[:2000]
 
 
-def test_the_results_of_all_seeds_are_in_it(bench):
+def test_the_checkpoint_has_the_results_of_all_seeds(bench):
     bench.recipe(NAME)
     for seed in (2, 0):
         bench.run("--table", "mnist", "--seeds", str(seed))
@@ -75,11 +75,11 @@ def test_the_results_of_all_seeds_are_in_it(bench):
     assert weights.stat().st_mtime_ns == before
 
 
-def test_the_index_follows(run_once):
-    index = read_index(run_once.home.parent / "src" / "cnvzoo" / "checkpoints" / "index.json")
+def test_the_index_lists_the_checkpoint_and_its_files(trained_once):
+    index = read_index(trained_once.home.parent / "src" / "cnvzoo" / "checkpoints" / "index.json")
     entry = index.checkpoints["cnv.mnist"]
     assert (entry.correct, entry.total, entry.dataset, entry.parameters) == (9000, 10000, "mnist", 1_545_536)
-    for file in (run_once.hub / "cnv.mnist").iterdir():
+    for file in (trained_once.hub / "cnv.mnist").iterdir():
         content = file.read_bytes()
         assert entry.files[file.name] == FileFacts(hashlib.sha256(content).hexdigest(), len(content))
 
@@ -93,33 +93,33 @@ def test_quantized_weights_are_packed(bench):
     assert (folder / "model.safetensors").stat().st_size < run.stat().st_size / 14
 
 
-def test_a_stray_file_is_not_published(run_once, capsys):
-    index = run_once.home.parent / "src" / "cnvzoo" / "checkpoints" / "index.json"
+def test_a_stray_file_is_not_published(trained_once, capsys):
+    index = trained_once.home.parent / "src" / "cnvzoo" / "checkpoints" / "index.json"
     before = index.read_text()
-    (run_once.hub / "cnv.mnist" / "notes.txt").touch()
-    run_once.run("--table", "mnist", "--seeds", "0")
-    said = capsys.readouterr().err
-    assert said.count("cnv.mnist: its entry in the index stays as it was") == 1
-    assert "notes.txt does not belong to a checkpoint: move it elsewhere" in said
+    (trained_once.hub / "cnv.mnist" / "notes.txt").touch()
+    trained_once.run("--table", "mnist", "--seeds", "0")
+    printed = capsys.readouterr().err
+    assert printed.count("cnv.mnist: its entry in the index stays as it was") == 1
+    assert "notes.txt does not belong to a checkpoint: move it elsewhere" in printed
     assert index.read_text() == before
 
 
 class TestVerification:
-    def test_follows_the_training(self, run_once):
-        assert run_once.verified == [["cnv.mnist"]]
+    def test_runs_after_the_training(self, trained_once):
+        assert trained_once.verified == [["cnv.mnist"]]
 
-    def test_a_difference_fails(self, run_once, capsys):
-        run_once.problem = "model.safetensors: damaged"
-        assert run_once.run("--table", "mnist", "--seeds", "0") == 1
+    def test_reports_a_difference_and_returns_1(self, trained_once, capsys):
+        trained_once.problem = "model.safetensors: damaged"
+        assert trained_once.run("--table", "mnist", "--seeds", "0") == 1
         assert "cnv.mnist: not as published: model.safetensors: damaged" in capsys.readouterr().err
 
     @pytest.mark.parametrize("arguments", [["--time-limit", "0"], ["--seeds", "1"], ["--epochs", "2"]])
-    def test_not_where_nothing_was_asked_of_it(self, run_once, arguments):
-        run_once.run("--table", "mnist", *arguments)
-        assert len(run_once.verified) == 1
+    def test_does_not_run_when_no_run_of_seed_0_was_requested(self, trained_once, arguments):
+        trained_once.run("--table", "mnist", *arguments)
+        assert len(trained_once.verified) == 1
 
 
-def test_weights_that_are_not_those_of_the_record_are_not_kept(bench):
+def test_weights_that_differ_from_the_record_do_not_become_a_checkpoint(bench):
     bench.recipe(NAME)
     bench.run("--table", "mnist", "--seeds", "1")
     bench.put(NAME, 0, weights_sha256="1" * 64)  # a record from another machine, without its weights
@@ -127,13 +127,13 @@ def test_weights_that_are_not_those_of_the_record_are_not_kept(bench):
     assert not bench.hub.exists()
 
 
-def test_a_trial_is_not_kept(bench):
+def test_a_trial_does_not_become_a_checkpoint(bench):
     bench.recipe(NAME)
     bench.run("--table", "mnist", "--seeds", "0", "--epochs", "2")
     assert not bench.hub.exists()
 
 
-def test_an_accuracy_that_the_weights_do_not_bear_out_is_not_published(bench, capsys):
+def test_an_accuracy_that_the_weights_do_not_confirm_is_not_published(bench, capsys):
     bench.recipe("mnist_cnv")
     bench.unproven = "9,000 correct images, published 9,999, allowed difference 0"
     bench.training.accuracy = lambda name, seed: 99.99
@@ -143,7 +143,7 @@ def test_an_accuracy_that_the_weights_do_not_bear_out_is_not_published(bench, ca
     assert not (bench.hub / "cnv.mnist").exists()
 
 
-def test_a_number_that_differs_from_the_published_checkpoint_of_the_same_weights_is_refused(bench, capsys):
+def test_a_record_that_differs_from_the_published_checkpoint_of_the_same_weights_is_refused(bench, capsys):
     bench.recipe("mnist_cnv")
     assert bench.run("--table", "mnist", "--seeds", "0") == 0
     record = RunRecord.read(bench.result("mnist_cnv"))

@@ -1,4 +1,4 @@
-"""The comparisons on held-out images: ours are valid, and wrong ones are refused by line and key."""
+"""The comparisons on held-out images: those here are valid, and wrong ones are refused by line and key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What integer graphs come to is measured once for each quantized checkpoint, and published with it."""
+"""The integer graph of each quantized checkpoint is measured once, and its results are published with it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_index_has_the_config_with_the_result(bench_of_two):
         assert index.checkpoints["quant_cnv_w2a2.mnist"].files[name] == FileFacts.of(content)
 
 
-def test_another_seed_leaves_the_result_and_new_weights_do_not(bench_of_two):
+def test_the_result_is_kept_with_another_seed_and_measured_again_with_new_weights(bench_of_two):
     run(bench_of_two)
     bench_of_two.run("--table", "mnist", "--seeds", "0", "1")
     assert len(bench_of_two.measured) == 1
@@ -56,7 +56,7 @@ def test_another_seed_leaves_the_result_and_new_weights_do_not(bench_of_two):
     assert len(bench_of_two.measured) == 2
 
 
-def test_what_cannot_be_measured_is_said_and_left(bench_of_two, capsys):
+def test_a_checkpoint_that_cannot_be_measured_is_reported_and_stays_as_it_was(bench_of_two, capsys):
     bench_of_two.unmeasurable = "ONNX Runtime and the reference differ"
     assert run(bench_of_two) == 0
     assert "quant_cnv_w2a2.mnist: not measured as an integer graph: ONNX Runtime and" in capsys.readouterr().err

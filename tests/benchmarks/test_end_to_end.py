@@ -1,4 +1,4 @@
-"""The harness with real training, on a few random images: the seam between the two, and a real signal."""
+"""reproduce.py with real training on a few random images, stopped by a real signal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def real(bench: Bench) -> Bench:
     return bench
 
 
-def test_a_run_that_sigterm_stops_goes_on_to_the_same_weights(real, monkeypatch, tmp_path):
+def test_a_run_stopped_by_sigterm_resumes_to_the_same_weights(real, monkeypatch, tmp_path):
     one_run = ("--table", "mnist", "--seeds", "1")
     assert real.run(*one_run) == 0
     record = RunRecord.read(real.result("mnist_resnet20", 1))

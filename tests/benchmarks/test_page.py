@@ -1,4 +1,4 @@
-"""What the tables say, and that they say it from the records alone."""
+"""The page of results: its tables, which are made from the records only."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def test_one_run_has_no_deviation_and_its_difference_no_error(cnv):
     ]  # fmt: skip
 
 
-def test_not_run(cnv):
+def test_an_entry_that_has_not_run(cnv):
     assert row(show(cnv), "cifar10_cnv") == ["not run", "-", "-", "91.09", "-", "-"]
 
 
-def test_no_reference(bench):
+def test_an_entry_without_a_reference(bench):
     bench.recipe("mnist_cnv")
     bench.put("mnist_cnv", accuracy=99.5)
     assert row(show(bench), "mnist_cnv")[-3:-1] == ["-", "-"]
@@ -82,7 +82,7 @@ def test_a_reference_without_several_runs_gives_no_error(cnv, figures):
 @pytest.mark.parametrize(
     ("accuracies", "says"), [((91.0, 91.2, 91.6), "none (+0.27 ± 0.18)"), ((91.2, 91.4, 91.8), "+0.47 ± 0.18")]
 )
-def test_a_difference_within_two_standard_errors_is_none(cnv, accuracies, says):
+def test_a_difference_within_two_standard_errors_is_marked_as_such(cnv, accuracies, says):
     """By hand: deviations of -0.2667, -0.0667 and 0.3333, variance 0.0933, error 0.1764, twice that 0.3528."""
     cnv.write_references(f"{SOURCES}  cifar10_cnv: {{source: us, runs: [91.0, 91.0, 91.0]}}\n")
     for seed, accuracy in enumerate(accuracies):
@@ -90,7 +90,7 @@ def test_a_difference_within_two_standard_errors_is_none(cnv, accuracies, says):
     assert row(show(cnv), "cifar10_cnv")[4] == says
 
 
-def test_the_difference_is_that_of_the_figures_beside_it(cnv):
+def test_the_difference_is_between_the_printed_means(cnv):
     for seed, accuracy in enumerate((91.09, 91.09, 91.08)):  # a mean of 91.0867, printed as 91.09
         cnv.put("cifar10_cnv", seed, accuracy=accuracy)
     assert row(show(cnv), "cifar10_cnv")[4] == "none (0.00 ± 0.09)"
@@ -105,11 +105,11 @@ def test_the_page_cites_every_source_once(cnv):
     assert show(cnv).splitlines().count(line) == 1
 
 
-def test_a_row_leads_to_its_recipe(cnv):
+def test_a_row_links_to_its_recipe(cnv):
     assert "[cifar10_cnv](configs/cifar10_cnv.yaml)" in show(cnv)
 
 
-def test_the_page_has_every_table_whichever_was_asked_for(bench, capsys):
+def test_the_page_has_every_table_with_any_choice_of_table(bench, capsys):
     bench.recipe("mnist_cnv")
     bench.recipe("cifar10_cnv")
     bench.put("cifar10_cnv", accuracy=91.2)
@@ -121,13 +121,13 @@ def test_the_page_has_every_table_whichever_was_asked_for(bench, capsys):
     assert "91.20" not in capsys.readouterr().out
 
 
-def test_the_screen_shows_the_same_rows(cnv, capsys):
+def test_the_printed_table_has_the_same_rows(cnv, capsys):
     cnv.put("cifar10_cnv", 0, accuracy=91.0)
     page = show(cnv)
     assert row(capsys.readouterr().out, "cifar10_cnv") == row(page, "cifar10_cnv")
 
 
-def test_records_of_two_machines_merge_by_copying(bench, tmp_path):
+def test_records_copied_from_another_machine_are_in_the_table(bench, tmp_path):
     for name in ("mnist_cnv", "mnist_resnet20"):
         bench.recipe(name)
         for seed in SEEDS:
@@ -142,7 +142,7 @@ def test_records_of_two_machines_merge_by_copying(bench, tmp_path):
     assert show(bench).encode() == whole.encode()
 
 
-def test_hardware_and_versions_of_the_runs_that_count(bench):
+def test_hardware_and_versions_are_those_of_the_runs_in_the_tables(bench):
     bench.recipe("mnist_cnv")
     gpu = {"kind": "cuda", "name": "A GPU"}
     bench.put("mnist_cnv", 0, seconds=3600, device=gpu, versions={"torch": "2.14.1", "cuda": "12.8"})
@@ -154,7 +154,7 @@ def test_hardware_and_versions_of_the_runs_that_count(bench):
     assert "python benchmarks/reproduce.py --table all" in end
 
 
-def test_a_run_that_does_not_count_lends_the_page_nothing(bench):
+def test_an_outdated_run_adds_nothing_to_the_page(bench):
     bench.recipe("mnist_cnv", epochs=10)
     bench.put("mnist_cnv", device={"kind": "cuda", "name": "A GPU"})
     bench.recipe("mnist_cnv", epochs=11)
@@ -178,7 +178,7 @@ def test_the_page_is_up_to_date_after_every_run(bench):
     assert row(pages[1], "mnist_resnet20")[0].startswith("98.76")
 
 
-def test_listing_off_a_terminal_is_a_line_for_each_run_and_writes_nothing(bench, capsys):
+def test_the_list_without_a_terminal_is_a_line_for_each_run_and_writes_nothing(bench, capsys):
     for name in ("mnist_cnv", "mnist_resnet20", "cifar10_cnv"):
         bench.recipe(name)
     assert bench.run("--table", "mnist", "--list") == 0
@@ -195,7 +195,7 @@ def test_listing_off_a_terminal_is_a_line_for_each_run_and_writes_nothing(bench,
     assert not (bench.home / "RESULTS.md").exists()
 
 
-def test_listing_on_a_terminal_has_the_standing_of_every_run(bench, capsys, monkeypatch):
+def test_the_list_on_a_terminal_has_the_status_of_every_run(bench, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     bench.recipe("mnist_cnv")
     bench.put("mnist_cnv", 0, accuracy=99.5)

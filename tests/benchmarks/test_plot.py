@@ -1,4 +1,4 @@
-"""The pictures of the checkpoints: what they show, that they can be read, and when they are drawn again."""
+"""The plots of the checkpoints: what they show, that no text overlaps, and when they are drawn again."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_every_checkpoint_is_named_once_and_no_name_covers_another_or_a_point(da
             assert not box.contains(*axes.transData.transform(text.xy)), (name, other)
 
 
-def test_a_dataset_without_a_table_has_no_picture_and_a_table_of_one_checkpoint_neither(tmp_path):
+def test_a_dataset_without_a_table_or_with_one_checkpoint_has_no_plot(tmp_path):
     index = json.loads(INDEX.read_text())["checkpoints"]
     resnet20 = index["resnet20.cifar10"]
     own = {f"resnet20.{name}": resnet20 | {"dataset": name} for name in ("svhn", "mnist")}
@@ -113,7 +113,7 @@ def test_float_and_quantized_look_different():
     assert looks["float"].get_color() != looks["quantized"].get_color()
 
 
-def test_a_line_joins_the_widths_of_one_graph_and_nothing_else():
+def test_a_line_joins_only_the_bit_widths_of_one_graph():
     (axes,) = plot.figure(of("cifar10")).axes
     (line,) = (line for line in axes.lines if line.get_marker() == "None")
     assert sizes_in(line) == [430_000, 820_000, 1_600_000, 6_210_000]
@@ -130,7 +130,7 @@ def test_the_same_points_give_the_same_bytes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("change", "value"), [("accuracy", 91.23), ("bytes", 6_210_001), ("name", "other.cifar10")])
-def test_another_point_is_another_picture(tmp_path, change, value):
+def test_another_point_gives_another_plot(tmp_path, change, value):
     points = of("cifar10")
     plot.draw(points, tmp_path / "kept.svg")
     (cnv,) = (p for p in points if p["name"] == "cnv.cifar10")
@@ -139,7 +139,7 @@ def test_another_point_is_another_picture(tmp_path, change, value):
     assert not plot.shows(tmp_path / "kept.svg", points[:-1])
 
 
-def test_the_pictures_of_this_repository_show_the_index_of_the_package():
+def test_the_plots_of_this_repository_show_the_index_of_the_package():
     layout, remedy = Layout.of(BENCHMARKS), "run: python benchmarks/reproduce.py --table all --time-limit 0"
     for table in plot.pictured(layout.index):
         points = plot.points(layout.index, table)
@@ -149,7 +149,7 @@ def test_the_pictures_of_this_repository_show_the_index_of_the_package():
             assert drawn.count(f"<!-- {point['name'].split('.')[0]} -->") == 1
 
 
-def test_a_run_that_changes_the_checkpoints_draws_them(bench):
+def test_plots_are_drawn_again_when_a_run_changes_the_checkpoints(bench):
     assert bench.run("--table", "mnist", "--entry", "mnist_cnv", "--seeds", "0") == 0
     assert not picture(bench).exists()
     assert ".svg" not in bench.page
@@ -158,7 +158,7 @@ def test_a_run_that_changes_the_checkpoints_draws_them(bench):
     assert "](accuracy-mnist.svg)" in bench.page
 
 
-def test_a_picture_that_is_up_to_date_is_kept_even_without_matplotlib(bench, monkeypatch, capsys):
+def test_a_plot_that_is_up_to_date_is_kept_even_without_matplotlib(bench, monkeypatch, capsys):
     assert bench.run("--table", "mnist", "--seeds", "0") == 0
     before = picture(bench).stat().st_mtime_ns
     capsys.readouterr()
@@ -168,7 +168,7 @@ def test_a_picture_that_is_up_to_date_is_kept_even_without_matplotlib(bench, mon
     assert "pip install" not in capsys.readouterr().err
 
 
-def test_without_matplotlib_the_picture_stays_and_a_line_says_so(bench, monkeypatch, capsys):
+def test_without_matplotlib_an_outdated_plot_stays_and_is_reported(bench, monkeypatch, capsys):
     picture(bench).write_text("<svg>an old one</svg>")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)

@@ -1,4 +1,4 @@
-"""Worker processes: what they are told and report, how they may end, and that they train the bits of runs alone."""
+"""Worker processes: their arguments and results, the ways they end, and that their weights are those of single runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TIMEOUT = 120
 
 
 def prepared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """With a run of 5 epochs of 2 steps, uncompiled: compiling would take most of the time."""
+    """Add an entry of 5 epochs of 2 steps, which trains uncompiled: compiling would take most of the time."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     bench.recipe(ENTRY, epochs=5, batch_size=32)
     bench.train = partial(run_recipe, dataset=tiny(), quiet=True)
@@ -102,7 +102,7 @@ def test_the_error_of_a_worker_is_raised(entry, code, error, says):
     ],
 )
 def test_a_worker_that_dies_is_a_failed_run_with_its_last_lines(entry, end, says):
-    """The lines are printed in pieces, and name the run where they do not already."""
+    """The worker prints its lines in pieces; lines that do not name the run get its name in front."""
     code = f"""
         import os, signal, sys
         for number in range(9):
@@ -120,7 +120,7 @@ def test_a_worker_that_dies_is_a_failed_run_with_its_last_lines(entry, end, says
     assert "line 6" not in str(caught.value)
 
 
-def test_a_worker_that_is_terminated_outside_training_is_a_stopped_run(entry):
+def test_a_worker_terminated_outside_training_is_a_stopped_run(entry):
     with pytest.raises(RunInterrupted, match=r"stopped \(SIGTERM\); the same command") as caught:
         run(entry, "import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
     assert caught.value.reason == "SIGTERM"
@@ -166,7 +166,7 @@ def test_a_worker_is_asked_to_stop_once(entry):
 # --- workers that train
 
 
-def test_the_error_of_a_real_run_is_the_same_in_a_worker(bench):
+def test_an_error_of_run_recipe_is_the_same_in_a_worker(bench):
     bench.recipe("mnist_cnv")
     bench.recipe("mnist_quant_cnv_w4a4", float_start="mnist_cnv")
     runner = ProcessRunner(threads=1, deadline=None, say=print)
@@ -174,8 +174,8 @@ def test_the_error_of_a_real_run_is_the_same_in_a_worker(bench):
         runner.run(Run(bench.entry("mnist_quant_cnv_w4a4"), 1, bench.runs / "run"), {}, lambda: None)
 
 
-def all_of_it(bench: Bench, say: Callable[[str], None], deadline: float | None = None) -> Outcome:
-    """Two seeds at once, each in a worker."""
+def train_two_seeds(bench: Bench, say: Callable[[str], None], deadline: float | None = None) -> Outcome:
+    """Train two seeds in parallel, each in a worker."""
     records = Records({ENTRY: bench.entry(ENTRY)}, Layout.of(bench.home, bench.runs))
     runs = make_plan(list(records.entries.values()), (0, 1), records=records)
     return execute(
@@ -194,7 +194,7 @@ def weights(bench: Bench) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def weights_alone(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def weights_of_single_runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The weights of the same runs, one after the other in this process."""
     with pytest.MonkeyPatch.context() as patch:
         bench = prepared(Bench(tmp_path_factory.mktemp("alone")), patch)
@@ -206,39 +206,41 @@ def has_state(bench: Bench) -> list[bool]:
     return [(bench.runs / ENTRY / f"seed{seed}" / "state.safetensors").exists() for seed in (0, 1)]
 
 
-def test_workers_stopped_by_time_limit_and_signal_end_with_the_weights_of_runs_alone(entry, monkeypatch, weights_alone):
+def test_workers_stopped_by_time_limit_and_signal_resume_to_the_weights_of_single_runs(
+    entry, monkeypatch, weights_of_single_runs
+):
     monkeypatch.setenv("TINY_EPOCH_SECONDS", "1.5")
-    outcome = all_of_it(entry, lambda line: None, deadline=time.monotonic() + 2)
+    outcome = train_two_seeds(entry, lambda line: None, deadline=time.monotonic() + 2)
     assert (outcome.stopped, [run.seed for run in outcome.left]) == ("time limit", [0, 1])
     assert has_state(entry) == [True, True]
 
     monkeypatch.setenv("TINY_EPOCH_SECONDS", "4")  # neither run ends before the other has started, on busy cores too
-    under_way: set[str] = set()
+    training: set[str] = set()
 
     def terminate_when_both_train(line: str) -> None:
         name, _, rest = line.partition(": ")
-        if rest.startswith("epoch") and name not in under_way:
-            under_way.add(name)
-            if len(under_way) == 2:
+        if rest.startswith("epoch") and name not in training:
+            training.add(name)
+            if len(training) == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    outcome = all_of_it(entry, terminate_when_both_train)
+    outcome = train_two_seeds(entry, terminate_when_both_train)
     assert (outcome.stopped, [run.seed for run in outcome.left]) == ("SIGTERM", [0, 1])
-    assert under_way == {f"{ENTRY}, seed 0", f"{ENTRY}, seed 1"}
+    assert training == {f"{ENTRY}, seed 0", f"{ENTRY}, seed 1"}
     assert has_state(entry) == [True, True]
 
     monkeypatch.setenv("TINY_EPOCH_SECONDS", "0")
-    outcome = all_of_it(entry, lambda line: None)
+    outcome = train_two_seeds(entry, lambda line: None)
     assert (outcome.failed, outcome.left, outcome.stopped) == ([], [], None)
     assert has_state(entry) == [False, False]
-    assert weights(entry) == weights_alone
+    assert weights(entry) == weights_of_single_runs
 
 
 @pytest.fixture
 def command(entry: Bench) -> Iterator[Callable[[float], subprocess.Popen[str]]]:
     """`command(seconds)`: reproduce.py with two workers in their first epoch, after which each pauses.
 
-    As in a terminal: in a process group of its own, because Ctrl-C is sent to the whole group.
+    It has its own process group, as in a terminal, because Ctrl-C is sent to the whole group.
     """
     options = f"--table mnist --seeds 0 1 --device cpu --at-once 2 --runs {entry.runs}"
     started: list[subprocess.Popen[str]] = []
@@ -274,17 +276,17 @@ def read_until(process: subprocess.Popen[str], *wanted: str) -> list[str]:
     return lines
 
 
-def test_ctrl_c_stops_all_workers_and_the_same_command_resumes(entry, command, weights_alone):
+def test_ctrl_c_stops_all_workers_and_the_same_command_resumes(entry, command, weights_of_single_runs):
     process = command(4)
     os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=TIMEOUT)[1]
+    printed = process.communicate(timeout=TIMEOUT)[1]
     assert process.returncode == 130
-    assert "stopped (SIGINT); the same command resumes here. Left, 2 in all:" in said
-    assert said.count("state in") == 2
-    assert "Traceback" not in said
+    assert "stopped (SIGINT); the same command resumes here. Left, 2 in all:" in printed
+    assert printed.count("state in") == 2
+    assert "Traceback" not in printed
     assert has_state(entry) == [True, True]
     assert entry.run("--table", "mnist", "--seeds", "0", "1") == 0  # in this process, from the states of the workers
-    assert weights(entry) == weights_alone
+    assert weights(entry) == weights_of_single_runs
 
 
 def test_a_second_ctrl_c_kills_the_workers_too(entry, command):

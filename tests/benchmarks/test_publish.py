@@ -1,4 +1,4 @@
-"""`reproduce.py --publish`: which checkpoints go, when, and what is said about it."""
+"""`reproduce.py --publish`: which checkpoints are published, when, and what is printed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def trained(bench: Bench) -> Bench:
     return bench
 
 
-def test_it_trains_what_is_missing_and_publishes_the_table(trained, tmp_path, capsys):
+def test_it_trains_missing_runs_and_publishes_the_table(trained, tmp_path, capsys):
     store = tmp_path / "store"
     capsys.readouterr()
     assert trained.run("--table", "mnist", "--seeds", "0", "--publish", str(store)) == 0
@@ -32,7 +32,7 @@ def test_it_trains_what_is_missing_and_publishes_the_table(trained, tmp_path, ca
     assert f"cnv.mnist to {store}: unchanged" in capsys.readouterr().out
 
 
-def test_the_card_is_written_with_the_checkpoint_and_again_with_another_seed(trained):
+def test_the_card_is_written_with_the_checkpoint_and_updated_with_another_seed(trained):
     card = trained.hub / "cnv.mnist" / "README.md"
     assert "Mean of one seed: 90.00 %" in card.read_text()
     trained.run("--table", "mnist", "--entry", "mnist_cnv", "--seeds", "0", "1")
@@ -54,7 +54,7 @@ def test_a_dry_run_trains_nothing_and_writes_nothing(trained, tmp_path, capsys):
     assert not store.exists()
 
 
-def test_a_folder_without_a_config_is_no_checkpoint_yet(trained, tmp_path, capsys):
+def test_a_folder_without_a_config_is_not_published(trained, tmp_path, capsys):
     (trained.hub / "resnet20.mnist").mkdir()
     (trained.hub / "resnet20.mnist" / ".model.safetensors.0a1b2c3d.tmp").touch()  # a writer was killed
     capsys.readouterr()
@@ -62,18 +62,18 @@ def test_a_folder_without_a_config_is_no_checkpoint_yet(trained, tmp_path, capsy
     assert capsys.readouterr().out.splitlines()[0] == "no checkpoint to publish yet: mnist_resnet20"
 
 
-def test_a_dry_run_of_nothing_is_refused(trained, capsys):
+def test_a_dry_run_without_publish_is_refused(trained, capsys):
     assert trained.run("--table", "mnist", "--dry-run") == 2
     assert "--dry-run shows what --publish would send: give both" in capsys.readouterr().err
 
 
-def test_with_no_time_to_train_it_publishes_what_is_there(trained, tmp_path, capsys):
+def test_with_a_time_limit_of_0_it_publishes_existing_checkpoints(trained, tmp_path, capsys):
     store = tmp_path / "store"
     assert trained.run("--table", "mnist", "--time-limit", "0", "--publish", str(store)) == 3
     assert f"cnv.mnist to {store}: published new {FILES}" in capsys.readouterr().out
 
 
-def test_nothing_is_published_after_an_interrupt_or_what_was_found_to_differ(trained, tmp_path, capsys):
+def test_nothing_is_published_after_an_interrupt_or_a_failed_verification(trained, tmp_path, capsys):
     store = tmp_path / "store"
     trained.training.stop_at[("mnist_resnet20", 0)] = "SIGINT"
     assert trained.run("--table", "mnist", "--seeds", "0", "--publish", str(store)) == 130
@@ -84,6 +84,6 @@ def test_nothing_is_published_after_an_interrupt_or_what_was_found_to_differ(tra
     assert not store.exists()
 
 
-def test_a_store_that_refuses_is_an_error_in_words(trained, capsys):
+def test_an_invalid_store_is_one_line_of_error(trained, capsys):
     assert trained.run("--table", "mnist", "--seeds", "0", "--publish", "s3://bucket") == 1
     assert "'s3://bucket' is not a store" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The results on the README: what stands between the markers, and that nothing else is ever changed."""
+"""The results in the README: the text between the markers, and that nothing else is changed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from harness.report import update_readme
 PAGE = "# A project\n\n<!-- results -->\n\nold\n\n<!-- /results -->\n\nAnd more.\n"
 
 
-def test_it_shows_the_entries_that_have_been_run(bench):
+def test_it_shows_the_entries_that_have_run(bench):
     for name in ("mnist_cnv", "cifar10_cnv", "cifar10_resnet20"):
         bench.recipe(name)
     bench.put("cifar10_cnv", 0, accuracy=91.25)
@@ -21,14 +21,14 @@ def test_it_shows_the_entries_that_have_been_run(bench):
     assert rows == [f"| {link} | 91.25 (1 of 3 seeds) | - | 91.25, -, - | - | - | 1 |"]
 
 
-def test_it_says_so_where_nothing_has_been_run(bench):
+def test_without_records_it_says_that_nothing_has_run(bench):
     bench.recipe("mnist_cnv")
     (readme := bench.home.parent / "README.md").write_text(PAGE)
     bench.run("--table", "all", "--time-limit", "0")
     assert readme.read_text() == PAGE.replace("old", "No run yet.")
 
 
-def test_it_stands_after_every_run(bench):
+def test_it_is_updated_after_every_run(bench):
     bench.recipe("mnist_cnv")
     (readme := bench.home.parent / "README.md").write_text(PAGE)
     bench.training.accuracy = lambda name, seed: 99.0 + seed / 8
@@ -36,7 +36,7 @@ def test_it_stands_after_every_run(bench):
     assert "| 99.12 | 0.12 | 99.00, 99.12, 99.25 |" in readme.read_text()
 
 
-def test_pages_without_markers_and_no_page_are_left_alone(tmp_path):
+def test_a_page_without_markers_and_a_missing_page_stay_as_they_are(tmp_path):
     update_readme(tmp_path / "README.md", "table")
     assert not (tmp_path / "README.md").exists()
     for text in ("", "# A project\n", "<!-- results -->\n", "<!-- /results --> <!-- results -->\n"):

@@ -1,4 +1,4 @@
-"""The reference figures: transcribed without a slip, and refused where they say something impossible."""
+"""The reference figures: those of this repository are right, and contradictory or incomplete ones are refused."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def test_a_wrong_reference_is_refused_by_line_and_key(bench, figures, complaint,
     bench.recipe("mnist_cnv")
     bench.write_references(f"sources:\n{SOURCE}\nentries:\n  mnist_cnv: {figures}\n")
     assert bench.run("--table", "mnist", "--time-limit", "0") == 2
-    said = capsys.readouterr().err
-    assert f"{bench.home / 'references.yaml'}:{complaint}" in said
+    printed = capsys.readouterr().err
+    assert f"{bench.home / 'references.yaml'}:{complaint}" in printed
     assert bench.training.calls == []
 
 
@@ -130,6 +130,6 @@ def test_an_entry_may_have_no_reference(bench):
         assert load_references(bench.home / "references.yaml", load_entries(bench.home / "configs")) == {}
 
 
-def test_a_lost_file_is_an_error_for_people(bench):
+def test_a_missing_file_is_one_line_of_error(bench):
     with pytest.raises(HarnessError, match="restore"):
         load_references(bench.home / "nothing.yaml", {})

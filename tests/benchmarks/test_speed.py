@@ -1,4 +1,4 @@
-"""The benchmarks of training and inference: that they compare the same nets, and state what they measured."""
+"""The speed benchmarks of training and inference: they compare the same networks, and state what they measured."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_inference_ratios() -> None:
     assert "A CPU, 2 threads, AVX512; onnxruntime 1.32.0" in infer.section(result)
 
 
-def test_the_page_and_the_plots_are_those_of_the_figures(tmp_path: Path) -> None:
+def test_the_page_and_the_plots_of_this_repository_show_the_figures(tmp_path: Path) -> None:
     training, inference = shared.kept("train"), shared.kept("infer")
     title = "# What training and inference cost\n\n"
     assert (SPEED / "README.md").read_text() == f"{title}{train.section(training)}\n{infer.section(inference)}"
@@ -158,7 +158,7 @@ def test_a_section_is_replaced_and_the_others_are_kept(tmp_path: Path) -> None:
     assert page.read_text() == "# Title\n\n## Training\n\nnew\n\n## Inference\n\nnew\n"
 
 
-def test_the_kept_figures_are_of_the_recipes_and_checkpoints_of_today() -> None:
+def test_the_figures_of_this_repository_are_of_the_current_recipes_and_checkpoints() -> None:
     outdated = train.outdated_training(shared.kept("train"), train.MODELS)
     outdated += infer.outdated_inference(shared.kept("infer"), infer.CHECKPOINTS, read_index().checkpoints)
     assert not outdated, "\n".join(["the figures in benchmarks/speed are out of date:", *outdated])
@@ -183,11 +183,11 @@ def measured(tmp_path: Path) -> dict[str, Any]:
     return {"models": {"resnet20": {**figures, "batch_size": 96, "early_crops": 20}}}
 
 
-def test_figures_of_the_recipes_of_today_are_not_outdated(measured: dict[str, Any], tmp_path: Path) -> None:
+def test_figures_of_the_current_recipes_are_not_outdated(measured: dict[str, Any], tmp_path: Path) -> None:
     assert train.outdated_training(measured, ["resnet20"], tmp_path) == []
 
 
-def test_a_recipe_that_changed_outdates_its_figures(measured: dict[str, Any], tmp_path: Path) -> None:
+def test_figures_of_a_changed_recipe_are_outdated(measured: dict[str, Any], tmp_path: Path) -> None:
     before = measured["models"]["resnet20"]["fingerprint"][:12]
     path = tmp_path / "cifar10_resnet20.yaml"
     path.write_text(RECIPE.replace("lr: 0.1", "lr: 0.2"))
@@ -271,7 +271,7 @@ def test_figures_of_other_checkpoints_are_outdated(result: dict[str, Any], probl
 
 
 @pytest.mark.parametrize("name", ["train", "infer"])
-def test_only_keep_replaces_figures_page_and_plot(
+def test_figures_page_and_plot_are_replaced_only_with_keep(
     name: str, tmp_path: Path, small_datasets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_datasets(train=10, test=10)
@@ -308,7 +308,7 @@ def test_only_keep_replaces_figures_page_and_plot(
         ("infer", ["--threads", "two"], "argument --threads: invalid int value: 'two'"),
     ],
 )
-def test_arguments_that_make_no_sense_are_errors(
+def test_invalid_arguments_are_errors(
     name: str, arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -325,7 +325,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_all_programs_train(uncompiled: None, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_contender_trains(uncompiled: None, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     crops = EarlyCrops(side=12, epochs=5)
     recipe = train.recipe_of("resnet20").model_copy(update={"batch_size": 16, "early_crops": crops})
     monkeypatch.setattr(train, "recipe_of", lambda model: recipe)
@@ -415,8 +415,8 @@ def test_every_runtime_gives_the_logits_of_the_model(
     monkeypatch.setenv("CNVZOO_HUB", str(hub))
     data = load_dataset("cifar10")
     batch, calibration = (x.permute(0, 3, 1, 2).numpy() for x in (data.test_images[:8], data.train_images))
-    said: list[str] = []
-    floats = list(contenders.float_contenders("cnv.cifar10", calibration, 1, tmp_path, said.append))
+    printed: list[str] = []
+    floats = list(contenders.float_contenders("cnv.cifar10", calibration, 1, tmp_path, printed.append))
     quantized = list(contenders.quantized_contenders("quant_cnv_w4a4.cifar10", 1, tmp_path))
     nncf = ["OpenVINO NNCF PTQ int8"] if find_spec("nncf") else []
     assert [c.runtime for c in floats] == [
@@ -424,7 +424,7 @@ def test_every_runtime_gives_the_logits_of_the_model(
         "torch.compile float32, channels_last", "ONNX Runtime float32", "ONNX Runtime static PTQ int8",
         "OpenVINO float32", *nncf,
     ]  # fmt: skip
-    assert said == ([] if nncf else ["nncf is not installed: OpenVINO NNCF PTQ int8 is left out"])
+    assert printed == ([] if nncf else ["nncf is not installed: OpenVINO NNCF PTQ int8 is left out"])
     assert [c.runtime for c in quantized] == [
         "Brevitas eager", "Brevitas QCDQ, ONNX Runtime", "Brevitas QCDQ, OpenVINO", "ours, ONNX Runtime",
     ]  # fmt: skip
@@ -446,11 +446,11 @@ def test_a_package_that_is_missing_is_stated(make_checkpoint, tmp_path: Path, mo
     monkeypatch.setenv("CNVZOO_HUB", str(tmp_path / "hub"))
     monkeypatch.setattr(contenders, "quantize_with_onnxruntime", lambda path, to, images: shutil.copy(path, to))
     monkeypatch.setitem(sys.modules, "openvino", None)
-    said: list[str] = []
+    printed: list[str] = []
     images = np.zeros((1, 3, 32, 32), np.uint8)
-    *_, found = contenders.float_contenders("cnv.cifar10", images, 1, tmp_path, said.append)
+    *_, found = contenders.float_contenders("cnv.cifar10", images, 1, tmp_path, printed.append)
     assert found.runtime == "ONNX Runtime static PTQ int8"
-    assert said == ["openvino is not installed: its contenders are left out"]
+    assert printed == ["openvino is not installed: its contenders are left out"]
 
 
 def test_infer_measures_what_is_published(small_datasets, make_checkpoint, tmp_path, monkeypatch, capsys) -> None:

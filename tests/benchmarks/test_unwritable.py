@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, and folders that are none: a line each, all else goes on, tables are shown."""
+"""Full and read-only disks, and files where folders should be: one line each, and everything else is done."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAME, OTHER = "mnist_cnv", "mnist_resnet20"
 
 @pytest.fixture
 def unwritable(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`unwritable(path, ...)`: neither the paths nor what is below them can be written, for whatever user."""
+    """`unwritable(path, ...)`: neither the paths nor anything below them can be written, even by root."""
     real = tempfile.mkstemp
 
     def use(*paths: Path, code: int = errno.EROFS) -> None:
@@ -42,7 +42,7 @@ def unwritable(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def checkout(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """With a README, a picture that is drawn fast, and one entry that has run."""
+    """A benchmarks folder with a README, a fast replacement for the plot, and one entry with records."""
 
     def draw(points: Any, path: Path) -> None:
         write_text(path, f"<svg><desc>{plot.description(points)}</desc></svg>")
@@ -56,28 +56,30 @@ def checkout(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 
 class TestReadOnlyCheckout:
-    def test_that_is_up_to_date_is_no_error(self, checkout, unwritable, capsys):
+    def test_is_no_error_when_all_files_are_up_to_date(self, checkout, unwritable, capsys):
         assert checkout.run("--table", "mnist") == 0
         unwritable(checkout.home.parent)
         assert checkout.run("--table", "mnist", "--time-limit", "0") == 0
         capsys.readouterr()
         assert checkout.run("--table", "mnist") == 0
-        said = capsys.readouterr()
-        assert f"| {NAME} | 90.50 | 0.00 |" in said.out
-        assert "written" not in said.err
+        printed = capsys.readouterr()
+        assert f"| {NAME} | 90.50 | 0.00 |" in printed.out
+        assert "written" not in printed.err
 
     @pytest.mark.parametrize("more", [(), ("--time-limit", "0")])
-    def test_that_is_out_of_date_shows_its_tables(self, checkout, unwritable, capsys, more):
+    def test_prints_the_tables_and_the_files_that_cannot_be_written(self, checkout, unwritable, capsys, more):
         unwritable(checkout.home.parent)
         assert checkout.run("--table", "mnist", *more) == 1
-        said = capsys.readouterr()
-        assert f"| {NAME} | 90.50 | 0.00 |" in said.out
+        printed = capsys.readouterr()
+        assert f"| {NAME} | 90.50 | 0.00 |" in printed.out
         page, front = checkout.home / "RESULTS.md", checkout.home.parent / "README.md"
         for path in (page, front):
-            assert said.err.count(f"{path}: cannot be written: Read-only file system: mount it for writing") == 1
-        assert "not written, see above: the README, the index of published checkpoints, the page of results" in said.err
+            assert printed.err.count(f"{path}: cannot be written: Read-only file system: mount it for writing") == 1
+        assert (
+            "not written, see above: the README, the index of published checkpoints, the page of results" in printed.err
+        )
 
-    def test_with_runs_left_is_not_stopped_alone(self, checkout, unwritable):
+    def test_with_unfinished_runs_returns_the_status_of_an_error(self, checkout, unwritable):
         checkout.recipe(OTHER)
         unwritable(checkout.home.parent)
         assert checkout.run("--table", "mnist", "--time-limit", "0") == 1
@@ -90,45 +92,45 @@ FILES = {
     "the pictures": "benchmarks/accuracy-mnist.svg",
     "the checkpoint of mnist_resnet20": "hub/resnet20.mnist/config.json",
 }
-MADE_OF = {  # what is not there either, because it is made of another
+MADE_FROM = {  # files that are missing too, because they are made from the first
     "the index of published checkpoints": {"the pictures"},
     "the checkpoint of mnist_resnet20": {"the index of published checkpoints", "the pictures"},
 }
 
 
 @pytest.mark.parametrize("what", FILES)
-def test_one_file_that_cannot_be_written_keeps_no_other_from_it(checkout, unwritable, capsys, what):
+def test_when_one_file_cannot_be_written_the_others_are(checkout, unwritable, capsys, what):
     root = checkout.home.parent
     checkout.recipe(OTHER)
     checkout.recipe("mnist_mobilenet_v1")  # a picture has two checkpoints at least
     unwritable(root / FILES[what], code=errno.ENOSPC)
     assert checkout.run("--table", "mnist", "--seeds", "0") == 1
-    said = capsys.readouterr()
-    assert f"| {OTHER} | 90.00 (1 of 3 seeds)" in said.out
+    printed = capsys.readouterr()
+    assert f"| {OTHER} | 90.00 (1 of 3 seeds)" in printed.out
     problem = f"{what} stays as it was: {root / FILES[what]}: cannot be written: No space left on device: free some"
-    assert problem in said.err
-    assert f"not written, see above: {what}\n" in said.err
+    assert problem in printed.err
+    assert f"not written, see above: {what}\n" in printed.err
     texts = {name: (root / path).read_text() if (root / path).exists() else "" for name, path in FILES.items()}
     without = {name for name, text in texts.items() if OTHER not in text and "resnet20.mnist" not in text}
-    assert without == {what} | MADE_OF.get(what, set())
+    assert without == {what} | MADE_FROM.get(what, set())
 
 
 @pytest.mark.parametrize("at_once", ["1", "2"])
-def test_a_run_that_cannot_be_written_fails_alone(bench, unwritable, capsys, at_once):
+def test_a_run_whose_files_cannot_be_written_fails_and_the_others_finish(bench, unwritable, capsys, at_once):
     bench.recipe(NAME)
     bench.recipe(OTHER)
     unwritable(bench.runs / NAME / "seed0", code=errno.ENOSPC)
     assert bench.run("--table", "mnist", "--seeds", "0", "1", "--at-once", at_once) == 1
     record = bench.runs / NAME / "seed0" / "record.json"
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     line = f"{NAME} seed 0 failed: {record}: cannot be written: No space left on device: free some space there"
-    assert line in said.err
-    assert f"failed, see above: {NAME} seed 0\n" in said.err
-    assert f"| {OTHER} | 90.50 (2 of 3 seeds)" in said.out
+    assert line in printed.err
+    assert f"failed, see above: {NAME} seed 0\n" in printed.err
+    assert f"| {OTHER} | 90.50 (2 of 3 seeds)" in printed.out
     assert bench.result(NAME, 1).exists()
 
 
-def test_a_record_that_cannot_be_brought_home_is_brought_by_the_next(bench, unwritable, capsys):
+def test_a_record_that_could_not_be_copied_is_copied_by_the_next_command(bench, unwritable, capsys):
     bench.recipe(NAME)
     bench.recipe(OTHER)
     unwritable(bench.result(NAME))
@@ -144,7 +146,7 @@ def test_a_record_that_cannot_be_brought_home_is_brought_by_the_next(bench, unwr
 
 
 @pytest.mark.parametrize("below", ["", "x", "x/y"])
-def test_a_file_is_no_folder_for_runs(bench, tmp_path, capsys, below):
+def test_a_file_as_the_folder_of_runs_is_refused(bench, tmp_path, capsys, below):
     bench.recipe(NAME)
     (tmp_path / "file").write_text("kept")
     runs = tmp_path / "file" / below
@@ -154,7 +156,7 @@ def test_a_file_is_no_folder_for_runs(bench, tmp_path, capsys, below):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_home_folder_for_runs(bench, tmp_path, capsys, monkeypatch):
+def test_the_folder_of_runs_may_start_with_a_tilde(bench, tmp_path, capsys, monkeypatch):
     bench.recipe(NAME)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert bench.run("--table", "mnist", "--seeds", "0", "--runs", "~/runs") == 0
@@ -165,7 +167,7 @@ def test_a_home_folder_for_runs(bench, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == f"reproduce.py: error: {says}\n"
 
 
-def test_a_log_on_a_full_disk_ends_no_run(bench, monkeypatch):
+def test_a_run_finishes_when_its_log_cannot_be_written(bench, monkeypatch):
     class Full(io.StringIO):
         def write(self, text: str) -> int:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -176,13 +178,13 @@ def test_a_log_on_a_full_disk_ends_no_run(bench, monkeypatch):
     assert bench.result(NAME).exists()
 
 
-def test_an_integer_graph_that_cannot_be_measured_for_want_of_data_hides_no_table(bench, capsys, monkeypatch):
+def test_tables_are_printed_when_an_integer_graph_cannot_be_measured(bench, capsys, monkeypatch):
     def measure(model: object, dataset: str) -> Any:
-        raise DatasetError("mnist cannot be had")
+        raise DatasetError("no images of mnist")
 
     monkeypatch.setattr(bench, "measure", measure)
     bench.recipe("mnist_quant_cnv_w4a4")
     assert bench.run("--table", "mnist", "--seeds", "0") == 1
-    said = capsys.readouterr()
-    assert "| mnist_quant_cnv_w4a4 | 90.00 (1 of 3 seeds)" in said.out
-    assert "the config of quant_cnv_w4a4.mnist stays as it was: mnist cannot be had" in said.err
+    printed = capsys.readouterr()
+    assert "| mnist_quant_cnv_w4a4 | 90.00 (1 of 3 seeds)" in printed.out
+    assert "the config of quant_cnv_w4a4.mnist stays as it was: no images of mnist" in printed.err

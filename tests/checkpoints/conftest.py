@@ -1,4 +1,4 @@
-"""A Hub of one's own, the way to it, and a checkpoint to publish."""
+"""A local fake of the Hugging Face Hub, a store that reads and writes it, and a checkpoint to publish."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def hub_server() -> Iterator[FakeHub]:
 
 @pytest.fixture
 def hub(hub_server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    """A Hub with nothing in it, for a user who is logged in and may write; the client's waits are short."""
+    """An empty fake Hub, for a user who is logged in and may write; the waits of the client are short."""
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.001)))
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", SHORT.timeout)
@@ -42,31 +42,31 @@ def hub(hub_server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(scope="session")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("shelf")
+def published_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("published_folder")
 
 
 @pytest.fixture
-def checkpoint(shelf: Path, make_checkpoint: Callable[..., Path]) -> Path:
-    """The folder of a checkpoint that can be published and loaded; not to be changed."""
-    if not (shelf / NAME).exists():
-        (make_checkpoint(shelf, "resnet20", "mnist") / "README.md").write_text(CARD)
-    return shelf / NAME
+def checkpoint(published_folder: Path, make_checkpoint: Callable[..., Path]) -> Path:
+    """The folder of a checkpoint that can be published and loaded; shared by all tests, which must not change it."""
+    if not (published_folder / NAME).exists():
+        (make_checkpoint(published_folder, "resnet20", "mnist") / "README.md").write_text(CARD)
+    return published_folder / NAME
 
 
 @pytest.fixture
 def contents(checkpoint: Path) -> dict[str, bytes]:
-    """Its files."""
+    """The content of the checkpoint's files, by name."""
     return {path.name: path.read_bytes() for path in checkpoint.iterdir()}
 
 
 @pytest.fixture
 def facts(contents: dict[str, bytes]) -> dict[str, FileFacts]:
-    """What an index says of them."""
+    """Size and checksum of the checkpoint's files, as an index has them."""
     return {name: FileFacts.of(content) for name, content in contents.items()}
 
 
 @pytest.fixture
 def store(hub: FakeHub, tmp_path: Path) -> HubStore:
-    """The organisation `zoo` of that Hub, read through a cache with nothing in it."""
+    """The organisation `zoo` of the fake Hub, with an empty cache."""
     return HubStore("zoo", endpoint=hub.endpoint, cache_dir=tmp_path / "cache", retry=SHORT)

@@ -1,4 +1,4 @@
-"""The HTTP of the fake Hub: what each request means, and how it goes wrong when it is told to."""
+"""The HTTP handlers of the fake Hub: the answer to each request, and the planned faults."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 GOOD_TOKEN, READ_TOKEN = "hf_may_write", "hf_may_only_read"
 LFS_SUFFIXES = (".safetensors",)
 
-_sleep = time.sleep  # tests may shorten that of the client
+_sleep = time.sleep  # kept because tests replace time.sleep to shorten the waits of the client
 
 
 class Cut(Exception):
-    """The connection ends here."""
+    """The connection is to be closed without an answer, or in the middle of one."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request: finds its stage, lets the stage's fault happen, answers."""
+    """Handles one request: finds its stage, applies the fault planned for that stage, and answers."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # small answers in two writes would wait for the other side otherwise
@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(json.dumps(value).encode(), status=status)
 
     def answer(self, body: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        """Send a response, unless the fault of this request has something else in mind."""
+        """Send a response, changed or cut as the fault of this request demands."""
         kind = self.fault.kind if self.fault else None
         if kind == "cut_after":
             raise Cut
@@ -125,7 +125,7 @@ _API = rf"/api/models/{_REPO}"
 
 
 class HubHandler(Handler):
-    """The API of the Hub, and its files; writing needs a token, and one that may."""
+    """The API of the Hub and its files; writing needs a token that may write."""
 
     routes = (
         ("GET", _API, "info", "info"),
@@ -144,10 +144,10 @@ class HubHandler(Handler):
         ("POST", rf"{_API}/tag/(?P<revision>[^/]+)", "tag", "tag"),
     )
 
-    # What is there
+    # Reading
 
     def _find(self, repo: str, revision: str) -> Commit | None:
-        """The commit, or None after having said that there is none."""
+        """The commit; None if there is none, which has then been answered."""
         if repo not in self.hub.repos:
             status = 404 if self.headers.get("Authorization") else 401
             self.refuse(status, "Repository not found", {"X-Error-Code": "RepoNotFound"})
@@ -197,10 +197,10 @@ class HubHandler(Handler):
         else:
             answer_range(self, blob.content, {**headers, "ETag": f'"{blob.etag}"'})
 
-    # What comes in
+    # Writing
 
     def _may_write(self, repo: str | None = None) -> bool:
-        """Whether the token is one that may; otherwise the answer has been given."""
+        """Whether the token may write; if it may not, that has been answered."""
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if not token:
             self.refuse(401, "Invalid username or password.")
@@ -279,7 +279,7 @@ class HubHandler(Handler):
             try:
                 files = commits[-1].files | dict(self._added(lines))
             except (KeyError, binascii.Error) as error:
-                self.refuse(400, f"a file is not there, or not as announced: {error}")
+                self.refuse(400, f"a file is missing, or not as announced: {error}")
                 return
             commits.append(Commit(header["summary"], commits[-1].id, files))
             made = commits[-1].id
@@ -307,7 +307,7 @@ class HubHandler(Handler):
 
 
 class StorageHandler(Handler):
-    """Where large files lie, under their sha256; a token that is sent here has leaked."""
+    """The storage of large files, by their sha256; it refuses requests with a token, which must not be sent here."""
 
     routes = (
         ("GET", r"/objects/(?P<oid>[0-9a-f]{64})", "storage_get", "download"),
@@ -327,7 +327,7 @@ class StorageHandler(Handler):
         if self._token_leaked():
             return
         if hashlib.sha256(self.body).hexdigest() != oid:
-            self.refuse(400, "the content is not that of its name")
+            self.refuse(400, "the content does not have the sha256 of its name")
             return
         self.hub.objects[oid] = self.body
         self.answer(b"")

@@ -1,7 +1,8 @@
 """A Hugging Face Hub for tests: real HTTP on the loopback interface, for the unmodified client of huggingface_hub.
 
-Two addresses, as in life: the Hub (API, resolve) and its storage (LFS uploads and downloads), which must never see a
-token. Every request belongs to a stage (STAGES), and `fail` makes a stage go wrong in a given way.
+There are two servers, as in reality: the Hub (API, resolve) and its storage (LFS uploads and downloads), which must
+never get a token. Every request belongs to a stage (STAGES), and `fail` makes the requests of a stage fail in a given
+way.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from http.server import ThreadingHTTPServer
 from fake_http import HubHandler, StorageHandler
 from fake_repos import Fault, Repo
 
-# Reading: what is at a revision, metadata of a file, a small file, a large file from the storage.
+# Reading: the files of a revision, metadata of a file, a small file, a large file from the storage.
 # Writing: create, validate (the card), preupload, batch (where to upload), upload, verify, commit, refs, tag.
 STAGES = (
     "info", "head", "get", "storage_get",
@@ -23,13 +24,13 @@ STAGES = (
 
 
 class FakeHub:
-    """The state, and the two servers; a context manager.
+    """The state of the Hub and its two servers; a context manager that runs the servers.
 
     Attributes:
         repos: by `org/name`.
-        requests: how many requests of each stage came.
-        faults: how many of them went wrong as they were told to.
-        stall_seconds: how long a stalled answer says nothing before it is cut.
+        requests: how many requests of each stage arrived.
+        faults: how many requests of each stage failed because of `fail`.
+        stall_seconds: how long a stalled connection stays open without an answer.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class FakeHub:
             server.block_on_close = False
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Delete all repositories, counts and planned faults."""
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: Counter[str] = Counter()
@@ -74,9 +75,10 @@ class FakeHub:
     def fail(
         self, stage: str, kind: str | int, *, times: float = 1, retry_after: int | None = None, says: str = "injected"
     ) -> None:
-        """Let the next `times` requests of a stage go wrong.
+        """Let the next `times` requests of a stage fail.
 
-        `retry_after` and `says` are what a status then says; {} in it is the Authorization that was sent.
+        If `kind` is a status, `retry_after` is its header and `says` its message, in which {} is replaced by the
+        Authorization header of the request.
         """
         assert stage in STAGES, stage
         headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
@@ -92,7 +94,7 @@ class FakeHub:
             return self._actions.pop(stage, None)
 
     def recover(self) -> None:
-        """From now on nothing goes wrong."""
+        """Cancel all planned faults."""
         self._planned.clear()
 
     def take_fault(self, stage: str) -> Fault | None:
@@ -106,7 +108,7 @@ class FakeHub:
             return fault
 
     def contents(self, repo: str, revision: str = "main") -> dict[str, bytes]:
-        """The files of a repository, but those that the Hub itself puts there."""
+        """The files of a repository, without those that the Hub itself adds."""
         commit = self.repos[repo].at(revision)
         assert commit is not None
         return {name: blob.content for name, blob in commit.files.items() if name != ".gitattributes"}

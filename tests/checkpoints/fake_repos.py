@@ -1,4 +1,4 @@
-"""What the fake Hub keeps: repositories, their commits and files, and the faults that it was told to have."""
+"""The state of the fake Hub: repositories, their commits and files, and the planned faults."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What goes wrong: `cut`, `cut_after`, `truncated`, `wrong`, `drip`, `stall`, or a status that `says` something."""
+    """A planned failure: `cut`, `cut_after`, `truncated`, `wrong`, `drip`, `stall`, or a status with a message."""
 
     kind: str | int
     times: float

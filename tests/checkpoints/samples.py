@@ -38,7 +38,7 @@ TINY = {"name": "tiny", "num_classes": 3, "in_chans": 1, "w_bits": 3, "a_bits": 
 
 @contextmanager
 def registered_tiny() -> Iterator[dict[str, Any]]:
-    """The arguments of `Tiny`, which is registered meanwhile; all models registered inside are removed at the end."""
+    """Register `Tiny` for the block, which gets its arguments; all models registered in it are removed at the end."""
     before = model_names()
     register_model("tiny", summary="of tests", quantized=True)(Tiny)
     try:
@@ -73,7 +73,7 @@ def facts_of(arguments: dict[str, Any], weights_sha256: str, **changes: Any) -> 
 
 
 def publish(folder: Path, model: nn.Module, arguments: dict[str, Any]) -> CheckpointConfig:
-    """Write the checkpoint of a model from the weights file that its run would have left."""
+    """Write the checkpoint of a model, from a temporary weights file like that of a run."""
     run = folder.parent / f"{folder.name}.run.safetensors"
     run.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, run)
@@ -84,7 +84,7 @@ def publish(folder: Path, model: nn.Module, arguments: dict[str, Any]) -> Checkp
 
 
 def trained(arguments: dict[str, Any], change: Callable[[nn.Module], None] = lambda model: None) -> nn.Module:
-    """A model in eval mode, whose norms and scales are not those of initialisation."""
+    """A model in eval mode, whose norms and scales have other values than at initialisation."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_model(**arguments)

@@ -1,4 +1,4 @@
-"""Checkpoints: what was written is what is read, and nothing else is."""
+"""Checkpoints: a written checkpoint is read back unchanged, and files that differ in anything are refused."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def written(folder: Path, arguments: dict[str, Any]) -> nn.Module:
 
 
 def rewritten(folder: Path, changed: dict[str, Tensor | None], metadata: dict[str, str] | None = None) -> None:
-    """Replace tensors of a checkpoint, or (None) leave them out; its config fits the new file."""
+    """Replace tensors of a checkpoint, or remove those that are None; its config is adapted to the new file."""
     path = folder / "model.safetensors"
     with safe_open(path, "pt") as file:
         metadata = file.metadata() if metadata is None else metadata
@@ -67,7 +67,7 @@ def rewritten_config(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def refusal(folder: Path) -> str:
+def message_of_refusal(folder: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(folder)
     return str(caught.value)
@@ -93,7 +93,7 @@ def test_round_trip(tmp_path: Path, arguments: dict[str, Any]) -> None:
     assert set(preprocessing.mean) == {0.5}
 
 
-def test_config_is_json_that_people_can_read(tmp_path: Path) -> None:
+def test_the_config_is_indented_json(tmp_path: Path) -> None:
     written(tmp_path / "c", QUANTIZED)
     text = (tmp_path / "c" / "config.json").read_text()
     assert json.loads(text)["model"] == QUANTIZED
@@ -107,7 +107,7 @@ def test_a_flipped_bit_is_refused(tmp_path: Path, where: int) -> None:
     content = bytearray(path.read_bytes())
     content[where] ^= 1
     path.write_bytes(content)
-    message = refusal(tmp_path / "c")
+    message = message_of_refusal(tmp_path / "c")
     assert str(path) in message
     assert "sha256" in message
     assert "damaged" in message
@@ -119,22 +119,22 @@ def test_another_size_is_refused(tmp_path: Path, change: int) -> None:
     path = tmp_path / "c" / "model.safetensors"
     size = path.stat().st_size
     path.write_bytes((path.read_bytes() + bytes(4))[: size + change])
-    message = refusal(tmp_path / "c")
+    message = message_of_refusal(tmp_path / "c")
     assert str(path) in message
     assert f"expected {size:,} bytes" in message
 
 
 def test_a_file_is_not_read_where_its_size_is_wrong(tmp_path: Path) -> None:
-    """A terabyte of zeros, of which the disk holds nothing, costs nothing to refuse; so does one that is no file."""
+    """A sparse file of a terabyte, and a named pipe in place of a file, are refused without being read."""
     written(tmp_path / "c", FLOAT)
     for name in ("model.safetensors", "config.json"):
         path = tmp_path / "c" / name
         with path.open("r+b") as file:
             file.truncate(1 << 40)
-        assert str(path) in refusal(tmp_path / "c")
+        assert str(path) in message_of_refusal(tmp_path / "c")
         path.unlink()
         os.mkfifo(path)
-        assert f"{path}: not a regular file" in refusal(tmp_path / "c")
+        assert f"{path}: not a regular file" in message_of_refusal(tmp_path / "c")
         path.unlink()
         written(tmp_path / "c", FLOAT)
 
@@ -144,20 +144,20 @@ def test_a_header_is_not_parsed_where_its_length_is_wrong(tmp_path: Path) -> Non
     path = tmp_path / "c" / "model.safetensors"
     path.write_bytes((100 << 20).to_bytes(8, "little") + b" " * (101 << 20))
     rewritten_config(tmp_path / "c", file={"sha256": sha256_of(path), "size": path.stat().st_size})
-    assert "a header of 104,857,600 bytes" in refusal(tmp_path / "c")
+    assert "a header of 104,857,600 bytes" in message_of_refusal(tmp_path / "c")
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     written(tmp_path / "c", FLOAT)
     (tmp_path / "c" / "model.safetensors").unlink()
-    assert str(tmp_path / "c" / "model.safetensors") in refusal(tmp_path / "c")
+    assert str(tmp_path / "c" / "model.safetensors") in message_of_refusal(tmp_path / "c")
     (tmp_path / "c" / "config.json").unlink()
-    message = refusal(tmp_path / "c")
+    message = message_of_refusal(tmp_path / "c")
     assert str(tmp_path / "c" / "config.json") in message
     assert "checkpoint folder" in message
-    assert "no-such" in refusal(tmp_path / "no-such")
+    assert "no-such" in message_of_refusal(tmp_path / "no-such")
     (tmp_path / "file").touch()
-    assert "file" in refusal(tmp_path / "file")
+    assert "file" in message_of_refusal(tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_invalid_config_names_file_and_key(tmp_path: Path, change: dict[str, Any
         {"device": {"kind": "cpu", "name": "Intel(R) Xeon(R) CPU @ 2.20GHz", "threads": 64, "capability": None}},
     ],
 )
-def test_what_a_config_may_say(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_unusual_but_valid_configs_are_read(tmp_path: Path, change: dict[str, Any]) -> None:
     written(tmp_path / "c", FLOAT)
     rewritten_config(tmp_path / "c", **change)
     config = read_config(tmp_path / "c").model_dump(mode="json")
@@ -279,7 +279,7 @@ def test_a_config_written_before_the_keys_recipes_scored_and_numerics_is_read(tm
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "hub").glob("*/config.json")), ids=lambda path: path.parent.name
 )  # fmt: skip
-def test_a_published_config_says_the_same_when_it_is_written_again(tmp_path: Path, path: Path) -> None:
+def test_a_published_config_is_unchanged_when_it_is_written_again(tmp_path: Path, path: Path) -> None:
     write_config(tmp_path, read_config(path.parent))
     before = json.loads(path.read_text())
     assert json.loads((tmp_path / "config.json").read_text()) == {"integer": None} | before
@@ -288,10 +288,10 @@ def test_a_published_config_says_the_same_when_it_is_written_again(tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"[" * 100_000, b'{"seed": %s}' % (b"9" * 9999)])
-def test_config_that_is_no_json_object(tmp_path: Path, content: bytes) -> None:
+def test_a_config_that_is_not_a_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
     written(tmp_path / "c", FLOAT)
     (tmp_path / "c" / "config.json").write_bytes(content)
-    assert str(tmp_path / "c" / "config.json") in refusal(tmp_path / "c")
+    assert str(tmp_path / "c" / "config.json") in message_of_refusal(tmp_path / "c")
 
 
 @pytest.mark.parametrize(
@@ -306,10 +306,12 @@ def test_config_that_is_no_json_object(tmp_path: Path, content: bytes) -> None:
         ({"norm.bias": None, "extra": torch.zeros(1)}, "missing norm.bias; unexpected extra"),
     ],
 )
-def test_other_tensors_than_the_models_are_named(tmp_path: Path, changed: dict[str, Tensor | None], names: str) -> None:
+def test_tensors_that_do_not_fit_the_model_are_named(
+    tmp_path: Path, changed: dict[str, Tensor | None], names: str
+) -> None:
     written(tmp_path / "c", FLOAT)
     rewritten(tmp_path / "c", changed)
-    message = refusal(tmp_path / "c")
+    message = message_of_refusal(tmp_path / "c")
     assert str(tmp_path / "c" / "model.safetensors") in message
     assert names in message
 
@@ -341,19 +343,19 @@ SCALE = "fc.weight_quant.tensor_quant.scale"
         ({}, {**PACKED, "fc.weight": 3}, "packed: fc.weight"),
     ],
 )
-def test_other_packed_tensors_are_named(
+def test_packed_tensors_that_do_not_fit_the_model_are_named(
     tmp_path: Path, changed: dict[str, Tensor | None], packed: dict[str, Any], names: str
 ) -> None:
     with registered_tiny() as arguments:
         written(tmp_path / "c", arguments)
         rewritten(tmp_path / "c", changed, {"packed": json.dumps(packed)})
-        message = refusal(tmp_path / "c")
+        message = message_of_refusal(tmp_path / "c")
     assert str(tmp_path / "c" / "model.safetensors") in message
     assert names in message
 
 
-def test_writing_is_as_strict(tmp_path: Path) -> None:
-    """What is published can be loaded: a run's weights that are not all of the model's are no checkpoint."""
+def test_weights_that_do_not_fit_the_model_are_not_written(tmp_path: Path) -> None:
+    """So every checkpoint that is published can be loaded."""
     model = trained(FLOAT)
     model.norm.register_buffer("extra", torch.zeros(1))  # type: ignore[union-attr]
     with pytest.raises(CheckpointError, match=r"run\.safetensors: not the weights of .*unexpected norm\.extra"):
@@ -361,7 +363,7 @@ def test_writing_is_as_strict(tmp_path: Path) -> None:
     assert not (tmp_path / "c").exists()
 
 
-def test_writing_refuses_other_weights_and_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+def test_after_refused_weights_the_old_checkpoint_is_unchanged(tmp_path: Path) -> None:
     written(tmp_path / "c", FLOAT)
     files = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
     save_file({"another": torch.zeros(1)}, tmp_path / "other.safetensors")
@@ -373,19 +375,19 @@ def test_writing_refuses_other_weights_and_leaves_the_old_checkpoint(tmp_path: P
 
 
 @pytest.mark.parametrize("content", [b"", b"1234567", b"\x80\x04 not safetensors", bytes(100), b"\xff" * 100])
-def test_weights_that_are_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
+def test_weights_that_are_not_a_safetensors_file_are_refused(tmp_path: Path, content: bytes) -> None:
     written(tmp_path / "c", FLOAT)
     path = tmp_path / "c" / "model.safetensors"
     path.write_bytes(content)
     rewritten_config(tmp_path / "c", file={"sha256": sha256_of(path), "size": len(content)})
-    message = refusal(tmp_path / "c")
+    message = message_of_refusal(tmp_path / "c")
     assert f"{path}: " in message
     assert "safetensors file" in message
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_published_checkpoint_is_what_was_published(tmp_path: Path, name: str) -> None:
-    """A config and weights that fit each other are refused where the index knows others."""
+def test_a_published_checkpoint_with_other_files_is_refused(tmp_path: Path, name: str) -> None:
+    """A config and weights that fit each other are refused if the index has other checksums for them."""
     written(tmp_path / "c", FLOAT)
     files = {path.name: FileFacts.of(path.read_bytes()) for path in (tmp_path / "c").iterdir()}
     read_model(tmp_path / "c", files)
@@ -396,17 +398,17 @@ def test_a_published_checkpoint_is_what_was_published(tmp_path: Path, name: str)
     assert str(tmp_path / "c" / "config.json") in str(caught.value)
 
 
-def test_a_model_with_values_that_it_computes_when_it_is_built(tmp_path: Path) -> None:
-    """Shapes are compared on a model without values, where a builder that looks at some cannot run."""
+def test_a_model_whose_builder_computes_with_values_can_be_loaded(tmp_path: Path) -> None:
+    """Shapes are usually compared on a model on the meta device, where a builder that reads values fails."""
 
-    class Looks(nn.Module):
+    class ReadsValues(nn.Module):
         def __init__(self, num_classes: int, in_chans: int) -> None:
             super().__init__()
             self.rates = [float(rate) for rate in torch.linspace(0, 1, 3)]
             self.fc = nn.Linear(in_chans, num_classes)
 
     with registered_tiny():
-        register_model("looks", summary="of tests")(Looks)
+        register_model("looks", summary="of tests")(ReadsValues)
         arguments = {"name": "looks", "num_classes": 2, "in_chans": 1}
         model = written(tmp_path / "c", arguments)
         assert torch.equal(
@@ -431,5 +433,5 @@ def test_a_model_that_cannot_be_built_is_refused_naming_the_file(
     written(folder, FLOAT)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model": model}))
-    assert said in refusal(folder)
-    assert str(folder / "config.json") in refusal(folder)
+    assert said in message_of_refusal(folder)
+    assert str(folder / "config.json") in message_of_refusal(folder)

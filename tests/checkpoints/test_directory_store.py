@@ -1,4 +1,4 @@
-"""A folder as a store, and what may go through any store: plain names, plain files, and whole checkpoints."""
+"""A folder as a store, and what every store accepts: plain names, regular files, and complete checkpoints."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def directory(root: Path) -> Store:
 
 
 @pytest.fixture
-def mine(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint, to be changed."""
-    shutil.copytree(checkpoint, tmp_path / "mine" / checkpoint.name)
-    return tmp_path / "mine" / checkpoint.name
+def own_copy(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint that the test may change."""
+    shutil.copytree(checkpoint, tmp_path / "own_copy" / checkpoint.name)
+    return tmp_path / "own_copy" / checkpoint.name
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_published_it_is_found_in_place(
+def test_a_published_checkpoint_is_fetched_in_place(
     directory: Store, root: Path, checkpoint: Path, contents: dict[str, bytes], facts: dict[str, FileFacts]
 ) -> None:
     publication = directory.publish(checkpoint, message="first")
@@ -51,26 +51,26 @@ def test_published_it_is_found_in_place(
     assert content_of(root / "resnet20.mnist") == contents
 
 
-def test_a_second_publish_changes_nothing(directory: Store, root: Path, mine: Path) -> None:
-    directory.publish(mine, message="first")
+def test_a_second_publish_changes_nothing(directory: Store, root: Path, own_copy: Path) -> None:
+    directory.publish(own_copy, message="first")
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*.*")}
-    assert directory.publish(mine, message="second").to_write == ()
+    assert directory.publish(own_copy, message="second").to_write == ()
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.*")} == before
-    (mine / "README.md").write_text("---\nlicense: mit\n---\n")
-    assert directory.publish(mine, message="third").changed == ("README.md",)
-    assert content_of(root / "resnet20.mnist") == content_of(mine)
+    (own_copy / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert directory.publish(own_copy, message="third").changed == ("README.md",)
+    assert content_of(root / "resnet20.mnist") == content_of(own_copy)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_what_a_killed_writer_left_is_passed_over(
-    directory: Store, root: Path, mine: Path, contents: dict[str, bytes], facts: dict[str, FileFacts], file: str
+def test_a_temporary_file_of_a_killed_writer_is_ignored(
+    directory: Store, root: Path, own_copy: Path, contents: dict[str, bytes], facts: dict[str, FileFacts], file: str
 ) -> None:
-    with files.replacing(mine / file) as temporary:
+    with files.replacing(own_copy / file) as temporary:
         temporary.write_bytes(contents[file])
     temporary.write_bytes(b"half of it")  # as if the process had been killed inside
-    assert directory.publish(mine, message="first").new == FILES
+    assert directory.publish(own_copy, message="first").new == FILES
     temporary.rename(root / "resnet20.mnist" / temporary.name)
-    assert directory.publish(mine, message="second").unchanged == FILES
+    assert directory.publish(own_copy, message="second").unchanged == FILES
     folder = directory.fetch("resnet20.mnist", facts)
     assert content_of(folder) == contents | {temporary.name: b"half of it"}
 
@@ -81,7 +81,7 @@ def test_a_dry_run_writes_nothing(directory: Store, root: Path, checkpoint: Path
     assert not root.exists()
 
 
-def test_the_config_comes_last_so_a_half_written_folder_is_no_checkpoint(
+def test_the_config_is_written_last_so_an_interrupted_publish_leaves_no_checkpoint(
     directory: Store, root: Path, checkpoint: Path, contents: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace, written = os.replace, []
@@ -107,10 +107,10 @@ def test_a_directory_has_no_tags(directory: Store, checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_one_flipped_bit_is_found(
-    directory: Store, mine: Path, root: Path, facts: dict[str, FileFacts], file: str
+def test_a_flipped_bit_is_found(
+    directory: Store, own_copy: Path, root: Path, facts: dict[str, FileFacts], file: str
 ) -> None:
-    directory.publish(mine, message="first")
+    directory.publish(own_copy, message="first")
     path = root / "resnet20.mnist" / file
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
@@ -125,7 +125,7 @@ def test_one_flipped_bit_is_found(
         directory.fetch("resnet20.mnist", facts)
 
 
-def test_a_checkpoint_that_is_not_there(directory: Store, checkpoint: Path, facts: dict[str, FileFacts]) -> None:
+def test_a_missing_checkpoint_is_an_error(directory: Store, checkpoint: Path, facts: dict[str, FileFacts]) -> None:
     with pytest.raises(StoreError, match=r"no checkpoint 'resnet20.mnist' in .*: it has no checkpoints at all"):
         directory.fetch("resnet20.mnist", facts)
     directory.publish(checkpoint, message="first")
@@ -149,29 +149,31 @@ def test_names_that_lead_out_of_the_folder_are_refused(
 
 
 def test_symbolic_links_in_a_store_are_refused(
-    directory: Store, root: Path, mine: Path, facts: dict[str, FileFacts], tmp_path: Path
+    directory: Store, root: Path, own_copy: Path, facts: dict[str, FileFacts], tmp_path: Path
 ) -> None:
     root.mkdir()
-    (root / "resnet20.mnist").symlink_to(mine)
+    (root / "resnet20.mnist").symlink_to(own_copy)
     with pytest.raises(StoreError, match="a symbolic link, which could lead out"):
         directory.fetch("resnet20.mnist", facts)
     with pytest.raises(StoreError, match="a symbolic link, which could lead out"):
-        directory.publish(mine, message="through the link")
+        directory.publish(own_copy, message="through the link")
     (root / "resnet20.mnist").unlink()
-    shutil.copytree(mine, root / "resnet20.mnist")
+    shutil.copytree(own_copy, root / "resnet20.mnist")
     outside = tmp_path / "outside"
     shutil.move(root / "resnet20.mnist" / "config.json", outside)
     (root / "resnet20.mnist" / "config.json").symlink_to(outside)
     with pytest.raises(StoreError, match=r"config.json: a symbolic link, which could lead out"):
         directory.fetch("resnet20.mnist", facts)
     with pytest.raises(StoreError, match=r"config.json: a symbolic link, which could lead out"):
-        directory.publish(mine, message="through the link")
-    assert outside.read_bytes() == (mine / "config.json").read_bytes()
+        directory.publish(own_copy, message="through the link")
+    assert outside.read_bytes() == (own_copy / "config.json").read_bytes()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="named pipes are POSIX")
-def test_a_pipe_is_refused_and_not_read(directory: Store, root: Path, mine: Path, facts: dict[str, FileFacts]) -> None:
-    shutil.copytree(mine, root / "resnet20.mnist")
+def test_a_named_pipe_is_refused_and_not_opened(
+    directory: Store, root: Path, own_copy: Path, facts: dict[str, FileFacts]
+) -> None:
+    shutil.copytree(own_copy, root / "resnet20.mnist")
     (root / "resnet20.mnist" / "config.json").unlink()
     os.mkfifo(root / "resnet20.mnist" / "config.json")
     with pytest.raises(CheckpointError, match=r"config.json: not a regular file"):
@@ -194,26 +196,26 @@ def without(name: str) -> Mapping[str, bytes | None]:
         ({"model.safetensors": b"other"}, "model.safetensors: not the file that config.json describes"),
     ],
 )
-def test_what_is_not_fit_to_be_published(
-    directory: Store, root: Path, mine: Path, changes: dict[str, bytes | None], said: str
+def test_an_incomplete_or_invalid_checkpoint_is_not_published(
+    directory: Store, root: Path, own_copy: Path, changes: dict[str, bytes | None], said: str
 ) -> None:
     for name, content in changes.items():
-        (mine / name).unlink(missing_ok=True)
+        (own_copy / name).unlink(missing_ok=True)
         if content is not None:
-            (mine / name).write_bytes(content)
+            (own_copy / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=said):
-        directory.publish(mine, message="first")
+        directory.publish(own_copy, message="first")
     assert not root.exists()
 
 
-def test_a_link_is_not_published(directory: Store, root: Path, mine: Path, tmp_path: Path) -> None:
-    shutil.move(mine / "README.md", tmp_path / "outside")
-    (mine / "README.md").symlink_to(tmp_path / "outside")
+def test_a_symbolic_link_is_not_published(directory: Store, root: Path, own_copy: Path, tmp_path: Path) -> None:
+    shutil.move(own_copy / "README.md", tmp_path / "outside")
+    (own_copy / "README.md").symlink_to(tmp_path / "outside")
     with pytest.raises(StoreError, match=r"README.md: a symbolic link"):
-        directory.publish(mine, message="first")
+        directory.publish(own_copy, message="first")
     with pytest.raises(StoreError, match=r"nowhere: not a folder"):
-        directory.publish(mine.with_name("nowhere"), message="first")
-    renamed = mine.rename(mine.with_name("resnet32.mnist"))
+        directory.publish(own_copy.with_name("nowhere"), message="first")
+    renamed = own_copy.rename(own_copy.with_name("resnet32.mnist"))
     (renamed / "README.md").unlink()
     (renamed / "README.md").write_text("---\nlicense: mit\n---\n")
     with pytest.raises(StoreError, match=r"name is 'resnet20.mnist', and the folder is 'resnet32.mnist': rename"):

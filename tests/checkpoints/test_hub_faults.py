@@ -1,4 +1,4 @@
-"""Faults between here and the Hub: a retry succeeds, or one error says what failed and what to do.
+"""Faults of connections to the Hub: a retry succeeds, or one error says what failed and what to do.
 
 Never accepted: another file than the published one, a commit with some of the files, the same commit twice.
 """
@@ -54,7 +54,7 @@ def test_a_download_is_retried(
         ("storage_get", 403, r"GET zoo/resnet20.mnist/model.safetensors from .* failed: 403 Forbidden"),
     ],
 )
-def test_a_refused_download_is_not_retried(
+def test_a_download_that_the_server_refuses_is_not_retried(
     published: FakeHub, store: HubStore, facts: dict[str, FileFacts], stage: str, fault: int, words: str
 ) -> None:
     published.fail(stage, fault, times=float("inf"))
@@ -92,7 +92,7 @@ def test_a_download_that_keeps_failing(
 
 
 def check_repo(hub: FakeHub, contents: dict[str, bytes]) -> None:
-    """The repository has none of the files or all of them, in one commit, and a tag only there."""
+    """The repository has none of the files, or all of them in one commit, and no tag on another commit."""
     if REPO in hub.repos:
         first, *later = hub.repos[REPO].commits
         assert set(first.files) == {".gitattributes"}

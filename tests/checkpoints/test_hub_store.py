@@ -76,7 +76,7 @@ def test_only_changed_files_are_sent_in_one_commit(
     assert (publication.new, publication.changed) == ((), ("README.md",))
     assert publication.unchanged == ("model.safetensors", "config.json")
     assert hub.requests["upload"] == 0
-    assert len(hub.repos[REPO].commits) == 3  # the Hub's own, and two
+    assert len(hub.repos[REPO].commits) == 3  # the initial one of the Hub, and two
     assert hub.contents(REPO) == {path.name: path.read_bytes() for path in other.iterdir()}
 
 
@@ -115,7 +115,7 @@ def test_offline_without_cached_files(
         store.fetch("resnet20.mnist", facts)
 
 
-def test_a_closed_port(tmp_path: Path, facts: dict[str, FileFacts]) -> None:
+def test_a_closed_port_is_an_error(tmp_path: Path, facts: dict[str, FileFacts]) -> None:
     retry = RetryPolicy(tries=2, first_wait=0.001)
     store = HubStore("zoo", endpoint="http://127.0.0.1:9", cache_dir=tmp_path, retry=retry)
     with pytest.raises(StoreError, match=r"GET zoo/resnet20.mnist from .* failed: .*Check the network"):
@@ -203,7 +203,7 @@ def test_a_tag_is_set_once_and_never_moved(hub: FakeHub, store: HubStore, checkp
     assert hub.repos[REPO].tags == {"v1": commit, "v2": second, "v2.1": second}
 
 
-def test_a_commit_of_another_publisher_in_between(
+def test_a_commit_of_another_publisher_during_the_upload(
     hub: FakeHub, store: HubStore, checkpoint: Path, contents: dict[str, bytes], other: Path, tmp_path: Path
 ) -> None:
     store.publish(other, message="first")
@@ -224,7 +224,7 @@ def test_a_server_without_xet_storage(store: HubStore, checkpoint: Path, monkeyp
         store.publish(checkpoint, message="first")
 
 
-def test_a_long_wait_is_reported_instead(
+def test_a_wait_longer_than_the_deadline_is_an_error(
     hub: FakeHub, store: HubStore, checkpoint: Path, facts: dict[str, FileFacts]
 ) -> None:
     store.publish(checkpoint, message="first")
@@ -261,7 +261,7 @@ def test_a_full_disk_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
         RetryPolicy().call("GET x", fail)
 
 
-def test_the_fake_hub_answers_other_calls_of_the_client(hub: FakeHub, store: HubStore, checkpoint: Path) -> None:
+def test_the_fake_hub_answers_other_requests_of_the_client(hub: FakeHub, store: HubStore, checkpoint: Path) -> None:
     store.publish(checkpoint, message="first", tag="v1")
     api = HfApi(endpoint=hub.endpoint)
     sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
@@ -271,7 +271,7 @@ def test_the_fake_hub_answers_other_calls_of_the_client(hub: FakeHub, store: Hub
     assert config.size == sizes["config.json"]  # type: ignore[union-attr]
 
 
-def test_a_server_cannot_lead_out_of_the_cache(
+def test_a_server_cannot_make_the_client_write_outside_the_cache(
     hub: FakeHub, store: HubStore, checkpoint: Path, facts: dict[str, FileFacts], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -296,11 +296,11 @@ def test_invalid_locations(location: str) -> None:
 
 def test_hub_locations(hub: FakeHub, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "mine"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "own_copy"))
     assert open_store("hf://zoo").publish(checkpoint, message="first", tag="v1").commit
     pinned = open_store("hf://zoo@v1")
     assert pinned.location == "hf://zoo@v1"
-    assert pinned.fetch("resnet20.mnist", facts_in(checkpoint)).is_relative_to(tmp_path / "mine")
+    assert pinned.fetch("resnet20.mnist", facts_in(checkpoint)).is_relative_to(tmp_path / "own_copy")
     with pytest.raises(StoreError, match="is one revision, for reading: publish to hf://zoo"):
         pinned.publish(checkpoint, message="second")
     assert open_store(tmp_path / "here").location == str(tmp_path / "here")
@@ -310,14 +310,14 @@ HUB = Path(__file__).resolve().parents[2] / "hub"
 
 
 @pytest.mark.parametrize("name", ["resnet20.cifar10", "quant_cnv_w4a4.cifar10"])
-def test_checkpoints_of_this_checkout_survive_the_hub(
+def test_checkpoints_of_this_repository_are_unchanged_after_upload_and_download(
     hub: FakeHub, store: HubStore, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     store.publish(HUB / name, message="first")
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     here, there = (create_model(name, pretrained=True, hub=place) for place in (HUB, "hf://zoo"))
-    for (key, mine), (other, theirs) in zip(here.state_dict().items(), there.state_dict().items(), strict=True):
+    for (key, own_copy), (other, theirs) in zip(here.state_dict().items(), there.state_dict().items(), strict=True):
         assert key == other
-        assert torch.equal(mine, theirs), key
+        assert torch.equal(own_copy, theirs), key
     assert hub.requests["storage_get"] == 1

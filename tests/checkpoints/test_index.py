@@ -1,4 +1,4 @@
-"""The index inside the package: it lists what is under hub/, and its names cannot lead out of a folder."""
+"""The index inside the package: it lists the checkpoints under hub/, and its names cannot be paths to other folders."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from cnvzoo.files import sha256_of
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_importing_it_needs_no_torch() -> None:
-    """The command line lists checkpoints in a fraction of a second."""
+def test_importing_the_index_does_not_import_torch() -> None:
+    """So the command line lists checkpoints in a fraction of a second."""
     code = "import sys, cnvzoo.checkpoints.index as index; index.list_checkpoints(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
 
-def test_it_is_what_is_published() -> None:
+def test_the_index_is_that_of_the_published_checkpoints() -> None:
     remedy = "run: python benchmarks/reproduce.py --table all --time-limit 0"
     assert (INDEX.read_text(), []) == harness.publish.render_index(ROOT / "hub"), remedy
 
 
-def test_it_names_every_file() -> None:
+def test_the_index_has_every_published_file() -> None:
     """A file under hub/ that is not in the index could change unnoticed."""
     entries = read_index().checkpoints
     published = {(path.parent.name, path.name) for path in (ROOT / "hub").glob("*/*")}
@@ -61,7 +61,7 @@ def test_list_checkpoints() -> None:
 
 
 class TestDamagedCheckpoint:
-    """It is reported, keeps its entry, and does not affect the others."""
+    """A damaged checkpoint is reported, keeps its entry, and does not affect the others."""
 
     @pytest.fixture
     def hub(self, tmp_path: Path, make_checkpoint: Callable[..., Path]) -> Path:
@@ -93,7 +93,7 @@ class TestDamagedCheckpoint:
             ("model.safetensors", "gone", "model.safetensors missing"),
         ],
     )
-    def test_a_published_one_keeps_its_entry(self, hub: Path, index: Path, file: str, how: str, said: str) -> None:
+    def test_keeps_its_entry_when_it_is_published(self, hub: Path, index: Path, file: str, how: str, said: str) -> None:
         before = read_index(index).checkpoints
         self.damage(hub / "cnv.mnist" / file, how)
         cnvzoo.write_card(hub / "resnet20.mnist")
@@ -105,7 +105,7 @@ class TestDamagedCheckpoint:
         assert after.keys() == before.keys()
         assert after["resnet20.mnist"].files.keys() - before["resnet20.mnist"].files.keys() == {"README.md"}
 
-    def test_a_new_one_is_left_out(self, hub: Path, index: Path) -> None:
+    def test_gets_no_entry_when_it_is_new(self, hub: Path, index: Path) -> None:
         before = index.read_text()
         for name, content in (("cnv.own", b"{"), ("cnv.x y", b"{}"), (".hidden", b"{")):
             (hub / name).mkdir()
@@ -115,7 +115,7 @@ class TestDamagedCheckpoint:
         assert all(": left out of the index: " in problem for problem in problems)
         assert index.read_text() == before
 
-    def test_one_whose_folder_was_removed_is_reported(self, hub: Path, index: Path) -> None:
+    def test_is_reported_when_its_folder_was_removed(self, hub: Path, index: Path) -> None:
         shutil.rmtree(hub / "cnv.mnist")
         (problem,) = harness.publish.update_index(index, hub)
         assert problem == f"cnv.mnist: no longer in the index: {hub / 'cnv.mnist'} is gone"
@@ -143,7 +143,7 @@ class TestDamagedCheckpoint:
 
 
 @pytest.mark.parametrize("name", ["cnv.mnist", "quant_cnv_w4a4.cifar10", "config.json", "a", "_x-1.y"])
-def test_names(name: str) -> None:
+def test_valid_names(name: str) -> None:
     assert checked_name(name) == name
 
 
@@ -151,7 +151,7 @@ def test_names(name: str) -> None:
     "name",
     ["", ".", "..", "../x", "a/b", "a\\b", "/etc", "a.", ".hidden", "-x", "C:x", "a b", "a\n", "a\x00", "é", "x" * 200],
 )  # fmt: skip
-def test_names_that_could_lead_out_of_a_folder(name: str, tmp_path: Path) -> None:
+def test_names_that_could_be_paths_to_other_folders_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not the name of"):
         checked_name(name)
     index = json.loads(INDEX.read_text())
@@ -175,7 +175,7 @@ def test_names_that_could_lead_out_of_a_folder(name: str, tmp_path: Path) -> Non
         ({"url": "x"}, "url"),
     ],
 )
-def test_a_damaged_index(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_a_damaged_index_is_an_error(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     index = json.loads(INDEX.read_text())
     index["checkpoints"]["cnv.mnist"] |= change
     (tmp_path / "index.json").write_text(json.dumps(index))
@@ -184,6 +184,6 @@ def test_a_damaged_index(tmp_path: Path, change: dict[str, Any], said: str) -> N
     assert str(tmp_path / "index.json") in str(caught.value)
 
 
-def test_no_index(tmp_path: Path) -> None:
+def test_a_missing_index_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"none\.json: cannot be read .*install cnvzoo again"):
         read_index(tmp_path / "none.json")

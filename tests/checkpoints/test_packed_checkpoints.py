@@ -1,4 +1,4 @@
-"""Quantized checkpoints: a small file, and the logits of the trained model bit for bit."""
+"""Quantized checkpoints: the file is small, and the loaded model has the logits of the trained one bit for bit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def bits_of(logits: Tensor) -> Tensor:
 
 
 def assert_same_logits(loaded: nn.Module, model: nn.Module, x: Tensor) -> None:
-    """In float32, with and without gradients, in channels_last, and under autocast; and in training mode."""
+    """Compare logits in float32, with and without gradients, in channels_last, under autocast, and in training mode."""
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
             expected = model(x)
@@ -60,7 +60,7 @@ def test_logits_are_bit_identical(tmp_path: Path, tiny: dict[str, Any], w_bits: 
 
 
 @pytest.mark.parametrize("w_bits", [2, 8])
-def test_a_whole_cnv(tmp_path: Path, w_bits: int) -> None:
+def test_a_complete_cnv(tmp_path: Path, w_bits: int) -> None:
     arguments = {"name": "quant_cnv", "num_classes": 10, "in_chans": 3, "w_bits": w_bits, "a_bits": w_bits}
     model = trained(arguments)
     config = publish(tmp_path / "c", model, arguments)
@@ -83,7 +83,7 @@ SCALES = {
 @pytest.mark.parametrize("w_bits", [1, 8])
 @pytest.mark.parametrize("kind", SCALES)
 def test_unusual_scales(tmp_path: Path, tiny: dict[str, Any], kind: str, w_bits: int) -> None:
-    """Scales that training can leave behind, some of them below the quantizer's floor."""
+    """Scales that training can produce, some of them below the minimum of the quantizer."""
 
     def change(model: Any) -> None:
         for layer in (model.conv, model.fc):
@@ -103,7 +103,7 @@ def test_unusual_scales(tmp_path: Path, tiny: dict[str, Any], kind: str, w_bits:
 def test_dead_channels_and_activation_scales(tmp_path: Path, tiny: dict[str, Any]) -> None:
     def change(model: Any) -> None:
         model.conv.weight[2] = 0
-        model.conv.weight[3] = 1e-38  # not normal, divided by a scale that is none either
+        model.conv.weight[3] = 1e-38  # a subnormal number, divided by a scale that is subnormal too
         model.fc.weight[:, 1] = -0.0
         quantizer_of(model.relu).scale.fill_(-0.5)
 
@@ -149,7 +149,7 @@ def test_the_file_describes_itself(tmp_path: Path, tiny: dict[str, Any]) -> None
         assert not [name for name in file.keys() if name.endswith("num_batches_tracked")]  # noqa: SIM118
 
 
-def test_loading_leaves_the_random_numbers_alone(tmp_path: Path, tiny: dict[str, Any]) -> None:
+def test_loading_does_not_change_the_random_state(tmp_path: Path, tiny: dict[str, Any]) -> None:
     publish(tmp_path / "c", trained(tiny), tiny)
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -158,7 +158,7 @@ def test_loading_leaves_the_random_numbers_alone(tmp_path: Path, tiny: dict[str,
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_float_model_is_stored_as_its_run_wrote_it(tmp_path: Path) -> None:
+def test_the_weights_file_of_a_float_model_is_that_of_its_run(tmp_path: Path) -> None:
     arguments = {"name": "resnet20", "num_classes": 10, "in_chans": 1}
     config = publish(tmp_path / "c", trained(arguments), arguments)
     weights = tmp_path / "c" / "model.safetensors"
@@ -181,7 +181,7 @@ def test_the_scale_that_divides_is_exact() -> None:
             assert (module.scale.grad > 0).all()
 
 
-def test_the_config_that_is_written_is_read(tmp_path: Path, tiny: dict[str, Any]) -> None:
+def test_a_written_config_is_read_back_unchanged(tmp_path: Path, tiny: dict[str, Any]) -> None:
     written = publish(tmp_path / "c", trained(tiny), tiny)
     config = read_config(tmp_path / "c")
     assert config == written

@@ -1,4 +1,4 @@
-"""Packed integers: what the format's description says, bit by bit, and nothing that it does not say."""
+"""Packed integers: the bits are those of the format's description, and other byte strings are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def levels(bits: int) -> list[int]:
 
 
 def by_hand(values: list[int], bits: int) -> bytes:
-    """The description of the format, as one long number."""
+    """Pack values as the format's description says, by way of one long integer."""
     stream = 0
     for k, value in enumerate(values):
         code = int(value > 0) if bits == 1 else value % 2**bits
@@ -37,7 +37,7 @@ def test_bytes_are_those_of_the_description(case: tuple[list[int], int]) -> None
     assert unpack(packed, bits, len(values)).tolist() == values
 
 
-def test_by_example() -> None:
+def test_a_worked_example() -> None:
     assert pack(np.array([1, -1, 0, 1], np.int8), 2).tolist() == [0b01_00_11_01]
     assert pack(np.array([[-1, 1], [1, 1]], np.int8), 1).tolist() == [0b1110]
     assert pack(np.array([-127, 3], np.int8), 8).tolist() == [0x81, 3]
@@ -46,7 +46,7 @@ def test_by_example() -> None:
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_byte_string_is_either_refused_or_packed_again_to_itself(bits: int) -> None:
-    """So no two files say the same, and a flipped bit cannot go unnoticed."""
+    """So no two byte strings mean the same values, and a flipped bit is always found."""
     count = 3
     accepted = 0
     for number in range(0, 2 ** min(16, 8 * packed_size(count, bits)), 1 if bits < 5 else 37):

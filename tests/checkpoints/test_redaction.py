@@ -1,4 +1,4 @@
-"""No token and no password is printed: in errors, in what they are chained to, and in logs."""
+"""No token and no password is printed in errors, in the exceptions they are chained to, or in logs."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_commit_id_from_the_server_that_is_the_token(
 
 
 @pytest.mark.parametrize("place", ["https://somebody:s3cret@host/zoo", "hf://somebody:s3cret@host"])
-def test_a_location_with_a_password(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_password_in_a_location_is_not_printed(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CNVZOO_HUB", place)
     for call in (
         lambda: open_store(place),

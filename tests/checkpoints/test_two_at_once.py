@@ -50,7 +50,7 @@ def pair(hub_server: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Itera
     pair = Pair(hub_server.endpoint, tmp_path_factory.mktemp("cache"))
     yield pair
     for process in pair.processes:
-        process.communicate()  # the end of its input is the end of it
+        process.communicate()  # the worker ends at the end of its input
         assert process.returncode == 0
 
 
@@ -98,7 +98,7 @@ def test_publishing_the_same(
     answers = pair.perform(task, task)
     assert not any("error" in answer for answer in answers), answers
     assert hub.contents(REPO) == contents
-    assert len(hub.repos[REPO].commits) == 2  # the Hub's own, and one for the checkpoint
+    assert len(hub.repos[REPO].commits) == 2  # the initial one of the Hub, and one for the checkpoint
 
 
 def test_publishing_two_versions_to_the_hub_never_mixes_them(pair: Pair, hub: FakeHub, versions: list[Path]) -> None:
