@@ -141,6 +141,17 @@ def test_input_is_given_by_position_or_by_name(name: str) -> None:
         model()
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", FEATURES)
+def test_an_empty_batch_has_no_logits_and_gradients_of_zero(name: str, training: bool) -> None:
+    model = built(name).train(training).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    logits = model(images(0))
+    assert logits.shape == (0, 10)
+    logits.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
 @torch.no_grad()
 def test_the_check_of_input_asks_the_layers_that_are_there() -> None:
     model = built("resnet20")

@@ -116,7 +116,7 @@ class IntQuantizer(nn.Module):
         """
         if not self.learned:
             return self.scale
-        values = x.numel() // (self.scale.numel() if self.signed else x.shape[0])
+        values = x.numel() // self.scale.numel() if self.signed else math.prod(x.shape[1:])  # for empty batches too
         return _PositiveScale.apply(self.scale.float(), 1 / math.sqrt(values * self.ints.high))  # type: ignore[no-any-return]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
