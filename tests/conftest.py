@@ -1,4 +1,4 @@
-"""What tests are fed with: the real datasets where they can be had, small ones in their place, and checkpoints."""
+"""Fixtures for all tests: the real datasets if they are available, small ones to replace them, and checkpoints."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ import dev
 
 @pytest.fixture(scope="module", autouse=True)
 def _freeze_imported_objects() -> None:
-    """Exclude what was imported so far from garbage collections: every run ends with one, which takes 0.3 s else."""
+    """Exclude imported objects from garbage collections: every run ends with one, which would take 0.3 s otherwise."""
     gc.collect()
     gc.freeze()
 
@@ -69,13 +69,13 @@ def real_data() -> Callable[[str], Path]:
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No loop is compiled, here and in processes that are started: compiling takes longer than tiny runs do."""
+    """Compile no loops, here and in child processes: compiling takes longer than tiny runs do."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
 
 
 @pytest.fixture
 def small_datasets(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`small_datasets(train=, test=)`: all datasets have so many images from then on: noise over a pattern."""
+    """`small_datasets(train=, test=)`: replace all datasets by ones with so many images, of noise over a pattern."""
 
     def use(*, train: int = 300, test: int = 50) -> None:
         small = {name: replace(info, train_size=train, test_size=test) for name, info in published.DATASETS.items()}

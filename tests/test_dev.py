@@ -1,4 +1,4 @@
-"""dev.py: when it makes the environment and when it leaves it alone, what it says, and what it hands on."""
+"""dev.py: when it makes, updates or keeps the environment, what it prints, and the arguments that it passes on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Machine:
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path) -> Machine:
-    """A checkout without an environment, on a machine where commands are only written down."""
+    """A checkout without an environment, in which commands are recorded and not run."""
     machine = Machine()
     for folder in (tmp_path, tmp_path / "runtime"):
         folder.mkdir(exist_ok=True)
@@ -84,7 +84,7 @@ def test_an_environment_that_moved_with_its_checkout_is_installed_again(machine,
     assert not dev.is_ready()
 
 
-def test_an_environment_whose_python_is_gone_is_made_anew(machine):
+def test_an_environment_without_its_python_is_made_again(machine):
     dev.main(["setup"])
     machine.commands.clear()
     machine.python_runs = False
@@ -120,13 +120,13 @@ def test_an_old_python(machine, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments", [[], ["tets"], ["lint", "src"], ["setup", "now"]])
-def test_what_it_does_not_know_shows_the_help(machine, capsys, arguments):
+def test_an_unknown_command_prints_the_help(machine, capsys, arguments):
     assert dev.main(arguments) == 2
     assert "python3 dev.py reproduce" in capsys.readouterr().out
     assert machine.commands == []
 
 
-def test_arguments_are_handed_on(machine):
+def test_arguments_are_passed_on(machine):
     dev.main(["setup"])
     dev.main(["test", "tests/models", "-k", "a b"])
     assert machine.commands[-1] == [dev.python(), "-m", "pytest", "tests/models", "-k", "a b"]
@@ -173,18 +173,18 @@ class TestFillDataset:
         monkeypatch.setenv("CNVZOO_DATA", str(tmp_path / "cache"))
         return tmp_path / "cache"
 
-    def test_from_the_folder_beside_the_checkout(self, machine, cache, tmp_path):
+    def test_copies_from_the_folder_next_to_the_checkout(self, machine, cache, tmp_path):
         assert dev.fill_dataset("mnist", "python") is None
         script = str(tmp_path / "shared" / "datasets" / "datasets.py")
         assert machine.commands == [["python", script, "get", "mnist", "--root", str(cache)]]
 
-    def test_what_is_there_is_left_alone(self, machine, cache):
+    def test_does_not_replace_existing_files(self, machine, cache):
         cache.mkdir()
         (cache / "mnist.safetensors").touch()
         assert dev.fill_dataset("mnist", "python") is None
         assert machine.commands == []
 
-    def test_a_failure_is_told(self, machine, cache):
+    def test_reports_a_failure(self, machine, cache):
         machine.failing = {"get": 1}
         problem = dev.fill_dataset("cifar10", "python")
         assert problem is not None
@@ -199,21 +199,21 @@ class TestFillDataset:
         assert machine.commands == []
 
 
-def test_the_names_are_those_of_the_library():
+def test_dev_py_has_the_dataset_names_of_the_library():
     from cnvzoo.data import list_datasets
 
     assert list(dev.DATASETS) == list_datasets()
 
 
-def test_it_needs_nothing_but_the_standard_library():
+def test_dev_py_imports_only_the_standard_library():
     command = [sys.executable, "-I", "-S", str(Path(dev.__file__)), "--help"]  # -S: no installed packages
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert "python3 dev.py test" in done.stdout
 
 
-def test_the_real_environment_of_these_tests_would_be_found(monkeypatch, tmp_path):
-    """`is_ready` with a real interpreter: stamped, it is; with another stamp, or without an interpreter, it is not."""
+def test_an_environment_is_ready_only_with_its_stamp_and_its_interpreter(monkeypatch, tmp_path):
+    """`is_ready` with a real interpreter and the right stamp, with another stamp, and without an interpreter."""
     monkeypatch.setattr(dev, "STAMP", tmp_path / "stamp")
     monkeypatch.setattr(dev, "python", lambda: sys.executable)
     assert not dev.is_ready()
@@ -223,8 +223,8 @@ def test_the_real_environment_of_these_tests_would_be_found(monkeypatch, tmp_pat
     assert not dev.is_ready()
 
 
-def test_the_pinned_versions_are_those_that_records_are_made_with():
-    """Of this environment, of the newest record of a CPU, and of the golden bits."""
+def test_the_pinned_versions_are_those_of_the_newest_record():
+    """They are also those of this environment and of the golden bits."""
     root = Path(__file__).parents[1]
     lines = (root / "constraints.txt").read_text().splitlines()
     pinned = dict(line.partition(";")[0].strip().split("==") for line in lines if not line.startswith("#"))
@@ -242,7 +242,7 @@ def test_the_pinned_versions_are_those_that_records_are_made_with():
     )
 
 
-def test_the_constraints_are_names_and_versions_alone():
+def test_the_constraints_are_only_names_and_versions():
     lines = (Path(__file__).parents[1] / "constraints.txt").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert pins == sorted(pins)

@@ -1,4 +1,4 @@
-"""What the pages say can be done: every Python block and every command of them is run, on small data, elsewhere."""
+"""The documentation works: every Python block and every command is run on small data in a temporary folder."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def commands() -> list[tuple[str, str]]:
 
 @pytest.fixture
 def logged_in(tmp_path, monkeypatch) -> Iterator[FakeHub]:
-    """What hf:// leads to: a Hub on this machine, with a token that may write."""
+    """The Hub that hf:// refers to: a local fake, with a token that may write."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # read from the environment at import
     with FakeHub() as hub:
         for name, value in {
@@ -85,10 +85,10 @@ def with_small_holdout(text: str) -> str:
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch, small_datasets, make_checkpoint, logged_in, uncompiled) -> Path:
-    """A folder of one's own, which has what the pages name: recipes, examples, checkpoints, weights and a photo."""
+def docs_folder(tmp_path, monkeypatch, small_datasets, make_checkpoint, logged_in, uncompiled) -> Path:
+    """A temporary folder with the files that the pages name: recipes, examples, checkpoints, weights and a photo."""
     small_datasets(train=600, test=100)
-    folder = tmp_path / "desk"
+    folder = tmp_path / "docs_folder"
     shutil.copytree(ROOT / "benchmarks" / "configs", folder / "benchmarks" / "configs")
     shutil.copy(ROOT / "hubconf.py", folder)
     shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
@@ -109,7 +109,7 @@ def desk(tmp_path, monkeypatch, small_datasets, make_checkpoint, logged_in, unco
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p, "python"))], ids=lambda p: p.name)
-def test_python_blocks(page, desk):
+def test_python_blocks(page, docs_folder):
     namespace: dict[str, object] = {"__name__": "page"}
     for block in blocks(page, "python"):
         source = "\n" * (block.line - 1) + with_small_holdout(
@@ -119,7 +119,7 @@ def test_python_blocks(page, desk):
 
 
 @pytest.fixture
-def perform(desk, monkeypatch) -> Callable[[str], int]:
+def perform(docs_folder, monkeypatch) -> Callable[[str], int]:
     """`perform(command)`: runs a command of the pages in this process; its exit status."""
 
     def call(command: str) -> int:
@@ -129,11 +129,11 @@ def perform(desk, monkeypatch) -> Callable[[str], int]:
             case ["cnvzoo", *_]:
                 return _status(cnvzoo.cli.main)
             case ["python3", "dev.py", *rest]:
-                return _dev(rest, desk, monkeypatch)
+                return _dev(rest, docs_folder, monkeypatch)
             case ["python", script, *rest] if script.startswith("examples/"):
                 monkeypatch.setattr(sys, "argv", [script, *rest])
                 return _status(lambda: runpy.run_path(script, run_name="__main__"))
-        pytest.fail(f"these tests do not know how to try {command!r}")
+        pytest.fail(f"these tests cannot run {command!r}")
 
     return call
 
@@ -146,8 +146,8 @@ def _status(function: Callable[[], object]) -> int:
     return 0
 
 
-def _dev(arguments: list[str], desk: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """dev.py as far as the environment, which is here already: what it would run is looked at, not run."""
+def _dev(arguments: list[str], docs_folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run dev.py without its environment, which these tests already run in; its commands are checked, not run."""
     became: list[str] = []
     monkeypatch.setattr(dev, "prepare", lambda: 0)
     monkeypatch.setattr(dev, "lint", lambda: 0)
@@ -159,7 +159,7 @@ def _dev(arguments: list[str], desk: Path, monkeypatch: pytest.MonkeyPatch) -> i
         assert all((ROOT / word).exists() for word in became[2:] if "/" in word)
     if arguments[0] == "reproduce":
         assert Path(became[0]) == ROOT / "benchmarks" / "reproduce.py"
-        return reproduce.main([*became[1:], "--list"], home=desk / "benchmarks")
+        return reproduce.main([*became[1:], "--list"], home=docs_folder / "benchmarks")
     return status
 
 
@@ -170,14 +170,14 @@ def test_command(place, command, perform):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_lead_somewhere(page):
+def test_links_have_existing_targets(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_lines_on_the_publishing_page_are_those_that_people_get(desk, perform, capsys):
+def test_the_output_on_the_publishing_page_is_that_of_the_command(docs_folder, perform, capsys):
     page = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
     shown = re.findall(r"^    (\S+ to published: .*)$", page, re.MULTILINE)
     assert perform("cnvzoo publish cnv.mnist --to published") == 0
@@ -186,7 +186,7 @@ def test_the_lines_on_the_publishing_page_are_those_that_people_get(desk, perfor
     assert capsys.readouterr().out.splitlines() == shown
 
 
-def test_results_are_those_of_the_records():
+def test_results_in_the_pages_are_those_of_the_records():
     layout = Layout.of(ROOT / "benchmarks")
     entries = load_entries(layout.configs)
     survey = Records(entries, layout).survey()
@@ -222,16 +222,16 @@ def test_recipes_page_has_every_key_with_its_default():
 
 
 def _written(section: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
-    """The keys of a section that people write. `optimizer.name` is left out: its default is a text in the table."""
+    """The keys that a section may have, without `optimizer.name`, whose default the table gives in words."""
     filled_in = {Recipe: ("name", "float_start_sha256", "teacher_sha256"), Optimizer: ("name",)}
     keys = section.model_fields.items()
     return [(name, field) for name, field in keys if name not in filled_in.get(section, ())]
 
 
-def test_the_error_on_the_recipes_page_is_the_one_that_people_get(desk, perform, capsys):
+def test_the_error_on_the_recipes_page_is_that_of_the_command(docs_folder, perform, capsys):
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     (shown,) = re.findall(r"^    (error: .*)$", page, re.MULTILINE)
-    path = desk / "mnist_resnet20.yaml"
+    path = docs_folder / "mnist_resnet20.yaml"
     path.write_text(path.read_text().replace("warmup_epochs", "warmup_epoch"))
     assert perform("cnvzoo train mnist_resnet20.yaml") == 1
     assert capsys.readouterr().err == f"{shown}\n"

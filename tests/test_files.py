@@ -199,7 +199,7 @@ class TestErrors:
             OSError("without errno"),
         ],
     )
-    def test_errors_that_are_not_about_writing_pass_through(self, tmp_path: Path, error: OSError) -> None:
+    def test_errors_that_are_not_about_writing_are_not_changed(self, tmp_path: Path, error: OSError) -> None:
         with pytest.raises(OSError, match=re.escape(str(error))) as caught, replacing(tmp_path / "file"):
             raise error
         assert caught.value is error
@@ -240,8 +240,8 @@ def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(caught.value) == "~no-such-user/runs: ~no-such-user is not a known home folder: write the path without ~"
 
 
-class TestWhatIsThere:
-    """What is at the path stays what it is."""
+class TestSpecialFiles:
+    """Links, pipes and devices are written through, and not replaced by regular files."""
 
     def test_a_symbolic_link_stays_and_the_file_behind_it_is_replaced(self, tmp_path: Path) -> None:
         (tmp_path / "elsewhere").mkdir()
@@ -256,7 +256,7 @@ class TestWhatIsThere:
             assert target.read_text() == text
         assert list(target.parent.iterdir()) == [target]
 
-    def test_links_in_a_circle_are_refused(self, tmp_path: Path) -> None:
+    def test_links_in_a_loop_are_refused(self, tmp_path: Path) -> None:
         (tmp_path / "a").symlink_to("b")
         (tmp_path / "b").symlink_to("a")
         with pytest.raises(FileError, match=r"a: cannot be written: Too many .*: a symbolic link leads to itself"):

@@ -1,4 +1,4 @@
-"""PyTorch Hub on this checkout: what it lists, what it loads, and that it does without an installed package."""
+"""PyTorch Hub with this checkout: what it lists and loads, also when the package is not installed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load(name: str, **arguments: object) -> torch.nn.Module:
 
 
 def test_every_model_is_an_entry_point_and_nothing_else() -> None:
-    """As torch.hub.list looks for them, which itself takes repositories on GitHub only."""
+    """Looks for them as torch.hub.list does, which itself accepts only repositories on GitHub."""
     found = runpy.run_path(str(ROOT / "hubconf.py"))
     entry_points = {name for name, value in found.items() if callable(value) and not name.startswith("_")}
     assert entry_points == {*cnvzoo.list_models(), "quant_cnv_w8a8", "quant_cnv_w4a4", "quant_cnv_w2a2"}
@@ -51,7 +51,7 @@ def test_fresh(name: str, arguments: dict[str, object], classes: int) -> None:
 
 
 def test_a_checkout_that_is_not_installed(tmp_path) -> None:
-    """In a process that cannot see the installation: its packages, but no cnvzoo among them."""
+    """In a process that can import the installed packages, but not cnvzoo."""
     code = (
         "import sys, torch; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)];"
         "sys.path[:] = [p for p in sys.path if not p.endswith('src')];"

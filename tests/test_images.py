@@ -89,7 +89,7 @@ def test_a_very_long_image_is_not_resized_whole(monkeypatch: pytest.MonkeyPatch)
         ("photo.png", "got str"),
     ],
 )
-def test_what_is_not_an_8_bit_image_is_refused(image: Any, message: str) -> None:
+def test_images_of_other_than_8_bits_are_refused(image: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         prepare(image, 3, 32, 32)
 
@@ -105,7 +105,7 @@ def test_images_are_turned_upright_as_their_exif_data_says(tmp_path: Path, orien
     assert np.array_equal(prepare(image, 3, 32, 32), prepare(np.asarray(upright), 3, 32, 32))
 
 
-def test_damaged_exif_data_is_left_aside() -> None:
+def test_damaged_exif_data_is_ignored() -> None:
     image = noise(32, 32)
     expected = prepare(image, 3, 32, 32)
     image.info["exif"] = b"Exif\0\0not TIFF"

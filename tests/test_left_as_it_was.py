@@ -66,7 +66,7 @@ def test_evaluate_leaves_the_model_as_it_was(name: str, bits: dict[str, int], tm
 
 
 @pytest.mark.parametrize(("name", "bits"), MODELS)
-def test_so_does_an_evaluation_that_fails(name: str, bits: dict[str, int]) -> None:
+def test_an_evaluation_that_fails_leaves_the_model_as_it_was(name: str, bits: dict[str, int]) -> None:
     def fail(*_: object) -> None:
         raise OSError("in the middle")
 
@@ -118,7 +118,7 @@ def test_predict_classifies_in_eval_mode_and_leaves_the_model_as_it_was(make_che
     assert facts(model) == before
 
 
-def test_modes_come_back_after_an_error_and_layers_that_share_tensors_still_do() -> None:
+def test_after_an_error_modes_are_restored_and_shared_tensors_are_still_shared() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
     model[1].weight = model[0].weight
     model[2].eval()
@@ -136,7 +136,7 @@ def test_modes_come_back_after_an_error_and_layers_that_share_tensors_still_do()
     assert model[1].weight is model[0].weight
 
 
-def test_a_model_comes_back_from_another_device() -> None:
+def test_a_model_is_returned_to_its_device() -> None:
     model = with_frozen_norms("resnet20", {})
     before = facts(model)
     with moved(model, torch.device("meta")):
@@ -158,7 +158,7 @@ def wrap(request: pytest.FixtureRequest) -> Callable[[nn.Module], nn.Module]:
     return WRAPPERS[request.param]
 
 
-def test_a_wrapped_model_is_taken_for_what_it_is(wrap, make_checkpoint, tmp_path: Path) -> None:
+def test_a_compiled_model_is_used_without_its_wrapper(wrap, make_checkpoint, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "hub", "quant_cnv", "cifar10", w_bits=2, a_bits=2)
     model, config = cnvzoo.load_checkpoint(folder)
     wrapped, data = wrap(model), noise()
@@ -173,7 +173,7 @@ def test_a_wrapped_model_is_taken_for_what_it_is(wrap, make_checkpoint, tmp_path
     cnvzoo.quantize_bias(wrapped)
 
 
-def test_a_wrapped_float_model_is_exported_as_it_is(wrap, tmp_path: Path) -> None:
+def test_a_compiled_float_model_is_exported_without_its_wrapper(wrap, tmp_path: Path) -> None:
     model = cnvzoo.create_model("cnv").eval()
     cnvzoo.export(wrap(model), tmp_path / "m.onnx", format="onnx", dataset="cifar10")
     quantized = cnvzoo.quantize(wrap(model), w_bits=4, a_bits=4, dataset="cifar10")

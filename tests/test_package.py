@@ -31,7 +31,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of this package that a module imports anywhere but for type checking."""
+    """The modules of this package that a module imports, except for type checking."""
     tree = ast.parse(path.read_text())
     found: set[str] = set()
 
@@ -62,7 +62,7 @@ GRAPH = {name: imports(path) - {"", name} for name, path in MODULES.items()}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_run_down_the_layers_only(module: str) -> None:
+def test_modules_import_only_from_lower_layers(module: str) -> None:
     package = module.partition(".")[0]
     for imported in GRAPH[module]:
         other = imported.partition(".")[0]
@@ -71,7 +71,7 @@ def test_imports_run_down_the_layers_only(module: str) -> None:
         assert LEVEL[other] < LEVEL[package], f"{module} imports {imported}"
 
 
-def test_no_module_imports_itself_through_others() -> None:
+def test_no_imports_are_circular() -> None:
     packages = {name for name in MODULES if (SOURCE / name.replace(".", "/")).is_dir()}
     done: set[str] = set()
 
@@ -90,7 +90,7 @@ def test_no_module_imports_itself_through_others() -> None:
 RUNTIME_LAYERS = ["errors", "images metadata", "onnx_file", "runner", "cli"]  # as LAYERS
 
 
-def test_the_runtime_imports_nothing_of_cnvzoo_and_runs_down_its_own_layers() -> None:
+def test_the_runtime_does_not_import_cnvzoo_and_its_modules_import_only_from_lower_layers() -> None:
     level = {name: number for number, names in enumerate(RUNTIME_LAYERS) for name in names.split()}
     third_party = {"numpy", "PIL", "onnxruntime", "cnvzoo_runtime"}
     assert {path.stem for path in RUNTIME.glob("*.py")} == {*level, "__init__"}

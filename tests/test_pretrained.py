@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def hub(tmp_path: Path, make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two datasets of one quantized model, a third of a float one; CNVZOO_HUB leads there."""
+    """The folder in CNVZOO_HUB: a quantized model published for two datasets, and a float model for a third."""
     make_checkpoint(tmp_path / "hub", "quant_cnv", "cifar10", w_bits=4, a_bits=4)
     make_checkpoint(tmp_path / "hub", "quant_cnv", "cifar100", w_bits=4, a_bits=4)
     make_checkpoint(tmp_path / "hub", "resnet20", "mnist")
@@ -57,7 +57,9 @@ class TestChoice:
             ("resnet20.mnist", {"pretrained": "mnist"}, "resnet20.mnist"),
         ],
     )  # fmt: skip
-    def test_the_only_one_that_fits(self, hub: Path, name: str, arguments: dict[str, Any], expected: str) -> None:
+    def test_the_only_checkpoint_that_fits_is_chosen(
+        self, hub: Path, name: str, arguments: dict[str, Any], expected: str
+    ) -> None:
         model = cnvzoo.create_model(name, **arguments)
         assert name_of(model) == expected
         assert not model.training
@@ -79,16 +81,18 @@ class TestChoice:
             ("quant_cnv_w4a4.cifar10", {"w_bits": 2}, "w_bits=2: leave w_bits out"),
         ],
     )
-    def test_the_error_lists_the_choices(self, hub: Path, name: str, arguments: dict[str, Any], words: str) -> None:
+    def test_an_ambiguous_choice_is_an_error_that_lists_the_checkpoints(
+        self, hub: Path, name: str, arguments: dict[str, Any], words: str
+    ) -> None:
         with pytest.raises(ModelError, match=words):
             cnvzoo.create_model(name, **{"pretrained": True, **arguments})
 
-    def test_a_named_one_is_adapted(self, hub: Path) -> None:
+    def test_a_named_checkpoint_is_adapted(self, hub: Path) -> None:
         with pytest.warns(UserWarning, match="num_classes=7: fc is new"):
             model = cnvzoo.create_model("resnet20", pretrained="mnist", num_classes=7)
         assert model(torch.zeros(1, 1, 28, 28)).shape == (1, 7)
 
-    def test_names_without_weights(self, hub: Path) -> None:
+    def test_a_model_without_published_weights_is_an_error(self, hub: Path) -> None:
         """The model of the checkpoint, freshly initialised, as in timm."""
         model = cnvzoo.create_model("quant_cnv_w2a3.cifar100")
         assert model.training
@@ -100,7 +104,9 @@ class TestChoice:
 
 
 class TestStore:
-    def test_argument_before_variable_before_checkout(self, hub: Path, tmp_path: Path, monkeypatch) -> None:
+    def test_the_argument_is_used_before_the_variable_and_the_checkout(
+        self, hub: Path, tmp_path: Path, monkeypatch
+    ) -> None:
         assert store_location() == str(hub)
         assert store_location("hf://somebody") == "hf://somebody"
         monkeypatch.delenv("CNVZOO_HUB")
@@ -123,7 +129,7 @@ class TestStore:
         assert cnvzoo.load_checkpoint(hub / "resnet20.mnist")[1].correct == 6
 
     def test_an_unpublished_checkpoint(self, hub: Path, tmp_path: Path) -> None:
-        """It is loaded by name or path, and compared with its own config."""
+        """It is loaded by name or path, and its weights are compared with its own config."""
         own = hub / "resnet20.own"
         shutil.copytree(hub / "resnet20.mnist", own)
         for model in (

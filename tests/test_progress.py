@@ -1,4 +1,4 @@
-"""What a run prints, to stderr alone: nothing if quiet, one line an epoch where there is no terminal."""
+"""What a run prints to stderr: nothing with quiet, a line each epoch without a terminal, a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_quiet_prints_nothing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_line_each_half_minute_and_epoch_with_the_time_left(
+def test_there_is_a_line_each_half_minute_and_epoch_with_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     show(monkeypatch)
@@ -69,7 +69,7 @@ def test_a_line_of_a_run_that_validates(monkeypatch: pytest.MonkeyPatch, capsys:
     assert line == f"{NAME}: epoch 1/3, loss 4.9383, validation 12.35 %, 60.0 s, 2.0 min left"
 
 
-def test_compiling_is_said_and_counts_for_no_other_step(
+def test_compiling_is_printed_and_does_not_change_the_estimate_of_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     show(monkeypatch, stop=3, work=lambda step: min(step, 1) * 100 + step, compiles=True)
@@ -103,8 +103,10 @@ def test_a_terminal_gets_a_bar_with_step_loss_and_time(
     assert "1.0 min left, loss 2.469" in last
 
 
-def test_what_is_left_counts_by_its_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whole images, after two of three epochs with parts of a tenth."""
+def test_the_time_left_is_weighted_by_the_work_of_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One epoch of whole images follows two whose parts have a tenth of the pixels."""
     show(monkeypatch, stop=4, work=lambda step: min(step, 4) / 10 + max(step - 4, 0))
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(", ")[-1] for line in lines if "loss" in line] == ["11.0 min left", "10.0 min left"]
@@ -126,14 +128,14 @@ def test_a_thread_gets_plain_lines_on_a_terminal_too(
 
 
 @pytest.mark.parametrize("quiet", [True, False])
-def test_counting_yields_everything_and_is_silent_where_it_is_quick(
+def test_counting_yields_all_items_and_prints_nothing_if_it_is_quick(
     quiet: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert list(counted(range(0, 50, 10), "evaluating", quiet=quiet)) == [0, 10, 20, 30, 40]
     assert capfd.readouterr() == ("", "")
 
 
-def test_counting_says_how_far_it_is_where_it_takes_long(
+def test_counting_prints_its_progress_if_it_takes_long(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 0.0

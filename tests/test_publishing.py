@@ -24,7 +24,7 @@ FILES = ("model.safetensors", "README.md", "config.json")
 
 @pytest.fixture
 def hub(tmp_path: Path, make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of two checkpoints, which is where names are looked for."""
+    """The folder of two checkpoints, in which names are looked up."""
     for model in ("resnet20", "cnv"):
         cnvzoo.write_card(make_checkpoint(tmp_path / "hub", model, "mnist"))
     monkeypatch.setenv("CNVZOO_HUB", str(tmp_path / "hub"))
@@ -48,7 +48,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return call
 
 
-def test_names_and_folders_go_to_a_store(hub: Path, tmp_path: Path) -> None:
+def test_names_and_folders_are_published_to_a_store(hub: Path, tmp_path: Path) -> None:
     seen: list[Publication] = []
     store = tmp_path / "store"
     published = cnvzoo.publish(["resnet20.mnist", hub / "cnv.mnist"], store, on_published=seen.append)
@@ -71,20 +71,20 @@ def test_a_published_checkpoint_loads_from_the_store(hub: Path, tmp_path: Path) 
     assert model.state_dict().keys() == cnvzoo.create_model("cnv.mnist", pretrained=True).state_dict().keys()
 
 
-def test_a_damaged_checkpoint_stops_all_before_the_first_is_sent(hub: Path, tmp_path: Path) -> None:
+def test_with_a_damaged_checkpoint_nothing_is_published(hub: Path, tmp_path: Path) -> None:
     (hub / "cnv.mnist" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=r"cnv.mnist/model.safetensors"):
         cnvzoo.publish(["resnet20.mnist", "cnv.mnist"], tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
 
-def test_other_damaged_checkpoints_do_not_matter(hub: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoints_that_are_not_published_are_ignored(hub: Path, tmp_path: Path) -> None:
     (hub / "cnv.mnist" / "config.json").write_text("{")
     (published,) = cnvzoo.publish("resnet20.mnist", tmp_path / "store")
     assert published.new == FILES
 
 
-def test_weights_that_no_model_can_take_are_not_published(hub: Path, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_the_model_are_not_published(hub: Path, tmp_path: Path) -> None:
     folder = hub / "resnet20.mnist"
     tensors = load_file(folder / "model.safetensors")
     name = next(iter(tensors))
@@ -96,7 +96,7 @@ def test_weights_that_no_model_can_take_are_not_published(hub: Path, tmp_path: P
     assert not (tmp_path / "store").exists()
 
 
-def test_a_folder_without_a_card(hub: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_card_is_refused(hub: Path, tmp_path: Path) -> None:
     (hub / "cnv.mnist" / "README.md").unlink()
     with pytest.raises(StoreError, match=r"README.md missing.*write the card with cnvzoo.write_card"):
         cnvzoo.publish("cnv.mnist", tmp_path / "store")

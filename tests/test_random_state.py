@@ -115,7 +115,7 @@ def test_model_info_before_create_model_does_not_change_the_weights(seeded: None
 
 
 @pytest.mark.filterwarnings("ignore:cnv.mnist with")
-def test_of_an_adapted_checkpoint_only_a_new_head_draws(seeded: None) -> None:
+def test_loading_an_adapted_checkpoint_draws_only_for_a_new_head(seeded: None) -> None:
     before = torch.get_rng_state()
     cnvzoo.load_checkpoint(HUB / "cnv.mnist", in_chans=3)
     assert torch.equal(torch.get_rng_state(), before)

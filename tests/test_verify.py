@@ -51,7 +51,7 @@ def verify(folder: Path, *names: str) -> list[Any]:
     return cnvzoo.verify(names or None, hub=folder.parent, device="cpu")
 
 
-def test_as_published(published) -> None:
+def test_an_unchanged_checkpoint_passes(published) -> None:
     folder = published()
     (result,) = verify(folder)
     assert result.problem is None
@@ -62,7 +62,7 @@ def test_as_published(published) -> None:
     assert (by_path.problem, by_path.found) == (None, result.found)
 
 
-def test_one_image_counts_on_the_kind_of_machine_that_published_it(published) -> None:
+def test_a_difference_of_one_image_fails_on_the_same_kind_of_machine(published) -> None:
     (result,) = verify(published(off_by=1))
     assert abs(result.published - result.found) == 1
     assert f"{result.found} correct images, published {result.published}, allowed difference 0" in result.problem
@@ -78,13 +78,15 @@ def test_one_image_counts_on_the_kind_of_machine_that_published_it(published) ->
         ({"device": {**HERE["device"], "name": "Another"}}, 5, True),
     ],
 )
-def test_five_images_are_allowed_elsewhere(published, facts: dict[str, Any], off_by: int, fine: bool) -> None:
+def test_a_difference_of_five_images_passes_on_another_kind_of_machine(
+    published, facts: dict[str, Any], off_by: int, fine: bool
+) -> None:
     (result,) = verify(published(off_by, **facts))
     assert result.allowed == 5
     assert (result.problem is None) == fine
 
 
-def test_threads_are_not_a_kind_of_machine(published) -> None:
+def test_the_number_of_threads_does_not_make_another_kind_of_machine(published) -> None:
     (result,) = verify(published(device={**HERE["device"], "threads": 777, "fake_quantization": "eager"}))
     assert result.allowed == 0
 
@@ -104,7 +106,7 @@ def test_preprocessing_of_other_images_than_the_test_set_has(published, image_si
 
 
 @pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
-def test_every_file_counts(published, name: str) -> None:
+def test_a_changed_file_of_any_name_fails(published, name: str) -> None:
     folder = published()
     path = folder / name
     content = path.read_bytes()
@@ -133,7 +135,7 @@ def test_one_flipped_bit_in_any_published_file_is_found(tmp_path: Path, file: st
         assert str(hub / name / file) in result.problem
 
 
-def test_the_others_are_verified_all_the_same(published) -> None:
+def test_after_a_failure_the_other_checkpoints_are_verified(published) -> None:
     folder = published()
     (folder.parent / "empty").mkdir()
     results = verify(folder, str(folder.parent / "empty"), folder.name)
@@ -148,7 +150,7 @@ def test_the_others_are_verified_all_the_same(published) -> None:
         ("../nothing", "../nothing: no such folder"),
     ],
 )
-def test_what_does_not_exist_is_an_error_before_anything_is_verified(published, name: str, says: str) -> None:
+def test_a_missing_checkpoint_is_an_error_before_any_is_verified(published, name: str, says: str) -> None:
     folder = published()
     with pytest.raises(cnvzoo.CheckpointError, match=says):
         verify(folder, folder.name, name)

@@ -268,7 +268,7 @@ class _Execution:
             self.stop.ask(error.reason)
             self.stopped.append(number)
         elif isinstance(error, RunUnderWay):
-            self.say(f"{run}: another process is training it; left to that process")
+            self.say(f"{run}: another process is training it; not trained here for now")
             self.elsewhere[number] = self.ended
         else:
             self.say(f"{run} failed: {in_a_line(error)}")

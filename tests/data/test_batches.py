@@ -202,21 +202,21 @@ def numpy_words() -> Any:
     return np.random.get_state(legacy=False)["state"]["key"]  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-def test_global_random_state_is_neither_read_nor_moved() -> None:
+def test_global_random_state_is_neither_read_nor_changed() -> None:
     torch_state, numpy_state = torch.get_rng_state(), numpy_words()
     collect(make(noise(24), augmentation=EVERYTHING), 0)
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert np.array_equal(numpy_words(), numpy_state)
 
 
-def test_two_epochs_can_be_under_way_at_once() -> None:
+def test_two_epochs_can_be_iterated_at_the_same_time() -> None:
     batches = make(noise(24), augmentation=EVERYTHING)
     pairs = list(zip(batches.epoch(0), batches.epoch(1), strict=True))
     assert same([a for a, _ in pairs], collect(batches, 0))
     assert same([b for _, b in pairs], collect(batches, 1))
 
 
-def test_the_images_are_not_written_to() -> None:
+def test_the_images_are_not_changed() -> None:
     images = noise(24)
     copy = images.clone()
     collect(make(images, augmentation=EVERYTHING), 0)

@@ -20,7 +20,7 @@ from cnvzoo.data import DatasetError, load_dataset, published
 
 
 class Downloader:
-    """In place of torchvision's MNIST: twelve training and four test images, from a network that can be offline."""
+    """Replaces torchvision's MNIST: twelve training and four test images, and a download that can be made to fail."""
 
     def __init__(self) -> None:
         g = torch.Generator().manual_seed(0)
@@ -180,7 +180,7 @@ def test_a_file_with_further_arrays_is_accepted(network: Downloader, tmp_path: P
     assert network.calls == 2
 
 
-def test_what_a_killed_download_left_is_removed(network: Downloader, tmp_path: Path) -> None:
+def test_files_of_a_killed_download_are_removed(network: Downloader, tmp_path: Path) -> None:
     (tmp_path / ".mnist.fetch" / "download").mkdir(parents=True)
     (tmp_path / ".mnist.fetch" / "mnist.safetensors").write_bytes(b"half")
     load_dataset("mnist", root=tmp_path)

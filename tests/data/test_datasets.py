@@ -28,7 +28,7 @@ def image_numbers(images: Tensor) -> list[int]:
     return (images[:, 0, 0, 0].int() * 256 + images[:, 0, 1, 0].int()).tolist()
 
 
-def test_facts_need_no_files(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_facts_are_available_without_files(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("CNVZOO_DATA", str(tmp_path / "nowhere"))
     facts = {name: dataset_info(name) for name in list_datasets()}
     assert {n: (i.in_chans, i.image_size, i.num_classes, i.train_size, i.test_size) for n, i in facts.items()} == {
@@ -52,7 +52,7 @@ def test_unknown_name_names_the_nearest() -> None:
         dataset_info("imagenet")
 
 
-def test_arrays_must_fit_the_info() -> None:
+def test_arrays_that_do_not_fit_the_info_are_refused() -> None:
     good = synthetic(torch.arange(10), 10)
     with pytest.raises(DatasetError, match=r"train_images of synthetic must be uint8 \[10, 28, 28, 1\], not float32"):
         Dataset(good.info, good.train_images.float(), good.train_labels, good.test_images, good.test_labels)

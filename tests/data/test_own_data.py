@@ -46,7 +46,7 @@ def test_a_folder_with_train_and_test(photos: Path) -> None:
     assert data.info.std[1] == pytest.approx(0, abs=0.01)
 
 
-def test_images_are_resized_as_those_that_a_model_is_asked_about(tmp_path: Path) -> None:
+def test_images_are_resized_as_predict_does(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(256, size=(50, 70, 3), dtype=np.uint8)
     for name in ("a", "b"):
         for n in range(5):
@@ -138,7 +138,7 @@ def test_impossible_arrays_are_refused(arguments: dict, message: str) -> None:
         Dataset.from_arrays(**given)
 
 
-def test_a_file_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_dataset_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"short")
     with pytest.raises(DatasetError, match="not a complete safetensors file"):

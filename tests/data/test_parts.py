@@ -92,7 +92,7 @@ def test_images_of_a_padded_input_are_shown_in_part_too() -> None:
     assert x.shape[2:] == (PART, PART)
 
 
-def test_parts_of_views_are_of_what_teachers_see() -> None:
+def test_parts_of_views_are_parts_of_the_images_that_teachers_get() -> None:
     augmentation = Augmentation(crop_padding=4, flip=True)
     made = batches(noise(40), augmentation=augmentation, views=2)
     views = torch.cat([torch.cat(list(made.show(view, 100))) for view in range(2)])
@@ -134,7 +134,7 @@ def test_a_part_as_large_as_the_image_is_the_whole_image() -> None:
         assert torch.equal(target, same_target)
 
 
-def test_everything_goes_with_parts_and_is_repeatable() -> None:
+def test_parts_can_be_combined_with_all_augmentations_and_are_repeatable() -> None:
     augmentation = Augmentation(crop_padding=4, flip=True, cutout=6, mixup=0.4)
     made = batches(noise(40), augmentation=augmentation)
     whole = list(made.epoch(1, side=PART))

@@ -73,14 +73,14 @@ def test_padding_is_black_before_normalisation() -> None:
     assert (x == 1.5).sum() == 28 * 28
 
 
-def test_input_is_not_written_to() -> None:
+def test_the_input_is_not_changed() -> None:
     images = random_images(2, 28, 1)
     copy = images.clone()
     Preprocessing.for_dataset(dataset_info("mnist"))(images)
     assert torch.equal(images, copy)
 
 
-def test_a_view_of_a_larger_tensor_is_taken() -> None:
+def test_a_view_of_a_larger_tensor_is_accepted() -> None:
     preprocessing = Preprocessing.for_dataset(dataset_info("cifar10"))
     images = random_images(6, 32, 3)
     planar = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
@@ -88,7 +88,7 @@ def test_a_view_of_a_larger_tensor_is_taken() -> None:
     assert preprocessing(images[:0]).shape == (0, 3, 32, 32)
 
 
-def test_an_image_of_another_size_keeps_its_proportions_and_loses_its_ends() -> None:
+def test_an_image_of_another_size_is_resized_in_proportion_and_cropped() -> None:
     image = torch.zeros(3, 64, 128, dtype=torch.uint8)
     image[0, :, :32] = 255  # red on the left
     image[2, :, 96:] = 255  # blue on the right

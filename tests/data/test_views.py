@@ -1,4 +1,4 @@
-"""Views: a fixed number of augmented versions of each image, of which the epochs show one after the other."""
+"""Views: a fixed number of augmented versions of each image, which the epochs use in turn."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_views_differ_between_seeds() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [7, 1000])
-def test_show_gives_all_images_of_a_view_by_their_numbers(batch_size: int) -> None:
+def test_show_returns_the_images_of_a_view_by_their_numbers(batch_size: int) -> None:
     made = batches()
     shown = torch.cat([torch.cat(list(made.show(view, batch_size))) for view in range(VIEWS)])
     assert len(shown) == VIEWS * IMAGES

@@ -1,4 +1,4 @@
-"""The runner: it works without torch, and says clearly what it cannot take."""
+"""The runner: it works without torch, and refuses unsuitable files and images with clear errors."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_logits_refuses_arrays_of_other_dtypes_and_shapes(exported, images, mess
         cnvzoo.deploy.load(exported, threads=1).logits(images)
 
 
-def test_predict_refuses_what_is_not_a_list_of_images(exported):
+def test_predict_refuses_values_that_are_not_a_list_of_images(exported):
     model = cnvzoo.deploy.load(exported, threads=1)
     with pytest.raises(ImageError, match="got str"):
         model.predict(["photo.png"])
@@ -118,8 +118,8 @@ def _with_external_data(model):
     tensor.external_data.add(key="location", value="/etc/hostname")
 
 
-def test_every_way_to_a_tensor_in_onnx_is_known():
-    """In the message types of the onnx package, from ModelProto on."""
+def test_every_field_of_onnx_that_holds_a_tensor_is_checked():
+    """The fields are those that the onnx package has in ModelProto and the messages inside it."""
     named = {name: onnx.__dict__[f"{name}Proto"].DESCRIPTOR for name in MESSAGES if name != "TrainingInfo"}
     named["TrainingInfo"] = onnx.TrainingInfoProto.DESCRIPTOR
     leading, tensor = {"TensorProto"}, onnx.TensorProto.DESCRIPTOR

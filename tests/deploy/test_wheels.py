@@ -96,7 +96,7 @@ def test_the_command_predicts_what_the_library_does(python, exported):
     assert done.stdout == f"photo.png: {best.label} {best.probability:.1%}\n" * 2
 
 
-def test_the_command_shows_what_a_file_says(python, exported):
+def test_the_command_shows_the_metadata_of_a_file(python, exported):
     done = run(python, "-c", COMMAND, "info", "m.onnx", cwd=exported)
     assert done.returncode == 0, done.stderr
     rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())

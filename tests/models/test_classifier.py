@@ -1,4 +1,4 @@
-"""Models as torch modules: features and head, what a model knows about itself, pickling, and its check of input."""
+"""Models as torch modules: features and head, attributes that describe a model, pickling, and the check of input."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_reset_head_is_that_of_a_new_model(name: str) -> None:
         model.reset_classifier(-1)
 
 
-def test_a_model_knows_its_arguments() -> None:
+def test_a_model_has_its_arguments_as_attributes() -> None:
     model = build_model("quant_cnv", num_classes=7, in_chans=1, w_bits=np.int64(2), a_bits=np.int8(3), first_w_bits=4)  # type: ignore[arg-type]
     assert model.arguments == {
         "name": "quant_cnv", "num_classes": 7, "in_chans": 1, "w_bits": 2, "a_bits": 3, "first_w_bits": 4,
@@ -100,7 +100,7 @@ def test_a_model_knows_its_arguments() -> None:
 
 
 @pytest.mark.parametrize("argument", ["num_classes", "in_chans"])
-def test_numpy_bools_are_no_numbers(argument: str) -> None:
+def test_numpy_bools_are_not_accepted_as_numbers(argument: str) -> None:
     with pytest.raises(ModelError, match="not a whole number"):
         build_model("resnet20", **{argument: np.bool_(True)})  # type: ignore[arg-type]
 
@@ -153,7 +153,7 @@ def test_an_empty_batch_has_no_logits_and_gradients_of_zero(name: str, training:
 
 
 @torch.no_grad()
-def test_the_check_of_input_asks_the_layers_that_are_there() -> None:
+def test_the_check_of_input_uses_the_current_layers() -> None:
     model = built("resnet20")
     model.conv = nn.Conv2d(1, 16, 3, padding=1, bias=False)
     model.fc = nn.Linear(64, 2)
@@ -209,7 +209,7 @@ def test_hooks_of_fused_layers_fire(name: str) -> None:
 
 
 @pytest.mark.parametrize("norm", [lambda n: nn.GroupNorm(4, n), lambda _: nn.Identity()])
-def test_other_norms_take_the_place_of_batch_norm(norm: Any) -> None:
+def test_other_norms_can_replace_batch_norm(norm: Any) -> None:
     model = built("resnet20").train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in list(model.modules()):
         for name, layer in module.named_children():

@@ -1,4 +1,4 @@
-"""How loops are compiled: by a compiler that is on the machine, and that Ctrl-C does not end."""
+"""How loops are compiled: by a compiler that exists on the machine, and that Ctrl-C does not end."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]
         ([], None, None),
     ],
 )
-def test_the_compiler_is_one_that_is_there(monkeypatch, tmp_path, compiling, there, named, chosen):
+def test_the_compiler_is_one_that_exists(monkeypatch, tmp_path, compiling, there, named, chosen):
     for name in there:
         (tmp_path / name).touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -80,14 +80,14 @@ def test_a_compiler_that_does_not_work_gives_one_warning(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("variable", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
-def test_loops_are_not_compiled_where_torch_hands_them_back_as_they_are(monkeypatch, variable):
+def test_loops_are_not_compiled_if_torch_returns_them_unchanged(monkeypatch, variable):
     monkeypatch.setenv(variable, "1")
     assert not compiled.compiles(torch.device("cpu"))
 
 
 @pytest.mark.skipif(not compiled.compiles(torch.device("cpu")), reason="no C++ compiler here to compile with")
 def test_a_compiler_named_before_torchs_was_loaded_is_not_remembered():
-    """One test without a compiler, or one cell of a notebook, must not spoil what comes after it in the process."""
+    """One test without a compiler, or one cell of a notebook, must not affect later code in the process."""
     from torch._inductor import config
 
     with config.patch({"cpp.cxx": (None, "none")}):  # monkeypatch would leave the setting hidden behind it
@@ -95,8 +95,8 @@ def test_a_compiler_named_before_torchs_was_loaded_is_not_remembered():
     assert torch.equal(loop(torch.full((50, 60), 3.0)), torch.full((50, 60), 6.0))
 
 
-def test_what_is_compiled_for_one_instruction_set_is_cached_apart(monkeypatch):
-    """The compiler's cache on disk would hand a loop for vectors of 16 to a process that has vectors of 8.
+def test_loops_compiled_for_different_instruction_sets_have_different_caches(monkeypatch):
+    """Otherwise a process with vectors of 8 would get a loop for vectors of 16 from the compiler's cache on disk.
 
     Every call may compile for further sizes, and not only the first.
     """
@@ -112,7 +112,7 @@ def test_what_is_compiled_for_one_instruction_set_is_cached_apart(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_ctrl_c_spares_the_compiler_and_nothing_else(compiling):
+def test_ctrl_c_ends_other_processes_but_not_the_compiler(compiling):
     def interrupted() -> None:
         ended.append(subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode)
 

@@ -1,4 +1,4 @@
-"""Biases as whole accumulators: what is moved, how far, and what is left alone."""
+"""Biases as whole accumulators: which values change, how much, and which stay."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_biases_become_the_nearest_whole_numbers(w_bits: int, a_bits: int) -> No
         assert (new - old.round()).abs().max() < tolerance
 
 
-def test_nothing_but_beta_is_touched_and_a_second_time_nothing_at_all() -> None:
+def test_only_beta_changes_and_a_second_call_changes_nothing() -> None:
     model = trained(4, 4)
     before = copy.deepcopy(model.state_dict())
     cnvzoo.quantize_bias(model)
@@ -78,7 +78,7 @@ def test_nothing_but_beta_is_touched_and_a_second_time_nothing_at_all() -> None:
     assert all(torch.equal(value, once[name]) for name, value in model.state_dict().items())
 
 
-def test_a_channel_that_multiplies_by_nothing_stays_as_it_is() -> None:
+def test_the_bias_of_a_channel_with_a_gamma_near_0_stays_as_it_is() -> None:
     """Its bias would be infinite, or too large for int32."""
     model = trained(8, 8)
     norm: Any = model.get_submodule("features.1")

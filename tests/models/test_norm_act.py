@@ -142,7 +142,7 @@ def assert_mostly_close(found: Tensor, expected: Tensor, rounding: float) -> Non
     assert off.double().mean() < 2e-4
 
 
-def test_of_equal_values_in_a_window_the_first_gets_the_gradient() -> None:
+def test_the_first_of_equal_values_in_a_window_gets_the_gradient() -> None:
     """As in nn.MaxPool2d; quantized values are often equal."""
     x = channels_last(*SHAPE, seed=0)
     upstream = torch.ones(*SHAPE[:2], SHAPE[2] // 2, SHAPE[3] // 2)
@@ -184,7 +184,7 @@ def test_any_size_runs_the_loops_compiled_for_the_first() -> None:
 
 
 @pytest.mark.parametrize("case", ["eval", "no grad", "layout", "odd", "small", "pool of 3", "other act"])
-def test_what_is_not_fused_runs_layer_by_layer(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_layers_that_cannot_be_fused_run_one_by_one(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     calls = fuses(monkeypatch)
     sequence = layers("relu", pool=True)
     shape = {"odd": (5, CHANNELS, 27, 24), "small": (2, CHANNELS, 8, 8)}.get(case, SHAPE)

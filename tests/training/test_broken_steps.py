@@ -1,4 +1,4 @@
-"""A step that ends with an error: an interruption where a signal is behind it, and else an error."""
+"""A step that ends with an error: it is an interruption if a signal caused it, and an error otherwise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(folder: Path) -> RunRecord:
 
 @pytest.fixture
 def breaking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals | None], list[int]]:
-    """`breaking(step, number)`: that step breaks, once, after signal `number`; returns the steps as they begin."""
+    """`breaking(step, number)`: that step fails once, after signal `number`; returns a list of the steps begun."""
     take = Trainer.take_step
 
     def arrange(step: int, number: signal.Signals | None) -> list[int]:
@@ -43,7 +43,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals |
     return arrange
 
 
-def test_a_signal_that_ends_the_compiler_too_stops_the_run_which_goes_on_from_before_the_step(breaking, tmp_path):
+def test_a_run_stopped_by_a_signal_that_ends_the_compiler_resumes_from_before_the_step(breaking, tmp_path):
     whole = run(tmp_path / "whole")
     for number in (signal.SIGINT, signal.SIGTERM):
         begun = breaking(8, number)
@@ -55,7 +55,7 @@ def test_a_signal_that_ends_the_compiler_too_stops_the_run_which_goes_on_from_be
         assert begun == [*range(9), *range(8, STEPS)]
 
 
-def test_an_error_that_no_signal_is_behind_is_an_error(breaking, tmp_path):
+def test_an_error_without_a_signal_is_an_error(breaking, tmp_path):
     breaking(0, None)
     with pytest.raises(RuntimeError, match=r"^C\+\+ compile error$"):
         run(tmp_path)

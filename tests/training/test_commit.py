@@ -1,4 +1,4 @@
-"""The commit in a record: that of this package's own checkout, and of no repository it happens to lie in."""
+"""The commit in a record: that of this package's checkout, and not that of another repository around it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def git(folder: Path, *args: str) -> str:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`src/cnvzoo` of a folder, in place of the package that runs."""
+    """`src/cnvzoo` of a temporary folder, used as the location of the package."""
     folder = (tmp_path / "checkout" / "src" / "cnvzoo").resolve()
     folder.mkdir(parents=True)
     (folder / "code.py").write_text("x = 1\n")
@@ -49,17 +49,17 @@ def test_a_changed_package_is_marked(package: Path, name: str) -> None:
     assert re.fullmatch(r"[0-9a-f]{40}\+", current_commit(package) or "")
 
 
-def test_changes_elsewhere_in_the_checkout_are_no_changes_of_the_package(package: Path) -> None:
+def test_changes_outside_the_package_are_not_marked(package: Path) -> None:
     make_repository(package.parents[1])
     (package.parents[1] / "notes.txt").write_text("unrelated\n")
     assert re.fullmatch("[0-9a-f]{40}", current_commit(package) or "")
 
 
-def test_outside_a_checkout_there_is_none(package: Path) -> None:
+def test_outside_a_checkout_there_is_no_commit(package: Path) -> None:
     assert current_commit(package) is None
 
 
-def test_the_repository_around_an_installed_package_is_not_its_own(package: Path) -> None:
+def test_the_commit_of_a_repository_around_an_installed_package_is_not_used(package: Path) -> None:
     make_repository(package.parents[2])
     assert current_commit(package) is None
 
@@ -71,6 +71,6 @@ def test_a_repository_without_a_commit_gives_none(package: Path) -> None:
     assert current_commit(package) is None
 
 
-def test_without_git_there_is_none(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_git_there_is_no_commit(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(package))
     assert current_commit(package) is None

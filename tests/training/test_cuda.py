@@ -1,4 +1,4 @@
-"""Runs on a GPU: captured steps, and the same bits whatever the program does beside them."""
+"""Runs on a GPU: captured steps, and bits that do not depend on the rest of the program."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def whole(wanted: Recipe, tmp_path_factory: pytest.TempPathFactory) -> RunRecord
     return run(wanted, tmp_path_factory.mktemp("whole"), device="cuda")
 
 
-def test_a_run_that_was_interrupted_ends_with_the_bits_of_one_that_was_not(
+def test_an_interrupted_run_ends_with_the_same_bits(
     wanted: Recipe, whole: RunRecord, tmp_path: Path, each_step: StepHook
 ) -> None:
     interrupted(wanted, tmp_path, each_step, device="cuda")
@@ -46,7 +46,7 @@ def test_tf32_of_the_program_changes_no_bit_and_stays_on(wanted: Recipe, whole: 
         torch.set_float32_matmul_precision(before)
 
 
-def test_the_programs_random_numbers_on_the_gpu_are_left_alone(wanted: Recipe, tmp_path: Path) -> None:
+def test_the_random_state_of_the_program_on_the_gpu_is_not_changed(wanted: Recipe, tmp_path: Path) -> None:
     torch.cuda.manual_seed_all(7)
     before = torch.cuda.get_rng_state_all()
     run(wanted, tmp_path, device="cuda", epochs=1)

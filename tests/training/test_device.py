@@ -73,7 +73,7 @@ FLOAT32_SETTINGS: dict[str, Any] = {
 
 
 def older(read: Callable[[], Any]) -> Any:
-    """What the older settings say; they raise where the newer ones disagree."""
+    """The values of the older settings, which raise an error if the newer ones disagree."""
     try:
         return read()
     except RuntimeError:
@@ -196,7 +196,7 @@ def test_a_setting_that_follows_another_follows_it_again(changed: Callable[[str]
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_uses_that_overlap_keep_the_settings_to_the_end_of_the_last(
+def test_overlapping_uses_keep_the_settings_until_the_last_one_ends(
     kind: str, changed: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
@@ -213,7 +213,7 @@ def test_uses_that_overlap_keep_the_settings_to_the_end_of_the_last(
 
 
 @pytest.mark.parametrize("case", ["medium", "newer, oneDNN", "float64", "flushed", "autocast", "autocast off"])
-def test_a_run_and_an_evaluation_have_the_bits_that_they_have_without_the_callers_settings(
+def test_settings_of_the_caller_do_not_change_the_bits_of_a_run_or_an_evaluation(
     case: str, changed: Callable[[str], object], plain_run: tuple[Path, RunRecord], tmp_path: Path, each_step: StepHook
 ) -> None:
     folder, record = plain_run
@@ -266,5 +266,7 @@ def plain_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunRecord
         ),
     ],
 )
-def test_glibc_gets_back_what_the_environment_says(environment: dict[str, str], expected: dict[str, int]) -> None:
+def test_the_setting_of_glibc_from_the_environment_is_restored(
+    environment: dict[str, str], expected: dict[str, int]
+) -> None:
     assert _malloc_settings(environment) == expected

@@ -1,4 +1,4 @@
-"""Nets with BatchNorm folded into the layers in front of it: the same outputs, and the net itself left as it was."""
+"""Networks with BatchNorm folded into the layer before it: the outputs are the same, and the original is unchanged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def trained(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize(("name", "left"), [("cnv", 0), ("mobilenet_v1", 0), ("resnet20", 19)])
-def test_the_outputs_stay(name: str, left: int) -> None:
+def test_the_outputs_are_the_same(name: str, left: int) -> None:
     model = trained(name)
     images = torch.randn(4, 3, 32, 32)
     folded = fold_batch_norms(model)
@@ -41,7 +41,7 @@ def test_the_outputs_stay(name: str, left: int) -> None:
     assert sum(isinstance(module, NORMS) for module in folded.modules()) == left
 
 
-def test_the_net_that_was_folded_is_left_as_it_was() -> None:
+def test_the_original_network_is_unchanged() -> None:
     model = trained("cnv").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert not fold_batch_norms(model).training
@@ -51,7 +51,7 @@ def test_the_net_that_was_folded_is_left_as_it_was() -> None:
         assert torch.equal(tensor, before[name]), name
 
 
-def test_other_layers_in_front_of_a_batch_norm_keep_it() -> None:
+def test_a_batch_norm_after_another_kind_of_layer_is_not_folded() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(4))
     folded = fold_batch_norms(model)
     assert [type(layer) for layer in folded.children()] == [type(layer) for layer in model]

@@ -1,4 +1,4 @@
-"""Memory beyond the dataset, the model and its optimizer stays flat over epochs, and goes back to the system after."""
+"""Memory beyond dataset, model and optimizer does not grow over epochs, and is returned to the system afterwards."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def allocated() -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's mallinfo2")
-def test_epochs_leave_nothing_behind() -> None:
+def test_memory_does_not_grow_over_epochs() -> None:
     data = noise("mnist", train=320)
     wanted = recipe(
         **CNV_BITS, name="mnist_quant_cnv_w2a2", epochs=12, batch_size=32,
@@ -101,7 +101,7 @@ print(json.dumps(seen))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 @pytest.mark.parametrize("ending", ["return", "error"])
-def test_memory_that_was_kept_goes_back_at_the_end_of_the_outermost_use(ending: str) -> None:
+def test_memory_is_returned_to_the_system_at_the_end_of_the_outermost_use(ending: str) -> None:
     environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name and "GLIBC" not in name}
     command = [sys.executable, "-c", KEEPING, ending]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)

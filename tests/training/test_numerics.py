@@ -1,4 +1,4 @@
-"""What a record says of the machine: enough to tell apart whatever makes other bits."""
+"""The description of the machine in a record: machines that give other bits have other descriptions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def described(**environment: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole() -> dict[str, Any]:
-    """Of a process in which nothing is held back."""
+    """The description of this machine with all its instruction sets enabled."""
     return described()
 
 
@@ -58,21 +58,21 @@ def test_a_machine_is_described_by_valid_fields_alike_every_time(whole: dict[str
         torch.set_num_threads(before)
 
 
-def test_the_random_numbers_of_the_caller_are_not_moved() -> None:
+def test_the_random_state_of_the_caller_is_not_changed() -> None:
     before = torch.random.get_rng_state()
     describe_machine(CPU)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("environment", [{"TORCHDYNAMO_DISABLE": "1"}, {"CXX": "/bin/false"}], ids=str)
-def test_loops_that_run_uncompiled_are_said_to(environment: dict[str, str]) -> None:
+def test_uncompiled_loops_are_recorded(environment: dict[str, str]) -> None:
     machine = described(**environment)
     assert machine["loops"] == "eager"
     assert "compiler" not in machine
 
 
 @wide_only
-def test_instruction_sets_that_are_held_back_are_told_apart(whole: dict[str, Any]) -> None:
+def test_disabled_instruction_sets_give_another_description(whole: dict[str, Any]) -> None:
     held_back = described(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
     assert (whole["capability"], held_back["capability"]) == ("AVX512", "AVX2")
     assert whole["onednn"].startswith("AVX512_CORE")

@@ -39,7 +39,7 @@ def groups_by_parameter(model: nn.Module, optimizers: list[torch.optim.Optimizer
 
 
 @pytest.mark.parametrize("config", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_filters_decay_and_nothing_else_does(model: nn.Module, config: Optimizer) -> None:
+def test_only_filters_decay(model: nn.Module, config: Optimizer) -> None:
     groups = groups_by_parameter(model, build_optimizers(model, config))
     for name, parameter in model.named_parameters():
         # weights of convolutions are [out, in, h, w], of linear layers [out, in], of BatchNorm [channels]

@@ -239,7 +239,7 @@ def test_every_mistake_is_reported_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "key"), [("  nestrov: true", "optimizer.nestrov"), ("  weight_decay: much", "optimizer.weight_decay")]
 )
-def test_what_a_base_file_got_wrong_is_reported_there(tmp_path: Path, wrong: str, key: str) -> None:
+def test_a_mistake_in_a_base_file_is_reported_for_that_file(tmp_path: Path, wrong: str, key: str) -> None:
     base = RESNET.replace("  lr: 0.1", f"  lr: 0.1\n{wrong}")
     base_path = write(tmp_path, base, "_base")
     path = write(tmp_path, "# a comment\nextends: _base.yaml\noptimizer: {lr: 0.2}\n")
@@ -247,7 +247,7 @@ def test_what_a_base_file_got_wrong_is_reported_there(tmp_path: Path, wrong: str
     assert said.startswith(f"{base_path}:{line_of(base, wrong)}: {key}: ")
 
 
-def test_what_a_file_overrides_wrongly_is_reported_there_and_not_in_the_base(tmp_path: Path) -> None:
+def test_a_wrong_value_that_overrides_the_base_is_reported_for_the_overriding_file(tmp_path: Path) -> None:
     write(tmp_path, RESNET, "_base")
     path = write(tmp_path, "extends: _base.yaml\noptimizer:\n  lr: 0\n")
     assert error(path).startswith(f"{path}:3: optimizer.lr: 0: ")
@@ -284,7 +284,7 @@ def test_a_key_that_is_given_in_the_base_too_is_no_duplicate(tmp_path: Path) -> 
         (RESNET + "extends: [one, two]\n", "extends: expected a file name, not ['one', 'two']"),
     ],
 )
-def test_what_is_not_a_recipe_at_all_is_refused(tmp_path: Path, text: str, says: str) -> None:
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path, text: str, says: str) -> None:
     said = error(path := write(tmp_path, text))
     assert said.startswith(str(path))
     assert says in said
@@ -315,7 +315,7 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     assert error(tmp_path / "nowhere.yaml") == f"{tmp_path / 'nowhere.yaml'}: no such recipe"
 
 
-def test_a_missing_base_is_named_with_who_extends_it(tmp_path: Path) -> None:
+def test_a_missing_base_is_named_with_the_file_that_extends_it(tmp_path: Path) -> None:
     said = error(path := write(tmp_path, "# a comment\nextends: _bse.yaml\n"))
     assert said == f"{path}:2: extends: no such recipe: {tmp_path / '_bse.yaml'}"
 
@@ -364,7 +364,7 @@ def test_a_float_start_of_another_model_or_dataset_is_refused(tmp_path: Path, st
     assert "cnv on cifar10" in said
 
 
-def test_a_float_start_at_itself_is_refused(tmp_path: Path) -> None:
+def test_a_recipe_that_starts_from_itself_is_refused(tmp_path: Path) -> None:
     text = quant_from("entry")
     said = error(path := write(tmp_path, text))
     assert said.startswith(f"{path}:{line_of(text, 'float_start: entry')}: float_start: ")
@@ -417,7 +417,7 @@ def test_several_teachers_each_decide_the_weights(tmp_path: Path) -> None:
     assert fingerprint("[cifar10_resnet56, cifar10_resnet32]") != both
 
 
-def test_what_a_float_start_learned_from_counts_too(tmp_path: Path) -> None:
+def test_the_teacher_of_a_float_start_decides_the_weights_too(tmp_path: Path) -> None:
     write(tmp_path, RESNET56, "cifar10_resnet56")
     write(tmp_path, taught_by("cifar10_resnet56", RESNET.replace("resnet20", "cnv")), "cifar10_cnv")
     path = write(tmp_path, quant_from("cifar10_cnv"))
@@ -455,7 +455,7 @@ def test_a_teacher_that_takes_larger_images_is_refused(tmp_path: Path) -> None:
     assert "teacher: cnv takes images of another size than resnet20" in said
 
 
-def test_a_model_that_would_learn_from_itself_is_refused(tmp_path: Path) -> None:
+def test_a_recipe_that_is_its_own_teacher_is_refused(tmp_path: Path) -> None:
     write(tmp_path, taught_by("cifar10_resnet20", RESNET56), "cifar10_resnet56")
     path = write(tmp_path, taught_by("cifar10_resnet56"), "cifar10_resnet20")
     said = error(path)
@@ -510,7 +510,7 @@ def test_impossible_early_crops_are_refused(tmp_path: Path, base: str, crops: st
     assert said.startswith(f"{path}:{line_of(text, line)}: {says}")
 
 
-def test_distillation_goes_with_a_teacher(tmp_path: Path) -> None:
+def test_distillation_without_a_teacher_is_refused(tmp_path: Path) -> None:
     text = RESNET + (line := "distillation: {temperature: 2}") + "\n"
     said = error(path := write(tmp_path, text))
     assert said.startswith(f"{path}:{line_of(text, line)}: distillation: needs a teacher")

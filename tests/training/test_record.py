@@ -1,4 +1,4 @@
-"""Run records: read as they were written, and refused by name when they are not whole or do not add up."""
+"""Run records: read back unchanged, and refused with their path if they are incomplete or contradictory."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["seed2.json"]
 
 
-def test_writing_replaces_what_was_there(tmp_path: Path) -> None:
+def test_writing_replaces_an_older_record(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     path.write_text("half a rec")
     RunRecord.model_validate(values(seconds=1)).write(path)
@@ -129,7 +129,7 @@ def without(key: str) -> dict[str, Any]:
         ("[" * 100_000, "JSON"),
     ],
 )
-def test_what_is_no_record_is_refused_with_its_path_and_what_is_wrong(tmp_path: Path, text: str, says: str) -> None:
+def test_an_invalid_record_is_refused_with_its_path_and_the_mistake(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "seed0.json"
     path.write_text(text)
     with pytest.raises(RecordError) as caught:
@@ -153,7 +153,7 @@ def test_every_kept_record_is_valid() -> None:
         assert 1 <= record.numerics <= NUMERICS
 
 
-def test_a_record_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None:
+def test_a_record_that_is_missing_or_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "seed0.json"
     with pytest.raises(RecordError, match="cannot be read: No such file"):
         RunRecord.read(path)

@@ -1,4 +1,4 @@
-"""`run_recipe`: what it trains and leaves behind, how it stops and resumes, and what it refuses."""
+"""`run_recipe`: what it trains and writes, how it stops and resumes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def fail(_: Trainer) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
-    """The record of `recipe()`, trained without a stop; its folder is not to be changed."""
+    """The record of `recipe()`, trained without a stop; shared by tests, which must not change its folder."""
     return run(recipe(), tmp_path_factory.mktemp("whole"))
 
 
@@ -74,7 +74,7 @@ def test_a_record_describes_the_run(tmp_path: Path) -> None:
     assert record.seconds == pytest.approx(sum(entry["seconds"] for entry in record.history), abs=0.06)
 
 
-def test_the_weights_left_behind_are_those_that_were_scored(tmp_path: Path) -> None:
+def test_the_saved_weights_are_those_that_were_scored(tmp_path: Path) -> None:
     data = coloured(train=48, test=40)
     record = run(recipe(dataset="cifar10"), tmp_path, data)
     model = build_model("resnet20")
@@ -250,7 +250,7 @@ def test_a_deadline_does_not_hide_that_the_state_cannot_be_saved(
         run(recipe(), tmp_path, deadline=time.monotonic())
 
 
-def test_state_is_saved_at_the_interval_asked_for(
+def test_state_is_saved_at_the_requested_interval(
     tmp_path: Path, each_step: StepHook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, saved = {"now": 0.0}, []
@@ -390,7 +390,7 @@ def test_a_finished_run_is_not_overwritten_by_another(tmp_path: Path, other: dic
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
 
 
-def test_a_record_tells_the_images_apart(tmp_path: Path) -> None:
+def test_a_record_has_the_checksum_of_the_images(tmp_path: Path) -> None:
     data = noise(seed=1)
     ours, theirs = run(recipe(), tmp_path / "ours", data, epochs=1), run(recipe(), tmp_path / "theirs", epochs=1)
     assert ours.data_sha256 == data.sha256
@@ -417,7 +417,7 @@ def float_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunRecord
 
 
 def test_biases_are_quantized_before_the_model_is_scored(tmp_path: Path) -> None:
-    """And by no step of training: the weights are those of the run without, rounded."""
+    """Only then: the weights are those of the run without quantized biases, rounded."""
     plain = run(recipe(**CNV_BITS), tmp_path / "plain")
     record = run(recipe(**CNV_BITS, quantize_bias=True), tmp_path / "quantized")
     model = build_model("quant_cnv", in_chans=1, num_classes=10, w_bits=2, a_bits=2)

@@ -19,7 +19,7 @@ SMALL = Preprocessing(8, (0.0,), (1.0,))
 
 
 class Tiny(nn.Module):
-    """A BatchNorm and a linear layer: every kind of state, in no time."""
+    """A BatchNorm and a linear layer: every kind of state, and trained at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def test_training_is_plain_sgd_on_the_batches_of_each_epoch() -> None:
     [{"lr": 0.1}, {"name": "muon", "lr": 0.02, "sgd_lr": 0.1}],
     ids=lambda o: o.get("name", "sgd"),
 )
-def test_going_on_from_a_state_takes_the_steps_of_an_uninterrupted_run(stop: int, optimizer: dict[str, Any]) -> None:
+def test_training_from_a_state_takes_the_steps_of_an_uninterrupted_run(stop: int, optimizer: dict[str, Any]) -> None:
     wanted = recipe(batch_size=8, optimizer=optimizer)
 
     def new() -> Trainer:
@@ -129,7 +129,7 @@ def test_going_on_from_a_state_takes_the_steps_of_an_uninterrupted_run(stop: int
 
 
 def captured_twice(step: Callable[[], None]) -> Callable[[], None]:
-    """In the place of a CUDA graph: takes steps of its own to get ready, then repeats the one that it was given."""
+    """Replaces a CUDA graph: takes some steps to warm up, then repeats the step that it was given."""
     step()
     step()
     return step
@@ -208,7 +208,7 @@ def test_the_first_epochs_show_parts_of_images(epochs: int, crops: int, early: i
     assert sides == [(8, 8)] * 5 * early + [(28, 28)] * 5 * (epochs - early)
 
 
-def test_a_step_with_parts_of_images_counts_as_much_less_work() -> None:
+def test_a_step_with_parts_of_images_counts_as_less_work_in_proportion() -> None:
     trainer = cropped(4, 2)
     assert [trainer.work(step) for step in (0, 5, 10, 11, 20)] == pytest.approx(
         [0, 5 * 4 / 49, 10 * 4 / 49, 10 * 4 / 49 + 1, 10 * 4 / 49 + 10]
@@ -244,7 +244,7 @@ def test_a_trial_of_fewer_epochs_keeps_the_share_of_the_warm_up() -> None:
 
 
 class Brightest(nn.Module):
-    """Its class is that of the brightest of the first row's pixels, in training mode always 0."""
+    """Predicts the index of the brightest pixel of the first row; in training mode, always 0."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -142,7 +142,7 @@ def test_a_csv_log_replaces_no_other_file(content, says, tmp_path) -> None:
 
 
 class FakeWriter:
-    """Stands in for torch.utils.tensorboard.SummaryWriter, which needs a package of its own."""
+    """Replaces torch.utils.tensorboard.SummaryWriter, which needs another package."""
 
     made: list[FakeWriter]
 

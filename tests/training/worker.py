@@ -1,4 +1,4 @@
-"""A process that trains and, where it is told to, dies: `python worker.py '<jobs as JSON>'`.
+"""A process that trains and kills itself at a given step: `python worker.py '<jobs as JSON>'`.
 
 A job is {"recipe": changes to the recipe of `synthetic.recipe`, "run_dir": ..., "die": null or a moment}. For each
 finished job the sha256 of its weights is printed. Moments to die at, by SIGKILL, with the state saved every step:
@@ -29,7 +29,7 @@ def die() -> None:
 
 
 class DyingProgress(run.TrainingProgress):
-    """Also notes the step, and dies at `at`."""
+    """Also records the step, and kills the process at step `at`."""
 
     at: int | None = None
     step = 0
