@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -101,6 +102,15 @@ def test_info_refuses_the_arguments_that_create_refuses() -> None:
         cnvzoo.model_info("cnv", w_bits=2, a_bits=2)
     with pytest.raises(ModelError, match="32x32"):
         cnvzoo.model_info("cnv", input_size=28)
+    for size in (0, -8, True, np.bool_(True), 8.0):
+        with pytest.raises(ModelError, match=r"input_size=.*height and width in pixels"):
+            cnvzoo.model_info("resnet20", input_size=size)  # type: ignore[arg-type]
+
+
+def test_info_takes_the_whole_numbers_of_numpy() -> None:
+    info = cnvzoo.model_info("resnet20", input_size=np.int64(16), in_chans=np.uint8(1))  # type: ignore[arg-type]
+    assert info == cnvzoo.model_info("resnet20", input_size=16, in_chans=1)
+    assert [type(number) for number in info.input_shape] == [int, int, int]
 
 
 def test_list_models() -> None:
@@ -108,6 +118,18 @@ def test_list_models() -> None:
     assert cnvzoo.list_models("*cnv") == ["cnv", "quant_cnv"]
     assert cnvzoo.list_models("vgg*") == []
     assert len(cnvzoo.list_models()) == 9
+    assert cnvzoo.list_models(["*cnv", "mobile*"], exclude="quant*") == ["cnv", "mobilenet_v1"]
+    assert set(cnvzoo.list_models(exclude=["*cnv", "resnet??", "resnet110"])) == {"mobilenet_v1"}
+    assert cnvzoo.list_models([]) == []
+
+
+def test_list_pretrained_models() -> None:
+    names = cnvzoo.list_models(pretrained=True)
+    assert names == [row["name"] for row in cnvzoo.list_checkpoints()]
+    assert {"cnv.mnist", "quant_cnv_w2a2.mnist", "resnet20.cifar10"} <= set(names)
+    assert cnvzoo.list_models(["cnv.*", "quant_cnv_w2*"], pretrained=True, exclude="*.cifar10") == [
+        "cnv.mnist", "quant_cnv_w2a2.mnist",
+    ]  # fmt: skip
 
 
 def test_create_model() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cnvzoo.checkpoints.folder import preprocessing_from
 from cnvzoo.checkpoints.format import CheckpointConfig
+from cnvzoo.checkpoints.index import list_checkpoints, matches
 from cnvzoo.checkpoints.load import load_checkpoint, parse_name
 from cnvzoo.checkpoints.locations import choose_checkpoint
 from cnvzoo.data.datasets import Dataset
@@ -39,9 +40,18 @@ if TYPE_CHECKING:
     from torchvision.transforms.v2 import Compose
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of the models that match a shell pattern such as `resnet*`."""
-    return model_names(pattern)
+def list_models(
+    pattern: str | Sequence[str] = "*", *, pretrained: bool = False, exclude: str | Sequence[str] = ()
+) -> list[str]:
+    """Names for `create_model`, those of your own models included.
+
+    Args:
+        pattern: shell pattern such as `resnet*`, or several, one of which has to match.
+        pretrained: list the published checkpoints, such as `resnet20.cifar10`, instead of the models.
+        exclude: patterns of names to leave out.
+    """
+    names = [row["name"] for row in list_checkpoints()] if pretrained else model_names()
+    return [name for name in names if matches(name, pattern) and not matches(name, exclude)]
 
 
 def create_model(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import harness.publish
+import numpy as np
 import pytest
 from harness.entries import HarnessError
 
@@ -58,6 +59,43 @@ def test_list_checkpoints() -> None:
     assert row["bytes"] == (ROOT / "hub" / "cnv.cifar10" / "model.safetensors").stat().st_size
     assert {row["name"] for row in cnvzoo.list_checkpoints("*.mnist")} == {n for n in rows if n.endswith(".mnist")}
     assert cnvzoo.list_checkpoints("vgg*") == []
+
+
+@pytest.mark.parametrize(
+    ("conditions", "fits"),
+    [
+        ({"pattern": ["cnv.*", "resnet2?.*"]}, lambda row: row["model"] == "cnv" or row["name"].startswith("resnet2")),
+        ({"exclude": "*.mnist"}, lambda row: row["dataset"] != "mnist"),
+        ({"dataset": "mnist"}, lambda row: row["dataset"] == "mnist"),
+        ({"w_bits": 2}, lambda row: row["w_bits"] == 2),
+        ({"w_bits": np.int64(4), "a_bits": 4}, lambda row: (row["w_bits"], row["a_bits"]) == (4, 4)),
+        ({"a_bits": "float"}, lambda row: row["a_bits"] is None),
+        ({"min_accuracy": 94, "max_bytes": 3_000_000}, lambda row: row["accuracy"] >= 94 and row["bytes"] <= 3e6),
+        ({"pattern": "*cnv*", "dataset": "cifar10", "min_accuracy": 91.5},
+         lambda row: "cnv" in row["name"] and row["dataset"] == "cifar10" and row["accuracy"] >= 91.5),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_conditions_of_list_checkpoints(conditions: dict[str, Any], fits: Callable[[Any], bool]) -> None:
+    every = cnvzoo.list_checkpoints()
+    expected = [row for row in every if fits(row)]
+    assert 0 < len(expected) < len(every)
+    assert cnvzoo.list_checkpoints(**conditions) == expected
+
+
+def test_the_limits_of_list_checkpoints_are_included() -> None:
+    (row,) = cnvzoo.list_checkpoints("cnv.mnist")
+    limits: dict[str, Any] = {"min_accuracy": row["accuracy"], "max_bytes": row["bytes"]}
+    assert cnvzoo.list_checkpoints("cnv.mnist", **limits) == [row]
+    assert cnvzoo.list_checkpoints("cnv.mnist", max_bytes=row["bytes"] - 1) == []
+
+
+def test_conditions_that_nothing_can_fit() -> None:
+    with pytest.raises(cnvzoo.DatasetError, match="trained on 'cifar': did you mean 'cifar10'"):
+        cnvzoo.list_checkpoints(dataset="cifar")
+    for bits in (0, 9, True, "4"):
+        with pytest.raises(cnvzoo.ModelError, match=r"w_bits=.*from 1 to 8, or 'float'"):
+            cnvzoo.list_checkpoints(w_bits=bits)  # type: ignore[arg-type]
 
 
 class TestDamagedCheckpoint:

@@ -88,7 +88,8 @@ def test_a_reset_head_is_that_of_a_new_model(name: str) -> None:
 
 
 def test_a_model_has_its_arguments_as_attributes() -> None:
-    model = build_model("quant_cnv", num_classes=7, in_chans=1, w_bits=np.int64(2), a_bits=np.int8(3), first_w_bits=4)  # type: ignore[arg-type]
+    numbers: dict[str, Any] = {"w_bits": np.int64(2), "a_bits": np.int8(3), "first_w_bits": np.uint8(4)}
+    model = build_model("quant_cnv", num_classes=7, in_chans=1, **numbers)
     assert model.arguments == {
         "name": "quant_cnv", "num_classes": 7, "in_chans": 1, "w_bits": 2, "a_bits": 3, "first_w_bits": 4,
     }  # fmt: skip
@@ -99,10 +100,11 @@ def test_a_model_has_its_arguments_as_attributes() -> None:
     assert (twin.w_bits, twin.a_bits, twin.in_chans) == (None, None, 3)
 
 
-@pytest.mark.parametrize("argument", ["num_classes", "in_chans"])
-def test_numpy_bools_are_not_accepted_as_numbers(argument: str) -> None:
-    with pytest.raises(ModelError, match="not a whole number"):
-        build_model("resnet20", **{argument: np.bool_(True)})  # type: ignore[arg-type]
+@pytest.mark.parametrize("argument", ["num_classes", "in_chans", "w_bits", "a_bits", "first_w_bits"])
+@pytest.mark.parametrize("value", [True, np.bool_(True)])
+def test_bools_are_not_accepted_as_numbers(argument: str, value: Any) -> None:
+    with pytest.raises(ModelError, match=f"{argument}=.*not a whole number"):
+        build_model("quant_cnv", **{**BITS, argument: value})
 
 
 @pytest.mark.parametrize("name", FLOAT)

@@ -76,11 +76,11 @@ class DeployedModel:
             top: number of classes, at least 1.
 
         Raises:
-            DeployError: `top` is below 1, or `images` is not a list.
+            DeployError: `top` is not a whole number of at least 1, or `images` is not a list.
             ImageError: an item is not an 8-bit image of 1 or 3 channels.
         """
-        if top < 1:
-            raise DeployError(f"top={top}: must be at least 1")
+        if isinstance(top, (bool, np.bool_)) or not isinstance(top, (int, np.integer)) or top < 1:
+            raise DeployError(f"top={top!r}: a whole number of at least 1")
         if not isinstance(images, Sequence) and not (isinstance(images, np.ndarray) and images.ndim == 4):
             raise DeployError("predict takes a list of images, or an array [N, H, W, C]: put a single image in a list")
         if not len(images):

@@ -7,8 +7,9 @@ published folders. This module does not import PyTorch: listing checkpoints is f
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -23,7 +24,7 @@ from cnvzoo.checkpoints.format import (
     Total,
     Word,
 )
-from cnvzoo.errors import explain
+from cnvzoo.errors import DatasetError, ModelError, explain, nearest
 
 INDEX = Path(__file__).with_name("index.json")
 
@@ -108,12 +109,59 @@ def row(name: str, entry: IndexEntry) -> CheckpointInfo:
     }
 
 
-def list_checkpoints(pattern: str = "*") -> list[CheckpointInfo]:
-    """The published checkpoints whose names match a shell pattern such as `*.cifar10`, sorted by name.
+def matches(name: str, patterns: str | Sequence[str]) -> bool:
+    """Whether a name matches a shell pattern, or one of several."""
+    return any(fnmatch.fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
+
+
+def list_checkpoints(
+    pattern: str | Sequence[str] = "*",
+    *,
+    exclude: str | Sequence[str] = (),
+    dataset: str | None = None,
+    w_bits: int | Literal["float"] | None = None,
+    a_bits: int | Literal["float"] | None = None,
+    min_accuracy: float | None = None,
+    max_bytes: int | None = None,
+) -> list[CheckpointInfo]:
+    """The published checkpoints that fit all of the conditions, sorted by name.
+
+    Args:
+        pattern: shell pattern of names, such as `*.cifar10`, or several, one of which has to match.
+        exclude: patterns of names to leave out.
+        dataset: name of the dataset that they were trained on.
+        w_bits, a_bits: bit widths of weights and activations, 1 to 8; `float` for float models.
+        min_accuracy: smallest accuracy on the test set, in percent.
+        max_bytes: largest size of the weights file.
 
     Returns:
         Dicts of name, model, dataset, w_bits and a_bits (None for float), accuracy in percent, correct and total test
         images, parameters, macs for one image, and bytes of the weights file.
+
+    Raises:
+        DatasetError: no published checkpoint was trained on `dataset`.
+        ModelError: a bit width that no model has.
     """
-    entries = sorted(read_index().checkpoints.items())
-    return [row(name, entry) for name, entry in entries if fnmatch.fnmatchcase(name, pattern)]
+    rows = [row(name, entry) for name, entry in sorted(read_index().checkpoints.items())]
+    datasets = sorted({found["dataset"] for found in rows})
+    if dataset is not None and dataset not in datasets:
+        raise DatasetError(f"no published checkpoint was trained on {dataset!r}: {nearest(dataset, datasets)}")
+    return [
+        found
+        for found in rows
+        if matches(found["name"], pattern)
+        and not matches(found["name"], exclude)
+        and dataset in (None, found["dataset"])
+        and _has_bits("w_bits", w_bits, found["w_bits"])
+        and _has_bits("a_bits", a_bits, found["a_bits"])
+        and (min_accuracy is None or found["accuracy"] >= min_accuracy)
+        and (max_bytes is None or found["bytes"] <= max_bytes)
+    ]
+
+
+def _has_bits(argument: str, wanted: int | str | None, bits: int | None) -> bool:
+    if wanted is None or wanted == "float":
+        return wanted is None or bits is None
+    if isinstance(wanted, bool) or wanted not in range(1, 9):
+        raise ModelError(f"{argument}={wanted!r}: a whole number from 1 to 8, or 'float'")
+    return wanted == bits

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cnvzoo.errors import ModelError, nearest
-from cnvzoo.models.classifier import NEEDS_A_CLASS, Classifier, check_bits, check_count, check_input
+from cnvzoo.models.classifier import NEEDS_A_CLASS, Classifier, check_bits, check_count, check_input, whole_number
 from cnvzoo.models.layers import without_initialization
 
 
@@ -155,6 +155,8 @@ def build_model(
         remedy = f"use {twins[0]!r}, its quantized twin" if twins else "leave w_bits and a_bits out"
         raise ModelError(f"{name} is a float model and has no bit widths: {remedy}")
     arguments = {"num_classes": num_classes, "in_chans": in_chans, **kwargs}
+    for key, value in arguments.items():  # numpy's whole numbers become Python's, which JSON and pickle take
+        arguments[key] = value if (number := whole_number(value)) is None else number
     return _described(spec.build(**arguments), spec, arguments)
 
 
@@ -204,7 +206,9 @@ def model_info(name: str, *, input_size: int | None = None, in_chans: int = 3, *
     spec = model_spec(name)
     with without_initialization():
         model = build_model(name, in_chans=in_chans, **arguments).eval()
-    size = input_size or spec.input_size or 32
+    if input_size is not None:
+        input_size = check_count("input_size", input_size, "height and width in pixels")
+    size, channels = input_size or spec.input_size or 32, model.arguments["in_chans"]
     macs = weight_bits = 0
 
     def count(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -218,9 +222,9 @@ def model_info(name: str, *, input_size: int | None = None, in_chans: int = 3, *
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             layer.register_forward_hook(count)
     with torch.no_grad():
-        model(torch.zeros(1, in_chans, size, size))
+        model(torch.zeros(1, channels, size, size))
     parameters = sum(p.numel() for p in model.parameters())
-    return ModelInfo(name, spec.summary, (in_chans, size, size), parameters, macs, -(-weight_bits // 8))
+    return ModelInfo(name, spec.summary, (channels, size, size), parameters, macs, -(-weight_bits // 8))
 
 
 def _weight_bits(layer: nn.Module) -> int:
