@@ -30,7 +30,7 @@ _POLL_SECONDS = 0.2
 
 @dataclass
 class Outcome:
-    """What became of the runs of a schedule.
+    """Which runs of a schedule failed or were not finished, and why the schedule stopped.
 
     Attributes:
         failed: runs that ended with an error.
