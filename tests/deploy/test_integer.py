@@ -98,6 +98,29 @@ def test_the_file_is_smaller_with_fewer_bits(make_net, tmp_path, bits, most):
     assert (tmp_path / "m.onnx").stat().st_size <= most
 
 
+def test_channels_with_a_constant_level_leave_1_bit_weights_packed(tmp_path):
+    """They have weights of zero, a third value: with it 5 weights fit in a byte instead of 8."""
+    model = cnvzoo.create_model("quant_cnv", w_bits=1, a_bits=8).eval()
+    sizes = []
+    for dead in (False, True):
+        with torch.no_grad():
+            for norm in (m for m in model.modules() if dead and isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))):
+                norm.weight[-1] = 0
+        cnvzoo.export(model, tmp_path / f"{dead}.onnx", dataset="cifar10")
+        sizes.append((tmp_path / f"{dead}.onnx").stat().st_size)
+    places = 4 * (2 * 64 + 2 * 128 + 2 * 256 + 2 * 512)  # an int32 for each channel of a hidden layer
+    assert sizes[0] < sizes[1] <= sizes[0] + places + 8 * 512
+
+
+def test_a_1_bit_layer_without_any_channel_in_use_is_exported(tmp_path, noise):
+    model = cnvzoo.create_model("quant_cnv", w_bits=1, a_bits=2).eval()
+    nn.init.zeros_(model.get_submodule("features.4").get_parameter("weight"))  # gamma
+    cnvzoo.export(model, tmp_path / "m.onnx", dataset="cifar10")
+    images = noise(3).numpy()
+    found = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1).accumulators(images)
+    np.testing.assert_array_equal(found, run_reference(integer_net(model), images))
+
+
 def test_requantization_to_2_bits_is_exact_for_every_accumulator():
     rng = np.random.default_rng(0)
     multiplier, offset = rng.uniform(1e-3, 0.5, 200), rng.normal(0, 3, 200)
@@ -137,17 +160,20 @@ def test_unpacked_weights_are_those_that_were_packed(values, per_byte):
     np.testing.assert_array_equal(table[content].reshape(-1)[: weight.size], weight.reshape(-1))
 
 
-def test_onnxruntime_unpacks_weights_when_it_loads_a_file(make_net, tmp_path):
+@pytest.mark.parametrize("w_bits", [1, 2])
+def test_onnxruntime_unpacks_weights_when_it_loads_a_file(make_net, tmp_path, w_bits):
     """So a session is as fast as with int8 weights in the file."""
-    model = make_net(2, 2)
+    model = make_net(w_bits, 2)
     cnvzoo.export(model, tmp_path / "m.onnx", dataset="cifar10")
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
     onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), options, providers=["CPUExecutionProvider"])
     stored, loaded = (onnx.load(tmp_path / name).graph for name in ("m.onnx", "optimized.onnx"))
-    assert "Gather" in {node.op_type for node in stored.node}
-    assert not {"Gather", "Cast", "Reshape", "Slice"} & {node.op_type for node in loaded.node}
+    kinds = {node.op_type for node in stored.node}
+    assert "Gather" in kinds
+    assert ("Pad" in kinds) == (w_bits == 1)  # the channels of zeros, which 1-bit weights leave out
+    assert not {"Gather", "Pad", "Cast", "Reshape", "Slice"} & {node.op_type for node in loaded.node}
     weights = {c.name: numpy_helper.to_array(c) for c in loaded.initializer}
     for layer, node in zip(
         integer_net(model).hidden, (n for n in loaded.node if n.op_type == "QLinearConv"), strict=True

@@ -31,6 +31,7 @@ QONNX_DOMAIN, QONNX_VERSION = "qonnx.custom_op.general", 1  # Quant and BipolarQ
 QONNX_INPUT, QONNX_OUTPUT = "global_in", "global_out"  # names that FINN expects
 
 FLOAT_OPSET = 18
+_ROW_NODES_SIZE = 512  # bytes, about: of the two nodes that put rows of zeros back
 
 
 def integer_graph(net: IntegerNet) -> onnx.ModelProto:
@@ -115,7 +116,22 @@ class _GraphBuilder:
         return output
 
     def add_weight(self, name: str, weight: NDArray[np.int8]) -> str:
-        """An int8 weight; packed if that saves bytes, with the nodes that unpack it."""
+        """An int8 weight; packed if that saves bytes, with the nodes that unpack it.
+
+        Rows of zeros, which channels with a constant level have, are left out if that saves bytes too: among 1-bit
+        weights, zero is a third value.
+        """
+        used = weight.reshape(len(weight), -1).any(1)
+        rows, position = weight[used], _position(used)
+        if not used.any() or _packed_size(rows) + position.nbytes + _ROW_NODES_SIZE >= _packed_size(weight):
+            return self._add_packed(name, weight)
+        stored = self._add_packed(f"{name}.used", rows)
+        pads = np.zeros((2, weight.ndim), np.int64)  # before and after, for each axis
+        pads[1, 0] = 1
+        padded = self.add("Pad", [stored, self.add_constant(f"{name}.pads", pads.reshape(-1))], f"{name}.and_zeros")
+        return self.add("Gather", [padded, self.add_constant(f"{name}.position", position)], f"{name}.weight")
+
+    def _add_packed(self, name: str, weight: NDArray[np.int8]) -> str:
         packed = pack(weight)
         if packed is None:
             return self.add_constant(f"{name}.weight", weight)
@@ -129,6 +145,17 @@ class _GraphBuilder:
             flat = self.add("Slice", [flat, *bounds], f"{name}.values")
         shape = self.add_constant(f"{name}.shape", np.array(weight.shape))
         return self.add("Reshape", [flat, shape], f"{name}.weight")
+
+
+def _position(used: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Where each row is among the used rows, followed by one row of zeros."""
+    return np.where(used, np.cumsum(used) - 1, used.sum()).astype(np.int32)
+
+
+def _packed_size(weight: NDArray[np.int8]) -> int:
+    """Bytes of a weight in the file: of what `pack` returns, or of the weight itself."""
+    packed = pack(weight)
+    return weight.nbytes if packed is None else sum(part.nbytes for part in packed)
 
 
 def pack(weight: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[np.int8]] | None:
