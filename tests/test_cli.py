@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
+from cnvzoo.checkpoints.index import list_checkpoints
+from cnvzoo.checkpoints.publish import write_card
 from cnvzoo.cli import main
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import sha256_of
@@ -88,6 +91,7 @@ class TestHelp:
     def test_commands_that_list_do_not_import_torch(self, arguments):
         code = f"""
 import sys
+from cnvzoo.checkpoints.index import list_checkpoints
 from cnvzoo.cli import main
 sys.argv = {["cnvzoo", *arguments]!r}
 try:
@@ -128,6 +132,34 @@ class TestList:
         assert "mobilenet_v1" in said
         assert "3,217,226" in said
 
+    @pytest.mark.parametrize("arguments", [(), ("--checkpoints",)])
+    def test_piped_output_is_plain_columns(self, cnvzoo, arguments):
+        out = cnvzoo("list", *arguments).out
+        assert out.isascii()
+        assert all(line == line.rstrip() for line in out.splitlines())
+        first, *rows = (line.split() for line in out.splitlines())
+        assert first[0] in ("model", "checkpoint")
+        listed = [found["name"] for found in list_checkpoints()] if arguments else list_models()
+        assert [row[0] for row in rows] == listed
+
+    @pytest.mark.parametrize("columns", [80, 40])
+    def test_no_name_is_cut_in_a_narrow_terminal(self, cnvzoo, monkeypatch, columns):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", str(columns))
+        words = cnvzoo("list", "--checkpoints").out.split()
+        for found in list_checkpoints():
+            assert found["name"] in words
+            assert f"{found['bytes']:,}" in words
+
+    def test_json(self, cnvzoo):
+        (found,) = json.loads(cnvzoo("list", "resnet20", "--json").out)
+        assert found == {
+            "name": "resnet20", "summary": "CIFAR ResNet of 20 layers (He et al. 2015, section 4.2)",
+            "input_shape": [3, 32, 32], "parameters": 272_474, "macs": 40_813_184, "weight_bytes": 1_083_584,
+            "w_bits": None, "a_bits": None,
+        }  # fmt: skip
+        assert json.loads(cnvzoo("list", "--checkpoints", "--json").out) == list_checkpoints()
+
     def test_pattern(self, cnvzoo):
         out = cnvzoo("list", "resnet?0").out
         assert "resnet20" in out
@@ -157,6 +189,39 @@ class TestInfo:
         assert weight_bytes(8) == 1728 + rest
         assert weight_bytes(2) == 1728 + rest // 4
 
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("quant_cnv_w4a2", ("quant_cnv", "--w-bits", 4, "--a-bits", 2)),
+            ("quant_cnv_w4a2.cifar100", ("quant_cnv", "--w-bits", 4, "--a-bits", 2, "--num-classes", 100)),
+            ("resnet20.mnist", ("resnet20", "--in-chans", 1)),
+        ],
+    )
+    def test_names_with_bit_widths_and_datasets(self, cnvzoo, name, options):
+        result = cnvzoo("info", name)
+        assert result.status == 0
+        assert result.out == cnvzoo("info", *options).out
+
+    @pytest.mark.parametrize("name", ["resnet20.mnist", "hub/resnet20.mnist"])
+    def test_a_checkpoint(self, cnvzoo, make_checkpoint, tmp_path, name):
+        folder = make_checkpoint(tmp_path / "hub", "resnet20", "mnist")
+        size = (folder / "model.safetensors").stat().st_size
+        assert cnvzoo("info", name).said.endswith(
+            f"checkpoint resnet20.mnist accuracy 10.00 % (5 of 50 test images) bytes of the file {size:,}"
+        )
+        found = json.loads(cnvzoo("info", name, "--json").out)
+        assert (found["name"], found["input_shape"], found["w_bits"]) == ("resnet20", [1, 32, 32], None)
+        assert found["checkpoint"] == {
+            "name": "resnet20.mnist", "dataset": "mnist", "accuracy": 10.0, "correct": 5, "total": 50, "bytes": size,
+        }  # fmt: skip
+
+    def test_a_checkpoint_of_ones_own_with_a_damaged_config(self, cnvzoo, tmp_path):
+        (config := tmp_path / "hub" / "resnet20.own" / "config.json").parent.mkdir(parents=True)
+        config.write_text("{}")
+        result = cnvzoo("info", "resnet20.own", "--hub", "hub")
+        assert result.status == 1
+        assert result.err.startswith("error: hub/resnet20.own/config.json: not a valid checkpoint config")
+
     def test_unknown_model(self, cnvzoo):
         result = cnvzoo("info", "qant_cnv", "--w-bits", 2, "--a-bits", 2)
         assert result.status == 1
@@ -170,6 +235,9 @@ class TestInfo:
             (("cnv", "--w-bits", 4, "--a-bits", 4), 1, "use 'quant_cnv'"),
             (("quant_cnv", "--w-bits", 9, "--a-bits", 4), 2, "--w-bits"),
             (("cnv", "--input-size", 28), 1, "32x32"),
+            (("quant_cnv_w4a4", "--w-bits", 2), 1, "leave --w-bits out, or the bits in the name"),
+            (("cnv.mnits",), 1, "did you mean 'mnist'"),
+            (("no/such/folder",), 1, "no/such/folder/config.json"),
         ],
     )
     def test_invalid_arguments(self, cnvzoo, arguments, status, words):
@@ -392,6 +460,15 @@ class TestEval:
         assert result.out.startswith("quant_cnv_w4a4.cifar10: ")
         assert "of 50); published 10.00 % (5 of 50)" in result.out
 
+    def test_json(self, cnvzoo, hub, small_datasets):
+        small_datasets()
+        said = cnvzoo("eval", "resnet20.mnist", "--device", "cpu").out
+        found = json.loads(cnvzoo("eval", "resnet20.mnist", "--device", "cpu", "--json").out)
+        assert list(found) == ["name", "dataset", "accuracy", "correct", "total", "published"]
+        assert said.startswith(f"{found['name']}: {found['accuracy']:.2f} % ({found['correct']} of {found['total']})")
+        assert found["dataset"] == "mnist"
+        assert found["published"] == {"accuracy": 10.0, "correct": 5, "total": 50}
+
     def test_by_folder(self, cnvzoo, hub, small_datasets, monkeypatch):
         small_datasets()
         named = cnvzoo("eval", "resnet20.mnist", "--device", "cpu")
@@ -455,9 +532,14 @@ class TestVerify:
         table = cnvzoo("eval", "resnet20.mnist", "--device", "cpu").out
         found = int(table.split("(")[1].split()[0])
         result = cnvzoo("verify", "resnet20.mnist", "--device", "cpu")
-        assert f"│ resnet20.mnist │ 5 │ {found} │ 50 │ 5 │" in result.said
+        assert f"resnet20.mnist 5 {found} 50 5 " in result.said
         assert result.status == int(abs(found - 5) > 5)
         assert "another kind of machine" in result.out
+
+        result = cnvzoo("verify", "resnet20.mnist", "--device", "cpu", "--json")
+        (verified,) = json.loads(result.out)
+        assert (result.status == 0) == (verified.pop("problem") is None)
+        assert verified == {"name": "resnet20.mnist", "published": 5, "found": found, "total": 50, "allowed": 5}
 
     def test_all_and_a_difference(self, cnvzoo, hub, small_datasets):
         small_datasets()
@@ -503,6 +585,16 @@ class TestPredict:
     def test_top(self, cnvzoo, hub, photo):
         assert cnvzoo("predict", photo, "--checkpoint", "resnet20.mnist", "--top", 2).out.count("%") == 2
 
+    def test_json(self, cnvzoo, hub, photo):
+        result = cnvzoo("predict", photo, photo, "--checkpoint", "resnet20.mnist", "--top", 2, "--json")
+        first, second = json.loads(result.out)
+        assert first == second
+        assert first["image"] == str(photo)
+        assert [list(guess) for guess in first["predictions"]] == [["label", "index", "probability"]] * 2
+        said = cnvzoo("predict", photo, "--checkpoint", "resnet20.mnist", "--top", 1).out
+        best = first["predictions"][0]
+        assert said == f"{photo}: {best['label']} {best['probability']:.1%}\n"
+
     @pytest.mark.parametrize("content", [None, b"not an image", b"\x89PNG\r\n\x1a\n"])
     def test_a_file_that_is_not_an_image(self, cnvzoo, hub, tmp_path, content):
         path = tmp_path / "broken.png"
@@ -519,6 +611,19 @@ class TestPredict:
         assert result.status == 1
         assert str(path) in result.err
         assert "8-bit" in result.err
+
+
+class TestPublish:
+    def test_json(self, cnvzoo, hub, tmp_path):
+        write_card(hub / "resnet20.mnist")
+        (found,) = json.loads(cnvzoo("publish", "resnet20.mnist", "--to", "store", "--dry-run", "--json").out)
+        files = sorted(found.pop("new"))
+        assert files == ["README.md", "config.json", "model.safetensors"]
+        assert found == {
+            "name": "resnet20.mnist", "location": "store", "changed": [], "unchanged": [], "commit": None, "tag": None,
+            "dry_run": True,
+        }  # fmt: skip
+        assert not (tmp_path / "store").exists()
 
 
 def test_the_installed_command_calls_main():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import runpy
 import shlex
@@ -226,6 +227,36 @@ def _written(section: type[BaseModel]) -> list[tuple[str, FieldInfo]]:
     filled_in = {Recipe: ("name", "float_start_sha256", "teacher_sha256"), Optimizer: ("name",)}
     keys = section.model_fields.items()
     return [(name, field) for name, field in keys if name not in filled_in.get(section, ())]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("list", "resnet20"),
+        ("list --checkpoints", ""),
+        ("info", "cnv.mnist"),
+        ("eval", "cnv.mnist"),
+        ("verify", "cnv.mnist"),
+        ("predict", "photo.png --checkpoint cnv.mnist"),
+        ("publish", "cnv.mnist --to published --dry-run"),
+    ],
+)
+def test_the_command_line_page_has_every_key_of_json(docs_folder, perform, capsys, command, arguments):
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| `{command}` |"))
+    perform(f"cnvzoo {command} {arguments} --json")
+    printed = json.loads(capsys.readouterr().out)
+    documented = re.findall(r"`(\w+)`", row.split("|")[3].removeprefix(" those of `list`"))
+    if command == "info":
+        documented += [key for key in printed if key != "checkpoint"]
+    assert sorted(set(documented)) == sorted(_keys(printed))
+
+
+def _keys(value: object) -> set[str]:
+    """The keys of JSON objects, and of those in them."""
+    if isinstance(value, list):
+        return set().union(*map(_keys, value))
+    return set(value).union(*map(_keys, value.values())) if isinstance(value, dict) else set()
 
 
 def test_the_error_on_the_recipes_page_is_that_of_the_command(docs_folder, perform, capsys):

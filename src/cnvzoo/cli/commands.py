@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 import cnvzoo
 from cnvzoo.cli.app import app
-from cnvzoo.cli.options import DataRoot, Device, Hub, Threads
-from cnvzoo.cli.output import print_table
+from cnvzoo.cli.options import DataRoot, Device, Hub, Json, Threads
+from cnvzoo.cli.output import Column, print_json, print_table
 from cnvzoo.errors import CnvzooError
 
 if TYPE_CHECKING:
+    from cnvzoo.checkpoints.verify import Verification
+    from cnvzoo.training.evaluation import Evaluation
     from cnvzoo.training.recipe import Recipe
     from cnvzoo_runtime.runner import Prediction
 
@@ -115,6 +117,7 @@ def eval_(
     device: Device = "auto",
     threads: Threads = None,
     data_root: DataRoot = None,
+    as_json: Json = False,
 ) -> None:
     """Score a checkpoint or an exported file on a test set; for a checkpoint, show the published number too.
 
@@ -127,22 +130,36 @@ def eval_(
         exported = load(checkpoint)
         scored = evaluate_file(exported, dataset, data_root=data_root)
         name = dataset or exported.metadata.dataset
-        typer.echo(f"{checkpoint}: {scored.accuracy:.2f} % ({scored.correct} of {scored.total}) on {name}")
+        if as_json:
+            _print_score(checkpoint, name, scored, None)
+        else:
+            typer.echo(f"{checkpoint}: {scored.accuracy:.2f} % ({scored.correct} of {scored.total}) on {name}")
         return
     if dataset is not None:
         raise CnvzooError("--dataset is for exported .onnx files: a checkpoint is scored on its own dataset")
     from cnvzoo.checkpoints.folder import preprocessing_from
     from cnvzoo.training.device import using_threads
+    from cnvzoo.training.evaluation import Evaluation
 
     model, config = cnvzoo.load_checkpoint(checkpoint, hub=hub)
     with using_threads(threads):
         result = cnvzoo.evaluate(
             model, config.dataset, preprocessing=preprocessing_from(config), device=device, data_root=data_root
         )
+    if as_json:
+        _print_score(config.name, config.dataset, result, Evaluation(config.correct, config.total))
+        return
     typer.echo(
         f"{config.name}: {result.accuracy:.2f} % ({result.correct} of {result.total}); "
         f"published {config.accuracy:.2f} % ({config.correct} of {config.total})"
     )
+
+
+def _print_score(name: str, dataset: str | None, found: Evaluation, published: Evaluation | None) -> None:
+    def facts(score: Evaluation) -> dict[str, Any]:
+        return {"accuracy": score.accuracy, "correct": score.correct, "total": score.total}
+
+    print_json({"name": name, "dataset": dataset, **facts(found), "published": published and facts(published)})
 
 
 @app.command()
@@ -153,6 +170,7 @@ def verify(
     device: Device = "auto",
     threads: Threads = None,
     data_root: DataRoot = None,
+    as_json: Json = False,
 ) -> None:
     """Compare files of checkpoints with the index, and their test scores with the published ones.
 
@@ -167,18 +185,25 @@ def verify(
 
     with using_threads(threads):
         results = cnvzoo.verify(checkpoints or None, hub=hub, device=device, data_root=data_root)
-    table = Table()
-    for column in ("checkpoint", "published", "found", "of", "allowed", "verdict"):
-        table.add_column(column, no_wrap=column != "verdict", justify="left" if column == "checkpoint" else "right")
+    if as_json:
+        print_json([asdict(result) for result in results])
+    else:
+        _print_verifications(results)
+    if problems := [f"{result.name}: {result.problem}" for result in results if result.problem]:
+        raise CnvzooError("not as published:\n" + "\n".join(problems))
+
+
+def _print_verifications(results: list[Verification]) -> None:
+    titles = ("published", "found", "of", "allowed")
+    rows = []
     for result in results:
         counts = (result.published, result.found, result.total, result.allowed)
         shown = ["-" if count is None else f"{count:,}" for count in counts]
-        table.add_row(result.name, *shown, "differs" if result.problem else "as published")
-    print_table(table)
+        rows.append((result.name, *shown, "differs" if result.problem else "as published"))
+    numbers = (Column(title, is_number=True) for title in titles)
+    print_table([Column("checkpoint"), *numbers, Column("verdict")], rows)
     if allowed := max((result.allowed for result in results), default=0):
         typer.echo(f"on another kind of machine than the publisher's, a difference of {allowed} images is allowed")
-    if problems := [f"{result.name}: {result.problem}" for result in results if result.problem]:
-        raise CnvzooError("not as published:\n" + "\n".join(problems))
 
 
 @app.command()
@@ -209,6 +234,7 @@ def publish(
     tag: Annotated[str | None, typer.Option(help="Tag of each new version, such as a release; never moved.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message; default name and accuracy.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be published.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Publish checkpoints: weights, config and model card, in one commit each; nothing if nothing changed.
 
@@ -216,7 +242,10 @@ def publish(
 
     Example: `cnvzoo publish cnv.mnist --to hf://my-organisation --dry-run`
     """
-    cnvzoo.publish(checkpoints, to, hub=hub, tag=tag, message=message, dry_run=dry_run, on_published=typer.echo)
+    shown = (lambda _: None) if as_json else typer.echo
+    done = cnvzoo.publish(checkpoints, to, hub=hub, tag=tag, message=message, dry_run=dry_run, on_published=shown)
+    if as_json:
+        print_json([asdict(publication) for publication in done])
 
 
 @app.command()
@@ -228,6 +257,7 @@ def predict(
     checkpoint: Annotated[str | None, typer.Option(help="Name of a checkpoint, or the path of its folder.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of classes to show.")] = 3,
     hub: Hub = None,
+    as_json: Json = False,
 ) -> None:
     """Classify images with a checkpoint or an exported file: the most probable classes and their probabilities.
 
@@ -241,13 +271,19 @@ def predict(
     if exported is not None and not images[1:]:
         raise CnvzooError(f"no image after {exported}: give the files to classify")
     classify = _classifier(exported, checkpoint, hub, top)
+    found_in = []
     for path in images[1:] if exported is not None else images:
         image = read_image(path)
         try:
             predictions = classify(image)
         except ValueError as error:  # an image of another kind than the model takes
             raise CnvzooError(f"{path}: {error}") from None
-        typer.echo(f"{path}: " + ", ".join(f"{found.label} {found.probability:.1%}" for found in predictions))
+        if as_json:
+            found_in.append({"image": str(path), "predictions": [asdict(found) for found in predictions]})
+        else:
+            typer.echo(f"{path}: " + ", ".join(f"{found.label} {found.probability:.1%}" for found in predictions))
+    if as_json:
+        print_json(found_in)
 
 
 def _classifier(

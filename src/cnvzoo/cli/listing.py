@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 import cnvzoo
 from cnvzoo.cli.app import app
-from cnvzoo.cli.options import Bits
-from cnvzoo.cli.output import print_table
+from cnvzoo.cli.options import Bits, Hub, Json
+from cnvzoo.cli.output import Column, print_json, print_table
 from cnvzoo.errors import CnvzooError
 
+if TYPE_CHECKING:
+    from cnvzoo.checkpoints.load import ModelName
+
 _LISTED_BITS = 4  # bit widths at which `list` counts quantized models
+_CHECKPOINT = ("name", "dataset", "accuracy", "correct", "total", "bytes")  # what `info` shows of a checkpoint
 
 
 @app.command("list")
 def list_(
     pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'resnet*'.")] = "*",
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="List published checkpoints instead.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List models: parameters, multiply-accumulates and weight bytes for 32x32 images, 3 channels and 10 classes.
 
@@ -29,61 +34,136 @@ def list_(
     Example: `cnvzoo list 'resnet*'`, or `cnvzoo list --checkpoints '*.cifar10'`
     """
     if checkpoints:
-        _list_checkpoints(pattern)
+        _list_checkpoints(pattern, as_json)
         return
     from cnvzoo.models.registry import model_spec
 
-    table = Table()
-    for column in ("model", "parameters", "MACs", "weight bytes"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("description")
+    facts = []
     for name in cnvzoo.list_models(pattern):
         bits = _LISTED_BITS if model_spec(name).quantized else None
-        info = cnvzoo.model_info(name, w_bits=bits, a_bits=bits)
-        table.add_row(info.name, f"{info.parameters:,}", f"{info.macs:,}", f"{info.weight_bytes:,}", info.summary)
-    if not table.rows:
+        facts.append({**asdict(cnvzoo.model_info(name, w_bits=bits, a_bits=bits)), "w_bits": bits, "a_bits": bits})
+    if not facts:
         raise CnvzooError(f"no model matches {pattern!r}: cnvzoo list shows all models")
-    print_table(table)
+    if as_json:
+        print_json(facts)
+        return
+    numbers = ("parameters", "macs", "weight_bytes")
+    print_table(
+        [
+            Column("model"),
+            *(Column(title, is_number=True) for title in ("parameters", "MACs", "weight bytes")),
+            Column("description", is_prose=True),
+        ],
+        [(found["name"], *(f"{found[key]:,}" for key in numbers), found["summary"]) for found in facts],
+    )
 
 
-def _list_checkpoints(pattern: str) -> None:
-    table = Table()
-    for column in ("checkpoint", "accuracy", "W/A bits", "parameters", "MACs", "bytes"):
-        table.add_column(column, no_wrap=True, justify="left" if column == "checkpoint" else "right")
-    for found in cnvzoo.list_checkpoints(pattern):
-        bits = f"{found['w_bits']}/{found['a_bits']}" if found["w_bits"] else "float"
-        numbers = (f"{found[key]:,}" for key in ("parameters", "macs", "bytes"))
-        table.add_row(found["name"], f"{found['accuracy']:.2f}", bits, *numbers)
-    if not table.rows:
+def _list_checkpoints(pattern: str, as_json: bool) -> None:
+    found = cnvzoo.list_checkpoints(pattern)
+    if not found:
         raise CnvzooError(f"no published checkpoint matches {pattern!r}: cnvzoo list --checkpoints shows all of them")
-    print_table(table)
+    if as_json:
+        print_json(found)
+        return
+    titles = ("accuracy", "W/A bits", "parameters", "MACs", "bytes")
+    print_table(
+        [Column("checkpoint"), *(Column(title, is_number=True) for title in titles)],
+        [
+            (
+                row["name"],
+                f"{row['accuracy']:.2f}",
+                f"{row['w_bits']}/{row['a_bits']}" if row["w_bits"] else "float",
+                *(f"{number:,}" for number in (row["parameters"], row["macs"], row["bytes"])),
+            )
+            for row in found
+        ],
+    )
 
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="Name of a model, as in `cnvzoo list`.")],
+    model: Annotated[
+        str, typer.Argument(help="Name of a model, with bit widths or dataset if any, or the path of a checkpoint.")
+    ],
     w_bits: Bits = None,
     a_bits: Bits = None,
-    num_classes: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 10,
-    in_chans: Annotated[int, typer.Option(min=1, help="Image channels: 3 for colour, 1 for grey.")] = 3,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Number of classes; default that of the dataset in the name, else 10.")
+    ] = None,
+    in_chans: Annotated[
+        int | None,
+        typer.Option(min=1, help="Image channels: 3 for colour, 1 for grey; default that of the dataset, else 3."),
+    ] = None,
     input_size: Annotated[int | None, typer.Option(min=1, help="Height and width at which MACs are counted.")] = None,
+    hub: Hub = None,
+    as_json: Json = False,
 ) -> None:
-    """Show the size and cost of a model at given bit widths, classes and image size.
+    """Show the size and cost of a model at given bit widths, classes and image size; of a checkpoint, its accuracy too.
 
-    Example: `cnvzoo info quant_cnv --w-bits 2 --a-bits 2 --num-classes 100`
+    Example: `cnvzoo info quant_cnv --w-bits 2 --a-bits 2 --num-classes 100`, or `cnvzoo info quant_cnv_w4a4.cifar10`
     """
-    facts = cnvzoo.model_info(
-        model, w_bits=w_bits, a_bits=a_bits, num_classes=num_classes, in_chans=in_chans, input_size=input_size
-    )
+    given = {"w_bits": w_bits, "a_bits": a_bits, "num_classes": num_classes, "in_chans": in_chans}
+    named, checkpoint = _described(model, hub)
+    for key, value in given.items():
+        if value is not None and key in ("w_bits", "a_bits") and named.get(key, value) != value:
+            option = f"--{key.replace('_', '-')}"
+            raise CnvzooError(f"{model} and {option} {value}: leave {option} out, or the bits in the name")
+    arguments: dict[str, Any] = named | {key: value for key, value in given.items() if value is not None}
+    facts = cnvzoo.model_info(**arguments, input_size=input_size)
+    if as_json:
+        bits = {key: arguments.get(key) for key in ("w_bits", "a_bits")}
+        print_json({**asdict(facts), **bits, "checkpoint": checkpoint})
+        return
     channels, height, width = facts.input_shape
-    table = Table(show_header=False, box=None)
-    for label, value in (
+    rows = [
         ("model", facts.name),
         ("description", facts.summary),
         ("input", f"{channels} x {height} x {width}"),
         ("parameters", f"{facts.parameters:,}"),
         ("multiply-accumulates", f"{facts.macs:,}"),
         ("weight bytes", f"{facts.weight_bytes:,}"),
-    ):
-        table.add_row(label, value)
-    print_table(table)
+    ]
+    if checkpoint is not None:
+        correct, total = checkpoint["correct"], checkpoint["total"]
+        rows += [
+            ("checkpoint", checkpoint["name"]),
+            ("accuracy", f"{checkpoint['accuracy']:.2f} % ({correct:,} of {total:,} test images)"),
+            ("bytes of the file", f"{checkpoint['bytes']:,}"),
+        ]
+    print_table([Column(""), Column("", is_prose=True)], rows, header=False)
+
+
+def _described(name: str, hub: str | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The arguments of `model_info` for a model or checkpoint, and the checkpoint's facts, without fetching it."""
+    from cnvzoo.checkpoints.folder import read_config
+    from cnvzoo.checkpoints.format import CheckpointError
+    from cnvzoo.checkpoints.index import read_index, row
+    from cnvzoo.checkpoints.load import parse_name
+    from cnvzoo.checkpoints.locations import find_checkpoint, is_path
+
+    published = read_index().checkpoints.get(name)
+    if published is not None:
+        found = row(name, published)
+        return dict(published.model), {key: found[key] for key in _CHECKPOINT}
+    parsed = None if is_path(name) else parse_name(name)
+    if parsed is not None and parsed.dataset is None:
+        return {"name": parsed.model, **parsed.bits}, None
+    try:
+        folder = find_checkpoint(name, hub).folder
+    except CheckpointError:
+        assert parsed is not None  # a path is returned as it is
+        return _on_dataset(parsed), None
+    config = read_config(folder)
+    return dict(config.model), {
+        "name": config.name, "dataset": config.dataset, "accuracy": config.accuracy,
+        "correct": config.correct, "total": config.total, "bytes": config.file.size,
+    }  # fmt: skip
+
+
+def _on_dataset(parsed: ModelName) -> dict[str, Any]:
+    """The arguments of a model for a dataset without a checkpoint."""
+    from cnvzoo.data.published import dataset_info
+
+    assert parsed.dataset is not None
+    data = dataset_info(parsed.dataset)
+    return {"name": parsed.model, **parsed.bits, "num_classes": data.num_classes, "in_chans": data.in_chans}

@@ -20,3 +20,4 @@ Hub = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of a CPU; default as torch chooses. The bits depend on them.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
