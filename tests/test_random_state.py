@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ for name in model_names():
 model, config = call("load_checkpoint", lambda: cnvzoo.load_checkpoint(hub / "cnv.mnist"))
 quantized, _ = call("load_checkpoint, quantized", lambda: cnvzoo.load_checkpoint(hub / "quant_cnv_w2a2.mnist"))
 call("create_model, pretrained", lambda: cnvzoo.create_model("cnv.mnist", pretrained=True, hub=hub))
+call("create_model, other channels", lambda: cnvzoo.create_model("cnv.mnist", pretrained=True, hub=hub, in_chans=3))
+call("create_model, no head", lambda: cnvzoo.create_model("cnv.mnist", pretrained=True, hub=hub, num_classes=0))
+call("lists", lambda: (cnvzoo.list_models(pretrained=True), cnvzoo.list_recipes(), cnvzoo.list_datasets()))
 call("quantize", lambda: cnvzoo.quantize(hub / "cnv.mnist", w_bits=2, a_bits=2))
 call("transforms", lambda: cnvzoo.transforms("mnist")(noise().test_images[0].permute(2, 0, 1)))
 call("predict", lambda: cnvzoo.predict(model, config, noise().test_images[0].permute(2, 0, 1)))
@@ -65,6 +69,8 @@ student = recipe(name="mnist_resnet32", model="resnet32", teacher="mnist_resnet2
 call("train, teacher", lambda: cnvzoo.train(student, dataset=noise(), teacher=weights, epochs=1, device="cpu"))
 call("verify", lambda: cnvzoo.verify([hub / "cnv.mnist"], device="cpu"))
 call("export", lambda: cnvzoo.export(quantized, folder / "m.onnx"))
+call("export, float", lambda: cnvzoo.export(model, folder / "f.onnx", format="onnx"))
+call("training step", lambda: quantized.train()(torch.zeros(2, 1, 32, 32)).sum().backward())
 print(json.dumps(changed))
 """
 
@@ -112,6 +118,30 @@ def test_model_info_before_create_model_does_not_change_the_weights(seeded: None
     torch.manual_seed(5)
     cnvzoo.model_info("resnet20")
     assert same(cnvzoo.create_model("resnet20"), expected)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: cnvzoo.load_checkpoint(HUB / "cnv.mnist"),
+        lambda: cnvzoo.create_model("quant_cnv_w2a2.mnist", pretrained=True, hub=HUB),
+        lambda: cnvzoo.model_info("resnet110"),
+        lambda: cnvzoo.quantize(HUB / "cnv.mnist", w_bits=2, a_bits=2),
+    ],
+    ids=["load_checkpoint", "create_model", "model_info", "quantize"],
+)
+def test_a_call_in_a_thread_does_not_change_the_numbers_that_another_thread_draws(
+    call: Callable[[], object], seeded: None
+) -> None:
+    drawn = []
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(call)
+        while not running.done():
+            drawn.append(torch.rand(1 << 16)[-1])
+        running.result()
+    drawn.append(torch.rand(1 << 16)[-1])
+    torch.manual_seed(5)
+    assert all(torch.equal(number, torch.rand(1 << 16)[-1]) for number in drawn)
 
 
 @pytest.mark.filterwarnings("ignore:cnv.mnist with")
