@@ -92,11 +92,11 @@ class TestChoice:
             model = cnvzoo.create_model("resnet20", pretrained="mnist", num_classes=7)
         assert model(torch.zeros(1, 1, 28, 28)).shape == (1, 7)
 
-    def test_a_model_without_published_weights_is_an_error(self, hub: Path) -> None:
-        """The model of the checkpoint, freshly initialised, as in timm."""
+    def test_a_checkpoint_name_without_pretrained_gives_new_weights(self, hub: Path) -> None:
+        """As in timm, the result is the model of the checkpoint with initial weights."""
         model = cnvzoo.create_model("quant_cnv_w2a3.cifar100")
         assert model.training
-        assert not hasattr(model, "pretrained_cfg")
+        assert model.pretrained_cfg is None
         assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 100)
         assert cnvzoo.create_model("resnet20.mnist", num_classes=4).eval()(torch.zeros(1, 1, 28, 28)).shape == (1, 4)
         with pytest.raises(cnvzoo.CnvzooError, match="unknown dataset 'imagenet'"):

@@ -90,7 +90,7 @@ class _Stop:
 
 @contextmanager
 def _pool(at_once: int) -> Iterator[tuple[Executor, Sequence[str]]]:
-    """What runs are submitted to, and the names of the signals that arrive meanwhile.
+    """The executor of the runs, and the names of the signals that arrive while it is used.
 
     A single run at a time trains in the main thread and catches signals itself. Several at a time are asked to stop by
     the first signal; a second one ends this process at once, because threads cannot be interrupted.
