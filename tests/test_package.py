@@ -19,7 +19,7 @@ RUNTIME = Path(cnvzoo_runtime.__file__).parent
 # from the lowest layer up; packages of one layer do not import each other
 LAYERS = [
     {"errors"},
-    {"files", "images", "progress", "strict_yaml"},
+    {"files", "images", "progress", "recipe_folder", "strict_yaml"},
     {"data", "models"},
     {"training"},
     {"checkpoints"},

@@ -17,8 +17,7 @@ from typing import Any
 from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo.training.recipe import PUBLISHED_SEED
 from cnvzoo.training.record import RunRecord
-from cnvzoo.training.run import RECORD, alone_in
-from cnvzoo.training.state import RunError, RunInterrupted, RunUnderWay, caught_signals
+from cnvzoo.training.state import RECORD, RunError, RunInterrupted, RunUnderWay, alone_in, caught_signals
 from harness.entries import Entry, HarnessError, set_aside, shown
 from harness.records import Records, misplaced
 from harness.report import duration

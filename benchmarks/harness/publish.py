@@ -37,7 +37,7 @@ from cnvzoo.files import update_text
 from cnvzoo.models.registry import ModelInfo
 from cnvzoo.training.recipe import PUBLISHED_SEED
 from cnvzoo.training.record import RunRecord
-from cnvzoo.training.run import WEIGHTS as RUN_WEIGHTS
+from cnvzoo.training.state import WEIGHTS as RUN_WEIGHTS
 from cnvzoo_runtime.metadata import DeployError
 from harness.entries import SEEDS, Entry, HarnessError, Layout, shown
 from harness.records import Records, recipes_scored

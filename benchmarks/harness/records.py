@@ -23,7 +23,7 @@ from cnvzoo.files import write_text
 from cnvzoo.training.numerics import NUMERICS
 from cnvzoo.training.recipe import PUBLISHED_SEED
 from cnvzoo.training.record import RecordError, RunRecord
-from cnvzoo.training.run import RECORD, STATE
+from cnvzoo.training.state import RECORD, STATE
 from harness.entries import SEEDS, Entry, HarnessError, Layout, shown
 
 

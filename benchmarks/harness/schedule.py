@@ -10,7 +10,7 @@ from pathlib import Path
 from cnvzoo.files import sha256_of
 from cnvzoo.training.recipe import PUBLISHED_SEED
 from cnvzoo.training.record import RunRecord
-from cnvzoo.training.run import RECORD, STATE, WEIGHTS
+from cnvzoo.training.state import RECORD, STATE, WEIGHTS
 from harness.entries import Entry, Layout, shown
 from harness.records import Records, Status
 

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from cnvzoo.models.classifier import Classifier
     from cnvzoo.models.quant import quantize_bias
     from cnvzoo.models.registry import ModelInfo, model_info, register_model, unregister_model
+    from cnvzoo.recipe_folder import list_recipes
     from cnvzoo.training.evaluation import Evaluation, evaluate
     from cnvzoo.training.recipe import Recipe, load_recipe
-    from cnvzoo.training.recipe_folder import list_recipes
     from cnvzoo.training.record import RunRecord
     from cnvzoo.training.watch import EpochReport
     from cnvzoo.zoo import TrainResult, create_model, list_models, predict, quantize, train, transforms
@@ -128,6 +128,7 @@ _MODULES = {  # with the public names that each defines
         "register_model",
         "unregister_model",
     ),
+    "recipe_folder": ("list_recipes",),
     "training.evaluation": (
         "Evaluation",
         "evaluate",
@@ -136,7 +137,6 @@ _MODULES = {  # with the public names that each defines
         "Recipe",
         "load_recipe",
     ),
-    "training.recipe_folder": ("list_recipes",),
     "training.record": ("RunRecord",),
     "training.watch": ("EpochReport",),
     "zoo": (

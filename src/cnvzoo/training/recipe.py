@@ -27,8 +27,8 @@ from cnvzoo.data.augmentation import Augmentation
 from cnvzoo.data.published import dataset_info
 from cnvzoo.errors import CnvzooError, nearest
 from cnvzoo.models.registry import model_spec
+from cnvzoo.recipe_folder import RecipeError, find_recipe
 from cnvzoo.strict_yaml import StrictYamlError, Where, error_at, explain_with_lines, read_yaml
-from cnvzoo.training.recipe_folder import RecipeError, find_recipe
 
 PUBLISHED_SEED = 0  # the run of this seed is published, and its weights are the float start or teacher of other runs
 LARGEST_SEED = 2**63 - 1  # the largest that torch's generators take

@@ -8,9 +8,7 @@ complete state, and ends with the bits of a run that was never interrupted.
 
 from __future__ import annotations
 
-import errno
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,7 +26,7 @@ from torch import nn
 from cnvzoo.data.batches import TrainBatches
 from cnvzoo.data.datasets import Dataset, load_dataset
 from cnvzoo.data.published import published_sha256
-from cnvzoo.files import FileError, expanded, remove_leftovers, replacing, sha256_of, writing
+from cnvzoo.files import FileError, expanded, replacing, sha256_of
 from cnvzoo.models.layers import initialized_from, without_initialization
 from cnvzoo.models.registry import build_model, model_spec
 from cnvzoo.progress import TrainingProgress
@@ -40,19 +37,20 @@ from cnvzoo.training.numerics import NUMERICS, describe_machine, describe_versio
 from cnvzoo.training.recipe import LARGEST_SEED, PUBLISHED_SEED, Recipe
 from cnvzoo.training.record import RecordError, RunRecord, current_commit
 from cnvzoo.training.state import (
+    RECORD,
+    STATE,
+    TEACHER_LOGITS,
+    WEIGHTS,
     RunError,
     RunIdentity,
     RunInterrupted,
-    RunUnderWay,
+    alone_in,
     caught_signals,
     resume,
     save_state,
 )
 from cnvzoo.training.trainer import Trainer
 from cnvzoo.training.watch import EpochReport, Watch, check_validation
-
-STATE, TEACHER_LOGITS = "state.safetensors", "teacher_logits.safetensors"
-RECORD, WEIGHTS = "record.json", "weights.safetensors"
 
 
 @keep_freed_memory()
@@ -240,35 +238,6 @@ def _describe_inputs(recipe: Recipe, purpose: str, files: Sequence[str | Path]) 
             )
         inputs.append({"entry": entry, "seed": PUBLISHED_SEED, "weights_sha256": sha256_of(weights)})
     return inputs
-
-
-@contextmanager
-def alone_in(run_dir: Path) -> Iterator[None]:
-    """Make the folder, lock it against other processes, and remove temporary files of killed ones.
-
-    The system releases the lock when the process ends, however it ends.
-
-    Raises:
-        RunUnderWay: another process holds the lock.
-        FileError: the folder cannot be made, or takes no files.
-    """
-    lock = FileLock(run_dir / ".lock", timeout=0)
-    with writing(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            if not (run_dir / ".lock").exists():  # not held by anyone: a folder that takes no files, such as /proc
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
-            raise RunUnderWay(
-                f"{run_dir}: another process is training this run: wait for it, or give another folder"
-            ) from None
-    try:
-        for name in (STATE, TEACHER_LOGITS, RECORD, WEIGHTS):
-            remove_leftovers(run_dir / name)
-        yield
-    finally:
-        lock.release()
 
 
 def _finished_record(run_dir: Path, identity: RunIdentity) -> RunRecord | None:

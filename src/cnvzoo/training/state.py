@@ -1,4 +1,4 @@
-"""The saved state of a run, and the errors and signals that stop a run before its end.
+"""The folder of a run: its lock, the saved state, and the errors and signals that stop a run before its end.
 
 A state is one safetensors file, which is replaced as a whole. It names its run, and has a checksum of all its content:
 a flipped bit of a weight would otherwise lead to other weights with a valid record.
@@ -6,9 +6,11 @@ a flipped bit of a weight would otherwise lead to other weights with a valid rec
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -17,13 +19,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, uint8
 
 from cnvzoo.errors import CnvzooError
-from cnvzoo.files import replacing
+from cnvzoo.files import remove_leftovers, replacing, writing
 from cnvzoo.training.record import RunRecord
+
+STATE, TEACHER_LOGITS = "state.safetensors", "teacher_logits.safetensors"
+RECORD, WEIGHTS = "record.json", "weights.safetensors"
 
 
 class RunError(CnvzooError):
@@ -59,6 +65,35 @@ class RunInterrupted(CnvzooError):
     def __reduce__(self) -> tuple[type[RunInterrupted], tuple[Any, ...]]:
         """Pickle by the arguments: worker processes send this error to the process that started them."""
         return type(self), self._arguments
+
+
+@contextmanager
+def alone_in(run_dir: Path) -> Iterator[None]:
+    """Make the folder, lock it against other processes, and remove temporary files of killed ones.
+
+    The system releases the lock when the process ends, however it ends.
+
+    Raises:
+        RunUnderWay: another process holds the lock.
+        FileError: the folder cannot be made, or takes no files.
+    """
+    lock = FileLock(run_dir / ".lock", timeout=0)
+    with writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            if not (run_dir / ".lock").exists():  # not held by anyone: a folder that takes no files, such as /proc
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
+            raise RunUnderWay(
+                f"{run_dir}: another process is training this run: wait for it, or give another folder"
+            ) from None
+    try:
+        for name in (STATE, TEACHER_LOGITS, RECORD, WEIGHTS):
+            remove_leftovers(run_dir / name)
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

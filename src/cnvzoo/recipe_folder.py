@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cnvzoo.errors import CnvzooError, nearest
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parent
 _FOLDERS = (_PACKAGE.parents[1] / "benchmarks" / "configs", _PACKAGE / "recipes")
 _SUFFIXES = (".yaml", ".yml")
 
