@@ -1,16 +1,16 @@
-"""Models by name: create, train and quantize them, preprocess images and classify them."""
+"""Models by name: create, train, quantize and save them."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from cnvzoo.checkpoints.folder import preprocessing_from
 from cnvzoo.checkpoints.format import CheckpointConfig
@@ -19,13 +19,12 @@ from cnvzoo.checkpoints.load import load_checkpoint, parse_name
 from cnvzoo.checkpoints.locations import choose_checkpoint
 from cnvzoo.data.datasets import Dataset
 from cnvzoo.data.preprocessing import Preprocessing
-from cnvzoo.data.preprocessing import transforms as data_transforms
-from cnvzoo.data.published import DatasetInfo, dataset_info
+from cnvzoo.data.published import dataset_info
 from cnvzoo.errors import ModelError
 from cnvzoo.models.classifier import Classifier
 from cnvzoo.models.cnv import CNV
 from cnvzoo.models.layers import without_initialization
-from cnvzoo.models.modes import evaluating, unwrapped
+from cnvzoo.models.modes import unwrapped
 from cnvzoo.models.registry import build_model, model_names
 from cnvzoo.training.evaluation import preprocessing_of
 from cnvzoo.training.recipe import Recipe, load_recipe
@@ -33,11 +32,9 @@ from cnvzoo.training.record import RunRecord
 from cnvzoo.training.run import WEIGHTS as RUN_WEIGHTS
 from cnvzoo.training.run import run_recipe
 from cnvzoo.training.watch import EpochReport
-from cnvzoo_runtime.runner import Prediction
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torchvision.transforms.v2 import Compose
+    pass
 
 
 def list_models(
@@ -55,7 +52,7 @@ def list_models(
 
 
 def create_model(
-    name: str,
+    name: str | Path,
     *,
     pretrained: bool | str = False,
     num_classes: int | None = None,
@@ -69,7 +66,8 @@ def create_model(
 
     Args:
         name: a model of `list_models()`, such as `quant_cnv`; with bit widths, `quant_cnv_w4a4`; with a dataset,
-            `quant_cnv_w4a4.cifar10`, a checkpoint of `list_checkpoints()`.
+            `quant_cnv_w4a4.cifar10`, a checkpoint of `list_checkpoints()`; or, with `pretrained=True`, the path of a
+            checkpoint's folder: a Path, or text with a separator.
         pretrained: True loads the checkpoint that `name` says, or the only one that fits; the name of a dataset loads
             the checkpoint trained on it.
         num_classes: number of outputs, at least 1; default that of the checkpoint or of the dataset in `name`, else 10.
@@ -83,15 +81,18 @@ def create_model(
 
     Returns:
         A module from images [N, in_chans, H, W] to logits [N, num_classes]. Float models take images normalised by
-        `cnvzoo.transforms(dataset)`, quantized models take uint8 images divided by 255. A pretrained model has its
-        checkpoint's config as `model.pretrained_cfg`; `cnvzoo.transforms(model)` is its preprocessing.
+        `cnvzoo.transforms(dataset)`, quantized models take uint8 images divided by 255. What a model is travels with
+        it: `arguments`, `classes` and `preprocessing` where the dataset is known, and `pretrained_cfg`, the config of
+        its checkpoint; `cnvzoo.transforms(model)` is its preprocessing.
 
     Raises:
         ModelError: unknown name or option; bit widths out of range, missing, or given to a float model; no checkpoint
             fits, or several do.
         CheckpointError: a file of the checkpoint is missing or damaged.
     """
-    parsed = parse_name(name)
+    if is_path(name):
+        return _from_folder(name, pretrained, num_classes, in_chans, {"w_bits": w_bits, "a_bits": a_bits, **kwargs})
+    parsed = parse_name(str(name))
     given = {"num_classes": num_classes, "in_chans": in_chans, "w_bits": w_bits, "a_bits": a_bits, **kwargs}
     wanted = parsed.bits | {key: value for key, value in given.items() if value is not None}
     if clash := [key for key, bits in parsed.bits.items() if wanted[key] != bits]:
@@ -101,7 +102,11 @@ def create_model(
     if not pretrained:
         info = dataset_info(parsed.dataset) if parsed.dataset else None
         shapes = {"num_classes": info.num_classes, "in_chans": info.in_chans} if info else {}
-        return build_model(parsed.model, **(shapes | wanted))
+        model = build_model(parsed.model, **(shapes | wanted))
+        if info is not None and model.in_chans == info.in_chans:
+            model.preprocessing = preprocessing_for(model.spec, info)
+            model.classes = info.classes if model.num_classes == info.num_classes else None
+        return model
     dataset = parsed.dataset
     if isinstance(pretrained, str):
         if dataset not in (None, pretrained):
@@ -110,14 +115,26 @@ def create_model(
     # A checkpoint whose dataset is named may be adapted; without a dataset, classes and channels help to choose it.
     adaptable = {key: wanted.pop(key) for key in ("num_classes", "in_chans") if dataset and key in wanted}
     checkpoint = choose_checkpoint(parsed.model, wanted, dataset, hub)
-    return cast("Classifier", load_checkpoint(checkpoint, hub=hub, **adaptable)[0])
+    return load_checkpoint(checkpoint, hub=hub, **adaptable)[0]
+
+
+def _from_folder(
+    folder: str | Path, pretrained: bool | str, num_classes: int | None, in_chans: int | None, given: dict[str, Any]
+) -> Classifier:
+    if pretrained is not True:
+        raise ModelError(f"{folder}: the folder of a checkpoint needs pretrained=True")
+    model, config = load_checkpoint(folder, num_classes=num_classes, in_chans=in_chans)
+    for key, value in given.items():
+        if value is not None and value != config.model.get(key):
+            raise ModelError(f"{folder}: its {key} is {config.model.get(key)}, not {value}: leave {key} out")
+    return model
 
 
 @dataclass(frozen=True)
 class TrainResult:
     """What `train` returns: the trained model, in eval mode, and the record of the run."""
 
-    model: nn.Module
+    model: Classifier
     record: RunRecord
 
 
@@ -240,50 +257,3 @@ def quantize(
     state = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith(".scale")}
     start_from_float(quantized, state, mean, std)
     return quantized
-
-
-def transforms(source: str | DatasetInfo | Preprocessing | CheckpointConfig | nn.Module) -> Compose:
-    """The torchvision v2 preprocessing of images for a model: PIL image or uint8 [C, H, W] to float32 [C, size, size].
-
-    Args:
-        source: a pretrained model, a checkpoint's config, a preprocessing, or a dataset. For a model adapted to other
-            channels (1 or 3), images are converted to them and normalised by the mean over the checkpoint's channels.
-
-    Raises:
-        ModelError: the model is not pretrained, or takes neither 1 nor 3 channels.
-        DatasetError: unknown dataset.
-    """
-    if isinstance(source, nn.Module):
-        source = _preprocessing_of_model(unwrapped(source))
-    return data_transforms(preprocessing_from(source) if isinstance(source, CheckpointConfig) else source)
-
-
-def _preprocessing_of_model(model: nn.Module) -> Preprocessing:
-    config = getattr(model, "pretrained_cfg", None)
-    if not isinstance(config, CheckpointConfig):
-        raise ModelError(f"{type(model).__name__} is not pretrained: give transforms the dataset it was trained on")
-    preprocessing = preprocessing_from(config)
-    channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-    if channels == preprocessing.in_chans:
-        return preprocessing
-    if channels not in (1, 3):
-        raise ModelError(f"the model takes {channels} channels, and transforms gives 1 or 3: convert images yourself")
-    mean, std = ((sum(v) / len(v),) * channels for v in (preprocessing.mean, preprocessing.std))
-    return replace(preprocessing, mean=mean, std=std)
-
-
-@torch.inference_mode()
-def predict(model: nn.Module, config: CheckpointConfig, image: Image | Tensor, top: int = 5) -> list[Prediction]:
-    """Classify one image, with the model in eval mode; afterwards each layer has the mode that it had.
-
-    Args:
-        model, config: as `load_checkpoint` returns them.
-        image: PIL image, or uint8 tensor [C, H, W]; of any size.
-        top: number of classes to return, most probable first.
-    """
-    model = unwrapped(model)
-    device = next(model.parameters()).device
-    with evaluating(model):
-        probabilities = model(transforms(config)(image)[None].to(device)).softmax(1)[0]
-    best = probabilities.argsort(descending=True, stable=True)[:top].tolist()
-    return [Prediction(config.classes[index], index, float(probabilities[index])) for index in best]

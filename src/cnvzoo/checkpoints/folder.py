@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
-from torch import nn
 
 from cnvzoo.checkpoints.format import (
     CARD,
@@ -40,6 +39,7 @@ from cnvzoo.checkpoints.weights import (
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.errors import explain
 from cnvzoo.files import is_temporary_of, replacing, write_text
+from cnvzoo.models.classifier import Classifier
 
 
 def read_verified(path: Path, facts: FileFacts) -> bytes:
@@ -147,17 +147,23 @@ def write_checkpoint(folder: str | Path, facts: CheckpointFacts, weights: str | 
     Raises:
         CheckpointError: the file is not the one that `facts` describes, or its tensors are not exactly the model's.
     """
-    weights, folder = Path(weights), Path(folder)
+    weights = Path(weights)
     content = read_limited(weights, LARGEST_FILE, f"more than {LARGEST_FILE:,} bytes: too large for a checkpoint")
     if (found := FileFacts.of(content).sha256) != facts.weights_sha256:
-        raise CheckpointError(f"{weights}: expected sha256 {facts.weights_sha256[:16]}..., found {found[:16]}...")
+        raise CheckpointError(f"{weights}: expected sha256 {str(facts.weights_sha256)[:16]}..., found {found[:16]}...")
+    return write_content(folder, facts, content, str(weights))
+
+
+def write_content(folder: str | Path, facts: CheckpointFacts, content: bytes, source: str) -> CheckpointConfig:
+    """As `write_checkpoint`, for the bytes of a safetensors file of the model's whole state; errors name `source`."""
+    folder = Path(folder)
     try:
         model = build_empty(facts.model)
         model.load_state_dict(read_plain(content, model), strict=True)
         if is_quantized(model):
             content = packed_file(model.eval())
     except CheckpointError as error:
-        raise CheckpointError(f"{weights}: not the weights of {facts.name}: {error}") from None
+        raise CheckpointError(f"{source}: not the weights of {facts.name}: {error}") from None
     config = CheckpointConfig(**dict(facts), format_version=FORMAT_VERSION, file=FileFacts.of(content))
     with replacing(folder / WEIGHTS) as temporary:
         temporary.write_bytes(content)
@@ -192,7 +198,7 @@ def check_weights(folder: str | Path, config: CheckpointConfig) -> None:
     read_verified(Path(folder) / WEIGHTS, config.file)
 
 
-def read_model(folder: str | Path, files: Mapping[str, FileFacts] | None = None) -> tuple[nn.Module, CheckpointConfig]:
+def read_model(folder: str | Path, files: Mapping[str, FileFacts] | None = None) -> tuple[Classifier, CheckpointConfig]:
     """Build the model of a checkpoint, in eval mode on the CPU, with its weights.
 
     Args:

@@ -220,11 +220,13 @@ class SeedResult(_Section):
 class CheckpointFacts(_Section):
     """Everything in a config that is known before the weights file is written.
 
+    Checkpoints of the zoo have all values. In a user's own, what is not known is None or empty.
+
     Attributes:
-        name: `<model tag>.<dataset>`, the folder's name.
+        name: the folder's name; `<model tag>.<dataset>` for the zoo's own.
         model: arguments of `cnvzoo.create_model`, the name included.
         dataset: dataset that the model was trained on.
-        classes: names of the outputs, in order.
+        classes: names of the outputs, in order; where they are not known, "0", "1", and so on.
         preprocessing: `Preprocessing.to_dict()`.
         seed: seed of the run that these weights come from.
         correct, total: correctly classified test images, and all test images; accuracy is their ratio.
@@ -239,29 +241,32 @@ class CheckpointFacts(_Section):
 
     name: Name
     model: ModelArguments
-    dataset: Word
+    dataset: Word | None = None
     classes: Classes
     preprocessing: PreprocessingValues
-    seed: Count
-    correct: Count
-    total: Total
-    results: list[SeedResult] = Field(max_length=1000)
-    weights_sha256: Sha256
-    recipe: RecipeValues
-    versions: Versions
-    device: DeviceFacts
-    commit: Commit | None
+    seed: Count | None = None
+    correct: Count | None = None
+    total: Total | None = None
+    results: list[SeedResult] = Field(default=[], max_length=1000)
+    weights_sha256: Sha256 | None = None
+    recipe: RecipeValues = {}
+    versions: Versions = {}
+    device: DeviceFacts = {}
+    commit: Commit | None = None
     recipes_scored: Ordinal | None = None
     numerics: Ordinal | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> CheckpointFacts:
-        own = SeedResult(
-            seed=self.seed, correct=self.correct, total=self.total, weights_sha256=self.weights_sha256,
-            numerics=self.numerics,
-        )  # fmt: skip
-        if self.results.count(own) != 1:
-            raise ValueError(f"results: must have seed {self.seed} once, with the numbers of this checkpoint")
+        if (self.correct is None) != (self.total is None):
+            raise ValueError("correct and total: give both, or neither")
+        if self.correct is not None and self.total is not None and self.correct > self.total:
+            raise ValueError("correct: larger than total")
+        if self.results:
+            own: object = (self.seed, self.correct, self.total, self.weights_sha256, self.numerics)
+            found: list[object] = [(r.seed, r.correct, r.total, r.weights_sha256, r.numerics) for r in self.results]
+            if found.count(own) != 1:
+                raise ValueError(f"results: must have seed {self.seed} once, with the numbers of this checkpoint")
         if any(result.correct > result.total for result in self.results):
             raise ValueError("results: correct is larger than total")
         for key, count in (("num_classes", len(self.classes)), ("in_chans", len(self.preprocessing["mean"]))):
@@ -270,9 +275,14 @@ class CheckpointFacts(_Section):
         return self
 
     @property
-    def accuracy(self) -> float:
-        """Top-1 on the test set, in percent."""
-        return 100 * self.correct / self.total
+    def accuracy(self) -> float | None:
+        """Top-1 on the test set, in percent; None where it was not measured."""
+        return None if self.correct is None or self.total is None else 100 * self.correct / self.total
+
+    @property
+    def score(self) -> str:
+        """Accuracy and counts for messages: `91.26 % (9126 of 10000)`, or `not measured`."""
+        return "not measured" if self.accuracy is None else f"{self.accuracy:.2f} % ({self.correct} of {self.total})"
 
 
 class IntegerResult(_Section):

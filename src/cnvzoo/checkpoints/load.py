@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnvzoo.checkpoints.folder import read_model
+from cnvzoo.checkpoints.folder import preprocessing_from, read_model
 from cnvzoo.checkpoints.format import CheckpointConfig, CheckpointError
 from cnvzoo.checkpoints.locations import find_checkpoint
 from cnvzoo.checkpoints.weights import build_skeleton, fit_scale
@@ -62,7 +62,7 @@ def load_checkpoint(
     hub: str | Path | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
-) -> tuple[nn.Module, CheckpointConfig]:
+) -> tuple[Classifier, CheckpointConfig]:
     """Build the model of a checkpoint, in eval mode on the CPU, with its weights.
 
     Size and sha256 of a file are compared before anything in it is parsed: with the index inside this package, or, for
@@ -78,7 +78,9 @@ def load_checkpoint(
             so.
 
     Returns:
-        The model and its config, which is also the model's attribute `pretrained_cfg`.
+        The model and its config, which is also the model's attribute `pretrained_cfg`. A model that was adapted has no
+        `pretrained_cfg`; the config that is returned then says what is known about the new model: it has the name of
+        its topology, no results, and, with other classes, no dataset and numbers as their names.
 
     Raises:
         CheckpointError: a file is missing or damaged, or its tensors are not exactly the model's.
@@ -88,18 +90,39 @@ def load_checkpoint(
     model, config = read_model(found.folder, found.files)
     wanted = {"num_classes": num_classes, "in_chans": in_chans}
     changes = {key: value for key, value in wanted.items() if value is not None and value != config.model[key]}
-    headless = changes.get("num_classes") == 0 and isinstance(model, Classifier)
-    if headless:
-        del changes["num_classes"]
     if changes:
-        model = adapt(model, config.model, changes, config.name)
-    if headless:
-        model.reset_classifier(0)  # type: ignore[operator]  (a Classifier, adapted or not)
-    model.pretrained_cfg = config  # type: ignore[assignment]  (a Module takes only tensors and modules)
+        name, config = config.name, _adapted_config(config, changes)
+        reshaped = {key: value for key, value in changes.items() if value}
+        model = adapt(model, model.arguments, reshaped, name) if reshaped else model
+        if changes.get("num_classes") == 0:
+            model.reset_classifier(0)
+    channels = config.model["in_chans"]
+    model.classes = None if "num_classes" in changes else tuple(config.classes)
+    model.preprocessing = preprocessing_from(config) if channels in (1, 3) else None
+    model.pretrained_cfg = None if changes else config
     return model, config
 
 
-def adapt(model: nn.Module, arguments: Mapping[str, Any], changes: Mapping[str, int], name: str) -> nn.Module:
+def _adapted_config(config: CheckpointConfig, changes: Mapping[str, int]) -> CheckpointConfig:
+    """The config of a model that was adapted: nothing in it is about the checkpoint's weights or classes."""
+    arguments, preprocessing = {**config.model, **changes}, config.preprocessing
+    known: dict[str, Any] = {"dataset": config.dataset, "classes": config.classes}
+    if "num_classes" in changes:
+        known = {"dataset": None, "classes": [str(n) for n in range(changes["num_classes"])]}
+    if "in_chans" in changes:
+        mean, std = (
+            [sum(preprocessing[key]) / len(preprocessing[key])] * changes["in_chans"] for key in ("mean", "std")
+        )
+        preprocessing = {**preprocessing, "mean": mean, "std": std}
+    unknown = {"seed": None, "correct": None, "total": None, "weights_sha256": None, "commit": None, "numerics": None}
+    unknown |= {"recipes_scored": None, "integer": None, "results": [], "recipe": {}, "versions": {}, "device": {}}
+    name = config.name.partition(".")[0]
+    return config.model_copy(
+        update={"name": name, "model": arguments, "preprocessing": preprocessing} | known | unknown
+    )
+
+
+def adapt(model: nn.Module, arguments: Mapping[str, Any], changes: Mapping[str, int], name: str) -> Classifier:
     """The model with other `num_classes`, `in_chans` or both; a warning names the layers that changed.
 
     The head, the layer whose shape depends on `num_classes`, is initialised anew from the global random number

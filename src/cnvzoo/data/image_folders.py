@@ -64,7 +64,9 @@ def read_image_folder(root: Path, *, size: int | None = None, in_chans: int | No
         if lacking := [name for name in classes if not folders.get(name)]:
             raise DatasetError(f"{root}: {split} has no images of {_listed(lacking)}: every split needs every class")
     if len(classes) < 2:
-        raise DatasetError(f"{root}: only one class, {classes[0]!r}: a classifier needs a folder for each of several")
+        raise DatasetError(
+            f"{root}: only one class, {', '.join(classes)!r}: a classifier needs a folder for each of several"
+        )
     if len(classes) > 256:
         raise DatasetError(f"{root}: {len(classes)} classes: labels are 8-bit numbers, so at most 256 are possible")
     paths = {split: [path for name in classes for path in folders[name]] for split, folders in splits.items()}

@@ -115,6 +115,15 @@ class Classifier(nn.Module):
         raise NotImplementedError
 
 
+def class_names(model: nn.Module, outputs: int) -> tuple[str, ...]:
+    """The names of a model's `outputs` logits: its `classes`, or "0", "1", ... where they are not known.
+
+    After a layer was replaced by hand, `classes` of another number are those of the old head, and are not used.
+    """
+    classes = getattr(model, "classes", None)
+    return tuple(classes) if classes and len(classes) == outputs else tuple(map(str, range(outputs)))
+
+
 def first_channels(model: nn.Module) -> int | None:
     """Input channels of the first convolution of a model; None without one."""
     return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)

@@ -1,8 +1,8 @@
-"""Top-1 accuracy on a test set: float32, one crop, no augmentation."""
+"""Accuracy on a test set: float32, one crop, no augmentation."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from cnvzoo.data.datasets import Dataset, load_dataset
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo.errors import ModelError
+from cnvzoo.models.classifier import Classifier
 from cnvzoo.models.modes import evaluating, moved, unwrapped
 from cnvzoo.models.registry import ModelSpec, model_spec
 from cnvzoo.progress import counted
@@ -20,29 +21,89 @@ from cnvzoo.training.device import deterministic, resolve_device
 
 def preprocessing_of(model: str, dataset: str) -> Preprocessing:
     """Preprocessing of a dataset's images for a model: quantized models take uint8 / 255, others normalised images."""
-    return _preprocessing_for(model_spec(model), dataset_info(dataset))
+    return preprocessing_for(model_spec(model), dataset_info(dataset))
 
 
-def _preprocessing_for(spec: ModelSpec, info: DatasetInfo) -> Preprocessing:
+def preprocessing_for(spec: ModelSpec, info: DatasetInfo) -> Preprocessing:
+    """As `preprocessing_of`, for any dataset."""
     return Preprocessing.for_dataset(info, size=spec.input_size, normalize=not spec.quantized)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Top-1 accuracy of a model: `correct` of `total` images."""
+def preprocessing_of_model(model: nn.Module, info: DatasetInfo) -> Preprocessing:
+    """Preprocessing of a dataset's images for a model of this library.
 
-    correct: int
-    total: int
+    Mean and standard deviation are those that the model was trained with, where it knows them.
+
+    Raises:
+        ModelError: not a model of this library, or it takes images of another number of channels.
+    """
+    spec, own = getattr(model, "spec", None), getattr(model, "preprocessing", None)
+    if not isinstance(spec, ModelSpec):
+        raise ModelError(f"{type(model).__name__} is not a model of cnvzoo: give its preprocessing=")
+    found = preprocessing_for(spec, info)
+    if not isinstance(own, Preprocessing):
+        return found
+    if own.in_chans != info.in_chans:
+        raise ModelError(
+            f"the model takes {own.in_chans} channel(s), and the images of {info.name} have {info.in_chans}"
+        )
+    return replace(found, mean=own.mean, std=own.std)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The result of a model on a test set of N images and K classes.
+
+    Attributes:
+        predictions: class with the largest logit of each image, int64 [N].
+        labels: the right classes, int64 [N].
+        top5_correct: number of images whose class is among the five of the largest logits; of equal logits, the one of
+            the lower class counts as larger.
+        num_classes: K.
+    """
+
+    predictions: Tensor
+    labels: Tensor
+    top5_correct: int
+    num_classes: int
+
+    @classmethod
+    def of_logits(cls, logits: Tensor, labels: Tensor) -> Evaluation:
+        """From logits [N, K] and labels [N]."""
+        labels = labels.long()
+        own = logits.gather(1, labels[:, None])
+        lower = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+        rank = ((logits > own) | ((logits == own) & lower)).sum(1)
+        return cls(logits.argmax(1), labels, int((rank < 5).sum()), logits.shape[1])
+
+    @property
+    def correct(self) -> int:
+        """Number of images classified right."""
+        return int((self.predictions == self.labels).sum())
+
+    @property
+    def total(self) -> int:
+        return len(self.labels)
 
     @property
     def accuracy(self) -> float:
-        """In percent."""
+        """Top-1 in percent."""
         return 100 * self.correct / self.total
+
+    @property
+    def top5_accuracy(self) -> float:
+        """In percent."""
+        return 100 * self.top5_correct / self.total
+
+    def confusion_matrix(self) -> Tensor:
+        """Number of images of each class (row) that were classified as each class (column), int64 [K, K]."""
+        cells = self.labels * self.num_classes + self.predictions
+        return torch.bincount(cells, minlength=self.num_classes**2).view(self.num_classes, self.num_classes)
 
 
 def evaluate(
     model: nn.Module,
-    dataset: str | Dataset,
+    dataset: str | Path | Dataset,
     *,
     preprocessing: Preprocessing | None = None,
     device: str | torch.device = "auto",
@@ -53,26 +114,42 @@ def evaluate(
     Args:
         model: maps images [B, C, H, W] to logits [B, K]. It is left as it was: in mode, device and memory
             layout. The wrappers of torch.compile and DataParallel are not used.
-        dataset: name of a dataset, or a loaded one.
+        dataset: name of a dataset or path of own images, as for `load_dataset`, or a loaded one.
         preprocessing: from uint8 images to the model's inputs; by default that of training, for models of this library.
         device: `auto`, or anything torch.device takes.
         data_root: folder of the dataset cache.
 
     Raises:
-        ModelError: the model is not from this library and no preprocessing was given.
+        ModelError: the model is not from this library and no preprocessing was given, or it has another number of
+            classes or channels than the dataset.
         CnvzooError: the device is not available.
     """
     model = unwrapped(model)
-    data = load_dataset(dataset, root=data_root) if isinstance(dataset, str) else dataset
-    if preprocessing is None:
-        spec = getattr(model, "spec", None)
-        if not isinstance(spec, ModelSpec):
-            raise ModelError(f"{type(model).__name__} is not a model of cnvzoo: give its preprocessing=")
-        preprocessing = _preprocessing_for(spec, data.info)
+    data = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, root=data_root)
+    preprocessing = preprocessing or preprocessing_of_model(model, data.info)
+    if isinstance(
+        model, Classifier
+    ):  # checked before any image is classified; other models are checked by their logits
+        _check_classes(model.num_classes, data.info)
     target = resolve_device(device)
-    with deterministic(target), moved(model, target):
-        correct = count_correct(model, data.test_images, data.test_labels, preprocessing)
-    return Evaluation(correct, len(data.test_labels))
+    with deterministic(target), moved(model, target), evaluating(model), torch.inference_mode():
+        logits = []
+        for start in counted(range(0, len(data.test_images), _BATCH), "evaluating"):
+            found = model(preprocessing(data.test_images[start : start + _BATCH].to(target)))
+            _check_classes(found.shape[1], data.info)
+            logits.append(found.float().cpu())
+    return Evaluation.of_logits(torch.cat(logits), data.test_labels)
+
+
+_BATCH = 1000
+
+
+def _check_classes(outputs: int, info: DatasetInfo) -> None:
+    if outputs != info.num_classes:
+        raise ModelError(
+            f"the model has {outputs} classes, and {info.name} has {info.num_classes}: evaluate it on a dataset of its "
+            "classes"
+        )
 
 
 @torch.inference_mode()
@@ -82,7 +159,7 @@ def count_correct(
     labels: Tensor,
     preprocessing: Preprocessing,
     *,
-    batch_size: int = 1000,
+    batch_size: int = _BATCH,
     quiet: bool = False,
 ) -> int:
     """Number of uint8 `images` [N, H, W, C] that the model, in eval mode, classifies as `labels` [N].

@@ -22,10 +22,13 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from cnvzoo.data.augmentation import Augmentation
-from cnvzoo.data.published import dataset_info
+from cnvzoo.data.datasets import dataset_path_name, is_dataset_path
+from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo.errors import CnvzooError, nearest
+from cnvzoo.files import expanded
 from cnvzoo.models.registry import model_spec
 from cnvzoo.recipe_folder import RecipeError, find_recipe
 from cnvzoo.strict_yaml import StrictYamlError, Where, error_at, explain_with_lines, read_yaml
@@ -131,7 +134,8 @@ class Recipe(_Section):
     Attributes:
         name: table entry, `<dataset>_<model>[_w<W>a<A>]`.
         model, w_bits, a_bits: as for `cnvzoo.create_model`; quantized models need both bit widths, others take none.
-        dataset: one of `cnvzoo.list_datasets()`.
+        dataset: one of `cnvzoo.list_datasets()`; or the path of own images, as for `cnvzoo.load_dataset`. In a file, a
+            relative path is relative to the file's folder.
         epochs: passes over the training set.
         batch_size: images per step, 2 to the size of the training set.
         optimizer: optimizer and its rates.
@@ -142,6 +146,9 @@ class Recipe(_Section):
         float_start: for quantized models, the entry of the float twin whose published weights training starts from,
             whatever the run's own seed: the name of a recipe in the same folder.
         float_start_sha256: fingerprint of that recipe; filled in by load_recipe.
+        start: the checkpoint that training starts from, for fine-tuning: its name, or the path of its folder. It has to
+            be of the same model and bit widths; or, for a quantized model, of its float twin or of other bit widths. A
+            head for another number of classes is initialised from the seed.
         quantize_bias: for quantized models, round BatchNorm's shifts to whole accumulator units after training, before
             the model is scored, so that they are exact int32 biases.
         teacher: entries of the float models, of the same dataset, that the model learns from: names of recipes in the
@@ -165,6 +172,7 @@ class Recipe(_Section):
     early_crops: EarlyCrops | None = None
     float_start: str | None = None
     float_start_sha256: str | None = None
+    start: str | None = Field(default=None, min_length=1)
     quantize_bias: bool = False
     teacher: _OneOrMore = ()
     distillation: Distillation = Distillation()
@@ -179,7 +187,7 @@ class Recipe(_Section):
     @field_validator("dataset")
     @classmethod
     def _known_dataset(cls, name: str) -> str:
-        return dataset_info(name).name
+        return name if is_dataset_path(name) else dataset_info(name).name
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
@@ -203,46 +211,62 @@ class Recipe(_Section):
                 )
             if self.augmentation.mixup:
                 raise error_at("distillation.views", f"{views}: views cannot have mixup: leave one out")
-        self._check_fits_dataset()
-        if self.early_crops:
-            self._check_crops(self.early_crops)
+        if self.start and self.float_start:
+            raise error_at("start", "a run starts from start or from float_start: leave one out")
+        if not is_dataset_path(self.dataset):
+            self._check_fits(dataset_info(self.dataset))
+        if self.early_crops and self.early_crops.epochs >= self.epochs:
+            raise error_at(
+                "early_crops.epochs",
+                f"{self.early_crops.epochs}: must be below epochs, {self.epochs}: others are whole",
+            )
         if self.schedule.warmup_epochs >= self.epochs:
             raise error_at(
                 "epochs", f"{self.epochs}: must be above schedule.warmup_epochs, {self.schedule.warmup_epochs}"
             )
         return self
 
-    def _check_fits_dataset(self) -> None:
-        info = dataset_info(self.dataset)
+    def check_fits(self, info: DatasetInfo) -> None:
+        """Raise RecipeError where the recipe is impossible with images like these."""
+        try:
+            self._check_fits(info)
+        except PydanticCustomError as error:
+            key = (error.context or {})["key"]
+            raise RecipeError(f"{self.name}: {key}: {error.message()}") from None
+
+    def _check_fits(self, info: DatasetInfo) -> None:
         side = model_spec(self.model).input_size or info.image_size
         padding, cutout = self.augmentation.crop_padding, self.augmentation.cutout
         if self.batch_size > info.train_size:
-            most = f"must be at most {info.train_size}, the training images of {self.dataset}"
+            most = f"must be at most {info.train_size}, the training images of {info.name}"
             raise error_at("batch_size", f"{self.batch_size}: {most}")
         if padding >= side:
             raise error_at("augmentation.crop_padding", f"{padding}: must be below {side}, the side of the images")
         if cutout > side:
             raise error_at("augmentation.cutout", f"{cutout}: must be at most {side}, the side of the images")
+        for teacher in self.teacher_models:
+            if (model_spec(teacher).input_size or info.image_size) != side:
+                raise error_at("teacher", f"{teacher} takes images of another size than {self.model}")
+        if self.early_crops:
+            self._check_crops(self.early_crops, info.image_size)
 
-    def _check_crops(self, crops: EarlyCrops) -> None:
-        spec, own = model_spec(self.model), dataset_info(self.dataset).image_size
+    def _check_crops(self, crops: EarlyCrops, own: int) -> None:
+        spec = model_spec(self.model)
         if spec.input_size:
             raise error_at("early_crops", f"{self.model} takes images of {spec.input_size} pixels only: leave it out")
         if not spec.min_size <= crops.side < own:
             raise error_at("early_crops.side", f"{crops.side}: must be {spec.min_size} to {own - 1} for {self.model}")
-        if crops.epochs >= self.epochs:
-            raise error_at(
-                "early_crops.epochs", f"{crops.epochs}: must be below epochs, {self.epochs}: others are whole"
-            )
         if self.teacher and self.distillation.views is None:
             raise error_at("early_crops", "a teacher takes whole images: set distillation.views, or leave one out")
         if self.teacher and self.augmentation.cutout:
             raise error_at("early_crops", "views with cutout cannot be cropped: leave one out")
 
     def _check_teacher(self, teacher: str) -> None:
-        model = teacher.removeprefix(f"{self.dataset}_")
+        model = teacher.removeprefix(f"{self.dataset_name}_")
         if model == teacher:
-            raise error_at("teacher", f"{teacher!r}: a teacher is an entry of the same dataset, {self.dataset}_<model>")
+            raise error_at(
+                "teacher", f"{teacher!r}: a teacher is an entry of the same dataset, {self.dataset_name}_<model>"
+            )
         if self.teacher.count(teacher) > 1:
             raise error_at("teacher", f"{teacher} is named twice: name each teacher once")
         try:
@@ -251,14 +275,16 @@ class Recipe(_Section):
             raise error_at("teacher", str(error)) from None
         if spec.quantized:
             raise error_at("teacher", f"{model} is quantized: a teacher is a float model")
-        own = dataset_info(self.dataset).image_size
-        if (spec.input_size or own) != (model_spec(self.model).input_size or own):
-            raise error_at("teacher", f"{model} takes images of another size than {self.model}")
+
+    @property
+    def dataset_name(self) -> str:
+        """Name of the dataset; for own images, that of the folder or file, as in `DatasetInfo.name`."""
+        return dataset_path_name(self.dataset) if is_dataset_path(self.dataset) else self.dataset
 
     @property
     def teacher_models(self) -> tuple[str, ...]:
         """The models of the teachers, as for `cnvzoo.create_model`."""
-        return tuple(teacher.removeprefix(f"{self.dataset}_") for teacher in self.teacher)
+        return tuple(teacher.removeprefix(f"{self.dataset_name}_") for teacher in self.teacher)
 
     @property
     def needs(self) -> dict[str, tuple[str, ...]]:
@@ -276,14 +302,21 @@ class Recipe(_Section):
         """The model with its bit widths, as in checkpoint names: `quant_cnv_w4a4`."""
         return self.model if self.w_bits is None else f"{self.model}_w{self.w_bits}a{self.a_bits}"
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, data_sha256: str | None = None) -> str:
         """sha256 of everything in the recipe that decides the weights, the seed excluded.
+
+        Of own images, the contents count and not their path.
+
+        Args:
+            data_sha256: `Dataset.sha256` of own images; ignored for a dataset of the benchmark.
 
         Keys that have their default are left out, so that a new key changes no fingerprint of recipes without it. For
         the same reason a default may never change: recipes that rely on it would train otherwise under the same
         fingerprint.
         """
         values = self.model_dump(mode="json", exclude={"seed", "name"}, exclude_defaults=True)
+        if is_dataset_path(self.dataset):
+            values["dataset"] = f"sha256:{data_sha256}"
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -323,6 +356,10 @@ def _load(path: Path) -> tuple[Recipe, Where]:
     for key, origin in _FILLED_IN.items():
         if key in values:
             raise RecipeError(f"{where[(key,)]}: {key}: {origin}: remove this line")
+    for key, is_relative in (("dataset", is_dataset_path), ("start", lambda text: os.sep in text)):
+        text = values.get(key)
+        if isinstance(text, str) and is_relative(text) and not expanded(text).is_absolute():
+            values[key] = str(path.parent / text)
     return recipe_from_dict({**values, "name": path.stem}, str(path), where), where
 
 
@@ -333,7 +370,7 @@ def _load_needed(recipe: Recipe, purpose: str, entry: str, path: Path, where: Wh
         recipes = sorted(p.stem for p in path.parent.glob("*.yaml") if not p.stem.startswith("_"))
         raise RecipeError(f"{place}: no recipe {entry!r} beside this one: {nearest(entry, recipes)}")
     found, found_where = _load(source)
-    model = entry.removeprefix(f"{recipe.dataset}_")
+    model = entry.removeprefix(f"{recipe.dataset_name}_")
     remedy = f"its name says {model}: rename it, or name another"
     if purpose == "float_start":
         model = model_spec(recipe.model).float_twin

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from cnvzoo.data.datasets import is_dataset_path
 from cnvzoo.data.published import dataset_info, published_sha256
 from cnvzoo.errors import CnvzooError, explain
 from cnvzoo.files import write_text
@@ -76,6 +77,13 @@ class InputRecord(_Section):
     weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+class StartRecord(_Section):
+    """The checkpoint that a run starts from: name or path, and sha256 of its weights file."""
+
+    checkpoint: str
+    weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
 def _checked(section: type[BaseModel]) -> AfterValidator:
     """Validates a mapping as a `section`, and keeps it a mapping, with the keys that were written."""
 
@@ -114,6 +122,7 @@ class RunRecord(BaseModel):
         commit: commit of the checkout that trained, with a `+` appended if it had changes; None outside of a checkout.
         float_start: entry, seed and weights_sha256 of the float model that a quantized run started from.
         teacher: entry, seed and weights_sha256 of the teacher, or a list of several.
+        start: checkpoint that the recipe's `start` names, and sha256 of its weights file.
         finished: time of the end, UTC, ISO 8601.
         history: for each epoch: epoch, loss (training), lr, seconds; with `validate`, validation_accuracy in percent.
     """
@@ -139,6 +148,7 @@ class RunRecord(BaseModel):
     commit: str | None = Field(pattern=r"^[0-9a-f]{40}\+?$")
     float_start: _Input | None
     teacher: _Input | list[_Input] | None = None
+    start: Annotated[dict[str, Any], _checked(StartRecord)] | None = None
     finished: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")
     history: list[Annotated[dict[str, float], _checked(EpochRecord)]]
 
@@ -147,7 +157,7 @@ class RunRecord(BaseModel):
         if self.correct > self.total or abs(100 * self.correct / self.total - self.accuracy) > 0.005:
             raise ValueError(f"accuracy {self.accuracy} is not {self.correct} of {self.total}")
         recipe = self.parsed_recipe()
-        if (fingerprint := recipe.fingerprint()) != self.recipe_sha256:
+        if (fingerprint := recipe.fingerprint(self.data_sha256)) != self.recipe_sha256:
             raise ValueError(
                 f"recipe_sha256 is {self.recipe_sha256[:8]}..., but that of the recipe in it is {fingerprint[:8]}...: "
                 "the recipe or its fingerprint was edited"
@@ -163,6 +173,11 @@ class RunRecord(BaseModel):
         ):
             if found != expected:
                 raise ValueError(f"{key} is {found!r}, and by the rest of the record it has to be {expected!r}")
+        started = self.start["checkpoint"] if self.start else None
+        if started != recipe.start:
+            raise ValueError(f"start is {started!r}, and by the recipe it has to be {recipe.start!r}")
+        if is_dataset_path(recipe.dataset):
+            return self
         total = self.holdout or dataset_info(recipe.dataset).test_size
         if self.data_sha256 == published_sha256(recipe.dataset) and self.total != total:
             raise ValueError(f"total is {self.total}, and {total} images of {recipe.dataset} are scored")

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cnvzoo.data.batches import TrainBatches
-from cnvzoo.data.datasets import Dataset, load_dataset
-from cnvzoo.data.published import published_sha256
+from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
+from cnvzoo.data.published import DatasetInfo, published_sha256
 from cnvzoo.files import FileError, expanded, replacing, sha256_of
 from cnvzoo.models.layers import initialized_from, without_initialization
 from cnvzoo.models.registry import build_model, model_spec
 from cnvzoo.progress import TrainingProgress
 from cnvzoo.training.device import deterministic, keep_freed_memory, resolve_device
 from cnvzoo.training.distillation import Teacher, precompute_logits
-from cnvzoo.training.evaluation import count_correct, preprocessing_of
+from cnvzoo.training.evaluation import count_correct, preprocessing_for
 from cnvzoo.training.numerics import NUMERICS, describe_machine, describe_versions, warn_of_slow_loops
 from cnvzoo.training.recipe import LARGEST_SEED, PUBLISHED_SEED, Recipe
 from cnvzoo.training.record import RecordError, RunRecord, current_commit
@@ -53,6 +53,22 @@ from cnvzoo.training.trainer import Trainer
 from cnvzoo.training.watch import EpochReport, Watch, check_validation
 
 
+@dataclass(frozen=True)
+class StartingModel:
+    """The checkpoint that a recipe's `start` names, for `run_recipe`.
+
+    Attributes:
+        checkpoint: name or path, as in the recipe.
+        weights_sha256: sha256 of its weights file.
+        build: makes the recipe's model with its weights for a dataset; what is new is initialised from torch's
+            generator.
+    """
+
+    checkpoint: str
+    weights_sha256: str
+    build: Callable[[DatasetInfo], nn.Module]
+
+
 @keep_freed_memory()
 def run_recipe(
     recipe: Recipe,
@@ -68,6 +84,7 @@ def run_recipe(
     data_root: str | Path | None = None,
     float_start: str | Path | None = None,
     teacher: str | Path | Sequence[str | Path] | None = None,
+    start: StartingModel | None = None,
     validate: int = 0,
     on_epoch: Callable[[EpochReport], object] | None = None,
     log: str | Path | None = None,
@@ -92,6 +109,7 @@ def run_recipe(
         float_start: safetensors file with the float twin's weights; needed if the recipe has a float_start.
         teacher: safetensors file with the teacher's weights, or one for each of the recipe's teachers, in its order.
             With a holdout, the teachers must have held out the same images, or they would know the labels.
+        start: the checkpoint of the recipe's `start`; `cnvzoo.train` loads it.
         validate: number of held-out images, at most `holdout`, that are scored after each epoch: the first ones. The
             record's history has the accuracies. The weights are those of a run without validation.
         on_epoch: called with an `EpochReport` after each epoch that ends in this call. An exception that it raises
@@ -126,15 +144,23 @@ def run_recipe(
     teachers = [teacher] if isinstance(teacher, (str, Path)) else teacher or []
     started_from = _describe_inputs(recipe, "float_start", [] if float_start is None else [float_start])
     taught_by = _describe_inputs(recipe, "teacher", teachers)
+    if recipe.start != (start.checkpoint if start else None):
+        raise RunError(f"{recipe.name}: starts from {recipe.start}, and was given {start and start.checkpoint}")
+    if dataset is None and is_dataset_path(recipe.dataset):
+        dataset = load_dataset(recipe.dataset)
+    if dataset is not None and is_dataset_path(recipe.dataset):
+        recipe.check_fits(dataset.info)
+    data_sha256 = published_sha256(recipe.dataset) if dataset is None else dataset.sha256
     identity = RunIdentity(
-        recipe=recipe.fingerprint(),
+        recipe=recipe.fingerprint(data_sha256),
         seed=recipe.seed,
         epochs=epochs,
         holdout=holdout,
         numerics=NUMERICS,
-        data=published_sha256(recipe.dataset) if dataset is None else dataset.sha256,
+        data=data_sha256,
         float_start=started_from[0] if started_from else None,
         teacher=taught_by[0] if len(taught_by) == 1 else taught_by or None,
+        start={"checkpoint": start.checkpoint, "weights_sha256": start.weights_sha256} if start else None,
     )
     commit = current_commit()  # read now: the checkout may have moved on by the end of the run
 
@@ -148,7 +174,7 @@ def run_recipe(
         data = dataset or load_dataset(recipe.dataset, root=data_root)
         data = data.holdout(holdout) if holdout else data
         trainer = Trainer(
-            _initial_model(recipe, data, float_start).to(target),
+            _initial_model(recipe, data, float_start, start).to(target),
             _train_batches(recipe, data, target),
             recipe,
             epochs,
@@ -157,7 +183,7 @@ def run_recipe(
         conditions = machine | {name: text for name, text in versions.items() if name not in ("python", "cnvzoo")}
         if (set_aside := resume(trainer, run_dir / STATE, identity, conditions)) and not quiet:
             print(f"{recipe.run_name}: the state of another run was moved to {set_aside}", file=sys.stderr)
-        preprocessing = preprocessing_of(recipe.model, recipe.dataset)
+        preprocessing = preprocessing_for(model_spec(recipe.model), data.info)
 
         def epoch_ended(trainer: Trainer) -> None:
             if validate:
@@ -202,6 +228,7 @@ def run_recipe(
             commit=commit,
             float_start=identity.float_start,
             teacher=identity.teacher,
+            start=identity.start,
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             history=trainer.history,
         )
@@ -257,10 +284,12 @@ def _finished_record(run_dir: Path, identity: RunIdentity) -> RunRecord | None:
     )
 
 
-def _initial_model(recipe: Recipe, data: Dataset, float_start: str | Path | None) -> nn.Module:
-    """The model as the seed initialises it, or with the weights of its float start, in channels_last."""
+def _initial_model(
+    recipe: Recipe, data: Dataset, float_start: str | Path | None, start: StartingModel | None
+) -> nn.Module:
+    """The model as the seed initialises it, or with the weights that it starts from, in channels_last."""
     with initialized_from(recipe.seed):
-        model = build_model(
+        model = start.build(data.info).train() if start else build_model(
             recipe.model, num_classes=data.info.num_classes, in_chans=data.info.in_chans,
             w_bits=recipe.w_bits, a_bits=recipe.a_bits,
         )  # fmt: skip
@@ -269,7 +298,7 @@ def _initial_model(recipe: Recipe, data: Dataset, float_start: str | Path | None
 
         twin = model_spec(recipe.model).float_twin
         assert twin is not None
-        normalisation = preprocessing_of(twin, recipe.dataset)
+        normalisation = preprocessing_for(model_spec(twin), data.info)
         with _unfit_weights_named(recipe, float_start):
             start_from_float(model, load_file(float_start), normalisation.mean, normalisation.std)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -281,7 +310,7 @@ def _train_batches(recipe: Recipe, data: Dataset, device: torch.device) -> Train
             data.train_images,
             data.train_labels,
             num_classes=data.info.num_classes,
-            preprocessing=preprocessing_of(recipe.model, recipe.dataset),
+            preprocessing=preprocessing_for(model_spec(recipe.model), data.info),
             augmentation=recipe.augmentation,
             batch_size=recipe.batch_size,
             seed=recipe.seed,
@@ -299,8 +328,9 @@ def _load_teacher(recipe: Recipe, data: Dataset, files: Sequence[str | Path], de
             model = build_model(name, num_classes=data.info.num_classes, in_chans=data.info.in_chans)
         with _unfit_weights_named(recipe, weights):
             model.load_state_dict(load_file(weights), strict=True)
-        nets.append((model.to(device), preprocessing_of(name, recipe.dataset)))
-    return Teacher(nets, preprocessing_of(recipe.model, recipe.dataset), recipe.distillation) if nets else None
+        nets.append((model.to(device), preprocessing_for(model_spec(name), data.info)))
+    own = preprocessing_for(model_spec(recipe.model), data.info)
+    return Teacher(nets, own, recipe.distillation) if nets else None
 
 
 @contextmanager

@@ -143,7 +143,7 @@ class RunIdentity:
 
     Attributes:
         recipe: fingerprint of the recipe.
-        seed, epochs, holdout, numerics, float_start, teacher: as in the record.
+        seed, epochs, holdout, numerics, float_start, teacher, start: as in the record.
         data: the record's data_sha256.
     """
 
@@ -155,12 +155,13 @@ class RunIdentity:
     data: str
     float_start: dict[str, Any] | None
     teacher: dict[str, Any] | list[dict[str, Any]] | None = None
+    start: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, record: RunRecord) -> RunIdentity:
         return cls(
             record.recipe_sha256, record.seed, record.epochs, record.holdout, record.numerics, record.data_sha256,
-            record.float_start, record.teacher,
+            record.float_start, record.teacher, record.start,
         )  # fmt: skip
 
 

@@ -1,0 +1,121 @@
+"""Classifying images of any size and kind with a model: its preprocessing as a transform, and predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cnvzoo.checkpoints.folder import preprocessing_from
+from cnvzoo.checkpoints.format import CheckpointConfig
+from cnvzoo.data.preprocessing import Preprocessing
+from cnvzoo.data.preprocessing import transforms as data_transforms
+from cnvzoo.data.published import DatasetInfo, dataset_info
+from cnvzoo.errors import ModelError
+from cnvzoo.models.classifier import class_names, whole_number
+from cnvzoo.models.modes import evaluating, unwrapped
+from cnvzoo.training.evaluation import preprocessing_of_model
+from cnvzoo_runtime.runner import Prediction
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torchvision.transforms.v2 import Compose
+
+_BATCH = 256  # images that are classified at a time
+
+
+def transforms(
+    source: str | DatasetInfo | Preprocessing | CheckpointConfig | nn.Module, dataset: str | DatasetInfo | None = None
+) -> Compose:
+    """The torchvision v2 preprocessing of images for a model.
+
+    The transform takes a PIL image or a uint8 tensor [C, H, W] of any size, and returns float32 [C, size, size]; from a
+    uint8 batch [N, C, H, W] it makes [N, C, size, size].
+
+    Args:
+        source: a model, a checkpoint's config, a preprocessing, or a dataset. For a model adapted to other channels (1
+            or 3), images are converted to them and normalised by the mean over the checkpoint's channels.
+        dataset: with a model that does not know its preprocessing, the dataset that it was trained on.
+
+    Raises:
+        ModelError: the model does not know its preprocessing, or it takes neither 1 nor 3 channels.
+        DatasetError: unknown dataset.
+    """
+    if isinstance(source, nn.Module):
+        model = unwrapped(source)
+        if dataset is not None:
+            source = preprocessing_of_model(model, dataset_info(dataset) if isinstance(dataset, str) else dataset)
+        else:
+            source = known_preprocessing(model)
+    elif dataset is not None:
+        raise ModelError("transforms takes a dataset beside a model only: leave one out")
+    return data_transforms(preprocessing_from(source) if isinstance(source, CheckpointConfig) else source)
+
+
+def known_preprocessing(model: nn.Module) -> Preprocessing:
+    """The preprocessing that a model carries. Raises ModelError where it has none."""
+    found = getattr(model, "preprocessing", None)
+    if isinstance(found, Preprocessing):
+        return found
+    if (channels := getattr(model, "in_chans", 3)) not in (1, 3):
+        raise ModelError(f"the model takes {channels} channels, and transforms gives 1 or 3: convert images yourself")
+    raise ModelError(
+        f"the {type(model).__name__} does not know its preprocessing: give the dataset that it was trained on, or set "
+        "model.preprocessing"
+    )
+
+
+@overload
+def predict(model: nn.Module, images: Image | Tensor | NDArray[np.uint8], top: int = 5) -> list[Prediction]: ...
+
+
+@overload
+def predict(
+    model: nn.Module, images: Sequence[Image | Tensor | NDArray[np.uint8]], top: int = 5
+) -> list[list[Prediction]]: ...
+
+
+def predict(model: nn.Module, images: Any, top: int = 5) -> list[Prediction] | list[list[Prediction]]:
+    """The most probable classes of one image, or of each image of a list.
+
+    The model is in eval mode for the call; afterwards each layer has the mode that it had. Its preprocessing and the
+    names of its classes are those that it carries; classes without names are "0", "1", and so on.
+
+    Args:
+        model: a model of this library that knows its preprocessing, such as a pretrained one.
+        images: a PIL image, a uint8 tensor [C, H, W] or a uint8 array [H, W, C], of any size; or a list of them.
+        top: number of classes to return, at least 1, most probable first.
+
+    Raises:
+        ModelError: the model does not know its preprocessing, or `top` is below 1.
+        ImageError: not an 8-bit image of 1 or 3 channels.
+    """
+    count = whole_number(top)
+    if count is None or count < 1:
+        raise ModelError(f"top={top!r}: a whole number of at least 1")
+    model = unwrapped(model)
+    transform = transforms(model)
+    if not isinstance(images, Sequence):
+        return _classify(model, [images], transform, count)[0]
+    return [
+        found
+        for start in range(0, len(images), _BATCH)
+        for found in _classify(model, images[start : start + _BATCH], transform, count)
+    ]
+
+
+def _classify(model: nn.Module, images: Sequence[Any], transform: Compose, top: int) -> list[list[Prediction]]:
+    device = next(model.parameters()).device
+    with evaluating(model), torch.inference_mode():
+        batch = torch.stack([transform(image) for image in images]).to(device)
+        probabilities = model(batch).float().softmax(1).cpu()
+    names = class_names(model, probabilities.shape[1])
+    best = probabilities.argsort(dim=1, descending=True, stable=True)[:, :top].tolist()
+    return [
+        [Prediction(names[index], index, float(row[index])) for index in order]
+        for row, order in zip(probabilities, best, strict=True)
+    ]
