@@ -27,7 +27,6 @@ from cnvzoo.checkpoints.format import CheckpointFacts, SeedResult
 from cnvzoo.data import dataset_info, published
 from cnvzoo.files import sha256_of
 from cnvzoo.training import preprocessing_of
-from cnvzoo.training.evaluation import Evaluation
 
 # dev.py, reproduce.py and its harness are not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -159,8 +158,8 @@ def _write_untrained(place: Path, model: str, dataset: str, scored: bool, bits: 
         torch.manual_seed(0)
         built = cnvzoo.create_model(model, **arguments)
     state = built.state_dict()
-    score = cnvzoo.evaluate(built, dataset, device="cpu") if scored else Evaluation(5, 50)
-    counts = {"seed": 0, "correct": score.correct, "total": score.total}
+    score = cnvzoo.evaluate(built, dataset, device="cpu") if scored else None
+    counts = {"seed": 0, "correct": score.correct if score else 5, "total": score.total if score else 50}
     weights = place / "weights.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
     tag = f"{model}_w{bits['w_bits']}a{bits['a_bits']}" if bits else model

@@ -108,13 +108,13 @@ def test_quantize_bias_changes_beta_and_nothing_else() -> None:
 
 def test_predict_classifies_in_eval_mode_and_leaves_the_model_as_it_was(make_checkpoint, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "hub", "quant_cnv", "cifar10", w_bits=2, a_bits=2)
-    model, config = cnvzoo.load_checkpoint(folder)
+    model, _ = cnvzoo.load_checkpoint(folder)
     image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
-    expected = cnvzoo.predict(model, config, image)
+    expected = cnvzoo.predict(model, image)
     model.train()
     model.get_submodule("features.1").eval()
     before = facts(model)
-    assert cnvzoo.predict(model, config, image) == expected
+    assert cnvzoo.predict(model, image) == expected
     assert facts(model) == before
 
 
@@ -160,12 +160,12 @@ def wrap(request: pytest.FixtureRequest) -> Callable[[nn.Module], nn.Module]:
 
 def test_a_compiled_model_is_used_without_its_wrapper(wrap, make_checkpoint, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "hub", "quant_cnv", "cifar10", w_bits=2, a_bits=2)
-    model, config = cnvzoo.load_checkpoint(folder)
+    model, _ = cnvzoo.load_checkpoint(folder)
     wrapped, data = wrap(model), noise()
     assert unwrapped(wrapped) is model
     assert cnvzoo.evaluate(wrapped, data, device="cpu") == cnvzoo.evaluate(model, data, device="cpu")
     image: Tensor = data.test_images[0].permute(2, 0, 1)
-    assert cnvzoo.predict(wrapped, config, image) == cnvzoo.predict(model, config, image)
+    assert cnvzoo.predict(wrapped, image) == cnvzoo.predict(model, image)
     assert torch.equal(cnvzoo.transforms(wrapped)(image), cnvzoo.transforms(model)(image))
     for name, exported in (("a.onnx", wrapped), ("b.onnx", model)):
         cnvzoo.export(exported, tmp_path / name)

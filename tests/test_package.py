@@ -24,6 +24,7 @@ LAYERS = [
     {"training"},
     {"checkpoints"},
     {"deploy"},
+    {"inference"},
     {"zoo"},
     {"cli"},
 ]

@@ -61,7 +61,7 @@ call("create_model, no head", lambda: cnvzoo.create_model("cnv.mnist", pretraine
 call("lists", lambda: (cnvzoo.list_models(pretrained=True), cnvzoo.list_recipes(), cnvzoo.list_datasets()))
 call("quantize", lambda: cnvzoo.quantize(hub / "cnv.mnist", w_bits=2, a_bits=2))
 call("transforms", lambda: cnvzoo.transforms("mnist")(noise().test_images[0].permute(2, 0, 1)))
-call("predict", lambda: cnvzoo.predict(model, config, noise().test_images[0].permute(2, 0, 1)))
+call("predict", lambda: cnvzoo.predict(model, noise().test_images[0].permute(2, 0, 1)))
 call("evaluate", lambda: cnvzoo.evaluate(model, noise(), device="cpu"))
 call("train", lambda: cnvzoo.train(recipe(), dataset=noise(), run_dir=folder, epochs=1, device="cpu"))
 weights = folder / "weights.safetensors"

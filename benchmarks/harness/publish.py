@@ -138,7 +138,7 @@ def measure_missing(
             if read_config(folder).integer is not None:
                 continue
             model, config = load_checkpoint(folder)
-            result = measure(model, config.dataset)
+            result = measure(model, entry.recipe.dataset)
         except (CheckpointError, DeployError) as error:
             say(f"{folder.name}: not measured as an integer graph: {error}")
             continue
@@ -198,6 +198,8 @@ def _entry(folder: Path) -> IndexEntry:
     files = checkpoint_files(folder, needed=(WEIGHTS, CONFIG))
     facts = {name: FileFacts.of(content) for name, content in sorted(files.items())}
     config = read_config(folder, facts[CONFIG])
+    if config.dataset is None or config.correct is None or config.total is None:
+        raise CheckpointError(f"{folder}: the index takes checkpoints with a result on the test set of a dataset only")
     cost = _cost(json.dumps(config.model | {"input_size": config.preprocessing["size"]}))
     return IndexEntry(
         model=config.model,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cnvzoo.deploy import Metadata, Prediction
     from cnvzoo.deploy.export import export
     from cnvzoo.errors import CnvzooError, DatasetError, ModelError
+    from cnvzoo.inference import predict, transforms
     from cnvzoo.models.classifier import Classifier
     from cnvzoo.models.quant import quantize_bias
     from cnvzoo.models.registry import ModelInfo, model_info, register_model, unregister_model
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from cnvzoo.training.recipe import Recipe, load_recipe
     from cnvzoo.training.record import RunRecord
     from cnvzoo.training.watch import EpochReport
-    from cnvzoo.zoo import TrainResult, create_model, list_models, predict, quantize, train, transforms
+    from cnvzoo.zoo import TrainResult, create_model, list_models, quantize, save_checkpoint, train
 
 try:
     __version__ = version("cnvzoo")
@@ -75,6 +76,7 @@ __all__ = [
     "quantize",
     "quantize_bias",
     "register_model",
+    "save_checkpoint",
     "train",
     "transforms",
     "unregister_model",
@@ -120,12 +122,17 @@ _MODULES = {  # with the public names that each defines
         "DatasetError",
         "ModelError",
     ),
+    "inference": (
+        "predict",
+        "transforms",
+    ),
     "models.classifier": ("Classifier",),
     "models.quant": ("quantize_bias",),
     "models.registry": (
         "ModelInfo",
         "model_info",
         "register_model",
+        "save_checkpoint",
         "unregister_model",
     ),
     "recipe_folder": ("list_recipes",),
@@ -143,10 +150,9 @@ _MODULES = {  # with the public names that each defines
         "TrainResult",
         "create_model",
         "list_models",
-        "predict",
         "quantize",
+        "save_checkpoint",
         "train",
-        "transforms",
     ),
 }
 _DEFINED_IN = {name: module for module, names in _MODULES.items() for name in names}

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from cnvzoo.checkpoints.folder import preprocessing_from
 from cnvzoo.checkpoints.format import CheckpointConfig
 from cnvzoo.checkpoints.index import list_checkpoints, matches
 from cnvzoo.checkpoints.load import load_checkpoint, parse_name
-from cnvzoo.checkpoints.locations import choose_checkpoint
-from cnvzoo.data.datasets import Dataset
+from cnvzoo.checkpoints.locations import choose_checkpoint, is_path
+from cnvzoo.checkpoints.publish import write_model
+from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
 from cnvzoo.data.preprocessing import Preprocessing
-from cnvzoo.data.published import dataset_info
+from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo.errors import ModelError
+from cnvzoo.inference import known_preprocessing
 from cnvzoo.models.classifier import Classifier
 from cnvzoo.models.cnv import CNV
 from cnvzoo.models.layers import without_initialization
 from cnvzoo.models.modes import unwrapped
-from cnvzoo.models.registry import build_model, model_names
-from cnvzoo.training.evaluation import preprocessing_of
-from cnvzoo.training.recipe import Recipe, load_recipe
+from cnvzoo.models.registry import build_model, model_names, model_spec
+from cnvzoo.training.evaluation import preprocessing_for, preprocessing_of
+from cnvzoo.training.recipe import Recipe, load_recipe, recipe_from_dict
 from cnvzoo.training.record import RunRecord
 from cnvzoo.training.run import WEIGHTS as RUN_WEIGHTS
-from cnvzoo.training.run import run_recipe
+from cnvzoo.training.run import StartingModel, run_recipe
 from cnvzoo.training.watch import EpochReport
-
-if TYPE_CHECKING:
-    pass
 
 
 def list_models(
@@ -147,10 +146,12 @@ def train(
     epochs: int | None = None,
     holdout: int = 0,
     deadline: float | None = None,
-    dataset: Dataset | None = None,
+    dataset: Dataset | str | Path | None = None,
     data_root: str | Path | None = None,
     float_start: str | Path | None = None,
     teacher: str | Path | Sequence[str | Path] | None = None,
+    start: str | Path | None = None,
+    hub: str | Path | None = None,
     validate: int = 0,
     on_epoch: Callable[[EpochReport], object] | None = None,
     log: str | Path | None = None,
@@ -168,10 +169,12 @@ def train(
         epochs: replaces the recipe's; any other number makes the run a trial.
         holdout: hold out this many training images and score on them instead of the test set.
         deadline: `time.monotonic()` at which to stop.
-        dataset: replaces the recipe's dataset, which is otherwise loaded from `data_root`.
+        dataset: replaces the recipe's dataset, as a name or a path of own images; or loaded images to use in its place.
         data_root: folder of cached datasets.
         float_start: safetensors weights of the float model, for a recipe with `float_start`.
         teacher: safetensors weights of the teacher, or one file for each teacher of the recipe, in its order.
+        start: replaces the recipe's `start`: the checkpoint to fine-tune.
+        hub: store of the checkpoint of `start`, see `load_checkpoint`.
         validate: score so many of the held-out images after each epoch, at most `holdout`. The weights are those of a
             run without validation.
         on_epoch: called with an `EpochReport` after each epoch. An exception that it raises stops the run, saves the
@@ -180,26 +183,97 @@ def train(
         tensorboard: folder of event files for TensorBoard, which has to be installed.
         quiet: show no progress.
 
+    Returns:
+        The model, with the names of its classes and its preprocessing, and the record.
+
     Raises:
-        As `cnvzoo.training.run_recipe`.
+        As `cnvzoo.training.run_recipe`, and CheckpointError or ModelError where the checkpoint of `start` cannot be
+        loaded or is of another model than the recipe's.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    changes = {} if dataset is None or isinstance(dataset, Dataset) else {"dataset": str(dataset)}
+    changes |= {} if start is None else {"start": str(start)}
+    if changes:
+        recipe = recipe_from_dict(recipe.model_dump(mode="json") | changes, recipe.name)
+    data = dataset if isinstance(dataset, Dataset) else None
+    if data is None and is_dataset_path(recipe.dataset):
+        data = load_dataset(recipe.dataset)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(run_dir or temporary)
         record = run_recipe(
             recipe, run_dir=folder, seed=seed, device=device, epochs=epochs, holdout=holdout, deadline=deadline,
-            dataset=dataset, data_root=data_root, float_start=float_start, teacher=teacher, validate=validate,
+            dataset=data, data_root=data_root, float_start=float_start, teacher=teacher,
+            start=_starting_model(recipe, hub) if recipe.start else None, validate=validate,
             on_epoch=on_epoch, log=log, tensorboard=tensorboard, quiet=quiet,
         )  # fmt: skip
         state = load_file(folder / RUN_WEIGHTS)
-    info = dataset_info(recipe.dataset)
+    info = dataset_info(recipe.dataset) if data is None else data.info
     with without_initialization():
         model = build_model(
             recipe.model, num_classes=info.num_classes, in_chans=info.in_chans,
             w_bits=recipe.w_bits, a_bits=recipe.a_bits,
         )  # fmt: skip
     model.load_state_dict(state, strict=True)
+    model.classes, model.preprocessing = info.classes, preprocessing_for(model.spec, info)
     return TrainResult(model.eval(), record)
+
+
+def _starting_model(recipe: Recipe, hub: str | Path | None) -> StartingModel:
+    """The checkpoint of the recipe's `start`, after checks."""
+    checkpoint = str(recipe.start)
+    _, config = load_checkpoint(checkpoint, hub=hub)
+    spec = model_spec(recipe.model)
+    bits = {"w_bits": recipe.w_bits, "a_bits": recipe.a_bits}
+    is_same = config.model["name"] == recipe.model and all(config.model.get(key) == bits[key] for key in bits)
+    if not is_same and (not spec.quantized or config.model["name"] not in (recipe.model, spec.float_twin)):
+        raise ModelError(
+            f"{recipe.name}: start: {checkpoint} is a {config.model['name']}, and the recipe trains {recipe.tag}: name "
+            "a checkpoint of the same model"
+        )
+
+    def build(info: DatasetInfo) -> nn.Module:
+        with warnings.catch_warnings():  # that a new head is untrained goes without saying: it is trained now
+            warnings.simplefilter("ignore")
+            model, _ = load_checkpoint(checkpoint, hub=hub, num_classes=info.num_classes, in_chans=info.in_chans)
+        if is_same:
+            return model
+        assert recipe.w_bits is not None
+        assert recipe.a_bits is not None
+        return quantize(model, w_bits=recipe.w_bits, a_bits=recipe.a_bits)
+
+    return StartingModel(checkpoint, config.file.sha256, build)
+
+
+def save_checkpoint(
+    model: nn.Module | TrainResult,
+    folder: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> CheckpointConfig:
+    """Write a model as a checkpoint folder: weights, config and card.
+
+    `load_checkpoint(folder)` and `create_model(folder, pretrained=True)` read it, and `export`, `verify` and `publish`
+    take it. It says only what is known: a model alone has no accuracy and no recipe, and a result has them.
+
+    Args:
+        model: a model of this library, or what `train` returned.
+        folder: the folder to write, whose name is the checkpoint's: letters, digits, `_`, `-` and `.`.
+        classes: names of the classes; default those that the model carries, else "0", "1", and so on.
+        preprocessing: of the images; default that which the model carries.
+
+    Returns:
+        The config that was written.
+
+    Raises:
+        ModelError: not a model of this library, it does not know its preprocessing, or has another number of classes.
+        CheckpointError: the folder's name is not that of a checkpoint, or a tensor is not a model's.
+        FileError: a file cannot be written.
+    """
+    record = model.record if isinstance(model, TrainResult) else None
+    source = unwrapped(model.model if isinstance(model, TrainResult) else model)
+    preprocessing = preprocessing or known_preprocessing(source)
+    return write_model(source, folder, classes=classes, preprocessing=preprocessing, record=record)
 
 
 def quantize(
@@ -209,14 +283,14 @@ def quantize(
     a_bits: int,
     first_w_bits: int = 8,
     dataset: str | Preprocessing | None = None,
-) -> nn.Module:
+) -> Classifier:
     """Make a quantized model from a trained one: the same weights, with scales that fit them at the new bit widths.
 
     Args:
         model: a trained CNV, float or quantized, or the name or folder of its checkpoint.
         w_bits, a_bits, first_w_bits: as for `create_model("quant_cnv", ...)`.
-        dataset: the dataset that the float model was trained on, or its preprocessing; needed for a float model
-            that is not a checkpoint. A quantized model takes images without normalisation.
+        dataset: the dataset that the float model was trained on, or its preprocessing; needed for a float model that
+            does not know its preprocessing. A quantized model takes images without normalisation.
 
     Returns:
         A `quant_cnv` in training mode, which takes uint8 images divided by 255; train it further.
@@ -229,9 +303,9 @@ def quantize(
 
     preprocessing = dataset
     if isinstance(model, (str, Path)):
-        model, config = load_checkpoint(model)
-        preprocessing = preprocessing or preprocessing_from(config)
+        model, _ = load_checkpoint(model)
     source = unwrapped(model)
+    preprocessing = preprocessing or getattr(source, "preprocessing", None)
     if not isinstance(source, CNV):
         raise ModelError(f"only a CNV can be quantized, not {type(source).__name__}")
     weights = [m.weight for m in source.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -256,4 +330,9 @@ def quantize(
         ).to(weights[0].device, torch.float32)  # fmt: skip
     state = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith(".scale")}
     start_from_float(quantized, state, mean, std)
+    own = preprocessing if isinstance(preprocessing, Preprocessing) else getattr(source, "preprocessing", None)
+    if own is not None:  # a quantized model takes images without normalisation
+        side = quantized.spec.input_size or own.size
+        quantized.preprocessing = Preprocessing(side, (0.0,) * channels, (1.0,) * channels, own.native_size)
+    quantized.classes = getattr(source, "classes", None)
     return quantized

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import cnvzoo
 import cnvzoo.deploy
-from cnvzoo.cli import app
+from cnvzoo.cli.app import app
 from cnvzoo.deploy.export import evaluate_file
 from cnvzoo.errors import ModelError
 

@@ -36,7 +36,7 @@ def render_card(config: CheckpointConfig, summary: str, parameters: int, macs: i
 
     sections = [
         _opening(config, summary),
-        _accuracy(config),
+        *([_accuracy(config)] if config.accuracy is not None else []),
         _use(config),
         _preprocessing(config),
         _cost(config, parameters, macs),
@@ -53,25 +53,29 @@ def _metadata(config: CheckpointConfig) -> str:
     info = _dataset_info(config)
     dataset = info.huggingface_id if info and info.huggingface_id else config.dataset
     bits = ["quantization", "quantization-aware-training", "brevitas", _bits(config)] if _is_quantized(config) else []
-    result = EvalResult(
-        task_type="image-classification",
-        task_name="Image Classification",
-        dataset_type=dataset,
-        dataset_name=info.title if info else config.dataset,
-        dataset_split="test",
-        metric_type="accuracy",
-        metric_name="Top-1 accuracy",
-        metric_value=config.correct / config.total,
-    )
+    known: dict[str, Any] = {}
+    if dataset is not None:
+        known["datasets"] = [dataset]
+    if dataset is not None and config.correct is not None and config.total is not None:
+        known |= {"metrics": ["accuracy"], "model_name": config.name}
+        known["eval_results"] = [
+            EvalResult(
+                task_type="image-classification",
+                task_name="Image Classification",
+                dataset_type=dataset,
+                dataset_name=info.title if info else dataset,
+                dataset_split="test",
+                metric_type="accuracy",
+                metric_name="Top-1 accuracy",
+                metric_value=config.correct / config.total,
+            )
+        ]
     return ModelCardData(
         license="apache-2.0",
         library_name="cnvzoo",
         pipeline_tag="image-classification",
         tags=["image-classification", "pytorch", config.model["name"], *bits],
-        datasets=[dataset],
-        metrics=["accuracy"],
-        model_name=config.name,
-        eval_results=[result],
+        **known,
     ).to_yaml()
 
 
@@ -83,10 +87,19 @@ def _opening(config: CheckpointConfig, summary: str) -> str:
             f"Weights of {bits['w_bits']} bits (first layer {bits['first_w_bits']}) and activations of "
             f"{bits['a_bits']} bits"
         )
-    return f"# {config.name}\n\n{summary.rstrip('.')}. {kind}, trained on {_title(config)} with cnvzoo.\n"
+    return f"# {config.name}\n\n{summary.rstrip('.')}. {kind}{_trained_on(config)}.\n"
+
+
+def _trained_on(config: CheckpointConfig) -> str:
+    return f", trained on {_title(config)} with cnvzoo" if config.dataset else ", saved with cnvzoo"
 
 
 def _accuracy(config: CheckpointConfig) -> str:
+    if not config.results:
+        return (
+            f"## Accuracy\n\n{config.accuracy:.2f} % top-1 on the test set of {_title(config)}: {config.correct:,} of "
+            f"{config.total:,} images, with these weights; one crop per image, float32.\n"
+        )
     accuracies = [100 * result.correct / result.total for result in config.results]
     lines = [
         f"| {result.seed} | {accuracy:.2f} | {result.correct:,} of {result.total:,} | `{result.weights_sha256[:16]}` |"
@@ -125,12 +138,22 @@ def _evidence(config: CheckpointConfig) -> str:
 def _use(config: CheckpointConfig) -> str:
     return (
         "## Use\n\n```python\nimport cnvzoo\nfrom PIL import Image\n\n"
-        f'model = cnvzoo.create_model("{config.name}", pretrained=True)\n'
-        'for guess in cnvzoo.predict(model, model.pretrained_cfg, Image.open("photo.png")):\n'
+        f"model = cnvzoo.create_model({_source(config)}, pretrained=True)\n"
+        'for guess in cnvzoo.predict(model, Image.open("photo.png")):\n'
         '    print(f"{guess.label}: {guess.probability:.1%}")\n```\n\n'
-        "cnvzoo compares the sha256 of every file with its index before it reads the file. "
-        f"`cnvzoo verify {config.name}` measures the accuracy again.\n"
+        + (
+            "cnvzoo compares the sha256 of every file with its index before it reads the file. "
+            f"`cnvzoo verify {config.name}` measures the accuracy again.\n"
+            if config.results
+            else f"`{config.name}` is the folder of this file. cnvzoo compares the sha256 of the weights with "
+            "config.json before it reads them.\n"
+        )
     )
+
+
+def _source(config: CheckpointConfig) -> str:
+    """The first argument of create_model: the name of a checkpoint of the zoo, or the path of a folder."""
+    return f'"{config.name}"' if config.results else f'"./{config.name}"'
 
 
 def _preprocessing(config: CheckpointConfig) -> str:
@@ -166,8 +189,8 @@ def _integer(config: CheckpointConfig, result: IntegerResult) -> str:
         f"`cnvzoo export {config.name} -o model.onnx` writes an ONNX file of integer operators, {result.bytes:,} "
         "bytes, whose input is the image as uint8.\n\n"
         "| top-1 in ONNX Runtime, % | correct images | same class as in PyTorch | accumulators off by a level |\n"
-        f"| --: | --: | --: | --: |\n| {100 * result.correct / config.total:.2f} | {result.correct:,} of "
-        f"{config.total:,} | {result.agreeing:,} | {result.differing:,} of {result.reachable:,} |\n\n"
+        f"| --: | --: | --: | --: |\n| {100 * result.correct / (config.total or 1):.2f} | {result.correct:,} of "
+        f"{config.total or 0:,} | {result.agreeing:,} | {result.differing:,} of {result.reachable:,} |\n\n"
         "On every test image its outputs equal those of a reference implementation bit for bit.\n"
     )
 
@@ -184,8 +207,9 @@ def _reproduce(config: CheckpointConfig) -> str:
         facts += f"- arithmetic version {config.numerics} (docs/numerics.md)\n"
     if _dataset_info(config) is None or not entry:
         return (
-            "## Reproduce\n\nThis entry is not in a table of cnvzoo, so no command trains it again. The weights of the "
-            f"run have the sha256 `{config.weights_sha256}`. Its machine and versions:\n\n{facts}"
+            "## Reproduce\n\nThis entry is not in a table of cnvzoo, so no command trains it again. "
+            + (f"The weights of the run have the sha256 `{config.weights_sha256}`. " if config.weights_sha256 else "")
+            + f"Its machine and versions:\n\n{facts}"
         )
     base, changed = (config.commit or "").rstrip("+"), (config.commit or "").endswith("+")
     where = "In a checkout of cnvzoo:" if base else "In a checkout of cnvzoo (the commit was not recorded):"
@@ -218,7 +242,7 @@ def _command(config: CheckpointConfig, entry: str) -> str:
     are given; --threads only where it is not its default, 1.
     """
     kind, threads = config.device.get("kind"), config.device.get("threads")
-    command = ["python", "benchmarks/reproduce.py", "--table", config.dataset, "--entry", entry]
+    command = ["python", "benchmarks/reproduce.py", "--table", str(config.dataset), "--entry", entry]
     command += ["--device", kind] if kind in ("cpu", "cuda") else []
     command += ["--seeds", str(config.seed), "--retrain"]
     if kind == "cuda" or threads is None:
@@ -254,12 +278,12 @@ def _bits(config: CheckpointConfig) -> str:
 
 def _title(config: CheckpointConfig) -> str:
     info = _dataset_info(config)
-    return _escaped(info.title if info else config.dataset)
+    return _escaped(info.title if info else config.dataset or "an unknown dataset")
 
 
 def _dataset_info(config: CheckpointConfig) -> DatasetInfo | None:
     """The facts about the dataset; None for a dataset of a user's own."""
-    return dataset_info(config.dataset) if config.dataset in list_datasets() else None
+    return dataset_info(config.dataset) if config.dataset is not None and config.dataset in list_datasets() else None
 
 
 def _listed(facts: Mapping[str, Any]) -> str:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
+from safetensors.torch import save
+from torch import nn
 
 from cnvzoo.checkpoints.card import render_card
-from cnvzoo.checkpoints.folder import checkpoint_folders, read_config, read_model
-from cnvzoo.checkpoints.format import CARD, CheckpointError, CheckpointFacts, SeedResult
+from cnvzoo.checkpoints.folder import checkpoint_folders, read_config, read_model, write_content
+from cnvzoo.checkpoints.format import CARD, CheckpointConfig, CheckpointError, CheckpointFacts, SeedResult, checked_name
 from cnvzoo.checkpoints.locations import is_path, open_store, printable, store_location
 from cnvzoo.checkpoints.store import Publication, Store
+from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import dataset_info
-from cnvzoo.errors import explain, nearest
+from cnvzoo.errors import ModelError, explain, nearest
 from cnvzoo.files import expanded, update_text
+from cnvzoo.models.classifier import class_names
 from cnvzoo.models.registry import model_info
 from cnvzoo.training.evaluation import preprocessing_of
 from cnvzoo.training.recipe import Recipe
@@ -76,6 +81,54 @@ def write_card(folder: str | Path) -> bool:
     return update_text(folder / CARD, card)
 
 
+def write_model(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    preprocessing: Preprocessing,
+    classes: Sequence[str] | None = None,
+    record: RunRecord | None = None,
+) -> CheckpointConfig:
+    """Write a checkpoint folder with a model's weights, config and card; see `cnvzoo.save_checkpoint`.
+
+    Args:
+        record: the record of the run that the model comes from. Without one, or where held-out images were scored, the
+            checkpoint has no accuracy.
+    """
+    folder = expanded(folder)
+    arguments, outputs = getattr(model, "arguments", None), getattr(model, "num_classes", 0)
+    if not isinstance(arguments, dict):
+        raise ModelError(f"{type(model).__name__} is not a model of cnvzoo: only those can be saved")
+    names = list(class_names(model, outputs) if classes is None else classes)
+    if len(names) != outputs or not outputs:
+        raise ModelError(f"{len(names)} classes were given, and the model has {outputs}")
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    content = save({n: (t.float() if t.is_floating_point() else t).contiguous() for n, t in state.items()})
+    known: dict[str, Any] = {}
+    if record is not None:
+        known = {
+            "dataset": record.parsed_recipe().dataset_name, "seed": record.seed, "recipe": record.recipe,
+            "versions": record.versions, "device": record.device, "commit": record.commit, "numerics": record.numerics,
+        }  # fmt: skip
+        if not record.holdout:
+            known |= {"correct": record.correct, "total": record.total}
+    try:
+        facts = CheckpointFacts(
+            name=checked_name(folder.name),
+            model={**arguments, "num_classes": outputs, "in_chans": preprocessing.in_chans},
+            classes=names,
+            preprocessing=preprocessing.to_dict(),
+            **known,
+        )
+    except ValidationError as error:
+        raise CheckpointError(f"{folder}: a checkpoint config cannot have these values: {explain(error)}") from None
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    config = write_content(folder, facts, content, type(model).__name__)
+    write_card(folder)
+    return config
+
+
 def _folder(checkpoint: str | Path, hub: str | Path | None) -> Path:
     if is_path(checkpoint):
         return expanded(checkpoint)
@@ -95,7 +148,8 @@ def _folder(checkpoint: str | Path, hub: str | Path | None) -> Path:
 def _message(folder: Path) -> str:
     """The commit message. A checkpoint that cannot be loaded is refused here."""
     _, config = read_model(folder)
-    return f"{config.name}: {config.accuracy:.2f} % top-1 ({config.correct} of {config.total})"
+    score = "" if config.accuracy is None else f": {config.accuracy:.2f} % top-1 ({config.correct} of {config.total})"
+    return f"{config.name}{score}"
 
 
 def checkpoint_facts(

@@ -13,6 +13,7 @@ from cnvzoo.checkpoints.format import CheckpointConfig
 from cnvzoo.checkpoints.index import list_checkpoints
 from cnvzoo.checkpoints.locations import check_exists, find_checkpoint
 from cnvzoo.data.datasets import Dataset, load_dataset
+from cnvzoo.data.published import list_datasets
 from cnvzoo.errors import CnvzooError
 from cnvzoo.training.device import describe_device, keep_freed_memory, resolve_device
 from cnvzoo.training.evaluation import evaluate
@@ -47,6 +48,7 @@ def verify(
     hub: str | Path | None = None,
     device: str | torch.device = "auto",
     data_root: str | Path | None = None,
+    dataset: str | Path | Dataset | None = None,
 ) -> list[Verification]:
     """Compare every file of checkpoints with the index, then their accuracy on the test set with the published one.
 
@@ -58,6 +60,8 @@ def verify(
         hub: the store of named checkpoints, see `cnvzoo.load_checkpoint`.
         device: `auto`, or anything that torch.device takes.
         data_root: folder of the cached datasets.
+        dataset: the dataset of checkpoints that were trained on own images, as for `cnvzoo.load_dataset`. Without it,
+            only the files of these are compared.
 
     Returns:
         One result for each, in order. A problem of a checkpoint is returned, not raised.
@@ -71,7 +75,8 @@ def verify(
     for checkpoint in checkpoints:
         check_exists(checkpoint, hub)
     target, datasets = resolve_device(device), {}
-    return [_verify(checkpoint, hub, target, data_root, datasets) for checkpoint in checkpoints]
+    own = load_dataset(dataset, root=data_root) if isinstance(dataset, (str, Path)) else dataset
+    return [_verify(checkpoint, hub, target, data_root, datasets, own) for checkpoint in checkpoints]
 
 
 def _verify(
@@ -80,14 +85,21 @@ def _verify(
     device: torch.device,
     data_root: str | Path | None,
     datasets: dict[str, Dataset],
+    own: Dataset | None,
 ) -> Verification:
     name = str(checkpoint)
     try:
         local = find_checkpoint(checkpoint, hub, every_file=True)
         model, config = read_model(local.folder, local.files)
-        if config.dataset not in datasets:
-            datasets[config.dataset] = load_dataset(config.dataset, root=data_root)
-        data, preprocessing = datasets[config.dataset], preprocessing_from(config)
+        if config.dataset in list_datasets():
+            if config.dataset not in datasets:
+                datasets[config.dataset] = load_dataset(config.dataset, root=data_root)
+            data = datasets[config.dataset]
+        elif own is not None:
+            data = own
+        else:
+            return Verification(name, published=config.correct, total=config.total)
+        preprocessing = preprocessing_from(config)
         expected = _images(preprocessing.native_size, preprocessing.in_chans, len(config.classes))
         found = _images(data.info.image_size, data.info.in_chans, data.info.num_classes)
         if expected != found:
@@ -95,6 +107,8 @@ def _verify(
         result = evaluate(model, data, preprocessing=preprocessing, device=device)
     except CnvzooError as error:
         return Verification(name, problem=str(error))
+    if config.correct is None or config.total is None:
+        return Verification(name, None, result.correct, result.total)
     allowed = 0 if is_kind_of_machine(config, device) else ELSEWHERE
     problem = None
     if result.total != config.total:

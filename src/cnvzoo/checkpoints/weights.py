@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from cnvzoo.checkpoints.format import CheckpointError
 from cnvzoo.errors import ModelError, explain
+from cnvzoo.models.classifier import Classifier
 from cnvzoo.models.fake_quant import IntRange
 from cnvzoo.models.layers import without_initialization
 from cnvzoo.models.registry import build_model
@@ -93,7 +94,7 @@ def _in_range(values: NDArray[np.int8], ints: IntRange) -> bool:
     return not values.size or bool(values.min() >= ints.low and values.max() <= ints.high)
 
 
-def build_empty(arguments: Mapping[str, Any]) -> nn.Module:
+def build_empty(arguments: Mapping[str, Any]) -> Classifier:
     """A model on the CPU without initialization; the random number generators do not change.
 
     Raises:
@@ -105,7 +106,7 @@ def build_empty(arguments: Mapping[str, Any]) -> nn.Module:
         raise CheckpointError(f"its model cannot be built: {error}") from None
 
 
-def build_skeleton(arguments: Mapping[str, Any]) -> nn.Module:
+def build_skeleton(arguments: Mapping[str, Any]) -> Classifier:
     """A model on the `meta` device: names, shapes and types of its tensors without their memory, whatever their size.
 
     Raises:
@@ -120,7 +121,7 @@ def build_skeleton(arguments: Mapping[str, Any]) -> nn.Module:
         return build_empty(arguments)
 
 
-def _build(arguments: Mapping[str, Any]) -> nn.Module:
+def _build(arguments: Mapping[str, Any]) -> Classifier:
     with without_initialization():
         model = build_model(**arguments)
     if (default := torch.get_default_dtype()) != torch.float32:  # of the process, and not of checkpoints

@@ -17,6 +17,7 @@ from cnvzoo.cli.output import Column, print_json, print_table
 from cnvzoo.errors import CnvzooError
 
 if TYPE_CHECKING:
+    from cnvzoo.checkpoints.format import CheckpointConfig
     from cnvzoo.checkpoints.verify import Verification
     from cnvzoo.training.evaluation import Evaluation
     from cnvzoo.training.recipe import Recipe
@@ -51,6 +52,18 @@ def train(
         list[Path] | None,
         typer.Option(help="weights.safetensors of a teacher of the recipe; repeat it for several, in their order."),
     ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Replaces the recipe's: the name of a dataset, or the path of own images: <class>/*.png."),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint to fine-tune, by name or folder; replaces the recipe's."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Write the trained model as a checkpoint to this folder too.")
+    ] = None,
+    hub: Hub = None,
     device: Device = "auto",
     validate: Annotated[
         int, typer.Option(min=0, help="Score so many of the held-out images after each epoch; needs --holdout.")
@@ -69,7 +82,8 @@ def train(
 
     An interrupted run resumes when the same command is run again, and ends with the same weights.
 
-    Example: `cnvzoo train benchmarks/configs/mnist_cnv.yaml --epochs 2 --holdout 5000`
+    Example: `cnvzoo train mnist_cnv --epochs 2 --holdout 5000`, or, on own images,
+    `cnvzoo train cifar10_quant_cnv_w2a2 --start quant_cnv_w2a2.cifar10 --dataset photos/ --checkpoint my_model`
     """
     from cnvzoo.files import expanded
     from cnvzoo.training.state import RunInterrupted
@@ -81,18 +95,23 @@ def train(
 
     try:
         with using_threads(threads):
-            record = cnvzoo.train(
+            result = cnvzoo.train(
                 loaded, run_dir=folder, seed=seed, epochs=epochs, holdout=holdout, float_start=float_start,
                 teacher=teacher, device=device, deadline=deadline, data_root=data_root,
-                validate=validate, log=log, tensorboard=tensorboard,
-            ).record  # fmt: skip
+                validate=validate, log=log, tensorboard=tensorboard, dataset=dataset, start=start, hub=hub,
+            )  # fmt: skip
     except RunInterrupted as interruption:
         typer.echo(str(interruption), err=True)
         raise typer.Exit(_EXIT_STATUS.get(interruption.reason, _INTERRUPTED)) from None
-    scored_on = f"{holdout:,} held-out training images" if holdout else f"the test set of {loaded.dataset}"
+    record = result.record
+    name = record.parsed_recipe().dataset_name
+    scored_on = f"{holdout:,} held-out training images" if holdout else f"the test set of {name}"
     trial = ", a trial" if record.trial else ""
     typer.echo(f"{record.entry}, seed {record.seed}: {record.accuracy:.2f} % on {scored_on}{trial}")
     typer.echo(f"record and weights: {folder}")
+    if checkpoint is not None:
+        cnvzoo.save_checkpoint(result, checkpoint)
+        typer.echo(f"checkpoint: {checkpoint}")
 
 
 def _run_dir(recipe: Recipe, seed: int | None, epochs: int | None, holdout: int) -> Path:
@@ -111,7 +130,8 @@ def eval_(
         str, typer.Argument(help="Name of a checkpoint, the path of its folder, or an exported .onnx file.")
     ],
     dataset: Annotated[
-        str | None, typer.Option(help="Dataset to score an exported file on; default the one it was trained on.")
+        str | None,
+        typer.Option(help="Name of a dataset, or path of own images, to score on; default the one it was trained on."),
     ] = None,
     hub: Hub = None,
     device: Device = "auto",
@@ -135,31 +155,34 @@ def eval_(
         else:
             typer.echo(f"{checkpoint}: {scored.accuracy:.2f} % ({scored.correct} of {scored.total}) on {name}")
         return
-    if dataset is not None:
-        raise CnvzooError("--dataset is for exported .onnx files: a checkpoint is scored on its own dataset")
-    from cnvzoo.checkpoints.folder import preprocessing_from
     from cnvzoo.training.device import using_threads
-    from cnvzoo.training.evaluation import Evaluation
 
     model, config = cnvzoo.load_checkpoint(checkpoint, hub=hub)
+    if dataset is None and config.dataset not in cnvzoo.list_datasets():
+        own = f"its own dataset, {config.dataset}" if config.dataset else "an unknown dataset"
+        raise CnvzooError(f"{config.name} was trained on {own}: give --dataset, a name or the path of images")
+    source = dataset or config.dataset
+    assert source is not None
     with using_threads(threads):
-        result = cnvzoo.evaluate(
-            model, config.dataset, preprocessing=preprocessing_from(config), device=device, data_root=data_root
-        )
+        result = cnvzoo.evaluate(model, source, device=device, data_root=data_root)
+    is_own = dataset in (None, config.dataset)
     if as_json:
-        _print_score(config.name, config.dataset, result, Evaluation(config.correct, config.total))
+        _print_score(config.name, source, result, config if is_own else None)
         return
-    typer.echo(
-        f"{config.name}: {result.accuracy:.2f} % ({result.correct} of {result.total}); "
-        f"published {config.accuracy:.2f} % ({config.correct} of {config.total})"
-    )
+    text = f"{config.name}: {result.accuracy:.2f} % ({result.correct} of {result.total})"
+    if is_own:
+        text += f"; published {config.score}" if config.results else f"; recorded {config.score}"
+    else:
+        text += f" on {dataset}"
+    typer.echo(text)
 
 
-def _print_score(name: str, dataset: str | None, found: Evaluation, published: Evaluation | None) -> None:
-    def facts(score: Evaluation) -> dict[str, Any]:
+def _print_score(name: str, dataset: str | None, found: Evaluation, recorded: CheckpointConfig | None) -> None:
+    def facts(score: Evaluation | CheckpointConfig) -> dict[str, Any]:
         return {"accuracy": score.accuracy, "correct": score.correct, "total": score.total}
 
-    print_json({"name": name, "dataset": dataset, **facts(found), "published": published and facts(published)})
+    published = None if recorded is None or recorded.accuracy is None else facts(recorded)
+    print_json({"name": name, "dataset": dataset, **facts(found), "published": published})
 
 
 @app.command()
@@ -170,6 +193,9 @@ def verify(
     device: Device = "auto",
     threads: Threads = None,
     data_root: DataRoot = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Path of the images of checkpoints that were trained on own ones.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare files of checkpoints with the index, and their test scores with the published ones.
@@ -184,7 +210,7 @@ def verify(
     from cnvzoo.training.device import using_threads
 
     with using_threads(threads):
-        results = cnvzoo.verify(checkpoints or None, hub=hub, device=device, data_root=data_root)
+        results = cnvzoo.verify(checkpoints or None, hub=hub, device=device, data_root=data_root, dataset=dataset)
     if as_json:
         print_json([asdict(result) for result in results])
     else:
@@ -296,8 +322,8 @@ def _classifier(
         runner = load(exported)
         return lambda image: runner.predict([image], top)[0]
     assert checkpoint is not None
-    model, config = cnvzoo.load_checkpoint(checkpoint, hub=hub)
-    return lambda image: cnvzoo.predict(model, config, image, top)
+    model, _ = cnvzoo.load_checkpoint(checkpoint, hub=hub)
+    return lambda image: cnvzoo.predict(model, image, top)
 
 
 def _is_exported(name: str) -> bool:

@@ -139,7 +139,10 @@ def _row_constants(preprocessing: Preprocessing, device: torch.device) -> tuple[
 
 
 class _PrepareImage(nn.Module):
-    """A PIL image or uint8 tensor [C, H, W] of any size to uint8 [in_chans, size, size]; see cnvzoo_runtime.prepare."""
+    """PIL image, uint8 tensor [C, H, W] or batch [N, C, H, W], of any size, to uint8 [in_chans, size, size] or a batch.
+
+    See `cnvzoo_runtime.images.prepare`.
+    """
 
     def __init__(self, in_chans: int, image_size: int, size: int) -> None:
         super().__init__()
@@ -154,6 +157,8 @@ class _PrepareImage(nn.Module):
         if isinstance(image, Tensor):
             if image.dtype != torch.uint8:
                 raise ImageError(f"an image tensor has to be uint8 (0 to 255), got {image.dtype}")
+            if image.ndim == 4 and len(image):
+                return torch.stack([self(one) for one in image])
             if image.ndim != 3 or image.shape[0] not in (1, 3):
                 raise ImageError(f"an image tensor has to be [C, H, W] with C 1 or 3, got shape {list(image.shape)}")
             pixels = prepare(image.permute(1, 2, 0).cpu().numpy(), self.in_chans, self.image_size, self.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,13 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from cnvzoo.checkpoints.folder import preprocessing_from
 from cnvzoo.checkpoints.format import CheckpointConfig, IntegerResult
 from cnvzoo.checkpoints.load import load_checkpoint
-from cnvzoo.data.datasets import Dataset, load_dataset
-from cnvzoo.data.published import dataset_info
+from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
+from cnvzoo.data.preprocessing import Preprocessing
+from cnvzoo.data.published import dataset_info, list_datasets
 from cnvzoo.errors import ModelError, nearest
 from cnvzoo.files import replacing
+from cnvzoo.models.classifier import class_names
 from cnvzoo.models.modes import evaluating, unwrapped
 from cnvzoo.models.registry import ModelSpec
 from cnvzoo.progress import counted
@@ -32,7 +34,13 @@ _BATCH = 250  # images compared at a time by measure_integer
 
 
 def export(
-    model: nn.Module | str | Path, path: str | Path, *, format: str = "integer", dataset: str | None = None
+    model: nn.Module | str | Path,
+    path: str | Path,
+    *,
+    format: str = "integer",
+    dataset: str | None = None,
+    classes: Sequence[str] | None = None,
+    name: str | None = None,
 ) -> Metadata:
     """Write a model to an ONNX file.
 
@@ -41,7 +49,9 @@ def export(
         path: the file to write. It is written whole, or left as it is if the export fails.
         format: `integer`, the integer graph of a `quant_cnv`, exact and fast in ONNX Runtime; `qonnx`, a `quant_cnv`
             for FINN; `onnx`, a float model in float32.
-        dataset: the dataset that the model was trained on; not needed for a checkpoint.
+        dataset: the dataset of the benchmark that the model was trained on, if the model does not know it.
+        classes: names of the classes; default those that the model or the dataset has, else "0", "1", and so on.
+        name: name of the model in the file; default that of its checkpoint, else of its topology.
 
     Returns:
         The metadata in the file. `cnvzoo.deploy.load(path)` runs the file.
@@ -59,7 +69,7 @@ def export(
     if not isinstance(model, nn.Module):
         model = load_checkpoint(model)[0]
     model = unwrapped(model)
-    metadata = _describe(model, dataset, format)
+    metadata = _describe(model, dataset, classes, name, format)
     with evaluating(model):
         proto, metadata = _build_graph(model, metadata)
     entry = proto.metadata_props.add()
@@ -69,28 +79,37 @@ def export(
     return metadata
 
 
-def _describe(model: nn.Module, dataset: str | None, format: str) -> Metadata:
-    """The metadata of a model, from its config if it is pretrained and from `dataset` otherwise."""
+def _describe(
+    model: nn.Module, dataset: str | None, classes: Sequence[str] | None, name: str | None, format: str
+) -> Metadata:
+    """The metadata of a model, from what it carries and from the arguments."""
     spec, config = getattr(model, "spec", None), getattr(model, "pretrained_cfg", None)
+    preprocessing = getattr(model, "preprocessing", None)
     if not isinstance(spec, ModelSpec):
         raise ModelError(f"{type(model).__name__} is not a model of cnvzoo: only those can be exported")
-    if dataset is not None:
-        info = dataset_info(dataset)
-        preprocessing, name, classes = preprocessing_of(spec.name, dataset), f"{spec.name}.{dataset}", info.classes
-    elif isinstance(config, CheckpointConfig):
-        preprocessing, name, classes, dataset = preprocessing_from(config), config.name, config.classes, config.dataset
-    else:
-        raise ModelError("the model is not pretrained: give dataset=, the dataset that it was trained on")
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     channels, outputs = layers[0].weight.shape[1], layers[-1].weight.shape[0]
-    if (channels, outputs) != (preprocessing.in_chans, len(classes)):
+    if dataset is not None:
+        info = dataset_info(dataset)
+        preprocessing, name = preprocessing_of(spec.name, dataset), name or f"{spec.name}.{dataset}"
+        classes = info.classes if classes is None else classes
+    elif isinstance(config, CheckpointConfig):
+        dataset, name = config.dataset, name or config.name
+    if not isinstance(preprocessing, Preprocessing):
         raise ModelError(
-            f"the model has {channels} channel(s) and {outputs} classes, and {dataset} has {preprocessing.in_chans} "
-            f"and {len(classes)}: give dataset=, the dataset that it was trained on"
+            "the model does not know its preprocessing: give dataset=, the dataset that it was trained on, or set "
+            "model.preprocessing"
+        )
+    names = class_names(model, outputs) if classes is None else tuple(classes)
+    if (channels, outputs) != (preprocessing.in_chans, len(names)):
+        source = dataset or "what was given"
+        raise ModelError(
+            f"the model has {channels} channel(s) and {outputs} classes, and {source} has {preprocessing.in_chans} "
+            f"and {len(names)}: give dataset=, the dataset that it was trained on, or classes="
         )
     w_bits, a_bits = _bits(model) if spec.quantized else (None, None)
     return Metadata(
-        format=format, name=name, dataset=dataset, classes=tuple(classes), size=preprocessing.size,
+        format=format, name=name or spec.name, dataset=dataset, classes=names, size=preprocessing.size,
         image_size=preprocessing.native_size, mean=preprocessing.mean, std=preprocessing.std,
         w_bits=w_bits, a_bits=a_bits,
     )  # fmt: skip
@@ -121,23 +140,33 @@ def _build_graph(model: nn.Module, metadata: Metadata) -> tuple[ModelProto, Meta
 
 
 def evaluate_file(
-    model: DeployedModel, dataset: str | None = None, *, data_root: str | Path | None = None
+    model: DeployedModel, dataset: str | Path | Dataset | None = None, *, data_root: str | Path | None = None
 ) -> Evaluation:
     """Score an exported model on the test set of a dataset; by default the one that it was trained on.
+
+    Args:
+        model: as `cnvzoo.deploy.load` returns it.
+        dataset: name of a dataset or path of own images, as for `cnvzoo.load_dataset`, or a loaded one.
+        data_root: folder of the cached datasets.
 
     Raises:
         ModelError: the model's dataset is not known, or the dataset has other images or classes than the model.
     """
     m = model.metadata
-    dataset = dataset or m.dataset
-    if dataset is None:
-        raise ModelError(f"{m.name} does not say what it was trained on: give a dataset")
-    info = dataset_info(dataset)
+    if dataset is None and m.dataset not in list_datasets():
+        raise ModelError(f"{m.name} does not say which dataset of cnvzoo it was trained on: give a dataset")
+    source = m.dataset if dataset is None else dataset
+    assert source is not None
+    info = dataset_info(source) if isinstance(source, str) and not is_dataset_path(source) else None
+    data = load_dataset(source, root=data_root) if info is None and not isinstance(source, Dataset) else source
+    info = info or (data.info if isinstance(data, Dataset) else dataset_info(str(data)))
     if (info.in_chans, info.image_size, info.num_classes) != (m.in_chans, m.image_size, len(m.classes)):
-        raise ModelError(f"{m.name} cannot be scored on {dataset}, which has other images or classes")
-    data = load_dataset(dataset, root=data_root)
-    correct = model.count_correct(data.test_images.numpy(), data.test_labels.numpy())
-    return Evaluation(correct, len(data.test_labels))
+        raise ModelError(f"{m.name} cannot be scored on {info.name}, which has other images or classes")
+    data = data if isinstance(data, Dataset) else load_dataset(data, root=data_root)
+    margin = (m.size - m.image_size) // 2
+    images = nn.functional.pad(data.test_images, (0, 0, margin, margin, margin, margin)).permute(0, 3, 1, 2)
+    logits = model.logits(images.contiguous().numpy())
+    return Evaluation.of_logits(torch.from_numpy(logits), data.test_labels)
 
 
 def measure_integer(model: nn.Module, dataset: str | Dataset, *, quiet: bool = False) -> IntegerResult:

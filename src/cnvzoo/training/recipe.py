@@ -359,7 +359,7 @@ def _load(path: Path) -> tuple[Recipe, Where]:
     for key, is_relative in (("dataset", is_dataset_path), ("start", lambda text: os.sep in text)):
         text = values.get(key)
         if isinstance(text, str) and is_relative(text) and not expanded(text).is_absolute():
-            values[key] = str(path.parent / text)
+            values[key] = str((path.parent / text).absolute())
     return recipe_from_dict({**values, "name": path.stem}, str(path), where), where
 
 

@@ -1,0 +1,249 @@
+"""What a model is travels with it: from own images through fine-tuning, saving and exporting to a file that runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+import cnvzoo
+from cnvzoo.cli.app import app
+from cnvzoo.data import Dataset, dataset_info
+from cnvzoo.training import RunError, recipe_from_dict
+
+COLOURS = {"blue": (20, 40, 220), "green": (20, 200, 40), "red": (220, 30, 30)}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Noisy images of three colours, 24 for training and 6 for testing of each."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 6)):
+        for name, colour in COLOURS.items():
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for n in range(count):
+                pixels = np.clip(generator.normal(colour, 40, (36, 40, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{n}.png")
+    return tmp_path / "photos"
+
+
+def recipe_text(**changes: Any) -> dict[str, Any]:
+    values = {
+        "name": "photos_quant_cnv_w2a2", "model": "quant_cnv", "w_bits": 2, "a_bits": 2, "dataset": "./photos",
+        "epochs": 4, "batch_size": 12, "optimizer": {"lr": 0.02},
+        "schedule": {"warmup_epochs": 0.5}, "start": "quant_cnv_w2a2.cifar10",
+    }  # fmt: skip
+    return values | changes
+
+
+def test_from_own_images_to_a_file_that_runs(photos: Path, tmp_path: Path, uncompiled: None) -> None:
+    recipe = recipe_from_dict(recipe_text(dataset=str(photos)), "test")
+    result = cnvzoo.train(recipe, run_dir=tmp_path / "run", device="cpu", quiet=True)
+    assert result.model.classes == ("blue", "green", "red")
+    assert result.record.accuracy > 90
+    assert result.record.start == {
+        "checkpoint": "quant_cnv_w2a2.cifar10",
+        "weights_sha256": cnvzoo.load_checkpoint("quant_cnv_w2a2.cifar10")[1].file.sha256,
+    }
+
+    config = cnvzoo.save_checkpoint(result, tmp_path / "colours")
+    assert (config.name, config.dataset, config.classes) == ("colours", "photos", ["blue", "green", "red"])
+    assert (config.correct, config.total) == (result.record.correct, 18)
+    card = (tmp_path / "colours" / "README.md").read_text()
+    assert "trained on photos with cnvzoo" in card
+    assert "blue, green, red" in card
+    assert "cifar" not in card.split("## Recipe")[0].lower()
+
+    loaded = cnvzoo.create_model(tmp_path / "colours", pretrained=True)
+    image = Image.open(photos / "test" / "red" / "0.png")
+    (guess,) = cnvzoo.predict(loaded, image, top=1)
+    assert (guess.label, guess.index) == ("red", 2)
+    assert cnvzoo.evaluate(loaded, photos, device="cpu").correct == result.record.correct
+    (verified,) = cnvzoo.verify([tmp_path / "colours"], dataset=photos, device="cpu")
+    assert (verified.problem, verified.found, verified.published) == (
+        None,
+        result.record.correct,
+        result.record.correct,
+    )
+    assert cnvzoo.verify([tmp_path / "colours"], device="cpu")[0].problem is None  # its files alone
+    assert cnvzoo.publish(tmp_path / "colours", tmp_path / "store")[0].new
+
+    cnvzoo.export(tmp_path / "colours", tmp_path / "colours.onnx")
+    code = (
+        "import json, sys; import cnvzoo_runtime; model = cnvzoo_runtime.load(sys.argv[1]); "
+        "images = [cnvzoo_runtime.read_image(path) for path in sys.argv[2:]]; "
+        "print(json.dumps([found[0].label for found in model.predict(images, top=1)])); "
+        "assert 'torch' not in sys.modules"
+    )
+    files = sorted((photos / "test").glob("*/*.png"))
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "colours.onnx", *files], capture_output=True, text=True, check=True
+    )
+    labels = json.loads(done.stdout)
+    assert labels == [found[0].label for found in cnvzoo.predict(loaded, [Image.open(file) for file in files], top=1)]
+    assert sum(label == file.parent.name for label, file in zip(labels, files, strict=True)) == result.record.correct
+
+
+def test_the_same_on_the_command_line(photos: Path, tmp_path: Path, uncompiled: None, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> str:
+        done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    (tmp_path / "colours.yaml").write_text(json.dumps({k: v for k, v in recipe_text(epochs=1).items() if k != "name"}))
+    out = run("train", "colours.yaml", "--device", "cpu", "--checkpoint", "mine")
+    assert "on the test set of photos" in out
+    assert "checkpoint: mine" in out
+    scored = out.split(" %")[0].split()[-1]
+    assert f"mine: {scored} %" in run("eval", "./mine", "--dataset", "./photos", "--device", "cpu")
+    run("export", "./mine", "-o", "mine.onnx")
+    assert f"mine.onnx: {scored} %" in run("eval", "mine.onnx", "--dataset", "./photos")
+    predicted = run("predict", "photos/test/red/0.png", "--checkpoint", "./mine", "--top", "3")
+    assert set(COLOURS) <= set(predicted.replace(",", " ").split())
+
+
+def test_own_images_decide_the_identity_of_a_run(photos: Path, tmp_path: Path, uncompiled: None) -> None:
+    recipe = recipe_from_dict(recipe_text(dataset=str(photos), epochs=1, start=None), "test")
+    record = cnvzoo.train(recipe, run_dir=tmp_path / "run", device="cpu", quiet=True).record
+    moved = photos.rename(tmp_path / "elsewhere")
+    same = cnvzoo.train(recipe, dataset=moved, run_dir=tmp_path / "run", device="cpu", quiet=True).record
+    assert same.weights_sha256 == record.weights_sha256
+    Image.new("RGB", (36, 40), (1, 2, 3)).save(moved / "train" / "red" / "0.png")
+    with pytest.raises(RunError, match=r"holds the finished run of photos_quant_cnv_w2a2, .* differs in recipe"):
+        cnvzoo.train(recipe, dataset=moved, run_dir=tmp_path / "run", device="cpu", quiet=True)
+
+
+def test_a_start_of_another_model_is_refused(photos: Path) -> None:
+    recipe = recipe_from_dict(recipe_text(dataset=str(photos), start="resnet20.cifar10"), "test")
+    with pytest.raises(cnvzoo.ModelError, match="is a resnet20, and the recipe trains quant_cnv_w2a2"):
+        cnvzoo.train(recipe, quiet=True)
+
+
+def test_a_recipe_that_own_images_do_not_fit_is_refused(photos: Path) -> None:
+    recipe = recipe_from_dict(recipe_text(dataset=str(photos), batch_size=100), "test")
+    with pytest.raises(cnvzoo.CnvzooError, match="batch_size: 100: must be at most 72, the training images of photos"):
+        cnvzoo.train(recipe, quiet=True)
+
+
+def test_a_model_adapted_to_other_classes_has_no_old_name_label_or_accuracy() -> None:
+    with pytest.warns(UserWarning, match="new and untrained"):
+        model, config = cnvzoo.load_checkpoint("cnv.cifar10", num_classes=12)
+    assert (config.name, config.dataset, config.accuracy, config.results) == ("cnv", None, None, [])
+    assert config.classes == [str(n) for n in range(12)]
+    assert (model.classes, model.pretrained_cfg) == (None, None)
+    found = cnvzoo.predict(model.eval(), torch.zeros(3, 32, 32, dtype=torch.uint8), top=20)
+    assert sorted(guess.label for guess in found) == sorted(map(str, range(12)))
+    with pytest.warns(UserWarning, match="summed"):
+        grey = cnvzoo.create_model("cnv.cifar10", pretrained=True, in_chans=1)
+    assert grey.classes == dataset_info("cifar10").classes
+    assert cnvzoo.predict(grey, Image.new("RGB", (50, 60)))[0].label in grey.classes
+
+
+def test_a_head_replaced_by_hand_does_not_keep_the_old_labels() -> None:
+    model = cnvzoo.create_model("resnet20.cifar10", pretrained=True)
+    model.fc = nn.Linear(64, 3)  # type: ignore[attr-defined]
+    assert {guess.label for guess in cnvzoo.predict(model, Image.new("RGB", (32, 32)))} == {"0", "1", "2"}
+
+
+def test_saving_says_only_what_is_known(tmp_path: Path) -> None:
+    model = cnvzoo.create_model("resnet20", num_classes=2)
+    with pytest.raises(cnvzoo.ModelError, match="does not know its preprocessing"):
+        cnvzoo.save_checkpoint(model, tmp_path / "mine")
+    preprocessing = cnvzoo.Preprocessing(32, (0.5,) * 3, (0.2,) * 3)
+    with pytest.raises(cnvzoo.ModelError, match="3 classes were given, and the model has 2"):
+        cnvzoo.save_checkpoint(model, tmp_path / "mine", classes=["a", "b", "c"], preprocessing=preprocessing)
+    config = cnvzoo.save_checkpoint(model, tmp_path / "mine", classes=["cat", "dog"], preprocessing=preprocessing)
+    assert (config.accuracy, config.dataset, config.recipe, config.results) == (None, None, {}, [])
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "## Accuracy" not in card
+    assert "## Reproduce" not in card
+    loaded = cnvzoo.create_model(tmp_path / "mine", pretrained=True)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(loaded(images), model.eval()(images))
+    assert loaded.classes == ("cat", "dog")
+    with pytest.raises(cnvzoo.CheckpointError, match="not the name of a checkpoint"):
+        cnvzoo.save_checkpoint(model, tmp_path / "my model", preprocessing=preprocessing)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_quantized_model_in_half_precision_is_saved_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = cnvzoo.create_model("quant_cnv_w4a4.cifar10", pretrained=True).to(dtype)
+    cnvzoo.save_checkpoint(model, tmp_path / "half")
+    image = Image.new("RGB", (32, 32), (10, 200, 30))
+    assert cnvzoo.predict(cnvzoo.create_model(tmp_path / "half", pretrained=True), image)
+
+
+def test_export_takes_classes_and_a_name(tmp_path: Path) -> None:
+    model = cnvzoo.create_model("quant_cnv_w4a4.cifar10", pretrained=True)
+    own = [f"class {letter}" for letter in "abcdefghij"]
+    metadata = cnvzoo.export(model, tmp_path / "a.onnx", classes=own, name="letters")
+    assert (metadata.name, metadata.classes) == ("letters", tuple(own))
+    with pytest.raises(cnvzoo.ModelError, match="10 classes, and cifar10 has 3 and 2"):
+        cnvzoo.export(model, tmp_path / "b.onnx", classes=["a", "b"])
+
+
+def test_transforms_ask_the_model_for_its_normalisation() -> None:
+    own = cnvzoo.create_model("quant_cnv", w_bits=4, a_bits=4)
+    with pytest.raises(cnvzoo.ModelError, match="give the dataset that it was trained on"):
+        cnvzoo.transforms(own)
+    image = torch.full((3, 32, 32), 255, dtype=torch.uint8)
+    assert torch.equal(cnvzoo.transforms(own, "cifar10")(image), torch.ones(3, 32, 32))  # not normalised
+    grey = cnvzoo.transforms(cnvzoo.create_model("cnv", in_chans=1), "mnist")(image)
+    assert grey.shape == (1, 32, 32)  # padded to what CNV takes
+    assert cnvzoo.transforms("cifar10")(torch.stack([image, image])).shape == (2, 3, 32, 32)
+
+
+def test_quantize_asks_the_model_for_its_preprocessing() -> None:
+    model = cnvzoo.quantize(cnvzoo.create_model("cnv.mnist", pretrained=True), w_bits=8, a_bits=8)
+    assert model.classes == tuple("0123456789")
+    assert model.preprocessing == cnvzoo.Preprocessing(32, (0.0,), (1.0,), 28)
+
+
+def test_a_dataset_of_other_classes_is_refused(small_datasets) -> None:
+    small_datasets(train=100, test=20)
+    model = cnvzoo.create_model("resnet20.cifar10", pretrained=True)
+    with pytest.raises(cnvzoo.ModelError, match="the model has 10 classes, and cifar100 has 100"):
+        cnvzoo.evaluate(model, "cifar100", device="cpu")
+
+
+class Fixed(nn.Module):
+    """Logits that were computed before, by the level of an image's first pixel."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.logits[(x[:, 0, 0, 0] * 255).round().long()]
+
+
+def test_evaluation_has_top5_confusion_and_predictions() -> None:
+    logits = torch.tensor(
+        [[9.0, 1, 1, 1, 1, 1, 0], [0, 5, 4, 3, 2, 1, 9], [1, 1, 1, 1, 1, 1, 1], [6, 5, 4, 3, 2, 1, 0]]
+    )
+    images = torch.arange(4, dtype=torch.uint8)[:, None, None].repeat(1, 8, 8)
+    labels = [0, 5, 5, 5]
+    data = Dataset.from_arrays(images, labels, list("abcdefg"), test_images=images, test_labels=labels)
+    result = cnvzoo.evaluate(Fixed(logits), data, preprocessing=cnvzoo.Preprocessing(8, (0.0,), (1.0,)), device="cpu")
+    assert result.predictions.tolist() == [0, 6, 0, 0]
+    assert (result.correct, result.total, result.accuracy) == (1, 4, 25.0)
+    assert (result.top5_correct, result.top5_accuracy) == (
+        1,
+        25.0,
+    )  # 5 is the sixth of [1]; of [2], five come before it
+    matrix = result.confusion_matrix()
+    assert matrix[0].tolist() == [1, 0, 0, 0, 0, 0, 0]
+    assert matrix[5].tolist() == [2, 0, 0, 0, 0, 0, 1]
+    assert matrix.sum() == 4
