@@ -153,7 +153,7 @@ class Brightest(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert not self.training
         self.fed.append(x)
-        return x.mean((2, 3)) + self.unused
+        return nn.functional.pad(x.mean((2, 3)), (0, 7)) + self.unused  # 10 classes, of which 3 occur
 
 
 def colours(n: int, right: int) -> Dataset:

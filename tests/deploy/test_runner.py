@@ -88,11 +88,11 @@ def test_predict_refuses_values_that_are_not_a_list_of_images(exported):
 
 def test_predict_takes_whole_numbers_of_classes_only(exported):
     model, images = cnvzoo.deploy.load(exported, threads=1), np.zeros((1, 32, 32, 3), np.uint8)
-    assert model.predict(images, top=np.int64(2)) == model.predict(images, top=2)
+    assert model.predict(images, top=cast("int", np.int64(2))) == model.predict(images, top=2)
     assert len(model.predict(images, top=99)[0]) == 10
     for top in (0, -1, True, np.bool_(True), 2.0, None):
         with pytest.raises(DeployError, match=r"top=.*a whole number of at least 1"):
-            model.predict(images, top=top)
+            model.predict(images, top=cast("int", top))
 
 
 def _rewrite(path, target, change):

@@ -121,7 +121,7 @@ class _GraphBuilder:
         Rows of zeros, which channels with a constant level have, are left out if that saves bytes too: among 1-bit
         weights, zero is a third value.
         """
-        used = weight.reshape(len(weight), -1).any(1)
+        used = np.asarray(weight.reshape(len(weight), -1).any(1))
         rows, position = weight[used], _position(used)
         if not used.any() or _packed_size(rows) + position.nbytes + _ROW_NODES_SIZE >= _packed_size(weight):
             return self._add_packed(name, weight)
