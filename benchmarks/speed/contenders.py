@@ -217,9 +217,6 @@ def _openvino_session(openvino: Any, path: Path, threads: int) -> Callable[[Any]
 def _export_qcdq(model: nn.Module, path: Path, config: CheckpointConfig) -> None:
     """Brevitas' own export for runtimes: QuantizeLinear, Clip and DequantizeLinear around float operators."""
     model = copy.deepcopy(model)
-    for layer in model.modules():  # the exporter asks Brevitas' own tensors for scales and bit widths
-        if hasattr(layer, "skip_create_quant_tensor"):
-            layer.skip_create_quant_tensor = False  # type: ignore[assignment]
     side, channels = config.preprocessing["size"], len(config.preprocessing["mean"])
     with _quiet():  # the exporter warns of its own deprecation
         from brevitas.export import export_onnx_qcdq

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cnvzoo.errors import CnvzooError, DatasetError, ModelError
     from cnvzoo.inference import predict, transforms
     from cnvzoo.models.classifier import Classifier
-    from cnvzoo.models.quant import quantize_bias
+    from cnvzoo.models.integers import IntegerWeight, integer_weights, quantize_bias
     from cnvzoo.models.registry import ModelInfo, model_info, register_model, unregister_model
     from cnvzoo.recipe_folder import list_recipes
     from cnvzoo.training.evaluation import Evaluation, evaluate
@@ -50,6 +50,7 @@ __all__ = [
     "DatasetInfo",
     "EpochReport",
     "Evaluation",
+    "IntegerWeight",
     "Metadata",
     "ModelError",
     "ModelInfo",
@@ -63,6 +64,7 @@ __all__ = [
     "create_model",
     "evaluate",
     "export",
+    "integer_weights",
     "list_checkpoints",
     "list_datasets",
     "list_models",
@@ -127,7 +129,11 @@ _MODULES = {  # with the public names that each defines
         "transforms",
     ),
     "models.classifier": ("Classifier",),
-    "models.quant": ("quantize_bias",),
+    "models.integers": (
+        "IntegerWeight",
+        "integer_weights",
+        "quantize_bias",
+    ),
     "models.registry": (
         "ModelInfo",
         "model_info",

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import cnvzoo
 from cnvzoo.errors import ModelError
 from cnvzoo.models.fake_quant import IntRange
-from cnvzoo.models.quant import int8_gain, quantizer_of
+from cnvzoo.models.integers import int8_gain
+from cnvzoo.models.quant import quantizer_of
 
 GAINS = {8: 1, 4: 18, 3: 42, 2: 127, 1: 127}
 

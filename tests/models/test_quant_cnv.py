@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cnvzoo.models import build_model, compiled
+from cnvzoo.models.quant import quantizer_of
 
 WIDTHS = pytest.mark.parametrize(("w_bits", "a_bits"), [(1, 1), (2, 2), (4, 4), (8, 8), (1, 8), (8, 1)])
 
@@ -105,7 +106,7 @@ def test_levels_and_plain_tensors(w_bits: int, a_bits: int) -> None:
         scale = scale_of(state, name)
         assert scale.numel() == (1 if index == 8 else layer.weight.shape[0])
         with torch.no_grad():
-            ints = integers(layer.weight_quant(layer.weight), scale)
+            ints = integers(quantizer_of(layer)(layer.weight)[0], scale)
         if bits == 1:
             assert ints.unique().tolist() == [-1, 1]
         else:
@@ -126,7 +127,9 @@ def test_first_layer_has_its_own_width(first_w_bits: int) -> None:
     widths = []
     for name, layer in weighted[:2]:
         with torch.no_grad():
-            widths.append(integers(layer.weight_quant(layer.weight), scale_of(model.state_dict(), name)).abs().max())
+            widths.append(
+                integers(quantizer_of(layer)(layer.weight)[0], scale_of(model.state_dict(), name)).abs().max()
+            )
     assert widths[0] == max(2 ** (first_w_bits - 1) - 1, 1)
     assert widths[1] == 7
 
@@ -188,7 +191,7 @@ def test_a_negative_scale_gets_a_gradient() -> None:
     with torch.no_grad():
         scale[5] = -0.5
     # this loss falls as the scale of channel 5 grows
-    (layer.weight_quant(layer.weight) * layer.weight.detach()).sum().neg().backward()
+    (quantizer_of(layer)(layer.weight)[0] * layer.weight.detach()).sum().neg().backward()
     assert scale.grad is not None
     assert scale.grad[5] < 0
     torch.optim.SGD([scale], lr=100).step()
@@ -210,7 +213,7 @@ def test_no_gradient_makes_a_scale_negative(push: float) -> None:
         optimizer.zero_grad()
         # push the scale down for 200 steps, then on, back, or on more weakly
         direction = 1e6 if step < 200 else 1e6 * push
-        (layer.weight_quant(layer.weight) * weight.sign()).sum().mul(direction).backward()
+        (quantizer_of(layer)(layer.weight)[0] * weight.sign()).sum().mul(direction).backward()
         assert scale.grad is not None
         assert (scale.grad.abs() <= 0.0201 * scale.abs()).all()
         optimizer.step()
@@ -225,7 +228,7 @@ def test_gradient_of_a_weight_scale_is_that_of_lsq() -> None:
     scale = dict(model.named_parameters())[next(n for n in model.state_dict() if n.startswith(f"{name}.weight_quant"))]
     weight = layer.weight.detach()
     upstream = 1e-4 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
-    (gradient,) = torch.autograd.grad(layer.weight_quant(layer.weight), scale, upstream)
+    (gradient,) = torch.autograd.grad(quantizer_of(layer)(layer.weight)[0], scale, upstream)
     v = (weight / scale.detach()).double()
     q = v.round().clamp(-7, 7)
     plain = (upstream * torch.where(v.round().abs() <= 7, q - v, q)).sum((1, 2, 3), keepdim=True)

@@ -25,7 +25,7 @@ from cnvzoo.errors import CnvzooError
 from cnvzoo.files import FileError, sha256_of
 from cnvzoo.models import build_model
 from cnvzoo.models.compiled import compiles
-from cnvzoo.models.quant import quantize_bias
+from cnvzoo.models.integers import quantize_bias
 from cnvzoo.training import (
     NUMERICS,
     RunError,
@@ -577,7 +577,7 @@ def test_biases_that_break_when_they_are_quantized_are_not_scored(
     def spoil(model: torch.nn.Module) -> None:
         next(model.parameters()).data.fill_(float("inf"))
 
-    monkeypatch.setattr("cnvzoo.models.quant.quantize_bias", spoil)
+    monkeypatch.setattr("cnvzoo.models.integers.quantize_bias", spoil)
     with pytest.raises(TrainingDiverged, match="has values that are not finite at the end: lower"):
         run(recipe(**CNV_BITS, quantize_bias=True), tmp_path, epochs=1)
     assert not (tmp_path / "record.json").exists()

@@ -27,7 +27,8 @@ from torch import nn
 
 from cnvzoo.deploy.requantize import Requantization, Staircase, levels, requantize
 from cnvzoo.models.cnv import CNV
-from cnvzoo.models.quant import int8_gain, quantizer_of
+from cnvzoo.models.integers import int8_gain
+from cnvzoo.models.quant import quantizer_of
 from cnvzoo_runtime.metadata import DeployError
 
 _SIZE = 32  # height and width of the input of a CNV

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cnvzoo.models.quant import LARGEST_BIAS
+from cnvzoo.models.integers import LARGEST_BIAS
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -235,12 +235,9 @@ def _check_layers(model: CNV) -> None:
 
 
 def _on_pixels(model: CNV) -> CNV:
-    """A copy of the model that takes pixels from 0 to 255, prepared for Brevitas' exporter."""
+    """A copy of the model that takes pixels from 0 to 255."""
     scale = quantizer_of(model.input).effective_scale()
     model = copy.deepcopy(model)
-    for layer in model.modules():  # the exporter reads scales and bit widths from Brevitas' own tensors
-        if hasattr(layer, "skip_create_quant_tensor"):
-            layer.skip_create_quant_tensor = False  # type: ignore[assignment]
     model.input = nn.Identity()
     model.features[0] = nn.Sequential(model.features[0], _Scale(scale))
     return model

@@ -1,13 +1,18 @@
-"""Quantized layers: Brevitas' layers with the quantizer of this library, and their scales and integer biases.
+"""Quantized layers: Brevitas' layers with the quantizer of this library, and their scales.
 
 Every quantizer has its scale as a parameter from the start. So a new model has its whole state before it first runs,
-the first steps gather no statistics, and torch.compile does not recompile after them. The layers pass plain tensors.
+the first steps gather no statistics, and torch.compile does not recompile after them.
+
+Brevitas' QuantTensors break torch.compile and torch.export. So the layers pass plain tensors, which their quantizers
+give, and take the way through Brevitas' proxies only where it is asked for: in its exporters, with a quantizer that was
+disabled, and for QuantTensors. The proxies themselves are as in any Brevitas model: `layer.quant_weight()` and
+`layer.act_quant.scale()` give what they document.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +20,9 @@ from brevitas.inject import ExtendedInjector
 from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear, QuantReLU
 from brevitas.nn.quant_layer import QuantNonLinearActLayer
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
+from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cnvzoo.errors import ModelError
 from cnvzoo.models.fake_quant import IntRange, fake_quantize, least_squares_scale
@@ -168,7 +175,28 @@ class _ClampedReLU(nn.ReLU):
         return super().forward(input) if torch.onnx.is_in_onnx_export() else input
 
 
-class _ClampedQuantReLU(QuantReLU, QuantizedActivation):
+def _is_plain(layer: Any, proxy: Any, input: Any) -> bool:
+    """Whether a layer needs only the values of its quantizer, not what Brevitas adds to them."""
+    return proxy.is_quant_enabled and not (
+        proxy.export_mode or layer.return_quant_tensor or isinstance(input, QuantTensor)
+    )
+
+
+class _PlainActivation(QuantNonLinearActLayer):
+    """A quantized activation that gives plain tensors."""
+
+    def forward(self, input: Any) -> Any:
+        proxy: Any = self.act_quant
+        if not _is_plain(self, proxy, input):
+            return super().forward(input)
+        return proxy.fused_activation_quant_proxy(input)[0]
+
+
+class _QuantInput(_PlainActivation, QuantIdentity):
+    """QuantIdentity that gives plain tensors."""
+
+
+class _ClampedQuantReLU(_PlainActivation, QuantReLU, QuantizedActivation):
     """QuantReLU with `_ClampedReLU`, given as the class because Brevitas builds the activation again at every load."""
 
     def __init__(self, act_quant: type) -> None:
@@ -187,7 +215,21 @@ class _ClampedQuantReLU(QuantReLU, QuantizedActivation):
 
 
 class _QuantConv(FullFieldConv2d, QuantConv2d):
-    """Brevitas' convolution with the fast training of the float one."""
+    """Brevitas' convolution with the fast training of the float one, on plain tensors."""
+
+    def forward(self, input: Any) -> Any:
+        if not _is_plain(self, self.weight_quant, input):
+            return QuantConv2d.forward(self, input)
+        return self._conv_forward(input, quantizer_of(self)(self.weight)[0], self.bias)
+
+
+class _QuantLinear(QuantLinear):
+    """Brevitas' linear layer on plain tensors."""
+
+    def forward(self, input: Any) -> Any:
+        if not _is_plain(self, self.weight_quant, input):
+            return super().forward(input)
+        return F.linear(input, quantizer_of(self)(self.weight)[0], self.bias)
 
 
 class QuantLayers:
@@ -208,8 +250,7 @@ class QuantLayers:
     def input(self) -> nn.Module:
         """The image as uint8 / 255, unchanged up to rounding: the layer tells exports the scale of the input."""
         quantizer = IntQuantizer(8, signed=False, scale=INPUT_SCALE, learned=False)
-        layer = QuantIdentity(act_quant=_injector(quantizer, ActQuantProxyFromInjector, signed=False))
-        return _plain_tensors(layer, layer.act_quant)
+        return _QuantInput(act_quant=_injector(quantizer, ActQuantProxyFromInjector, signed=False))  # type: ignore[arg-type]
 
     def conv(self, in_channels: int, out_channels: int, *, first: bool) -> nn.Module:
         bits = self.first_w_bits if first else self.w_bits
@@ -221,7 +262,7 @@ class QuantLayers:
     def linear(self, in_features: int, out_features: int, *, last: bool) -> nn.Module:
         quantizer = IntQuantizer(self.w_bits, signed=True, scale_shape=() if last else (out_features, 1))
         return _fit_weights(
-            QuantLinear(in_features, out_features, bias=False, weight_quant=_weights(quantizer)), quantizer
+            _QuantLinear(in_features, out_features, bias=False, weight_quant=_weights(quantizer)), quantizer
         )
 
     def relu(self) -> nn.Module:
@@ -229,7 +270,7 @@ class QuantLayers:
         layer = _ClampedQuantReLU(_injector(quantizer, ActQuantProxyFromInjector, signed=False))
         if not skips_initialization():
             quantizer.fit(_relu_of_normal(torch.ones(1), torch.zeros(1)))
-        return _plain_tensors(layer, layer.act_quant)
+        return layer
 
 
 def _weights(quantizer: IntQuantizer) -> type:
@@ -240,12 +281,6 @@ def _fit_weights(layer: QuantConv2d | QuantLinear, quantizer: IntQuantizer) -> n
     if not skips_initialization():
         init_weight(layer.weight)
         quantizer.fit(layer.weight)
-    return _plain_tensors(layer, layer.weight_quant)
-
-
-def _plain_tensors(layer: nn.Module, proxy: Any) -> nn.Module:
-    """Make the layer pass plain tensors: QuantTensors break torch.compile and export."""
-    proxy.skip_create_quant_tensor = True
     return layer
 
 
@@ -315,64 +350,3 @@ def quantizer_of(layer: nn.Module) -> IntQuantizer:
     if isinstance(layer, (QuantConv2d, QuantLinear)):
         return brevitas.weight_quant.tensor_quant
     return brevitas.act_quant.fused_activation_quant_proxy.tensor_quant
-
-
-_INT8_HIGH = 127
-LARGEST_BIAS = 1 << 30  # int32 has room for a bias of this size plus an accumulator
-
-
-def int8_gain(ints: IntRange) -> int:
-    """The largest whole number by which weights of this range can be multiplied within int8.
-
-    Deployed weights are multiplied by it, with the scale divided by it: this makes the unit of the int32 bias finer.
-    """
-    return _INT8_HIGH // ints.high
-
-
-@torch.no_grad()
-def quantize_bias(model: nn.Module) -> None:
-    """Round the shift of each BatchNorm in a quantized model to whole accumulator units, in place, by changing beta.
-
-    An integer graph adds an int32 bias to its accumulators, in units of input scale times weight scale (Jacob et al.
-    2018, arXiv:1712.05877, section 2.2), here of weights multiplied by `int8_gain`. After the rounding such a graph
-    computes exactly what the model does, up to the rounding of floats. Channels whose shift exceeds `LARGEST_BIAS`
-    units, or whose unit is zero, stay as they are.
-
-    Call it at the end of training and evaluate the model after it, as recipes with `quantize_bias: true` do.
-
-    Raises:
-        ModelError: the model has no quantized layer followed by a BatchNorm.
-    """
-    found = False
-    for norm, unit in _norms_with_units(model):
-        found = True
-        slope = _slope(norm)
-        assert norm.running_mean is not None
-        centre = norm.running_mean.double() * slope
-        unit = unit * slope
-        biases = ((norm.bias.double() - centre) / unit).round()
-        rounded = (biases * unit + centre).to(norm.bias.dtype)
-        norm.bias.copy_(torch.where(biases.abs() <= LARGEST_BIAS, rounded, norm.bias))
-    if not found:
-        raise ModelError(
-            f"{type(model).__name__} has no quantized layer followed by a BatchNorm, whose bias could be rounded"
-        )
-
-
-def _slope(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Tensor:
-    assert norm.running_var is not None
-    return norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-
-
-def _norms_with_units(model: nn.Module) -> Iterator[tuple[nn.BatchNorm1d | nn.BatchNorm2d, Tensor]]:
-    """Each BatchNorm after a quantized layer, and the value of one unit of that layer's accumulators."""
-    in_scale, unit = torch.ones(()), None
-    for layer in model.modules():
-        if isinstance(layer, (QuantIdentity, QuantReLU)):
-            in_scale = quantizer_of(layer).effective_scale().double()
-        elif isinstance(layer, (QuantConv2d, QuantLinear)):
-            quantizer = quantizer_of(layer)
-            unit = quantizer.effective_scale().double().reshape(-1) * in_scale / int8_gain(quantizer.ints)
-        elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)) and unit is not None:
-            yield layer, unit
-            unit = None

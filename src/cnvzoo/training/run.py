@@ -198,7 +198,7 @@ def run_recipe(
             raise RunInterrupted(recipe.run_name, reason, trainer.step, trainer.total_steps, run_dir)
 
         if recipe.quantize_bias:
-            from cnvzoo.models.quant import quantize_bias  # importing Brevitas takes a second
+            from cnvzoo.models.integers import quantize_bias  # importing Brevitas takes a second
 
             quantize_bias(trainer.model)
         trainer.check_weights("at the end")
