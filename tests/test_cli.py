@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -23,6 +23,7 @@ from cnvzoo.checkpoints.publish import write_card
 from cnvzoo.cli import main
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import sha256_of
+from cnvzoo.models.registry import unregister_model
 from cnvzoo.training import RunRecord
 from cnvzoo.zoo import create_model, list_models
 
@@ -93,6 +94,7 @@ class TestHelp:
 import sys
 from cnvzoo.checkpoints.index import list_checkpoints
 from cnvzoo.cli import main
+from cnvzoo.cli.options import MODELS
 sys.argv = {["cnvzoo", *arguments]!r}
 try:
     main()
@@ -170,6 +172,131 @@ class TestList:
         result = cnvzoo("list", "vgg*")
         assert (result.status, result.out) == (1, "")
         assert result.err.startswith("error: no model matches 'vgg*'")
+
+
+class TestImport:
+    """--import of files and modules that register models."""
+
+    OWN = """
+import cnvzoo
+from neighbour import layers
+
+@cnvzoo.register_model("own_net", summary="of the test")
+def build(num_classes, in_chans, width=4):
+    return layers(in_chans * 64, num_classes)
+"""
+    NEIGHBOUR = """
+from torch import nn
+
+def layers(inputs, outputs):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(inputs, outputs))
+"""
+
+    @pytest.fixture
+    def own(self, tmp_path) -> Iterator[Path]:
+        (folder := tmp_path / "own").mkdir()
+        (folder / "neighbour.py").write_text(self.NEIGHBOUR)
+        (folder / "own_models.py").write_text(self.OWN)
+        before = set(sys.modules)
+        yield folder / "own_models.py"
+        for name in set(sys.modules) - before:
+            if getattr(sys.modules[name], "__file__", "").startswith(str(tmp_path)):
+                del sys.modules[name]
+        if list_models("own_net"):
+            unregister_model("own_net")
+
+    def test_a_file(self, cnvzoo, own, small_datasets, recipe, tmp_path):
+        (found,) = json.loads(cnvzoo("list", "own_*", "--json", "--import", own).out)
+        assert (found["name"], found["parameters"]) == ("own_net", 3 * 64 * 10 + 10)
+        unregister_model("own_net")
+        assert "parameters 650" in cnvzoo("info", "own_net.mnist", "--import", "own/own_models.py").said
+        small_datasets(train=64, test=10)
+        result = cnvzoo("train", recipe("own_net"), "--import", own, "--device", "cpu", "--run-dir", "run")
+        assert result.status == 0, result.err
+        assert RunRecord.read(tmp_path / "run" / "record.json").total == 10
+
+    def test_a_module_of_this_folder(self, cnvzoo, own, monkeypatch):
+        monkeypatch.chdir(own.parent)
+        assert "own_net" in cnvzoo("list", "own_*", "--import", "own_models").out
+
+    @pytest.mark.parametrize(
+        ("lines", "says"),
+        [
+            (["import cnvzoo", "x = y"], "2: NameError: name 'y' is not defined"),
+            (["def f(:"], "1: SyntaxError: invalid syntax"),
+            (["", "import no_such_module"], "2: ModuleNotFoundError: No module named 'no_such_module'"),
+            (["import sys", "sys.exit(3)"], "2: SystemExit: 3"),
+            (
+                ["import cnvzoo", "cnvzoo.register_model('cnv', summary='')(lambda: None)"],
+                "2: ValueError: model 'cnv' is registered already: choose another name, "
+                "or call unregister_model('cnv') first",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["broken.py", "broken"])
+    def test_a_mistake_is_named_with_file_and_line(self, cnvzoo, lines, says, name):
+        Path("broken.py").write_text("\n".join(lines) + "\n")
+        result = cnvzoo("list", "--import", name)
+        assert (result.status, result.out, result.err) == (1, "", f"error: --import broken.py:{says}\n")
+        assert "broken" not in sys.modules
+
+    def test_a_mistake_that_shows_when_the_model_is_built(self, cnvzoo, own):
+        own.write_text(self.OWN.replace("in_chans * 64", "undefined"))
+        result = cnvzoo("info", "own_net", "--import", own)
+        assert (result.status, result.out) == (1, "")
+        assert result.err == "error: own/own_models.py:7: NameError: name 'undefined' is not defined\n"
+
+    @pytest.mark.parametrize(
+        ("name", "says"),
+        [
+            ("no/file.py", "no such file: give a Python file, or the name of a module"),
+            ("nothing", "no such module: give its name as in an import, or a Python file"),
+            ("nothing.inside", "ModuleNotFoundError: No module named 'nothing'"),
+        ],
+    )
+    def test_what_is_not_there(self, cnvzoo, name, says):
+        path = list(sys.path)
+        result = cnvzoo("list", "--import", name)
+        assert (result.status, result.err) == (1, f"error: --import {name}: {says}\n")
+        assert sys.path == path
+
+
+class TestCompletion:
+    @pytest.mark.parametrize(
+        ("typed", "completed"),
+        [
+            ("info quant_cnv_w4", {"quant_cnv_w4a4.cifar10", "quant_cnv_w4a4.mnist"}),
+            ("info resnet11", {"resnet110", "resnet110.cifar10"}),
+            ("eval cnv.m", {"cnv.mnist"}),
+            ("predict photo.png --checkpoint cnv.m", {"cnv.mnist"}),
+            ("train mnist_quant_cnv_w4", {"mnist_quant_cnv_w4a4"}),
+            ("list --checkpoints --dataset mn", {"mnist"}),
+        ],
+    )
+    def test_names(self, cnvzoo, monkeypatch, typed, completed):
+        monkeypatch.setenv("_CNVZOO_COMPLETE", "complete_fish")
+        monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+        monkeypatch.setenv("_TYPER_COMPLETE_ARGS", f"cnvzoo {typed}")
+        published = {found["name"] for found in list_checkpoints()}
+        assert set(cnvzoo().out.split()) == {n for n in completed if "." not in n or n in published}
+
+    def test_completing_does_not_import_torch_and_knows_every_model(self):
+        code = """
+import sys
+from cnvzoo.cli.options import MODELS, checkpoint_names, dataset_names, model_names, recipe_names
+assert model_names("resnet1") and checkpoint_names("cnv") and recipe_names("mnist") and dataset_names("mnist")
+assert not {"torch", "numpy"} & sys.modules.keys()
+import cnvzoo
+assert list(MODELS) == cnvzoo.list_models()
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def test_the_script_for_a_shell(self, cnvzoo, monkeypatch):
+        monkeypatch.setenv("SHELL", "/bin/bash")
+        result = cnvzoo("--show-completion", "bash")
+        assert result.status == 0, result.err
+        assert "complete -o default -F _cnvzoo_completion cnvzoo" in result.out
 
 
 class TestInfo:
@@ -518,6 +645,42 @@ class TestListCheckpoints:
         assert all(text in quantized for text in ("10.00", "4/4", "59,461,376", f"{size:,}"))
         float_ = next(line for line in lines if "resnet20.mnist" in line)
         assert all(text in float_ for text in ("float", "272,186"))  # 3 * 3 * 2 * 16 fewer than with 3 channels
+
+    @pytest.mark.parametrize(
+        ("conditions", "names"),
+        [
+            (("--dataset", "mnist"), ["resnet20.mnist"]),
+            (("--bits", "4/4"), ["quant_cnv_w4a4.cifar10"]),
+            (("--bits", "float"), ["resnet20.mnist"]),
+            (("--min-accuracy", 10), ["quant_cnv_w4a4.cifar10", "resnet20.mnist"]),
+            (("--max-bytes", 1_000_000), ["quant_cnv_w4a4.cifar10"]),
+            (("--bits", "4/4", "--dataset", "cifar10", "--max-bytes", 1_000_000), ["quant_cnv_w4a4.cifar10"]),
+        ],
+    )
+    def test_conditions(self, cnvzoo, hub, conditions, names):
+        result = cnvzoo("list", "--checkpoints", *conditions)
+        assert [line.split()[0] for line in result.out.splitlines()[1:]] == names
+
+    def test_conditions_that_none_fulfils(self, cnvzoo, hub):
+        result = cnvzoo("list", "--checkpoints", "--min-accuracy", 50, "--bits", "2/2")
+        says = "no published checkpoint matches '*' with --bits 2/2, --min-accuracy 50.0"
+        assert (result.status, result.out) == (1, "")
+        assert result.err == f"error: {says}: cnvzoo list --checkpoints shows all of them\n"
+
+    @pytest.mark.parametrize(
+        ("arguments", "status", "says"),
+        [
+            (("--max-bytes", 5), 2, "--max-bytes selects checkpoints: give --checkpoints too"),
+            (("--checkpoints", "--bits", "4"), 2, "--bits 4: W/A, each 1 to 8, such as 4/4; or float"),
+            (("--checkpoints", "--bits", "9/4"), 2, "--bits 9/4: W/A, each 1 to 8, such as 4/4; or float"),
+            (("--checkpoints", "--dataset", "mnits"), 1, "did you mean 'mnist'"),
+        ],
+    )
+    def test_invalid_conditions(self, cnvzoo, hub, monkeypatch, arguments, status, says):
+        monkeypatch.setenv("COLUMNS", "200")
+        result = cnvzoo("list", *arguments)
+        assert result.status == status
+        assert says in result.said
 
     def test_pattern(self, cnvzoo, hub):
         assert "cifar10" not in cnvzoo("list", "--checkpoints", "*.mnist").out

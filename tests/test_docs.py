@@ -86,8 +86,12 @@ def with_small_holdout(text: str) -> str:
 
 
 @pytest.fixture
-def docs_folder(tmp_path, monkeypatch, small_datasets, make_checkpoint, logged_in, uncompiled) -> Path:
-    """A temporary folder with the files that the pages name: recipes, examples, checkpoints, weights and a photo."""
+def docs_folder(tmp_path, monkeypatch, small_datasets, make_checkpoint, logged_in, uncompiled) -> Iterator[Path]:
+    """A temporary folder with the files that the pages name: recipes, examples, checkpoints, weights and a photo.
+
+    Models that a page registers are removed afterwards.
+    """
+    before = cnvzoo.list_models()
     small_datasets(train=600, test=100)
     folder = tmp_path / "docs_folder"
     shutil.copytree(ROOT / "benchmarks" / "configs", folder / "benchmarks" / "configs")
@@ -106,7 +110,9 @@ def docs_folder(tmp_path, monkeypatch, small_datasets, make_checkpoint, logged_i
             (folder / block.text.splitlines()[0].removeprefix("# ")).write_text(block.text)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("CNVZOO_HUB", str(folder / "hub"))
-    return folder
+    yield folder
+    for model in cnvzoo.list_models(exclude=before):
+        cnvzoo.unregister_model(model)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p, "python"))], ids=lambda p: p.name)

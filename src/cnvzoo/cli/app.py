@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 import cnvzoo
+from cnvzoo.cli.imports import in_imported_code
 from cnvzoo.errors import CnvzooError, in_a_line
 
 app = typer.Typer(
     help="Small image classifiers, float and quantized, with the recipe and the weights of every published number.",
     epilog="Start with: cnvzoo list, then cnvzoo info quant_cnv --w-bits 4 --a-bits 4",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
@@ -36,9 +36,18 @@ def cnvzoo_(
 
 
 def main() -> None:
-    """Run the command line; print errors of cnvzoo and of the operating system in one line, without a traceback."""
+    """Run the command line; print errors in one line, without a traceback.
+
+    These are errors of cnvzoo, of the operating system, and of code that --import imported.
+    """
     try:
-        app()
+        app(prog_name="cnvzoo")
     except (CnvzooError, OSError) as error:
         typer.echo(f"error: {in_a_line(error)}", err=True)
+        sys.exit(1)
+    except Exception as error:
+        place = in_imported_code(error)
+        if place is None:
+            raise
+        typer.echo(f"error: {place}", err=True)
         sys.exit(1)

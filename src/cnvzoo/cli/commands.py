@@ -12,7 +12,8 @@ import typer
 
 import cnvzoo
 from cnvzoo.cli.app import app
-from cnvzoo.cli.options import DataRoot, Device, Hub, Json, Threads
+from cnvzoo.cli.imports import Import
+from cnvzoo.cli.options import DataRoot, Device, Hub, Json, Threads, checkpoint_names, recipe_names
 from cnvzoo.cli.output import Column, print_json, print_table
 from cnvzoo.errors import CnvzooError
 
@@ -29,7 +30,9 @@ _INTERRUPTED = 3
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe of cnvzoo, or the path of a YAML file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="Name of a recipe of cnvzoo, or the path of a YAML file.", autocompletion=recipe_names)
+    ],
     run_dir: Annotated[
         Path | None,
         typer.Option(
@@ -77,6 +80,7 @@ def train(
     threads: Threads = None,
     time_limit: Annotated[float | None, typer.Option(min=0, help="Stop after this many seconds; resumable.")] = None,
     data_root: DataRoot = None,
+    imported: Import = None,
 ) -> None:
     """Train a recipe and score it on the test set, or on a held-out part of the training set.
 
@@ -127,7 +131,11 @@ def _run_dir(recipe: Recipe, seed: int | None, epochs: int | None, holdout: int)
 @app.command("eval")
 def eval_(
     checkpoint: Annotated[
-        str, typer.Argument(help="Name of a checkpoint, the path of its folder, or an exported .onnx file.")
+        str,
+        typer.Argument(
+            help="Name of a checkpoint, the path of its folder, or an exported .onnx file.",
+            autocompletion=checkpoint_names,
+        ),
     ],
     dataset: Annotated[
         str | None,
@@ -137,6 +145,7 @@ def eval_(
     device: Device = "auto",
     threads: Threads = None,
     data_root: DataRoot = None,
+    imported: Import = None,
     as_json: Json = False,
 ) -> None:
     """Score a checkpoint or an exported file on a test set; for a checkpoint, show the published number too.
@@ -187,7 +196,13 @@ def _print_score(name: str, dataset: str | None, found: Evaluation, recorded: Ch
 
 @app.command()
 def verify(
-    checkpoints: Annotated[list[str] | None, typer.Argument(help="Names, or paths of folders.")] = None,
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Names, or paths of folders.",
+            autocompletion=checkpoint_names,
+        ),
+    ] = None,
     all_: Annotated[bool, typer.Option("--all", help="Verify every published checkpoint.")] = False,
     hub: Hub = None,
     device: Device = "auto",
@@ -196,6 +211,7 @@ def verify(
     dataset: Annotated[
         str | None, typer.Option(help="Path of the images of checkpoints that were trained on own ones.")
     ] = None,
+    imported: Import = None,
     as_json: Json = False,
 ) -> None:
     """Compare files of checkpoints with the index, and their test scores with the published ones.
@@ -234,12 +250,19 @@ def _print_verifications(results: list[Verification]) -> None:
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="Name of a checkpoint, or the path of its folder.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a checkpoint, or the path of its folder.",
+            autocompletion=checkpoint_names,
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
     format: Annotated[
         str, typer.Option(help="integer: exact and fast on CPUs; qonnx: for FINN; onnx: float models.")
     ] = "integer",
     hub: Hub = None,
+    imported: Import = None,
 ) -> None:
     """Write a checkpoint's model to an ONNX file, which `eval` and `predict` take.
 
@@ -252,7 +275,13 @@ def export(
 
 @app.command()
 def publish(
-    checkpoints: Annotated[list[str], typer.Argument(help="Names in --hub, or paths of folders.")],
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            help="Names in --hub, or paths of folders.",
+            autocompletion=checkpoint_names,
+        ),
+    ],
     to: Annotated[str, typer.Option(help="Store to publish to: a directory, or hf://ORG on the Hugging Face Hub.")],
     hub: Annotated[
         Path | None, typer.Option(help="Directory of named checkpoints; default CNVZOO_HUB, else the checkout's hub/.")
@@ -260,6 +289,7 @@ def publish(
     tag: Annotated[str | None, typer.Option(help="Tag of each new version, such as a release; never moved.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message; default name and accuracy.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be published.")] = False,
+    imported: Import = None,
     as_json: Json = False,
 ) -> None:
     """Publish checkpoints: weights, config and model card, in one commit each; nothing if nothing changed.
@@ -280,9 +310,16 @@ def predict(
         list[Path],
         typer.Argument(help="Image files of any size and format that Pillow reads; before them, an .onnx file if any."),
     ],
-    checkpoint: Annotated[str | None, typer.Option(help="Name of a checkpoint, or the path of its folder.")] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of a checkpoint, or the path of its folder.",
+            autocompletion=checkpoint_names,
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of classes to show.")] = 3,
     hub: Hub = None,
+    imported: Import = None,
     as_json: Json = False,
 ) -> None:
     """Classify images with a checkpoint or an exported file: the most probable classes and their probabilities.

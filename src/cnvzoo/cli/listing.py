@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 import cnvzoo
 from cnvzoo.cli.app import app
-from cnvzoo.cli.options import Bits, Hub, Json
+from cnvzoo.cli.imports import Import
+from cnvzoo.cli.options import Bits, Hub, Json, dataset_names, model_names
 from cnvzoo.cli.output import Column, print_json, print_table
 from cnvzoo.errors import CnvzooError
 
 if TYPE_CHECKING:
+    from cnvzoo.checkpoints.index import CheckpointInfo
     from cnvzoo.checkpoints.load import ModelName
 
+BitWidth = int | Literal["float"]
 _LISTED_BITS = 4  # bit widths at which `list` counts quantized models
 _CHECKPOINT = ("name", "dataset", "accuracy", "correct", "total", "bytes")  # what `info` shows of a checkpoint
 
@@ -24,24 +27,52 @@ _CHECKPOINT = ("name", "dataset", "accuracy", "correct", "total", "bytes")  # wh
 def list_(
     pattern: Annotated[str, typer.Argument(help="Shell pattern, such as 'resnet*'.")] = "*",
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="List published checkpoints instead.")] = False,
+    dataset: Annotated[
+        str | None, typer.Option(help="Checkpoints trained on this dataset.", autocompletion=dataset_names)
+    ] = None,
+    bits: Annotated[
+        str | None, typer.Option(metavar="W/A", help="Checkpoints of these bit widths, such as 4/4, or 'float'.")
+    ] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Checkpoints of at least this accuracy, in percent.")
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=0, help="Checkpoints whose weights file is not larger than this.")
+    ] = None,
+    imported: Import = None,
     as_json: Json = False,
 ) -> None:
     """List models: parameters, multiply-accumulates and weight bytes for 32x32 images, 3 channels and 10 classes.
 
     Quantized models are counted at 4 bits; `cnvzoo info` counts any model at any setting. `--checkpoints` lists
-    published checkpoints: test accuracy in percent, bit widths of weights and activations, and size of the weights.
+    published checkpoints: test accuracy in percent, bit widths of weights and activations, and size of the weights. The
+    options that select checkpoints may be combined.
 
-    Example: `cnvzoo list 'resnet*'`, or `cnvzoo list --checkpoints '*.cifar10'`
+    Example: `cnvzoo list 'resnet*'`, or `cnvzoo list --checkpoints --dataset cifar10 --max-bytes 1000000`
     """
+    conditions = {"--dataset": dataset, "--bits": bits, "--min-accuracy": min_accuracy, "--max-bytes": max_bytes}
+    given = [option for option, value in conditions.items() if value is not None]
     if checkpoints:
-        _list_checkpoints(pattern, as_json)
+        w_bits, a_bits = (None, None) if bits is None else _bit_widths(bits)
+        found = cnvzoo.list_checkpoints(
+            pattern, dataset=dataset, w_bits=w_bits, a_bits=a_bits, min_accuracy=min_accuracy, max_bytes=max_bytes
+        )
+        if not found:
+            which = f" with {', '.join(f'{option} {conditions[option]}' for option in given)}" if given else ""
+            raise CnvzooError(
+                f"no published checkpoint matches {pattern!r}{which}: cnvzoo list --checkpoints shows all of them"
+            )
+        _print_checkpoints(found, as_json)
         return
+    if given:
+        raise typer.BadParameter(f"{given[0]} selects checkpoints: give --checkpoints too")
     from cnvzoo.models.registry import model_spec
 
     facts = []
     for name in cnvzoo.list_models(pattern):
-        bits = _LISTED_BITS if model_spec(name).quantized else None
-        facts.append({**asdict(cnvzoo.model_info(name, w_bits=bits, a_bits=bits)), "w_bits": bits, "a_bits": bits})
+        counted_at = _LISTED_BITS if model_spec(name).quantized else None
+        counted = cnvzoo.model_info(name, w_bits=counted_at, a_bits=counted_at)
+        facts.append({**asdict(counted), "w_bits": counted_at, "a_bits": counted_at})
     if not facts:
         raise CnvzooError(f"no model matches {pattern!r}: cnvzoo list shows all models")
     if as_json:
@@ -58,10 +89,17 @@ def list_(
     )
 
 
-def _list_checkpoints(pattern: str, as_json: bool) -> None:
-    found = cnvzoo.list_checkpoints(pattern)
-    if not found:
-        raise CnvzooError(f"no published checkpoint matches {pattern!r}: cnvzoo list --checkpoints shows all of them")
+def _bit_widths(text: str) -> tuple[BitWidth, BitWidth]:
+    """Bit widths of weights and activations from `4/4` or `float`."""
+    if text == "float":
+        return "float", "float"
+    widths = text.split("/")
+    if len(widths) != 2 or not all(len(width) == 1 and width in "12345678" for width in widths):
+        raise typer.BadParameter(f"--bits {text}: W/A, each 1 to 8, such as 4/4; or float")
+    return int(widths[0]), int(widths[1])
+
+
+def _print_checkpoints(found: list[CheckpointInfo], as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
@@ -83,7 +121,11 @@ def _list_checkpoints(pattern: str, as_json: bool) -> None:
 @app.command()
 def info(
     model: Annotated[
-        str, typer.Argument(help="Name of a model, with bit widths or dataset if any, or the path of a checkpoint.")
+        str,
+        typer.Argument(
+            help="Name of a model, with bit widths or dataset if any, or the path of a checkpoint.",
+            autocompletion=model_names,
+        ),
     ],
     w_bits: Bits = None,
     a_bits: Bits = None,
@@ -96,6 +138,7 @@ def info(
     ] = None,
     input_size: Annotated[int | None, typer.Option(min=1, help="Height and width at which MACs are counted.")] = None,
     hub: Hub = None,
+    imported: Import = None,
     as_json: Json = False,
 ) -> None:
     """Show the size and cost of a model at given bit widths, classes and image size; of a checkpoint, its accuracy too.

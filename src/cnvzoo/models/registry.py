@@ -193,19 +193,35 @@ class ModelInfo:
     weight_bytes: int
 
 
-def model_info(name: str, *, input_size: int | None = None, in_chans: int = 3, **arguments: Any) -> ModelInfo:
+def model_info(
+    name: str,
+    *,
+    num_classes: int = 10,
+    in_chans: int = 3,
+    w_bits: int | None = None,
+    a_bits: int | None = None,
+    input_size: int | None = None,
+    **kwargs: Any,
+) -> ModelInfo:
     """Count parameters, multiply-accumulates and weight bytes of a model.
 
     Args:
-        name, in_chans, **arguments: as for `create_model`.
+        name: a model of `list_models()`.
+        num_classes: number of outputs, at least 1.
+        in_chans: number of image channels, at least 1.
+        w_bits, a_bits: bit widths of weights and activations, 1 to 8; quantized models need both, float models take
+            neither.
         input_size: height and width in pixels to count for; by default the only one that the model takes, else 32.
+        **kwargs: options of one model: `first_w_bits` (default 8) of `quant_cnv`.
 
     Raises:
         ModelError: as `create_model` does, and for an input size that the model does not take.
     """
     spec = model_spec(name)
     with without_initialization():
-        model = build_model(name, in_chans=in_chans, **arguments).eval()
+        model = build_model(
+            name, num_classes=num_classes, in_chans=in_chans, w_bits=w_bits, a_bits=a_bits, **kwargs
+        ).eval()
     if input_size is not None:
         input_size = check_count("input_size", input_size, "height and width in pixels")
     size, channels = input_size or spec.input_size or 32, model.arguments["in_chans"]
