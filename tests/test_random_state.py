@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,7 @@ def test_a_call_in_a_thread_does_not_change_the_numbers_that_another_thread_draw
         running = thread.submit(call)
         while not running.done():
             drawn.append(torch.rand(1 << 16)[-1])
+            wait([running], timeout=0.01)
         running.result()
     drawn.append(torch.rand(1 << 16)[-1])
     torch.manual_seed(5)
