@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,6 @@ import cnvzoo
 from cnvzoo.errors import ModelError
 from cnvzoo.models import Classifier, build_model, model_spec
 
-FLOAT = ["cnv", "resnet20", "resnet18", "mobilenet_v1"]
 FEATURES = {
     "cnv": ((256, 1, 1), 512), "quant_cnv": ((256, 1, 1), 512), "resnet20": ((64, 8, 8), 64),
     "resnet18": ((512, 4, 4), 512), "mobilenet_v1": ((1024, 2, 2), 1024),
@@ -107,27 +109,61 @@ def test_bools_are_not_accepted_as_numbers(argument: str, value: Any) -> None:
         build_model("quant_cnv", **{**BITS, argument: value})
 
 
-@pytest.mark.parametrize("name", FLOAT)
-@torch.no_grad()
-def test_float_models_are_pickled_saved_and_copied(name: str) -> None:
-    model = built(name)
+def copies(model: nn.Module) -> list[Any]:
+    """The model pickled, saved by torch.save, and copied."""
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for again in (pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False), copy.deepcopy(model)):
+    return [pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False), copy.deepcopy(model)]
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_models_are_pickled_saved_and_copied(name: str) -> None:
+    model = built(name)
+    convolution, norm = (
+        next(n for n, m in model.named_modules() if isinstance(m, c)) for c in (nn.Conv2d, nn.BatchNorm2d)
+    )
+    model.get_submodule(norm).train()
+    model.get_parameter(f"{convolution}.weight").requires_grad_(False)
+    before = torch.get_rng_state()
+    for again in copies(model):
         assert again.spec is model.spec
         assert again.arguments == model.arguments
-        assert torch.equal(again(images()), model(images()))
+        assert [(n, type(m), m.training) for n, m in again.named_modules()] == [
+            (n, type(m), m.training) for n, m in model.named_modules()
+        ]
+        assert list(again.state_dict()) == list(model.state_dict())
+        assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+        assert torch.equal(again.eval()(images()), copy.deepcopy(model).eval()(images()))
         with pytest.raises(ModelError, match="3 channel"):
             again(images(channels=2))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @torch.no_grad()
-def test_quantized_models_are_copied() -> None:
+def test_a_state_loaded_into_a_copy_of_a_quantized_model_leaves_the_original_as_it_was() -> None:
     model = built("quant_cnv")
-    again = copy.deepcopy(model)
-    assert again.spec is model.spec
-    assert torch.equal(again(images()), model(images()))
+    expected = model(images())
+    state = {key: value * 2 if key.endswith(".scale") else value for key, value in model.state_dict().items()}
+    kept = {key: value.clone() for key, value in model.state_dict().items()}
+    for again in copies(model):
+        again.load_state_dict(state)
+        assert not torch.equal(again(images()), expected)
+        assert all(torch.equal(value, kept[key]) for key, value in model.state_dict().items())
+        assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+    assert torch.equal(model(images()), expected)
+
+
+@torch.no_grad()
+def test_pickled_models_give_equal_logits_in_another_process(tmp_path: Path) -> None:
+    models = [built(name) for name in ("resnet20", "quant_cnv")]
+    (tmp_path / "m.pkl").write_bytes(pickle.dumps([(model, images(), model(images())) for model in models]))
+    code = "import pickle, sys, torch; torch.set_grad_enabled(False)\n"
+    code += (
+        "for m, x, y in pickle.load(open(sys.argv[1], 'rb')): print(torch.equal(m(x), y), m.spec.name, m.num_classes)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.pkl")], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["True resnet20 10", "True quant_cnv 10"], done.stderr
 
 
 @pytest.mark.parametrize("name", FEATURES)
@@ -235,4 +271,5 @@ def test_published_weights_without_head(name: str) -> None:
     headless = cnvzoo.create_model(name, pretrained=True, num_classes=0)
     x = images(channels=whole.in_chans)
     assert torch.equal(headless(x), whole.forward_head(whole.forward_features(x), pre_logits=True))
-    assert headless.pretrained_cfg is not None
+    assert headless.preprocessing == whole.preprocessing
+    assert (headless.classes, headless.pretrained_cfg) == (None, None)  # what they say is of the head

@@ -20,13 +20,14 @@ from brevitas.inject import ExtendedInjector
 from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear, QuantReLU
 from brevitas.nn.quant_layer import QuantNonLinearActLayer
 from brevitas.proxy import ActQuantProxyFromInjector, WeightQuantProxyFromInjector
+from brevitas.proxy.quant_proxy import QuantProxyFromInjector
 from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnvzoo.errors import ModelError
 from cnvzoo.models.fake_quant import IntRange, fake_quantize, least_squares_scale
-from cnvzoo.models.layers import FullFieldConv2d, init_weight, skips_initialization
+from cnvzoo.models.layers import FullFieldConv2d, init_weight, skips_initialization, without_initialization
 from cnvzoo.models.norm_act import QuantizedActivation
 
 INPUT_SCALE = 1 / 255
@@ -175,6 +176,45 @@ class _ClampedReLU(nn.ReLU):
         return super().forward(input) if torch.onnx.is_in_onnx_export() else input
 
 
+class _CopiedLayer:
+    """A Brevitas layer that is copied and pickled as a new layer with its tensors, quantizer and settings.
+
+    Brevitas keeps the layer and the quantizer in classes made at run time, as attributes: pickle refuses these, and a
+    copy would share them, so that loading a state into the copy would give it the quantizer of the original.
+    """
+
+    _modules: dict[str, nn.Module | None]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        proxies = {n: m for n, m in self._modules.items() if isinstance(m, QuantProxyFromInjector)}
+        flags = {n: {k: v for k, v in proxy.__dict__.items() if isinstance(v, bool)} for n, proxy in proxies.items()}
+        others = {n: m for n, m in self._modules.items() if n not in proxies}
+        quantizer = quantizer_of(self)  # type: ignore[arg-type]  (a mixin of layers)
+        return _new_layer, (type(self), quantizer, flags), self.__dict__ | {"_modules": others}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"_modules": self._modules | state["_modules"]})  # type: ignore[misc]  (nn.Module's)
+
+
+def _new_layer(layer_class: type[nn.Module], quantizer: IntQuantizer, flags: dict[str, dict[str, bool]]) -> nn.Module:
+    """A layer of any size with this quantizer, for `__setstate__`."""
+    with without_initialization():
+        if issubclass(layer_class, QuantConv2d):
+            layer = layer_class(1, 1, 1, bias=False, weight_quant=_weights(quantizer))
+        elif issubclass(layer_class, QuantLinear):
+            layer = layer_class(1, 1, bias=False, weight_quant=_weights(quantizer))
+        else:
+            layer = layer_class(act_quant=_injector(quantizer, ActQuantProxyFromInjector, signed=False))
+    device: Any = quantizer.zero_point.device
+    for name, values in flags.items():
+        proxy = layer.get_submodule(name)
+        for part in proxy.modules():
+            if part is not quantizer:
+                part.training = values["training"]
+        proxy.to(device).__dict__.update(values)
+    return layer
+
+
 def _is_plain(layer: Any, proxy: Any, input: Any) -> bool:
     """Whether a layer needs only the values of its quantizer, not what Brevitas adds to them."""
     return proxy.is_quant_enabled and not (
@@ -192,11 +232,11 @@ class _PlainActivation(QuantNonLinearActLayer):
         return proxy.fused_activation_quant_proxy(input)[0]
 
 
-class _QuantInput(_PlainActivation, QuantIdentity):
+class _QuantInput(_CopiedLayer, _PlainActivation, QuantIdentity):
     """QuantIdentity that gives plain tensors."""
 
 
-class _ClampedQuantReLU(_PlainActivation, QuantReLU, QuantizedActivation):
+class _ClampedQuantReLU(_CopiedLayer, _PlainActivation, QuantReLU, QuantizedActivation):
     """QuantReLU with `_ClampedReLU`, given as the class because Brevitas builds the activation again at every load."""
 
     def __init__(self, act_quant: type) -> None:
@@ -214,7 +254,7 @@ class _ClampedQuantReLU(_PlainActivation, QuantReLU, QuantizedActivation):
         return quantizer_of(self)
 
 
-class _QuantConv(FullFieldConv2d, QuantConv2d):
+class _QuantConv(_CopiedLayer, FullFieldConv2d, QuantConv2d):  # type: ignore[misc]  (a parameter has two names)
     """Brevitas' convolution with the fast training of the float one, on plain tensors."""
 
     def forward(self, input: Any) -> Any:
@@ -223,7 +263,7 @@ class _QuantConv(FullFieldConv2d, QuantConv2d):
         return self._conv_forward(input, quantizer_of(self)(self.weight)[0], self.bias)
 
 
-class _QuantLinear(QuantLinear):
+class _QuantLinear(_CopiedLayer, QuantLinear):
     """Brevitas' linear layer on plain tensors."""
 
     def forward(self, input: Any) -> Any:
