@@ -489,6 +489,57 @@ class TestTrain:
         facts = getattr(RunRecord.read(Path("quant") / "record.json"), purpose)
         assert facts["weights_sha256"] == sha256_of(weights)
 
+    @pytest.mark.parametrize("purpose", ["float_start", "teacher"])
+    def test_a_checkpoint_as_float_start_or_teacher(
+        self, cnvzoo, recipe, small_datasets, make_checkpoint, monkeypatch, tmp_path, purpose
+    ):
+        small_datasets(train=64, test=10)
+        folder = make_checkpoint(tmp_path / "hub", "cnv", "mnist")
+        recipe("cnv")
+        path = recipe("quant_cnv", "w_bits: 4", "a_bits: 4", f"{purpose}: mnist_cnv")
+        asked: list[dict[str, object]] = []
+
+        def run_recipe(*_: object, **arguments: object) -> None:
+            asked.append(arguments)
+            raise CnvzooError("stopped by the test")
+
+        monkeypatch.setattr("cnvzoo.zoo.run_recipe", run_recipe)
+        option = "--" + purpose.replace("_", "-")
+        for source in ("cnv.mnist", "hub/cnv.mnist", folder / "model.safetensors"):
+            assert cnvzoo("train", path, option, source, "--hub", "hub").err == "error: stopped by the test\n"
+            given = asked.pop()[purpose]
+            (file,) = given if isinstance(given, list) else [given]
+            assert sha256_of(Path(str(file))) == sha256_of(folder / "model.safetensors")
+
+        make_checkpoint(tmp_path / "hub", "quant_cnv", "mnist", w_bits=4, a_bits=4)
+        make_checkpoint(tmp_path / "hub", "cnv", "cifar10")
+        for other, is_a in (
+            ("quant_cnv_w4a4.mnist", "quant_cnv trained on mnist"),
+            ("hub/cnv.cifar10", "cnv trained on cifar10"),
+        ):
+            refused = cnvzoo("train", path, option, other, "--hub", "hub")
+            assert refused.err == (
+                f"error: mnist_quant_cnv: {purpose}: {other} is a {is_a} with seed 0: "
+                "give the checkpoint of a cnv trained on mnist with seed 0\n"
+            )
+        (folder / "model.safetensors").write_bytes(b"damaged")
+        assert "expected" in cnvzoo("train", path, option, "cnv.mnist", "--hub", "hub").err
+        assert not asked
+
+    def test_the_record_names_the_checkpoint_that_a_run_started_from(
+        self, cnvzoo, recipe, small_datasets, make_checkpoint, uncompiled, tmp_path
+    ):
+        small_datasets(train=64, test=10)
+        folder = make_checkpoint(tmp_path / "hub", "cnv", "mnist")
+        recipe("cnv")
+        path = recipe("quant_cnv", "w_bits: 4", "a_bits: 4", "float_start: mnist_cnv", "schedule: {warmup_epochs: 0}")
+        options = ("--epochs", 1, "--device", "cpu", "--run-dir", "run", "--hub", "hub")
+        result = cnvzoo("train", path, "--float-start", "cnv.mnist", *options)
+        assert result.status == 0, result.err
+        assert RunRecord.read(Path("run") / "record.json").float_start == {
+            "entry": "mnist_cnv", "seed": 0, "weights_sha256": sha256_of(folder / "model.safetensors"),
+        }  # fmt: skip
+
     def test_a_full_disk_keeps_the_saved_state(self, cnvzoo, recipe, small_datasets, tmp_path, full_disk):
         small_datasets(train=64, test=10)
         train = ("train", recipe(), "--device", "cpu", "--run-dir", "run")

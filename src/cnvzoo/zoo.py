@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from cnvzoo.checkpoints.format import CheckpointConfig
+from cnvzoo.checkpoints.folder import check_weights, read_config
+from cnvzoo.checkpoints.format import CONFIG, WEIGHTS, CheckpointConfig
 from cnvzoo.checkpoints.index import list_checkpoints, matches
 from cnvzoo.checkpoints.load import load_checkpoint, parse_name
-from cnvzoo.checkpoints.locations import choose_checkpoint, is_path
+from cnvzoo.checkpoints.locations import choose_checkpoint, find_checkpoint, is_path
 from cnvzoo.checkpoints.publish import write_model
 from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
 from cnvzoo.data.preprocessing import Preprocessing
@@ -29,10 +30,10 @@ from cnvzoo.models.layers import without_initialization
 from cnvzoo.models.modes import unwrapped
 from cnvzoo.models.registry import build_model, model_names, model_spec
 from cnvzoo.training.evaluation import preprocessing_for, preprocessing_of
-from cnvzoo.training.recipe import Recipe, load_recipe, recipe_from_dict
+from cnvzoo.training.recipe import PUBLISHED_SEED, Recipe, load_recipe, recipe_from_dict
 from cnvzoo.training.record import RunRecord
-from cnvzoo.training.run import WEIGHTS as RUN_WEIGHTS
 from cnvzoo.training.run import StartingModel, run_recipe
+from cnvzoo.training.state import WEIGHTS as RUN_WEIGHTS
 from cnvzoo.training.watch import EpochReport
 
 
@@ -171,10 +172,11 @@ def train(
         deadline: `time.monotonic()` at which to stop.
         dataset: replaces the recipe's dataset, as a name or a path of own images; or loaded images to use in its place.
         data_root: folder of cached datasets.
-        float_start: safetensors weights of the float model, for a recipe with `float_start`.
-        teacher: safetensors weights of the teacher, or one file for each teacher of the recipe, in its order.
+        float_start: weights of the float model, for a recipe with `float_start`: a safetensors file, or the name or
+            folder of a checkpoint.
+        teacher: weights of the teacher, or of each teacher of the recipe, in its order; likewise.
         start: replaces the recipe's `start`: the checkpoint to fine-tune.
-        hub: store of the checkpoint of `start`, see `load_checkpoint`.
+        hub: store of the named checkpoints, see `load_checkpoint`.
         validate: score so many of the held-out images after each epoch, at most `holdout`. The weights are those of a
             run without validation.
         on_epoch: called with an `EpochReport` after each epoch. An exception that it raises stops the run, saves the
@@ -187,8 +189,8 @@ def train(
         The model, with the names of its classes and its preprocessing, and the record.
 
     Raises:
-        As `cnvzoo.training.run_recipe`, and CheckpointError or ModelError where the checkpoint of `start` cannot be
-        loaded or is of another model than the recipe's.
+        As `cnvzoo.training.run_recipe`, and CheckpointError or ModelError where a checkpoint cannot be loaded, or is of
+        another model than the recipe's, for a float start or a teacher also of another dataset or seed.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     changes = {} if dataset is None or isinstance(dataset, Dataset) else {"dataset": str(dataset)}
@@ -198,11 +200,15 @@ def train(
     data = dataset if isinstance(dataset, Dataset) else None
     if data is None and is_dataset_path(recipe.dataset):
         data = load_dataset(recipe.dataset)
+    float_starts = _weights_files(recipe, "float_start", [] if float_start is None else [float_start], hub)
+    teachers = [teacher] if isinstance(teacher, (str, Path)) else teacher or []
+    teacher_files = _weights_files(recipe, "teacher", teachers, hub)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(run_dir or temporary)
         record = run_recipe(
             recipe, run_dir=folder, seed=seed, device=device, epochs=epochs, holdout=holdout, deadline=deadline,
-            dataset=data, data_root=data_root, float_start=float_start, teacher=teacher,
+            dataset=data, data_root=data_root,
+            float_start=float_starts[0] if float_starts else None, teacher=teacher_files,
             start=_starting_model(recipe, hub) if recipe.start else None, validate=validate,
             on_epoch=on_epoch, log=log, tensorboard=tensorboard, quiet=quiet,
         )  # fmt: skip
@@ -216,6 +222,31 @@ def train(
     model.load_state_dict(state, strict=True)
     model.classes, model.preprocessing = info.classes, preprocessing_for(model.spec, info)
     return TrainResult(model.eval(), record)
+
+
+def _weights_files(recipe: Recipe, purpose: str, given: Sequence[str | Path], hub: str | Path | None) -> list[Path]:
+    """The files for `float_start` or `teacher` of run_recipe: those that are given, and those of checkpoints.
+
+    A float checkpoint's weights are the file of its run, byte for byte, so a record names the same sha256 for both.
+    """
+    prefix = f"{recipe.dataset_name}_"
+    models = [entry.removeprefix(prefix) for entry in recipe.needs.get(purpose, ())]
+    files = [Path(source) for source in given]
+    for number, (source, model) in enumerate(zip(given, models, strict=False)):  # run_recipe refuses other counts
+        folder = files[number]
+        if folder.is_file() or folder.suffix == ".safetensors" or (is_path(source) and not folder.is_dir()):
+            continue
+        local = find_checkpoint(source, hub)
+        config = read_config(local.folder, local.files[CONFIG] if local.files else None)
+        if (config.model["name"], config.dataset, config.seed) != (model, recipe.dataset_name, PUBLISHED_SEED):
+            raise ModelError(
+                f"{recipe.name}: {purpose}: {source} is a {config.model['name']} trained on {config.dataset or '?'} "
+                f"with seed {'?' if config.seed is None else config.seed}: give the checkpoint of a {model} trained on "
+                f"{recipe.dataset_name} with seed {PUBLISHED_SEED}"
+            )
+        check_weights(local.folder, config)
+        files[number] = local.folder / WEIGHTS
+    return files
 
 
 def _starting_model(recipe: Recipe, hub: str | Path | None) -> StartingModel:

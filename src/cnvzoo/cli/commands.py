@@ -49,11 +49,18 @@ def train(
         typer.Option(min=0, help="Hold out this many training images and score on them instead of the test set."),
     ] = 0,
     float_start: Annotated[
-        Path | None, typer.Option(help="weights.safetensors of the float model that the recipe starts from.")
+        str | None,
+        typer.Option(
+            help="The float model that the recipe starts from: its weights.safetensors, or a checkpoint.",
+            autocompletion=checkpoint_names,
+        ),
     ] = None,
     teacher: Annotated[
-        list[Path] | None,
-        typer.Option(help="weights.safetensors of a teacher of the recipe; repeat it for several, in their order."),
+        list[str] | None,
+        typer.Option(
+            help="A teacher of the recipe: its weights.safetensors, or a checkpoint; repeat it for several, in order.",
+            autocompletion=checkpoint_names,
+        ),
     ] = None,
     dataset: Annotated[
         str | None,
@@ -61,7 +68,9 @@ def train(
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option(help="Checkpoint to fine-tune, by name or folder; replaces the recipe's."),
+        typer.Option(
+            help="Checkpoint to fine-tune, by name or folder; replaces the recipe's.", autocompletion=checkpoint_names
+        ),
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Write the trained model as a checkpoint to this folder too.")

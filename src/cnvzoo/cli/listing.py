@@ -167,12 +167,11 @@ def info(
         ("weight bytes", f"{facts.weight_bytes:,}"),
     ]
     if checkpoint is not None:
-        correct, total = checkpoint["correct"], checkpoint["total"]
-        rows += [
-            ("checkpoint", checkpoint["name"]),
-            ("accuracy", f"{checkpoint['accuracy']:.2f} % ({correct:,} of {total:,} test images)"),
-            ("bytes of the file", f"{checkpoint['bytes']:,}"),
-        ]
+        rows.append(("checkpoint", checkpoint["name"]))
+        if checkpoint["accuracy"] is not None:
+            correct, total = checkpoint["correct"], checkpoint["total"]
+            rows.append(("accuracy", f"{checkpoint['accuracy']:.2f} % ({correct:,} of {total:,} test images)"))
+        rows.append(("bytes of the file", f"{checkpoint['bytes']:,}"))
     print_table([Column(""), Column("", is_prose=True)], rows, header=False)
 
 
