@@ -105,6 +105,10 @@ def docs_folder(tmp_path, monkeypatch, small_datasets, make_checkpoint, logged_i
     shutil.copy(cnv / "model.safetensors", folder / "runs" / "mnist_cnv" / "seed0" / "weights.safetensors")
     pixels = np.arange(48 * 64 * 3, dtype=np.uint32).reshape(48, 64, 3) % 251
     Image.fromarray(pixels.astype(np.uint8)).save(folder / "photo.png")
+    for number, name in enumerate(("cat", "dog", "owl")):
+        (folder / "photos" / name).mkdir(parents=True)
+        for n in range(20):
+            Image.new("RGB", (40, 48), (60 * number, 10 * n, 90)).save(folder / "photos" / name / f"{n}.png")
     for page in PAGES:
         for block in blocks(page, "yaml"):  # the first line is the file's name
             (folder / block.text.splitlines()[0].removeprefix("# ")).write_text(block.text)

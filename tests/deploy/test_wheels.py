@@ -20,6 +20,7 @@ from PIL import Image
 
 import cnvzoo
 import cnvzoo.deploy
+from cnvzoo.training import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,6 +95,36 @@ def test_the_command_predicts_what_the_library_does(python, exported):
     assert json.loads(done.stdout) == [{"image": "photo.png", "predictions": fields}]
     done = run(python, "-c", COMMAND, "predict", "m.onnx", "photo.png", "photo.png", "--top", "1", cwd=exported)
     assert done.stdout == f"photo.png: {best.label} {best.probability:.1%}\n" * 2
+
+
+def test_from_a_folder_of_real_images_to_a_file_that_runs_without_torch(python, real_data, tmp_path, uncompiled):
+    """Five classes of CIFAR-100, fine-tuned at 2 bits."""
+    data, kept = cnvzoo.load_dataset("cifar100", root=real_data("cifar100")), ("apple", "bus", "castle", "lion", "sea")
+    for split, images, labels in (
+        ("train", data.train_images, data.train_labels), ("test", data.test_images, data.test_labels),
+    ):  # fmt: skip
+        for name in kept:
+            folder = tmp_path / "five" / split / name
+            folder.mkdir(parents=True)
+            chosen = images[labels == data.info.classes.index(name)][: 120 if split == "train" else 40]
+            for n, pixels in enumerate(chosen.numpy()):
+                Image.fromarray(pixels).save(folder / f"{n:03}.png")
+    recipe = Recipe.model_validate(
+        {"name": "five", "model": "quant_cnv", "w_bits": 2, "a_bits": 2, "dataset": str(tmp_path / "five"), "epochs": 3,
+         "batch_size": 50, "optimizer": {"lr": 0.05}, "augmentation": {"flip": True}, "start": "quant_cnv_w2a2.cifar10"}
+    )  # fmt: skip
+    result = cnvzoo.train(recipe, device="cpu", quiet=True)
+    cnvzoo.save_checkpoint(result, tmp_path / "five_classes")
+    code = "import sys, cnvzoo; cnvzoo.export(sys.argv[1], sys.argv[2])"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "five_classes", tmp_path / "five.onnx"], check=True)
+    files = sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "five" / "test").glob("*/*.png"))
+    done = run(python, "-c", COMMAND, "predict", "five.onnx", *files, "--top", "1", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = [row["predictions"][0]["label"] for row in json.loads(done.stdout)]
+    right = sum(label == Path(file).parent.name for label, file in zip(found, files, strict=True))
+    scored = cnvzoo.evaluate(cnvzoo.create_model(tmp_path / "five_classes", pretrained=True), tmp_path / "five")
+    assert (len(files), right) == (200, scored.correct)
+    assert scored.correct == result.record.correct > 140  # 70 %; chance is 20 %
 
 
 def test_the_command_shows_the_metadata_of_a_file(python, exported):

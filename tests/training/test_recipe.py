@@ -555,6 +555,7 @@ OTHER: dict[str, Any] = {
     "label_smoothing": 0.1,
     "float_start": "cifar100_cnv",
     "float_start_sha256": "0" * 64,
+    "start": "quant_cnv_w2a2.cifar10",
     "quantize_bias": True,
     "teacher": "cifar100_resnet56",
     "teacher_sha256": "0" * 64,

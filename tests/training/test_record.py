@@ -50,6 +50,7 @@ def values(**changes: Any) -> dict[str, Any]:
         "commit": None,
         "float_start": {"entry": "cifar10_cnv", "seed": 0, "weights_sha256": "b" * 64},
         "teacher": {"entry": "cifar10_resnet56", "seed": 0, "weights_sha256": "c" * 64},
+        "start": None,
         "finished": "2026-01-02T03:04:05+00:00",
         "history": [{"epoch": n, "loss": 2.25, "lr": 0.1, "seconds": 6.25} for n in (1, 2)],
     } | changes
