@@ -4,7 +4,7 @@
     python3 dev.py reproduce --table mnist --entry mnist_cnv --seeds 0    as benchmarks/reproduce.py
     python3 dev.py test                                                   every test, on all cores
     python3 dev.py test ARGUMENT ...                                      as pytest
-    python3 dev.py lint                                                   ruff and pyright
+    python3 dev.py lint                                                   ruff and pyright, of the pages' Python too
     python3 dev.py setup                                                  only make the environment
 
 The first command makes a virtual environment in .venv beside this file and installs both packages into it, cnvzoo and
@@ -18,8 +18,10 @@ import argparse
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -132,17 +134,36 @@ def become(*arguments: str) -> int:
 
 def lint() -> int:
     """Run all checks, even after one fails; returns 0 if all pass."""
-    checks = {
-        "ruff check": ["ruff", "check"],
-        "ruff format": ["ruff", "format", "--check"],
-        "pyright": ["pyright", "--pythonpath", python()],
-    }
     failed = []
-    for name, check in checks.items():
-        say(name)
-        if subprocess.run([python(), "-m", *check], cwd=ROOT).returncode:
-            failed.append(name)
+    with tempfile.TemporaryDirectory() as folder:
+        write_snippets(Path(folder))
+        checks = {
+            "ruff check": ["ruff", "check"],
+            "ruff format": ["ruff", "format", "--check"],
+            "pyright": ["pyright", "--pythonpath", python()],
+            "pyright of the pages": ["pyright", "--pythonpath", python(), folder],
+        }
+        for name, check in checks.items():
+            say(name)
+            if subprocess.run([python(), "-m", *check], cwd=ROOT).returncode:
+                failed.append(name)
     return fail(f"failed: {', '.join(failed)}") if failed else 0
+
+
+def write_snippets(folder: Path) -> None:
+    """Write the Python blocks of each page as one file, `docs_data.py` for docs/data.md, with the page's line numbers.
+
+    The blocks of a page run one after the other, so names that a block defines are known in those below it.
+    """
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text(encoding="utf-8") if page.is_file() else ""
+        lines: list[str] = []
+        for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            lines += [""] * (text[: block.start(1)].count("\n") - len(lines))
+            lines += block[1].splitlines()
+        if lines:
+            name = "_".join(page.relative_to(ROOT).with_suffix(".py").parts)
+            (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def datasets_of(arguments: list[str]) -> list[str]:

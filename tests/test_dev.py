@@ -140,10 +140,23 @@ def test_lint_runs_every_check_and_fails_if_one_does(machine, capsys):
     machine.commands.clear()
     machine.failing = {"check": 1}
     assert dev.main(["lint"]) == 1
-    assert [command[2] for command in machine.commands] == ["ruff", "ruff", "pyright"]
+    assert [command[2] for command in machine.commands] == ["ruff", "ruff", "pyright", "pyright"]
     assert capsys.readouterr().err == "dev.py: error: failed: ruff check\n"
     machine.failing = {}
     assert dev.main(["lint"]) == 0
+
+
+def test_the_python_of_a_page_is_one_file_with_the_lines_of_the_page(machine, tmp_path):
+    (tmp_path / "README.md").write_text("# Title\n\n```python\nx = 1\n```\n\n```sh\ny\n```\n\n```python\nx += 1\n```\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "data.md").write_text("```sh\nls\n```\n")
+    (tmp_path / "docs" / "own.md").write_text("```python\nimport cnvzoo\n```\n")
+    (folder := tmp_path / "snippets").mkdir()
+    dev.write_snippets(folder)
+    assert {path.name: path.read_text().splitlines() for path in folder.iterdir()} == {
+        "README.py": ["", "", "", "x = 1", "", "", "", "", "", "", "", "x += 1"],
+        "docs_own.py": ["", "import cnvzoo"],
+    }
 
 
 @pytest.mark.parametrize(
