@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import cnvzoo
 from cnvzoo.errors import ModelError
@@ -246,22 +247,80 @@ def test_hooks_of_fused_layers_fire(name: str) -> None:
     assert set(fired) == set(hooked)
 
 
-@pytest.mark.parametrize("norm", [lambda n: nn.GroupNorm(4, n), lambda _: nn.Identity()])
-def test_other_norms_can_replace_batch_norm(norm: Any) -> None:
-    model = built("resnet20").train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def channels_last(model: nn.Module) -> Any:
+    return model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def batch() -> torch.Tensor:
+    return images(16).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["cnv", "quant_cnv"])
+def test_forward_and_backward_hooks_of_pools_fire(name: str) -> None:
+    model, fired = channels_last(built(name)), []
+    for layer in model.modules():
+        if isinstance(layer, nn.MaxPool2d):
+            layer.register_forward_pre_hook(lambda *_: fired.append("before"))
+            layer.register_forward_hook(lambda *_: fired.append("after"))
+            layer.register_full_backward_hook(lambda *_: fired.append("backward"))
+    model(batch()).sum().backward()
+    assert fired == ["before", "after"] * 2 + ["backward"] * 2
+
+
+@pytest.mark.parametrize("name", ["cnv", "quant_cnv", "resnet20", "mobilenet_v1"])
+def test_hooks_of_all_modules_fire_for_each_layer(name: str) -> None:
+    model, seen = channels_last(built(name)), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
+    try:
+        model(batch())
+    finally:
+        handle.remove()
+    assert {m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.MaxPool2d, nn.Conv2d))} <= seen
+
+
+@pytest.mark.parametrize("name", ["cnv", "quant_cnv", "resnet20", "mobilenet_v1"])
+@pytest.mark.parametrize("norm", [lambda n: nn.GroupNorm(4, n), lambda _: nn.Identity(), FrozenBatchNorm2d])
+def test_other_norms_take_the_place_of_batch_norm(name: str, norm: Any) -> None:
+    model = built(name)
     for module in list(model.modules()):
-        for name, layer in module.named_children():
+        for child, layer in module.named_children():
             if isinstance(layer, nn.BatchNorm2d):
-                setattr(module, name, norm(layer.num_features))
-    assert model(images(16).contiguous(memory_format=torch.channels_last)).shape == (16, 10)
+                setattr(module, child, norm(layer.num_features))
+    logits = channels_last(model)(batch())
+    assert logits.shape == (16, 10)
+    logits.sum().backward()
 
 
-def test_second_order_gradients_of_fused_steps_are_refused() -> None:
-    model = built("resnet20").train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = images(16).contiguous(memory_format=torch.channels_last).requires_grad_()
+@pytest.mark.parametrize("name", ["cnv", "quant_cnv", "resnet20", "mobilenet_v1"])
+def test_second_order_gradients_of_fused_steps_are_refused(name: str) -> None:
+    model, x = channels_last(built(name)), batch().requires_grad_()
     (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1"])
+def test_second_order_gradients_of_models_in_contiguous_layout_are_those_of_plain_layers(name: str) -> None:
+    model = built(name).double().train()
+    plain = copy.deepcopy(model)
+    for module in list(plain.modules()):
+        for child, layer in module.named_children():
+            if isinstance(layer, nn.Conv2d):
+                other = nn.Conv2d(
+                    layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,  # type: ignore[arg-type]
+                    groups=layer.groups, bias=False,
+                ).double()  # fmt: skip
+                other.weight = layer.weight
+                setattr(module, child, other)
+    found = []
+    for variant in (model, plain):
+        x = images(16).double().requires_grad_()
+        (gradient,) = torch.autograd.grad(variant(x).square().sum(), x, create_graph=True)
+        variant.zero_grad()
+        gradient.square().sum().backward()
+        found.append([p.grad for p in variant.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["resnet20.cifar10", "cnv.mnist", "quant_cnv_w4a4.mnist"])
