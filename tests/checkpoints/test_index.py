@@ -74,7 +74,7 @@ def test_list_checkpoints() -> None:
         ({"pattern": "*cnv*", "dataset": "cifar10", "min_accuracy": 91.5},
          lambda row: "cnv" in row["name"] and row["dataset"] == "cifar10" and row["accuracy"] >= 91.5),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )  # fmt: skip
 def test_conditions_of_list_checkpoints(conditions: dict[str, Any], fits: Callable[[Any], bool]) -> None:
     every = cnvzoo.list_checkpoints()
