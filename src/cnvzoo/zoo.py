@@ -30,9 +30,10 @@ from cnvzoo.models.layers import without_initialization
 from cnvzoo.models.modes import unwrapped
 from cnvzoo.models.registry import build_model, model_names, model_spec
 from cnvzoo.training.evaluation import preprocessing_for, preprocessing_of
+from cnvzoo.training.inputs import StartingModel
 from cnvzoo.training.recipe import PUBLISHED_SEED, Recipe, load_recipe, recipe_from_dict
 from cnvzoo.training.record import RunRecord
-from cnvzoo.training.run import StartingModel, run_recipe
+from cnvzoo.training.run import run_recipe
 from cnvzoo.training.state import WEIGHTS as RUN_WEIGHTS
 from cnvzoo.training.watch import EpochReport
 

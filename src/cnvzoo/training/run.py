@@ -8,33 +8,29 @@ complete state, and ends with the bits of a run that was never interrupted.
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
 
 from cnvzoo.data.batches import TrainBatches
 from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
-from cnvzoo.data.published import DatasetInfo, published_sha256
+from cnvzoo.data.published import published_sha256
 from cnvzoo.files import FileError, expanded, replacing, sha256_of
-from cnvzoo.models.layers import initialized_from, without_initialization
-from cnvzoo.models.registry import build_model, model_spec
+from cnvzoo.models.registry import model_spec
 from cnvzoo.progress import TrainingProgress
 from cnvzoo.training.device import deterministic, keep_freed_memory, resolve_device
-from cnvzoo.training.distillation import Teacher, precompute_logits
+from cnvzoo.training.distillation import precompute_logits
 from cnvzoo.training.evaluation import count_correct, preprocessing_for
+from cnvzoo.training.inputs import StartingModel, describe_inputs, initial_model, load_teacher
 from cnvzoo.training.numerics import NUMERICS, describe_machine, describe_versions, warn_of_slow_loops
-from cnvzoo.training.recipe import LARGEST_SEED, PUBLISHED_SEED, Recipe
+from cnvzoo.training.recipe import LARGEST_SEED, Recipe
 from cnvzoo.training.record import RecordError, RunRecord, current_commit
 from cnvzoo.training.state import (
     RECORD,
@@ -51,22 +47,6 @@ from cnvzoo.training.state import (
 )
 from cnvzoo.training.trainer import Trainer
 from cnvzoo.training.watch import EpochReport, Watch, check_validation
-
-
-@dataclass(frozen=True)
-class StartingModel:
-    """The checkpoint that a recipe's `start` names, for `run_recipe`.
-
-    Attributes:
-        checkpoint: name or path, as in the recipe.
-        weights_sha256: sha256 of its weights file.
-        build: makes the recipe's model with its weights for a dataset; what is new is initialised from torch's
-            generator.
-    """
-
-    checkpoint: str
-    weights_sha256: str
-    build: Callable[[DatasetInfo], nn.Module]
 
 
 @keep_freed_memory()
@@ -142,8 +122,8 @@ def run_recipe(
     watch = Watch.of(recipe, epochs, on_epoch, log, tensorboard)
     target = resolve_device(device)
     teachers = [teacher] if isinstance(teacher, (str, Path)) else teacher or []
-    started_from = _describe_inputs(recipe, "float_start", [] if float_start is None else [float_start])
-    taught_by = _describe_inputs(recipe, "teacher", teachers)
+    started_from = describe_inputs(recipe, "float_start", [] if float_start is None else [float_start])
+    taught_by = describe_inputs(recipe, "teacher", teachers)
     if recipe.start != (start.checkpoint if start else None):
         raise RunError(f"{recipe.name}: starts from {recipe.start}, and was given {start and start.checkpoint}")
     if dataset is None and is_dataset_path(recipe.dataset):
@@ -174,11 +154,11 @@ def run_recipe(
         data = dataset or load_dataset(recipe.dataset, root=data_root)
         data = data.holdout(holdout) if holdout else data
         trainer = Trainer(
-            _initial_model(recipe, data, float_start, start).to(target),
+            initial_model(recipe, data, float_start, start).to(target),
             _train_batches(recipe, data, target),
             recipe,
             epochs,
-            _load_teacher(recipe, data, teachers, target),
+            load_teacher(recipe, data, teachers, target),
         )
         conditions = machine | {name: text for name, text in versions.items() if name not in ("python", "cnvzoo")}
         if (set_aside := resume(trainer, run_dir / STATE, identity, conditions)) and not quiet:
@@ -245,28 +225,6 @@ def _check_seed(recipe: Recipe) -> None:
         raise RunError(f"{recipe.name}: seed={seed!r}: a seed is a whole number from 0 to {LARGEST_SEED} (2**63 - 1)")
 
 
-def _describe_inputs(recipe: Recipe, purpose: str, files: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """Entry, seed and sha256 of the weights given as float start or teachers, as in the record.
-
-    Raises:
-        RunError: a file is missing, or there is one too many.
-    """
-    entries = recipe.needs.get(purpose, ())
-    inputs = []
-    for entry, weights in itertools.zip_longest(entries, files):
-        if entry is None:
-            needs = f"learns from {', '.join(entries)}" if entries else f"has no {purpose}"
-            raise RunError(f"{recipe.name} {needs}: {weights} is one file too many for {purpose}: leave it out")
-        if weights is None or not Path(weights).is_file():
-            verb = {"float_start": "starts from", "teacher": "learns from"}[purpose]
-            raise RunError(
-                f"{recipe.name} {verb} the weights of {entry}, seed {PUBLISHED_SEED}, and {weights or 'no file'} was "
-                "given: train that entry first and give its weights.safetensors"
-            )
-        inputs.append({"entry": entry, "seed": PUBLISHED_SEED, "weights_sha256": sha256_of(weights)})
-    return inputs
-
-
 def _finished_record(run_dir: Path, identity: RunIdentity) -> RunRecord | None:
     """The record of this run, if the folder holds it with its weights; raises RunError for another finished run."""
     try:
@@ -284,26 +242,6 @@ def _finished_record(run_dir: Path, identity: RunIdentity) -> RunRecord | None:
     )
 
 
-def _initial_model(
-    recipe: Recipe, data: Dataset, float_start: str | Path | None, start: StartingModel | None
-) -> nn.Module:
-    """The model as the seed initialises it, or with the weights that it starts from, in channels_last."""
-    with initialized_from(recipe.seed):
-        model = start.build(data.info).train() if start else build_model(
-            recipe.model, num_classes=data.info.num_classes, in_chans=data.info.in_chans,
-            w_bits=recipe.w_bits, a_bits=recipe.a_bits,
-        )  # fmt: skip
-    if recipe.float_start and float_start:
-        from cnvzoo.models.quant import start_from_float
-
-        twin = model_spec(recipe.model).float_twin
-        assert twin is not None
-        normalisation = preprocessing_for(model_spec(twin), data.info)
-        with _unfit_weights_named(recipe, float_start):
-            start_from_float(model, load_file(float_start), normalisation.mean, normalisation.std)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
 def _train_batches(recipe: Recipe, data: Dataset, device: torch.device) -> TrainBatches:
     try:
         return TrainBatches(
@@ -319,27 +257,6 @@ def _train_batches(recipe: Recipe, data: Dataset, device: torch.device) -> Train
         )
     except ValueError as error:  # the recipe was checked against the published dataset, not against this one
         raise RunError(f"{recipe.run_name}: {error}") from None
-
-
-def _load_teacher(recipe: Recipe, data: Dataset, files: Sequence[str | Path], device: torch.device) -> Teacher | None:
-    nets = []
-    for name, weights in zip(recipe.teacher_models, files, strict=True):
-        with without_initialization():
-            model = build_model(name, num_classes=data.info.num_classes, in_chans=data.info.in_chans)
-        with _unfit_weights_named(recipe, weights):
-            model.load_state_dict(load_file(weights), strict=True)
-        nets.append((model.to(device), preprocessing_for(model_spec(name), data.info)))
-    own = preprocessing_for(model_spec(recipe.model), data.info)
-    return Teacher(nets, own, recipe.distillation) if nets else None
-
-
-@contextmanager
-def _unfit_weights_named(recipe: Recipe, weights: str | Path) -> Iterator[None]:
-    """Name the recipe and the file in errors about weights that cannot be loaded."""
-    try:
-        yield
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        raise RunError(f"{recipe.name}: {weights}: {error}") from None
 
 
 def _train(

@@ -1,0 +1,106 @@
+"""The weights that a run starts or learns from: a float start, teachers, or the model to fine-tune."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from cnvzoo.data.datasets import Dataset
+from cnvzoo.data.published import DatasetInfo
+from cnvzoo.files import sha256_of
+from cnvzoo.models.layers import initialized_from, without_initialization
+from cnvzoo.models.registry import build_model, model_spec
+from cnvzoo.training.distillation import Teacher
+from cnvzoo.training.evaluation import preprocessing_for
+from cnvzoo.training.recipe import PUBLISHED_SEED, Recipe
+from cnvzoo.training.state import RunError
+
+
+@dataclass(frozen=True)
+class StartingModel:
+    """The checkpoint that a recipe's `start` names, for `run_recipe`.
+
+    Attributes:
+        checkpoint: name or path, as in the recipe.
+        weights_sha256: sha256 of its weights file.
+        build: makes the recipe's model with its weights for a dataset; what is new is initialised from torch's
+            generator.
+    """
+
+    checkpoint: str
+    weights_sha256: str
+    build: Callable[[DatasetInfo], nn.Module]
+
+
+def describe_inputs(recipe: Recipe, purpose: str, files: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """Entry, seed and sha256 of the weights given as float start or teachers, as in the record.
+
+    Raises:
+        RunError: a file is missing, or there is one too many.
+    """
+    entries = recipe.needs.get(purpose, ())
+    inputs = []
+    for entry, weights in itertools.zip_longest(entries, files):
+        if entry is None:
+            needs = f"learns from {', '.join(entries)}" if entries else f"has no {purpose}"
+            raise RunError(f"{recipe.name} {needs}: {weights} is one file too many for {purpose}: leave it out")
+        if weights is None or not Path(weights).is_file():
+            verb = {"float_start": "starts from", "teacher": "learns from"}[purpose]
+            raise RunError(
+                f"{recipe.name} {verb} the weights of {entry}, seed {PUBLISHED_SEED}, and {weights or 'no file'} was "
+                "given: train that entry first and give its weights.safetensors, "
+                "or the model.safetensors of its checkpoint"
+            )
+        inputs.append({"entry": entry, "seed": PUBLISHED_SEED, "weights_sha256": sha256_of(weights)})
+    return inputs
+
+
+def initial_model(
+    recipe: Recipe, data: Dataset, float_start: str | Path | None, start: StartingModel | None
+) -> nn.Module:
+    """The model as the seed initialises it, or with the weights that it starts from, in channels_last."""
+    with initialized_from(recipe.seed):
+        model = start.build(data.info).train() if start else build_model(
+            recipe.model, num_classes=data.info.num_classes, in_chans=data.info.in_chans,
+            w_bits=recipe.w_bits, a_bits=recipe.a_bits,
+        )  # fmt: skip
+    if recipe.float_start and float_start:
+        from cnvzoo.models.quant import start_from_float
+
+        twin = model_spec(recipe.model).float_twin
+        assert twin is not None
+        normalisation = preprocessing_for(model_spec(twin), data.info)
+        with _unfit_weights_named(recipe, float_start):
+            start_from_float(model, load_file(float_start), normalisation.mean, normalisation.std)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def load_teacher(recipe: Recipe, data: Dataset, files: Sequence[str | Path], device: torch.device) -> Teacher | None:
+    """The teachers with the weights in `files`, on the device; None for a recipe without a teacher."""
+    nets = []
+    for name, weights in zip(recipe.teacher_models, files, strict=True):
+        with without_initialization():
+            model = build_model(name, num_classes=data.info.num_classes, in_chans=data.info.in_chans)
+        with _unfit_weights_named(recipe, weights):
+            model.load_state_dict(load_file(weights), strict=True)
+        nets.append((model.to(device), preprocessing_for(model_spec(name), data.info)))
+    own = preprocessing_for(model_spec(recipe.model), data.info)
+    return Teacher(nets, own, recipe.distillation) if nets else None
+
+
+@contextmanager
+def _unfit_weights_named(recipe: Recipe, weights: str | Path) -> Iterator[None]:
+    """Name the recipe and the file in errors about weights that cannot be loaded."""
+    try:
+        yield
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise RunError(f"{recipe.name}: {weights}: {error}") from None
