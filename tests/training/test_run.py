@@ -637,4 +637,5 @@ def test_a_state_names_its_run_in_plain_json(tmp_path: Path, each_step: StepHook
         "data": noise().sha256,
         "float_start": None,
         "teacher": None,
+        "start": None,
     }
