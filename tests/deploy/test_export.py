@@ -51,7 +51,7 @@ def test_export_eval_and_predict_on_the_command_line(make_checkpoint, small_data
     for arguments, message in (
         (("predict", path), "no image after"),
         (("predict", tmp_path / "photo.png"), "either --checkpoint or"),
-        (("eval", "quant_cnv_w2a2.cifar10", "--dataset", "mnist"), "for exported .onnx files"),
+        (("eval", "quant_cnv_w2a2.cifar10", "--dataset", "mnist"), "the model takes 3 channel(s)"),
         (("eval", path, "--dataset", "mnist"), "cannot be scored on mnist"),
     ):
         status, _, error = call(*arguments)

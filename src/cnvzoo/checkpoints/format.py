@@ -262,7 +262,7 @@ class CheckpointFacts(_Section):
             raise ValueError("correct and total: give both, or neither")
         if self.correct is not None and self.total is not None and self.correct > self.total:
             raise ValueError("correct: larger than total")
-        if self.results:
+        if self.results or self.weights_sha256 is not None:  # a checkpoint of the zoo
             own: object = (self.seed, self.correct, self.total, self.weights_sha256, self.numerics)
             found: list[object] = [(r.seed, r.correct, r.total, r.weights_sha256, r.numerics) for r in self.results]
             if found.count(own) != 1:
