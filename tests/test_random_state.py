@@ -157,7 +157,7 @@ def test_loading_an_adapted_checkpoint_draws_only_for_a_new_head(seeded: None) -
     assert torch.equal(*heads)
 
 
-@pytest.mark.parametrize("module", ["cnvzoo.training.run", "cnvzoo.checkpoints.weights", "cnvzoo.zoo"])
+@pytest.mark.parametrize("module", ["cnvzoo.training.inputs", "cnvzoo.checkpoints.weights", "cnvzoo.zoo"])
 def test_the_global_generator_is_not_changed_even_for_a_moment(
     module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_datasets: Callable[..., None], seeded: None
 ) -> None:
