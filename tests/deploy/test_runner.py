@@ -56,12 +56,12 @@ def test_predict_is_the_softmax_of_the_logits(exported):
     images = rng.integers(256, size=(3, 32, 32, 3)).astype(np.uint8)
     model = cnvzoo.deploy.load(exported, threads=1)
     expected = torch.from_numpy(model.logits(images.transpose(0, 3, 1, 2))).softmax(1)
-    for row, predictions in zip(expected, model.predict(images, top=10), strict=True):
+    for row, predictions in zip(expected, model.predict(list(images), top=10), strict=True):
         np.testing.assert_allclose([g.probability for g in predictions], [row[g.index] for g in predictions], rtol=1e-5)
         assert [g.probability for g in predictions] == sorted((g.probability for g in predictions), reverse=True)
         assert predictions[0].label == dataset_info("cifar10").classes[predictions[0].index]
     as_list = model.predict([Image.fromarray(image) for image in images], top=10)
-    assert as_list == model.predict(images, top=10)
+    assert as_list == model.predict(list(images), top=10)
     assert model.predict([]) == []
 
 
@@ -82,13 +82,20 @@ def test_logits_refuses_arrays_of_other_dtypes_and_shapes(exported, images, mess
 def test_predict_refuses_values_that_are_not_a_list_of_images(exported):
     model = cnvzoo.deploy.load(exported, threads=1)
     with pytest.raises(ImageError, match="got str"):
-        model.predict(["photo.png"])
-    with pytest.raises(DeployError, match="put a single image in a list"):
-        model.predict(Image.new("RGB", (8, 8)))
+        model.predict(cast("list[Image.Image]", ["photo.png"]))
+    with pytest.raises(ImageError, match="got str"):
+        model.predict(cast("Image.Image", "photo.png"))
+
+
+def test_predict_takes_one_image_or_a_list(exported):
+    model, image = cnvzoo.deploy.load(exported, threads=1), Image.new("RGB", (8, 8), (9, 90, 200))
+    assert model.predict(image, top=3) == model.predict([image], top=3)[0]
+    assert model.predict(np.asarray(image), top=3) == model.predict(image, top=3)
+    assert model.predict([]) == []
 
 
 def test_predict_takes_whole_numbers_of_classes_only(exported):
-    model, images = cnvzoo.deploy.load(exported, threads=1), np.zeros((1, 32, 32, 3), np.uint8)
+    model, images = cnvzoo.deploy.load(exported, threads=1), [np.zeros((32, 32, 3), np.uint8)]
     assert model.predict(images, top=cast("int", np.int64(2))) == model.predict(images, top=2)
     assert len(model.predict(images, top=99)[0]) == 10
     for top in (0, -1, True, np.bool_(True), 2.0, None):

@@ -56,7 +56,7 @@ def _predict(options: argparse.Namespace) -> None:
     for path in options.images:
         image = cnvzoo_runtime.read_image(path)
         try:
-            (found,) = model.predict([image], options.top)
+            found = model.predict(image, options.top)
         except cnvzoo_runtime.ImageError as error:
             raise CnvzooError(f"{path}: {error}") from None
         if options.json:

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -14,6 +14,9 @@ from numpy.typing import DTypeLike, NDArray
 from cnvzoo_runtime.images import normalize, prepare
 from cnvzoo_runtime.metadata import KEY, DeployError, Metadata
 from cnvzoo_runtime.onnx_file import read_properties
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _BATCH = 64  # images at a time; the activations of more do not fit the caches
 
@@ -68,22 +71,31 @@ class DeployedModel:
         self._check(images)
         return self._run(images, lambda part: part, np.int32)
 
-    def predict(self, images: Any, top: int = 5) -> list[list[Prediction]]:
-        """The most probable classes of each image, most probable first.
+    @overload
+    def predict(self, images: Image | NDArray[np.uint8], top: int = 5) -> list[Prediction]: ...
+
+    @overload
+    def predict(self, images: Sequence[Image | NDArray[np.uint8]], top: int = 5) -> list[list[Prediction]]: ...
+
+    def predict(self, images: Any, top: int = 5) -> list[Prediction] | list[list[Prediction]]:
+        """The most probable classes of one image, or of each image of a list, most probable first.
 
         Args:
-            images: a list of PIL images or uint8 arrays [H, W] or [H, W, C], of any size; or one array [N, H, W, C].
+            images: a PIL image or a uint8 array [H, W] or [H, W, C], of any size; or a list of them.
             top: number of classes, at least 1.
 
         Raises:
-            DeployError: `top` is not a whole number of at least 1, or `images` is not a list.
+            DeployError: `top` is not a whole number of at least 1.
             ImageError: an item is not an 8-bit image of 1 or 3 channels.
         """
         if isinstance(top, (bool, np.bool_)) or not isinstance(top, (int, np.integer)) or top < 1:
             raise DeployError(f"top={top!r}: a whole number of at least 1")
-        if not isinstance(images, Sequence) and not (isinstance(images, np.ndarray) and images.ndim == 4):
-            raise DeployError("predict takes a list of images, or an array [N, H, W, C]: put a single image in a list")
-        if not len(images):
+        if isinstance(images, Sequence) and not isinstance(images, str):
+            return self._classify(images, top)
+        return self._classify([images], top)[0]
+
+    def _classify(self, images: Sequence[Any], top: int) -> list[list[Prediction]]:
+        if not images:
             return []
         m = self.metadata
         logits = self.logits(np.stack([prepare(image, m.in_chans, m.image_size, m.size) for image in images]))

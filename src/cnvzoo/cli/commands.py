@@ -366,7 +366,7 @@ def _classifier(
         from cnvzoo_runtime.runner import load
 
         runner = load(exported)
-        return lambda image: runner.predict([image], top)[0]
+        return lambda image: runner.predict(image, top)
     assert checkpoint is not None
     model, _ = cnvzoo.load_checkpoint(checkpoint, hub=hub)
     return lambda image: cnvzoo.predict(model, image, top)
