@@ -264,7 +264,7 @@ def _starting_model(recipe: Recipe, hub: str | Path | None) -> StartingModel:
         )
 
     def build(info: DatasetInfo) -> nn.Module:
-        with warnings.catch_warnings():  # that a new head is untrained goes without saying: it is trained now
+        with warnings.catch_warnings():  # the warning of an untrained head: the run trains it
             warnings.simplefilter("ignore")
             model, _ = load_checkpoint(checkpoint, hub=hub, num_classes=info.num_classes, in_chans=info.in_chans)
         if is_same:

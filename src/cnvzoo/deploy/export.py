@@ -157,12 +157,14 @@ def evaluate_file(
         raise ModelError(f"{m.name} does not say which dataset of cnvzoo it was trained on: give a dataset")
     source = m.dataset if dataset is None else dataset
     assert source is not None
-    info = dataset_info(source) if isinstance(source, str) and not is_dataset_path(source) else None
-    data = load_dataset(source, root=data_root) if info is None and not isinstance(source, Dataset) else source
-    info = info or (data.info if isinstance(data, Dataset) else dataset_info(str(data)))
+    if isinstance(source, Dataset) or is_dataset_path(source):
+        data = source if isinstance(source, Dataset) else load_dataset(source)
+        info = data.info
+    else:
+        data, info = None, dataset_info(str(source))  # refused below before its files are read or downloaded
     if (info.in_chans, info.image_size, info.num_classes) != (m.in_chans, m.image_size, len(m.classes)):
         raise ModelError(f"{m.name} cannot be scored on {info.name}, which has other images or classes")
-    data = data if isinstance(data, Dataset) else load_dataset(data, root=data_root)
+    data = data or load_dataset(info.name, root=data_root)
     margin = (m.size - m.image_size) // 2
     images = nn.functional.pad(data.test_images, (0, 0, margin, margin, margin, margin)).permute(0, 3, 1, 2)
     logits = model.logits(images.contiguous().numpy())
