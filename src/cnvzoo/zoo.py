@@ -19,6 +19,7 @@ from cnvzoo.checkpoints.index import list_checkpoints, matches
 from cnvzoo.checkpoints.load import load_checkpoint, parse_name
 from cnvzoo.checkpoints.locations import choose_checkpoint, find_checkpoint, is_path
 from cnvzoo.checkpoints.publish import write_model
+from cnvzoo.checkpoints.weights import build_empty
 from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import DatasetInfo, dataset_info
@@ -215,11 +216,8 @@ def train(
         )  # fmt: skip
         state = load_file(folder / RUN_WEIGHTS)
     info = dataset_info(recipe.dataset) if data is None else data.info
-    with without_initialization():
-        model = build_model(
-            recipe.model, num_classes=info.num_classes, in_chans=info.in_chans,
-            w_bits=recipe.w_bits, a_bits=recipe.a_bits,
-        )  # fmt: skip
+    arguments = {"num_classes": info.num_classes, "in_chans": info.in_chans}
+    model = build_empty({"name": recipe.model, **arguments, "w_bits": recipe.w_bits, "a_bits": recipe.a_bits})
     model.load_state_dict(state, strict=True)
     model.classes, model.preprocessing = info.classes, preprocessing_for(model.spec, info)
     return TrainResult(model.eval(), record)

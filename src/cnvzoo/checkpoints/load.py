@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from cnvzoo.checkpoints.folder import preprocessing_from, read_model
 from cnvzoo.checkpoints.format import CheckpointConfig, CheckpointError
 from cnvzoo.checkpoints.locations import find_checkpoint
-from cnvzoo.checkpoints.weights import build_skeleton, fit_scale
+from cnvzoo.checkpoints.weights import build_float32, build_skeleton, fit_scale
 from cnvzoo.errors import ModelError
 from cnvzoo.models.classifier import NEEDS_A_CLASS, Classifier, check_count
 from cnvzoo.models.layers import without_initialization
-from cnvzoo.models.registry import build_model, model_names, model_spec
+from cnvzoo.models.registry import model_names, model_spec
 
 _BITS = re.compile(r"(.+)_w(\d)a(\d)", re.ASCII)
 
@@ -133,7 +133,7 @@ def adapt(model: nn.Module, arguments: Mapping[str, Any], changes: Mapping[str, 
 
     Args:
         model: the checkpoint's model with its weights.
-        arguments: the arguments of `build_model` that it was built with.
+        arguments: the arguments of `build_model` that it was built with, `name` included.
         changes: the arguments that change, with their new values.
         name: name of the checkpoint, for the warning.
 
@@ -142,7 +142,7 @@ def adapt(model: nn.Module, arguments: Mapping[str, Any], changes: Mapping[str, 
         CheckpointError: the topology has no layer that could be adapted.
     """
     with nullcontext() if "num_classes" in changes else without_initialization():
-        adapted = build_model(**{**arguments, **changes}).eval()
+        adapted = build_float32({**arguments, **changes}).eval()
     tensors, notes, convolutions = model.state_dict(), [], []
     if "num_classes" in changes:
         heads = {_layer(tensor) for tensor in _reshaped(model, arguments, changes, "num_classes")}

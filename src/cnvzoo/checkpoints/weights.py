@@ -95,7 +95,7 @@ def _in_range(values: NDArray[np.int8], ints: IntRange) -> bool:
 
 
 def build_empty(arguments: Mapping[str, Any]) -> Classifier:
-    """A model on the CPU without initialization; the random number generators do not change.
+    """A model on the CPU without initialization, in float32; the random number generators do not change.
 
     Raises:
         CheckpointError: no model has these arguments.
@@ -123,8 +123,13 @@ def build_skeleton(arguments: Mapping[str, Any]) -> Classifier:
 
 def _build(arguments: Mapping[str, Any]) -> Classifier:
     with without_initialization():
-        model = build_model(**arguments)
-    if (default := torch.get_default_dtype()) != torch.float32:  # of the process, and not of checkpoints
+        return build_float32(arguments)
+
+
+def build_float32(arguments: Mapping[str, Any]) -> Classifier:
+    """`build_model`, in float32 as checkpoints and runs are, whatever the default dtype of the process."""
+    model = build_model(**arguments)
+    if (default := torch.get_default_dtype()) != torch.float32:
         model._apply(lambda tensor: tensor.float() if tensor.dtype == default else tensor)
     return model
 

@@ -326,7 +326,7 @@ def _fit_weights(layer: QuantConv2d | QuantLinear, quantizer: IntQuantizer) -> n
 
 def _relu_of_normal(gamma: Tensor, beta: Tensor) -> Tensor:
     """The distribution of a BatchNorm's output after ReLU: quantiles of relu(N(beta, gamma^2)), [channels, samples]."""
-    grid = (torch.arange(_NORMAL_SAMPLES, device=gamma.device) + 0.5) / _NORMAL_SAMPLES
+    grid = (torch.arange(_NORMAL_SAMPLES, device=gamma.device, dtype=torch.float32) + 0.5) / _NORMAL_SAMPLES
     z = math.sqrt(2) * torch.erfinv(2 * grid - 1)
     return torch.relu(beta[:, None] + gamma.abs()[:, None] * z)
 
@@ -371,8 +371,8 @@ def start_from_float(
     assert isinstance(first, QuantConv2d)
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_mean is not None
-    std_values = torch.tensor(std, device=first.weight.device).view(1, -1, 1, 1)
-    mean_values = torch.tensor(mean, device=first.weight.device).view(1, -1, 1, 1)
+    std_values = torch.tensor(std, device=first.weight.device, dtype=torch.float32).view(1, -1, 1, 1)
+    mean_values = torch.tensor(mean, device=first.weight.device, dtype=torch.float32).view(1, -1, 1, 1)
     first.weight.div_(std_values)
     norm.running_mean.add_((first.weight * mean_values).sum((1, 2, 3)))
 
