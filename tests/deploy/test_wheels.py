@@ -173,6 +173,19 @@ def test_both_packages_have_one_version_and_licence(runtime_wheel):
         assert "cnvzoo_runtime/py.typed" in wheel.namelist()
 
 
+@pytest.mark.parametrize("folder", [".", "runtime"])
+def test_the_description_for_a_package_index_has_no_link_to_a_file(folder):
+    command = [sys.executable, "-m", "hatchling", "metadata", "readme"]
+    done = subprocess.run(command, cwd=ROOT / folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"\]\((?!https://)[^)]*\)", done.stdout) == []
+    readme = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    for title in re.findall(r"^#+ .*$", readme, re.MULTILINE):
+        assert title in done.stdout
+    for path in re.findall(r"\]\(([^):]+)\)", readme):
+        assert f"`{path}`" in done.stdout
+
+
 def test_recipes_are_read_by_name_from_an_unpacked_wheel(tmp_path):
     with zipfile.ZipFile(build(ROOT, "wheel", tmp_path / "wheel")) as wheel:
         wheel.extractall(tmp_path / "packages")
@@ -201,7 +214,7 @@ def test_names_of_recipes(tmp_path, monkeypatch):
 def test_the_sdist_has_the_recipes_and_no_checkpoints(tmp_path):
     with tarfile.open(build(ROOT, "sdist", tmp_path / "sdist")) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    assert {"benchmarks/configs/mnist_cnv.yaml", "src/cnvzoo/zoo.py", "LICENSE"} <= names
+    assert {"benchmarks/configs/mnist_cnv.yaml", "src/cnvzoo/zoo.py", "LICENSE", "hatch_build.py"} <= names
     assert not [name for name in names if name.startswith(("hub/", "benchmarks/results/", "runs/"))]
 
 
