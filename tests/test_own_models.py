@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import cnvzoo
 from cnvzoo.cli.app import app
 from cnvzoo.data import Dataset, dataset_info
-from cnvzoo.training import RunError, recipe_from_dict
+from cnvzoo.training import RunError, recipe_from_dict, run_recipe
 
 COLOURS = {"blue": (20, 40, 220), "green": (20, 200, 40), "red": (220, 30, 30)}
 
@@ -129,6 +129,22 @@ def test_a_start_of_another_model_is_refused(photos: Path) -> None:
     recipe = recipe_from_dict(recipe_text(dataset=str(photos), start="resnet20.cifar10"), "test")
     with pytest.raises(cnvzoo.ModelError, match="is a resnet20, and the recipe trains quant_cnv_w2a2"):
         cnvzoo.train(recipe, quiet=True)
+
+
+def test_a_damaged_start_is_refused_before_the_run(photos: Path, tmp_path: Path) -> None:
+    model = cnvzoo.create_model("quant_cnv", w_bits=2, a_bits=2)
+    cnvzoo.save_checkpoint(model, tmp_path / "mine", preprocessing=cnvzoo.Preprocessing(32, (0.0,) * 3, (1.0,) * 3))
+    (tmp_path / "mine" / "model.safetensors").write_bytes(b"damaged")
+    recipe = recipe_from_dict(recipe_text(dataset=str(photos), start=str(tmp_path / "mine")), "test")
+    with pytest.raises(cnvzoo.CheckpointError, match=r"model\.safetensors: .*damaged"):
+        cnvzoo.train(recipe, run_dir=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_recipe_is_given_own_images(photos: Path, tmp_path: Path) -> None:
+    recipe = recipe_from_dict(recipe_text(dataset=str(photos), start=None), "test")
+    with pytest.raises(RunError, match=r"photos_quant_cnv_w2a2: trains on own images: give them, dataset=load_dataset"):
+        run_recipe(recipe, run_dir=tmp_path / "run", quiet=True)
 
 
 def test_a_recipe_that_own_images_do_not_fit_is_refused(photos: Path) -> None:

@@ -235,23 +235,27 @@ def _weights_files(recipe: Recipe, purpose: str, given: Sequence[str | Path], hu
         folder = files[number]
         if folder.is_file() or folder.suffix == ".safetensors" or (is_path(source) and not folder.is_dir()):
             continue
-        local = find_checkpoint(source, hub)
-        config = read_config(local.folder, local.files[CONFIG] if local.files else None)
+        folder, config = _folder_and_config(source, hub)
         if (config.model["name"], config.dataset, config.seed) != (model, recipe.dataset_name, PUBLISHED_SEED):
             raise ModelError(
                 f"{recipe.name}: {purpose}: {source} is a {config.model['name']} trained on {config.dataset or '?'} "
                 f"with seed {'?' if config.seed is None else config.seed}: give the checkpoint of a {model} trained on "
                 f"{recipe.dataset_name} with seed {PUBLISHED_SEED}"
             )
-        check_weights(local.folder, config)
-        files[number] = local.folder / WEIGHTS
+        check_weights(folder, config)
+        files[number] = folder / WEIGHTS
     return files
+
+
+def _folder_and_config(checkpoint: str | Path, hub: str | Path | None) -> tuple[Path, CheckpointConfig]:
+    found = find_checkpoint(checkpoint, hub)
+    return found.folder, read_config(found.folder, found.files[CONFIG] if found.files else None)
 
 
 def _starting_model(recipe: Recipe, hub: str | Path | None) -> StartingModel:
     """The checkpoint of the recipe's `start`, after checks."""
     checkpoint = str(recipe.start)
-    _, config = load_checkpoint(checkpoint, hub=hub)
+    folder, config = _folder_and_config(checkpoint, hub)
     spec = model_spec(recipe.model)
     bits = {"w_bits": recipe.w_bits, "a_bits": recipe.a_bits}
     is_same = config.model["name"] == recipe.model and all(config.model.get(key) == bits[key] for key in bits)
@@ -260,6 +264,7 @@ def _starting_model(recipe: Recipe, hub: str | Path | None) -> StartingModel:
             f"{recipe.name}: start: {checkpoint} is a {config.model['name']}, and the recipe trains {recipe.tag}: name "
             "a checkpoint of the same model"
         )
+    check_weights(folder, config)
 
     def build(info: DatasetInfo) -> nn.Module:
         with warnings.catch_warnings():  # the warning of an untrained head: the run trains it

@@ -84,7 +84,8 @@ def run_recipe(
         deadline: `time.monotonic()` at which to stop.
         stop: called before every step; a text that it returns is the reason to stop. It can stop a run in a thread
             other than the main one, where Python handles no signals.
-        dataset: replaces loading the recipe's dataset from `data_root`.
+        dataset: replaces loading the recipe's dataset from `data_root`; needed for own images, which `cnvzoo.train`
+            loads.
         data_root: folder of the dataset cache.
         float_start: safetensors file with the float twin's weights; needed if the recipe has a float_start.
         teacher: safetensors file with the teacher's weights, or one for each of the recipe's teachers, in its order.
@@ -126,9 +127,9 @@ def run_recipe(
     taught_by = describe_inputs(recipe, "teacher", teachers)
     if recipe.start != (start.checkpoint if start else None):
         raise RunError(f"{recipe.name}: starts from {recipe.start}, and was given {start and start.checkpoint}")
-    if dataset is None and is_dataset_path(recipe.dataset):
-        dataset = load_dataset(recipe.dataset)
-    if dataset is not None and is_dataset_path(recipe.dataset):
+    if is_dataset_path(recipe.dataset):
+        if dataset is None:
+            raise RunError(f"{recipe.name}: trains on own images: give them, dataset=load_dataset({recipe.dataset!r})")
         recipe.check_fits(dataset.info)
     data_sha256 = published_sha256(recipe.dataset) if dataset is None else dataset.sha256
     identity = RunIdentity(
