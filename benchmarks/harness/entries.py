@@ -16,7 +16,8 @@ from pathlib import Path
 from cnvzoo.errors import CnvzooError, nearest
 from cnvzoo.files import FileError, expanded
 from cnvzoo.strict_yaml import StrictYamlError, YamlFile, read_yaml
-from cnvzoo.training.recipe import Recipe, load_recipe
+from cnvzoo.training.recipe import Recipe
+from cnvzoo.training.recipe_file import load_recipe
 
 
 class HarnessError(CnvzooError):

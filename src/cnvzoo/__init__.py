@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from cnvzoo.models.registry import ModelInfo, model_info, register_model, unregister_model
     from cnvzoo.recipe_folder import list_recipes
     from cnvzoo.training.evaluation import Evaluation, evaluate
-    from cnvzoo.training.recipe import Recipe, load_recipe
+    from cnvzoo.training.recipe import Recipe
+    from cnvzoo.training.recipe_file import load_recipe
     from cnvzoo.training.record import RunRecord
     from cnvzoo.training.watch import EpochReport
     from cnvzoo.zoo import TrainResult, create_model, list_models, quantize, save_checkpoint, train
@@ -146,10 +147,8 @@ _MODULES = {  # with the public names that each defines
         "Evaluation",
         "evaluate",
     ),
-    "training.recipe": (
-        "Recipe",
-        "load_recipe",
-    ),
+    "training.recipe": ("Recipe",),
+    "training.recipe_file": ("load_recipe",),
     "training.record": ("RunRecord",),
     "training.watch": ("EpochReport",),
     "zoo": (

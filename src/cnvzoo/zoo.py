@@ -32,7 +32,8 @@ from cnvzoo.models.modes import unwrapped
 from cnvzoo.models.registry import build_model, model_names, model_spec
 from cnvzoo.training.evaluation import preprocessing_for, preprocessing_of
 from cnvzoo.training.inputs import StartingModel
-from cnvzoo.training.recipe import PUBLISHED_SEED, Recipe, load_recipe, recipe_from_dict
+from cnvzoo.training.recipe import PUBLISHED_SEED, Recipe
+from cnvzoo.training.recipe_file import load_recipe, recipe_from_dict
 from cnvzoo.training.record import RunRecord
 from cnvzoo.training.run import run_recipe
 from cnvzoo.training.state import WEIGHTS as RUN_WEIGHTS

@@ -1,5 +1,6 @@
 """Training by a recipe, to weights and a record. Float starts and teachers are given as files: no network is needed."""
 
+from cnvzoo.recipe_folder import RecipeError
 from cnvzoo.training.device import resolve_device
 from cnvzoo.training.evaluation import count_correct, preprocessing_of
 from cnvzoo.training.numerics import NUMERICS
@@ -9,11 +10,9 @@ from cnvzoo.training.recipe import (
     EarlyCrops,
     Optimizer,
     Recipe,
-    RecipeError,
     Schedule,
-    load_recipe,
-    recipe_from_dict,
 )
+from cnvzoo.training.recipe_file import load_recipe, recipe_from_dict
 from cnvzoo.training.record import RecordError, RunRecord
 from cnvzoo.training.run import run_recipe
 from cnvzoo.training.state import RunError, RunInterrupted, RunUnderWay
