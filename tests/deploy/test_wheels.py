@@ -39,6 +39,15 @@ def runtime_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(ROOT / "runtime", "wheel", tmp_path_factory.mktemp("runtime"))
 
 
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of the unpacked wheel of cnvzoo."""
+    folder = tmp_path_factory.mktemp("cnvzoo")
+    with zipfile.ZipFile(build(ROOT, "wheel", folder / "wheel")) as wheel:
+        wheel.extractall(folder / "packages")
+    return str(folder / "packages")
+
+
 def required(names: list[str]) -> Iterator[str]:
     """The names of the packages, and of all that they require."""
     for name in names:
@@ -186,14 +195,12 @@ def test_the_description_for_a_package_index_has_no_link_to_a_file(folder):
         assert f"`{path}`" in done.stdout
 
 
-def test_recipes_are_read_by_name_from_an_unpacked_wheel(tmp_path):
-    with zipfile.ZipFile(build(ROOT, "wheel", tmp_path / "wheel")) as wheel:
-        wheel.extractall(tmp_path / "packages")
+def test_recipes_are_read_by_name_from_an_unpacked_wheel(unpacked):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import cnvzoo; assert sys.argv[1] in cnvzoo.__file__;"
         "print(*cnvzoo.list_recipes()); print(*(cnvzoo.load_recipe(n).fingerprint() for n in cnvzoo.list_recipes()))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "packages")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, unpacked], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names, fingerprints = (line.split() for line in done.stdout.splitlines())
     configs = ROOT / "benchmarks" / "configs"
@@ -218,17 +225,14 @@ def test_the_sdist_has_the_recipes_and_no_checkpoints(tmp_path):
     assert not [name for name in names if name.startswith(("hub/", "benchmarks/results/", "runs/"))]
 
 
-def test_a_default_location_that_cannot_be_reached_is_one_line_with_remedies(tmp_path):
-    with zipfile.ZipFile(build(ROOT, "wheel", tmp_path / "wheel")) as wheel:
-        wheel.extractall(tmp_path / "packages")
+def test_a_default_location_that_cannot_be_reached_is_one_line_with_remedies(unpacked, tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); sys.argv[1:] = ['eval', 'cnv.mnist'];"
         "from cnvzoo.cli import main; main()"
     )
     env = {key: value for key, value in os.environ.items() if key != "CNVZOO_HUB" and not key.lower().endswith("proxy")}
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", code, str(tmp_path / "packages")]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, "-c", code, unpacked], capture_output=True, text=True, env=env)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: cnv.mnist cannot be fetched from hf://cnvzoo, the default location of checkpoints")

@@ -50,8 +50,6 @@ INTEGERS = pytest.mark.parametrize(
         (1, [[1, -1], [1, -1], [1, -1]]),
     ],
 )
-
-
 EXPORTERS_WARN = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore:fast_hadamard:UserWarning"
 )
@@ -132,9 +130,7 @@ def test_a_disabled_quantizer_leaves_the_weights_alone() -> None:
     assert torch.equal(layer(torch.eye(2)), layer.weight.T)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore:fast_hadamard:UserWarning"
-)
+@EXPORTERS_WARN
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 4), (2, 3)])
 def test_brevitas_writes_qcdq_that_computes_the_same(tmp_path: Path, w_bits: int, a_bits: int) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -150,9 +146,7 @@ def test_brevitas_writes_qcdq_that_computes_the_same(tmp_path: Path, w_bits: int
     assert_same(logits, model)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore:fast_hadamard:UserWarning"
-)
+@EXPORTERS_WARN
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 4), (1, 2)])
 def test_brevitas_writes_qonnx_that_computes_the_same(tmp_path: Path, w_bits: int, a_bits: int) -> None:
     wrapper = pytest.importorskip("qonnx.core.modelwrapper")
