@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from cnvzoo.checkpoints.format import CheckpointError
 from cnvzoo.checkpoints.load import adapt_input, load_checkpoint
 from cnvzoo.errors import ModelError
 from cnvzoo.models import register_model
+from cnvzoo.models.classifier import Classifier
 from cnvzoo.models.quant import quantizer_of
+from cnvzoo.zoo import create_model
 
 QUANTIZED = {"name": "quant_cnv", "num_classes": 10, "in_chans": 3, "w_bits": 8, "a_bits": 8}
 CASES = [
@@ -109,6 +113,79 @@ def test_adapt_input(channels: int, wanted: int, expected: list[float]) -> None:
     adapted = adapt_input(weight, wanted)
     assert adapted.shape == (2, wanted, 3, 3)
     torch.testing.assert_close(adapted[0, :, 0, 0], torch.tensor(expected))
+
+
+class Pooled(nn.Module):
+    """A convolution, a mean and, but for `num_classes=0`, a linear layer; without the methods of a Classifier."""
+
+    def __init__(self, num_classes: int, in_chans: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, 5, 3)
+        self.fc = nn.Linear(5, num_classes) if num_classes else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.conv(x).mean((2, 3)))
+
+
+class WithoutReset(Classifier):
+    """A Classifier that does not define how its head is replaced."""
+
+    def __init__(self, num_classes: int, in_chans: int) -> None:
+        super().__init__()
+        self.head_hidden_size = in_chans
+        self.fc = nn.Linear(in_chans, num_classes)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x.mean((2, 3)))
+
+
+class OtherTensors(Pooled):
+    """A wrong builder: without a head its tensors have other names."""
+
+    def __init__(self, num_classes: int, in_chans: int) -> None:
+        super().__init__(num_classes, in_chans)
+        if not num_classes:
+            self.renamed = self.conv
+
+
+OWN = {"name": "own", "num_classes": 2, "in_chans": 3}
+
+
+def test_a_model_of_any_class_that_can_be_without_head_is_loaded_without_it(tmp_path: Path) -> None:
+    with registered_tiny():
+        register_model("own", summary="of tests", headless=True)(Pooled)
+        model = trained(OWN)
+        publish(tmp_path / "c", model, OWN)
+        x = images(3)
+        bare, config = load_checkpoint(tmp_path / "c", num_classes=0)
+        assert torch.equal(bare(x), model.conv(x).mean((2, 3)))  # type: ignore[operator]
+        assert torch.equal(create_model(tmp_path / "c", pretrained=True, num_classes=0)(x), bare(x))
+        assert (bare.num_classes, bare.classes, config.classes, bare.training) == (0, None, [], False)
+        with pytest.warns(UserWarning, match="in_chans=1"):
+            grey, _ = load_checkpoint(tmp_path / "c", num_classes=0, in_chans=1)
+        assert (grey(images(1)).shape, grey.num_classes, grey.in_chans) == ((4, 5), 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("build", "headless", "message"),
+    [
+        (Pooled, False, "own cannot be without its last layer: register it with headless=True"),
+        (WithoutReset, False, "own cannot be without its last layer: register it with headless=True"),
+        (OtherTensors, True, "own without its last layer has other tensors: renamed.weight"),
+    ],
+)
+def test_a_model_that_cannot_be_without_head_says_so(
+    tmp_path: Path, build: Callable[..., nn.Module], headless: bool, message: str
+) -> None:
+    with registered_tiny():
+        register_model("own", summary="of tests", headless=headless)(build)
+        publish(tmp_path / "c", trained(OWN), OWN)
+        for load in (load_checkpoint, partial(create_model, pretrained=True)):
+            with pytest.raises(ModelError, match=f"^num_classes=0: {message}"):
+                load(tmp_path / "c", num_classes=0)
 
 
 @pytest.mark.parametrize("arguments", [{"num_classes": -1}, {"in_chans": 0}, {"num_classes": 2.5}, {"in_chans": "3"}])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cnvzoo.checkpoints.folder import preprocessing_from, read_model
 from cnvzoo.checkpoints.format import CheckpointConfig, CheckpointError
 from cnvzoo.checkpoints.locations import find_checkpoint
-from cnvzoo.checkpoints.weights import build_float32, build_skeleton, fit_scale
+from cnvzoo.checkpoints.weights import build_empty, build_float32, build_skeleton, fit_scale
 from cnvzoo.errors import ModelError
 from cnvzoo.models.classifier import NEEDS_A_CLASS, Classifier, check_count
 from cnvzoo.models.layers import without_initialization
@@ -84,7 +84,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: a file is missing or damaged, or its tensors are not exactly the model's.
-        ModelError: no model has these classes or channels.
+        ModelError: no model has these classes or channels, or a model of your own cannot be without its head.
     """
     found = find_checkpoint(checkpoint, hub)
     model, config = read_model(found.folder, found.files)
@@ -98,7 +98,7 @@ def load_checkpoint(
         reshaped = {key: value for key, value in changes.items() if value}
         model = adapt(model, model.arguments, reshaped, name) if reshaped else model
         if changes.get("num_classes") == 0:
-            model.reset_classifier(0)
+            model = _without_head(model)
     channels = config.model["in_chans"]
     model.classes = None if "num_classes" in changes else tuple(config.classes)
     model.preprocessing = preprocessing_from(config) if channels in (1, 3) else None
@@ -123,6 +123,25 @@ def _adapted_config(config: CheckpointConfig, changes: Mapping[str, int]) -> Che
     return config.model_copy(
         update={"name": name, "model": arguments, "preprocessing": preprocessing} | known | unknown
     )
+
+
+def _without_head(model: Classifier) -> Classifier:
+    """The model, in eval mode, without its last layer."""
+    name = model.spec.name
+    if not model.spec.headless:
+        if isinstance(model, Classifier):
+            with suppress(NotImplementedError):
+                model.reset_classifier(0)
+                return model
+        raise ModelError(
+            f"num_classes=0: {name} cannot be without its last layer: register it with headless=True, or leave "
+            "num_classes out"
+        )
+    bare, state = build_empty({**model.arguments, "num_classes": 0}), model.state_dict()
+    if other := [key for key, t in bare.state_dict().items() if key not in state or state[key].shape != t.shape]:
+        raise ModelError(f"num_classes=0: {name} without its last layer has other tensors: {', '.join(other)}")
+    bare.load_state_dict({key: state[key] for key in bare.state_dict()}, strict=True)
+    return bare.eval()
 
 
 def adapt(model: nn.Module, arguments: Mapping[str, Any], changes: Mapping[str, int], name: str) -> Classifier:
