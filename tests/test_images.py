@@ -131,7 +131,7 @@ def test_white_ink_on_a_transparent_ground_is_white_on_black(mode: str, in_chans
     expected = np.zeros((in_chans, 28, 28), np.uint8)
     expected[:, 10:18, 10:18] = 255
     assert np.array_equal(prepare(ink(mode, 255), in_chans, 28, 28), expected)
-    with pytest.raises(ImageError, match="all that can be seen of the image is black"):
+    with pytest.raises(ImageError, match="the image is black where it is not transparent"):
         prepare(ink(mode, 0), in_chans, 28, 28)
 
 

@@ -154,7 +154,7 @@ def test_the_command_shows_the_metadata_of_a_file(python, exported):
         (["predict", "m.onnx", "none.png"], "none.png: cannot be read as an image: No such file or directory"),
         (["predict", "m.onnx", "m.onnx"], "m.onnx: cannot be read as an image: cannot identify image file 'm.onnx'"),
         (["info", "none.onnx"], "none.onnx: cannot be read: No such file or directory"),
-        (["info", "photo.png"], "photo.png: not an ONNX file: a value is not whole"),
+        (["info", "photo.png"], "photo.png: not an ONNX file: a value is cut off"),
     ],
 )
 def test_errors_of_the_command_are_one_line(python, exported, arguments, message):

@@ -1,7 +1,7 @@
-"""Run models that cnvzoo exported, with numpy, Pillow and ONNX Runtime: no PyTorch, and nothing of cnvzoo.
+"""Run models that cnvzoo exported, with numpy, Pillow and ONNX Runtime, without PyTorch and without cnvzoo.
 
 `load(path)` returns a `DeployedModel`, whose `predict` takes images of any size. Public names are imported when they
-are first used, because cnvzoo takes its base class of errors from here and should start at once.
+are first used: cnvzoo imports its base class of errors from this package, and numpy and Pillow would slow its start.
 """
 
 from __future__ import annotations

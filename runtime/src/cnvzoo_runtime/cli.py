@@ -1,4 +1,4 @@
-"""The command `cnvzoo-run`: classify images with an exported file, and show what the file says about its model."""
+"""The command `cnvzoo-run`: classify images with an exported file, or show the metadata in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cnvzoo_runtime.errors import CnvzooError, in_a_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with `arguments` (default: those of the process); returns the exit status.
 
-    Errors of this package and of the operating system are printed in one line, with status 1.
+    Errors of this package and of the operating system are printed in one line, and the status is 1.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -33,11 +33,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     predict = commands.add_parser("predict", help="classify image files", description="Classify image files.")
     predict.add_argument("file", type=Path, metavar="FILE.onnx", help="file that cnvzoo exported")
-    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image of any size that Pillow reads")
+    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image that Pillow reads, of any size")
     predict.add_argument("--top", type=_count, default=3, metavar="N", help="number of classes to show; default 3")
-    predict.add_argument("--json", action="store_true", help="print a list with the predictions of each image as JSON")
+    predict.add_argument("--json", action="store_true", help="print the predictions of all images as JSON")
     predict.set_defaults(run=_predict)
-    info = commands.add_parser("info", help="show what a file contains", description="Show the metadata of a file.")
+    info = commands.add_parser("info", help="show the metadata of a file", description="Show the metadata of a file.")
     info.add_argument("file", type=Path, metavar="FILE.onnx", help="file that cnvzoo exported")
     info.add_argument("--json", action="store_true", help="print the metadata as JSON")
     info.set_defaults(run=_info)
@@ -56,13 +56,13 @@ def _predict(options: argparse.Namespace) -> None:
     for path in options.images:
         image = cnvzoo_runtime.read_image(path)
         try:
-            found = model.predict(image, options.top)
+            predictions = model.predict(image, options.top)
         except cnvzoo_runtime.ImageError as error:
             raise CnvzooError(f"{path}: {error}") from None
         if options.json:
-            rows.append({"image": str(path), "predictions": [asdict(guess) for guess in found]})
+            rows.append({"image": str(path), "predictions": [asdict(p) for p in predictions]})
         else:
-            print(f"{path}: " + ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in found), flush=True)
+            print(f"{path}: " + ", ".join(f"{p.label} {p.probability:.1%}" for p in predictions), flush=True)
     if options.json:
         print(json.dumps(rows, indent=1))
 

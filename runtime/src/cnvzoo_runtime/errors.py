@@ -1,4 +1,4 @@
-"""The base class of all errors of cnvzoo and of this package, and the line that is printed in place of a traceback."""
+"""The base class of all errors of cnvzoo and of this package, and the line that commands print for an error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class CnvzooError(Exception):
-    """Base class of the errors that are raised for invalid input: an argument, a file, or a request."""
+    """Base class of the errors for invalid arguments, invalid files, and what cannot be done with them."""
 
 
 def in_a_line(error: BaseException) -> str:

@@ -1,6 +1,7 @@
-"""One image of any size to the input of a network, with Pillow and numpy: the same bits with PyTorch and without it.
+"""Preparing an image of any size for a network, with Pillow and numpy.
 
-`cnvzoo.transforms` and the runner of exported files both call `prepare`. PyTorch is not imported here.
+`cnvzoo.transforms`, which runs with PyTorch, and the runner of exported files, which does not, both call `prepare`, so
+that the same image gives the same bits in both.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from cnvzoo_runtime.errors import CnvzooError
 Pixels = NDArray[np.uint8]
 
 _MODES = {1: "L", 3: "RGB"}  # Pillow's names of 8-bit greyscale and colour, by channels
-_MAX_ASPECT = 64  # longer images are cropped before they are resized too
+_MAX_ASPECT = 64  # ratio of the sides; images with a larger one are cropped before they are resized, too
 _OPAQUE = 255
 _BLACK = (0, 0, 0, _OPAQUE)
-# what turns an image upright, by its EXIF orientation; 1 is upright
-_TURNS = {
+# how an image is turned or mirrored to be upright, by its EXIF orientation; 1 is upright
+_TO_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -39,11 +40,11 @@ class ImageError(CnvzooError, ValueError):
 def prepare(image: Any, in_chans: int, image_size: int, size: int) -> Pixels:
     """Turn upright, convert, resize, crop and pad one image.
 
-    A PIL image is turned and mirrored as its EXIF orientation says. Where it is transparent it is composed on black,
-    with which images are padded too: the ink of MNIST is white. Channels are converted as Pillow does it
+    A PIL image is turned and mirrored as its EXIF orientation says. A transparent one is composed on black, which is
+    also the colour of the padding: the images of MNIST are white on black. Channels are converted by Pillow
     (`Image.convert`; grey is the luma of ITU-R 601). The shorter side is resized to `image_size` (bilinear,
-    antialiased), as torchvision's Resize does with a PIL image, and the centre is cropped. An image that has the size
-    and channels keeps its pixels.
+    antialiased), as torchvision's Resize does with a PIL image, and the centre is cropped. The pixels of an image that
+    already has this size and these channels do not change.
 
     Args:
         image: a PIL image, or a uint8 array [H, W] or [H, W, C] with C 1 or 3.
@@ -55,7 +56,7 @@ def prepare(image: Any, in_chans: int, image_size: int, size: int) -> Pixels:
         uint8 [in_chans, size, size].
 
     Raises:
-        ImageError: not an image, not of 8 bits, not of 1 or 3 channels, or black ink on a transparent ground.
+        ImageError: not an image, not of 8 bits, not of 1 or 3 channels, or black where it is not transparent.
     """
     picture = _pil_image(image)
     if picture.mode != _MODES[in_chans]:
@@ -66,10 +67,10 @@ def prepare(image: Any, in_chans: int, image_size: int, size: int) -> Pixels:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read an image file of any format that Pillow reads, as a whole.
+    """Read an image file, with its pixels, of any format that Pillow reads.
 
     Raises:
-        ImageError: the file is missing, damaged or no image; the message names it.
+        ImageError: the file is missing, damaged or not an image; the message names it.
     """
     try:
         with Image.open(path) as image:
@@ -109,12 +110,12 @@ def _pil_image(image: Any) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image as its EXIF orientation says it is to be seen."""
+    """The image turned and mirrored as its EXIF orientation says."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # Pillow raises SyntaxError, struct.error and others for damaged EXIF data, which is left aside
+    except Exception:  # Pillow raises SyntaxError, struct.error and others for damaged EXIF data, which is ignored
         return image
-    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+    return image.transpose(_TO_UPRIGHT[orientation]) if orientation in _TO_UPRIGHT else image
 
 
 def _on_black(image: Image.Image) -> Image.Image:
@@ -124,8 +125,8 @@ def _on_black(image: Image.Image) -> Image.Image:
     alpha = np.asarray(image.getchannel("A"))
     if composed.getbbox() is None and alpha.any() and alpha.min() < _OPAQUE:
         raise ImageError(
-            "all that can be seen of the image is black, and so is the background that transparent images are put on: "
-            "put it on a background of another colour"
+            "the image is black where it is not transparent, and transparent images are composed on black: "
+            "compose it on another colour"
         )
     return composed
 
@@ -133,8 +134,8 @@ def _on_black(image: Image.Image) -> Image.Image:
 def _resize_and_crop(image: Image.Image, side: int) -> Image.Image:
     """Resize the shorter side to `side` and crop the centre, side x side. Sizes are rounded as torchvision does."""
     shorter = min(image.size)
-    # Resizing a 1x20000 image whole would take 32x640000 pixels, of which the crop keeps 32x32. The number of pixels
-    # taken off is even, so that the centre stays where it is.
+    # Resizing a whole image of 1x20000 would make one of 32x640000, of which the crop keeps 32x32. The number of pixels
+    # that are cropped first is even, so that the centre is the same.
     width, height = (min(length, _MAX_ASPECT * shorter + length % 2) for length in image.size)
     image = _crop_centre(image, width, height)
     if shorter != side:

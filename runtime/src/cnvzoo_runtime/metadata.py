@@ -1,4 +1,4 @@
-"""The metadata of an exported file: all that its user needs besides the graph, as JSON in the ONNX file."""
+"""The metadata of an exported file: what is needed to use its graph, as JSON in the ONNX file."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Metadata:
 
 
 def _decoded(text: str) -> dict[str, Any]:
-    """The JSON object in `text`. Raises ValueError if there is none."""
+    """The JSON object in `text`. Raises ValueError where it is anything else."""
     if len(text) > _LARGEST_TEXT:
         raise ValueError(f"{len(text):,} characters, where {_LARGEST_TEXT:,} are allowed")
     try:
@@ -88,7 +88,7 @@ def _decoded(text: str) -> dict[str, Any]:
 
 
 def _checked(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with tuples in the place of lists. Raises ValueError for what `Metadata.to_json` does not write."""
+    """The values, with tuples in place of lists. Raises ValueError for what `Metadata.to_json` does not write."""
     if not _is_whole(values.get("version"), VERSION, VERSION):
         raise ValueError(f"version {_quoted(values.get('version'))}, and this cnvzoo reads {VERSION}")
     names = {field.name for field in fields(Metadata)}
@@ -96,9 +96,9 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
         if keys:
             raise ValueError(f"{_quoted(min(keys))} is {problem}")
     if values["format"] not in FORMATS:
-        raise ValueError(f"format {_quoted(values['format'])} is none of {', '.join(FORMATS)}")
+        raise ValueError(f"format {_quoted(values['format'])} is not one of {', '.join(FORMATS)}")
     if not _is_text(values["name"]) or not (values["dataset"] is None or _is_text(values["dataset"])):
-        raise ValueError("name and dataset must be printable texts")
+        raise ValueError("name and dataset must be printable text")
     classes, mean, std = (values[key] for key in ("classes", "mean", "std"))
     if not isinstance(classes, list) or not 1 <= len(classes) <= _MOST_CLASSES or not all(map(_is_text, classes)):
         raise ValueError(f"classes must be 1 to {_MOST_CLASSES:,} printable names")
@@ -110,16 +110,16 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
     _check_sizes(values["size"], values["image_size"])
     for key in ("w_bits", "a_bits"):
         if values[key] is not None and not _is_whole(values[key], 1, 8):
-            raise ValueError(f"{key} {_quoted(values[key])} is no bit width, 1 to 8")
+            raise ValueError(f"{key} {_quoted(values[key])} is not a bit width, 1 to 8")
     return values | {"classes": tuple(classes), "mean": tuple(mean), "std": tuple(std)}
 
 
 def _check_sizes(size: Any, image_size: Any) -> None:
     for key, side in (("size", size), ("image_size", image_size)):
         if not _is_whole(side, 1, _LARGEST_SIDE):
-            raise ValueError(f"{key} {_quoted(side)} is no whole number of pixels, 1 to {_LARGEST_SIDE}")
+            raise ValueError(f"{key} {_quoted(side)} is not a whole number of pixels, 1 to {_LARGEST_SIDE}")
     if size < image_size or (size - image_size) % 2:
-        raise ValueError(f"images of side {image_size} do not pad to {size}")
+        raise ValueError(f"images of {image_size} pixels cannot be padded equally to {size}")
 
 
 def _is_whole(value: Any, least: int, most: int) -> bool:
@@ -127,7 +127,7 @@ def _is_whole(value: Any, least: int, most: int) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether it is a number that float32 holds."""
+    """Whether it is a finite number in the range of float32."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST_NUMBER
 
 

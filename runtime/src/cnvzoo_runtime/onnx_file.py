@@ -1,9 +1,9 @@
-"""What is read of an ONNX file before ONNX Runtime opens it: its metadata, and that all tensors are inside the file.
+"""Reading the metadata of an ONNX file, and checking that all its tensors are inside it, before ONNX Runtime opens it.
 
 A tensor of an ONNX file may be in another file (external data), which ONNX Runtime then reads, wherever its path leads.
 Files that cnvzoo exports have none, so a file with external data is refused. An ONNX file is a protobuf message: a
-sequence of fields, each a number, a type and a value, where the value may be a message again. This reader visits the
-messages that may contain tensors, and skips everything else.
+sequence of fields, each of a number, a type and a value, where the value may be a message too. Only the messages that
+may contain tensors are visited.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MESSAGES = {
 }  # fmt: skip
 EXTERNAL_DATA, DATA_LOCATION = 13, 14  # fields of a tensor
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # the types of values on the wire
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf's types of values
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 _LONGEST_VARINT = 10  # bytes
 
@@ -36,7 +36,7 @@ def read_properties(content: bytes, source: str) -> dict[str, str]:
 
     Args:
         content: the bytes of the file.
-        source: names the file in messages.
+        source: the name of the file, for error messages.
 
     Raises:
         DeployError: not an ONNX file, a tensor is in another file, or a key of the metadata occurs twice.
@@ -65,7 +65,7 @@ def _is_external(tensor: memoryview) -> bool:
 
 
 def _messages(content: memoryview) -> Iterator[tuple[str, memoryview]]:
-    """Every message in a file that has a type in MESSAGES or is one of their fields, with its type."""
+    """The type and the bytes of every message that has a type in MESSAGES or is one of their fields."""
     waiting = [("Model", content)]
     while waiting:
         kind, message = waiting.pop()
@@ -95,9 +95,9 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         elif wire in _FIXED_SIZES:
             size = _FIXED_SIZES[wire]
         else:
-            raise ValueError(f"a value of the unknown type {wire}")
+            raise ValueError(f"a value of unknown type {wire}")
         if not number or size > len(message) - position:
-            raise ValueError("a value is not whole")
+            raise ValueError("a value is cut off")
         yield number, message[position : position + size]
         position += size
 
@@ -109,4 +109,4 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << (7 * index)
         if byte < 0x80:
             return value, position + index + 1
-    raise ValueError("a number is not whole")
+    raise ValueError("a number is cut off")

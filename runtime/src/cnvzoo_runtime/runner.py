@@ -18,7 +18,7 @@ from cnvzoo_runtime.onnx_file import read_properties
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_BATCH = 64  # images at a time; the activations of more do not fit the caches
+_BATCH = 64  # images at a time; the activations of more do not fit into the caches of a CPU
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class DeployedModel:
 
     Attributes:
         session: the `onnxruntime.InferenceSession`.
-        metadata: what the file says about the model.
+        metadata: the metadata in the file.
     """
 
     def __init__(self, session: Any, metadata: Metadata) -> None:
@@ -99,8 +99,8 @@ class DeployedModel:
             return []
         m = self.metadata
         logits = self.logits(np.stack([prepare(image, m.in_chans, m.image_size, m.size) for image in images]))
-        powers = np.exp(logits - logits.max(1, keepdims=True))
-        probabilities = powers / powers.sum(1, keepdims=True)
+        exponentials = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities = exponentials / exponentials.sum(1, keepdims=True)
         best = np.argsort(-logits, axis=1, kind="stable")[:, : min(top, len(m.classes))]
         return [
             [Prediction(m.classes[i], int(i), float(row[i])) for i in order]
@@ -155,7 +155,7 @@ def load(path: str | Path, *, threads: int | None = None) -> DeployedModel:
 
 
 def read_metadata(path: str | Path) -> Metadata:
-    """What a file that `cnvzoo.export` wrote says about its model; also a QONNX file, which cannot be loaded here.
+    """The metadata in a file that `cnvzoo.export` wrote; also in a QONNX file, which `load` refuses.
 
     Raises:
         DeployError: as `load`.
@@ -204,19 +204,21 @@ def sums_products_exactly(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     try:
         return "vnni" in cpuinfo.read_text()
     except OSError:
-        return False  # unknown: prefer exact to fast
+        return False  # unknown: slower and exact
 
 
 def _check_graph(session: Any, m: Metadata, path: Path) -> None:
-    """Check that input and output are as the metadata says."""
-    kind = "tensor(uint8)" if m.format == "integer" else "tensor(float)"
-    result = "tensor(int32)" if m.format == "integer" else "tensor(float)"
+    """Raise DeployError where the input or output of the graph is not as the metadata says."""
+    input_type = "tensor(uint8)" if m.format == "integer" else "tensor(float)"
+    output_type = "tensor(int32)" if m.format == "integer" else "tensor(float)"
     inputs, output = session.get_inputs(), session.get_outputs()[0]
     expected = [m.in_chans, m.size, m.size]
-    if len(inputs) != 1 or inputs[0].type != kind or inputs[0].shape[1:] != expected:
-        raise DeployError(f"{path}: its input is not {kind} {['N', *expected]}, as its metadata says; export it again")
-    if output.type != result or output.shape[1:] != [len(m.classes)]:
+    if len(inputs) != 1 or inputs[0].type != input_type or inputs[0].shape[1:] != expected:
         raise DeployError(
-            f"{path}: its output is {output.type} {output.shape}, and its metadata says {result} with "
+            f"{path}: its input is not {input_type} {['N', *expected]}, as its metadata says; export it again"
+        )
+    if output.type != output_type or output.shape[1:] != [len(m.classes)]:
+        raise DeployError(
+            f"{path}: its output is {output.type} {output.shape}, and its metadata says {output_type} with "
             f"{len(m.classes)} classes; export it again"
         )
