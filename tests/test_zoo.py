@@ -116,9 +116,12 @@ def test_list_models() -> None:
     assert set(cnvzoo.list_models("resnet*")) == {f"resnet{n}" for n in (18, 20, 32, 44, 56, 110)}
     assert cnvzoo.list_models("*cnv") == ["cnv", "quant_cnv"]
     assert cnvzoo.list_models("vgg*") == []
-    assert len(cnvzoo.list_models()) == 9
+    assert len(cnvzoo.list_models()) == 16  # eight topologies, float and quantized
     assert cnvzoo.list_models(["*cnv", "mobile*"], exclude="quant*") == ["cnv", "mobilenet_v1"]
-    assert set(cnvzoo.list_models(exclude=["*cnv", "resnet??", "resnet110"])) == {"mobilenet_v1"}
+    assert set(cnvzoo.list_models(exclude=["*cnv", "*resnet??", "*resnet110"])) == {
+        "mobilenet_v1",
+        "quant_mobilenet_v1",
+    }
     assert cnvzoo.list_models([]) == []
 
 
@@ -280,8 +283,12 @@ def test_quantize_refuses_other_models_and_a_missing_dataset() -> None:
         cnvzoo.quantize(float_model, w_bits=4, a_bits=4)
     with pytest.raises(ModelError, match="w_bits=9"):
         cnvzoo.quantize(float_model, w_bits=9, a_bits=4, dataset="cifar10")
-    with pytest.raises(ModelError, match="only a CNV can be quantized, not ResNet"):
-        cnvzoo.quantize(cnvzoo.create_model("resnet20"), w_bits=4, a_bits=4, dataset="cifar10")
+    with pytest.raises(ModelError, match="Linear has no quantized twin"):
+        cnvzoo.quantize(nn.Linear(2, 2), w_bits=4, a_bits=4, dataset="cifar10")
+    changed = cnvzoo.create_model("resnet20")
+    changed.conv = nn.Conv2d(3, 16, 5, padding=2)
+    with pytest.raises(ModelError, match=r"resnet20 cannot be quantized after its layers were changed.*conv\.bias"):
+        cnvzoo.quantize(changed, w_bits=4, a_bits=4, dataset="cifar10")
     with pytest.raises(cnvzoo.CnvzooError, match="checkpoint folder"):
         cnvzoo.quantize("no/such/folder", w_bits=4, a_bits=4)
 

@@ -25,11 +25,10 @@ from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo.errors import ModelError
 from cnvzoo.inference import known_preprocessing
-from cnvzoo.models.classifier import Classifier
-from cnvzoo.models.cnv import CNV
+from cnvzoo.models.classifier import Classifier, LayerBits
 from cnvzoo.models.layers import without_initialization
 from cnvzoo.models.modes import unwrapped
-from cnvzoo.models.registry import build_model, model_names, model_spec
+from cnvzoo.models.registry import build_model, model_names, model_spec, quantized_twin
 from cnvzoo.training.evaluation import preprocessing_for, preprocessing_of
 from cnvzoo.training.inputs import StartingModel
 from cnvzoo.training.recipe import PUBLISHED_SEED, Recipe
@@ -80,7 +79,9 @@ def create_model(
         w_bits, a_bits: bit widths of weights and activations, 1 to 8; quantized models need both, float models take
             neither.
         hub: store of the checkpoints, see `load_checkpoint`.
-        **kwargs: options of one model: `first_w_bits` (default 8) of `quant_cnv`.
+        **kwargs: options of quantized models: `first_w_bits`, of the first convolution's weights, 8 by default; `bits`,
+            other (w_bits, a_bits) of single layers, by the name of a layer or of a module around layers, or a shell
+            pattern of names: `{"stages.2": (2, 4), "fc": (8, None)}`, where None is the model's own.
 
     Returns:
         A module from images [N, in_chans, H, W] to logits [N, num_classes]. Float models take images normalised by
@@ -318,41 +319,47 @@ def quantize(
     w_bits: int,
     a_bits: int,
     first_w_bits: int = 8,
+    bits: LayerBits | None = None,
     dataset: str | Preprocessing | None = None,
 ) -> Classifier:
     """Make a quantized model from a trained one: the same weights, with scales that fit them at the new bit widths.
 
+    The first layer takes over the normalisation of the images. This is exact but for the border of images that a
+    ResNet or a MobileNet pads: with black instead of the mean colour. Training makes up for that.
+
     Args:
-        model: a trained CNV, float or quantized, or the name or folder of its checkpoint.
-        w_bits, a_bits, first_w_bits: as for `create_model("quant_cnv", ...)`.
+        model: a trained model of this library that has a quantized twin, or is quantized, or the name or folder of its
+            checkpoint.
+        w_bits, a_bits, first_w_bits, bits: as for `create_model` with the name of the quantized model.
         dataset: the dataset that the float model was trained on, or its preprocessing; needed for a float model that
             does not know its preprocessing. A quantized model takes images without normalisation.
 
     Returns:
-        A `quant_cnv` in training mode, which takes uint8 images divided by 255; train it further.
+        A quantized model in training mode, which takes uint8 images divided by 255; train it further.
 
     Raises:
-        ModelError: not a CNV, or `dataset` is missing or has other channels.
+        ModelError: no such model, its layers were changed, or `dataset` is missing or has other channels.
         CheckpointError: the folder is not a checkpoint.
     """
-    from cnvzoo.models.quant import start_from_float  # Brevitas takes a second to import
+    from cnvzoo.models.quant_layers import start_from_float  # Brevitas takes a second to import
 
     preprocessing = dataset
     if isinstance(model, (str, Path)):
         model, _ = load_checkpoint(model)
     source = unwrapped(model)
     preprocessing = preprocessing or getattr(source, "preprocessing", None)
-    if not isinstance(source, CNV):
-        raise ModelError(f"only a CNV can be quantized, not {type(source).__name__}")
-    weights = [m.weight for m in source.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    channels = weights[0].shape[1]
-    if not isinstance(source.input, nn.Identity):  # it is quantized, and takes images without normalisation
+    if not isinstance(source, Classifier) or (twin := quantized_twin(source.spec)) is None:
+        raise ModelError(
+            f"{type(source).__name__} has no quantized twin: a model registered with quantized=True and float_twin="
+        )
+    channels, like = source.in_chans, next(source.parameters())
+    if source.spec.quantized:  # it takes images without normalisation
         mean, std = (0.0,) * channels, (1.0,) * channels
     elif preprocessing is None:
         raise ModelError("quantize needs dataset=: its mean and std become part of the first layer")
     else:
         if isinstance(preprocessing, str):
-            preprocessing = preprocessing_of("cnv", preprocessing)
+            preprocessing = preprocessing_of(source.spec.name, preprocessing)
         mean, std = preprocessing.mean, preprocessing.std
     if len(mean) != channels:
         raise ModelError(
@@ -361,11 +368,14 @@ def quantize(
         )
     with without_initialization():
         quantized = build_model(
-            "quant_cnv", num_classes=weights[-1].shape[0], in_chans=channels,
-            w_bits=w_bits, a_bits=a_bits, first_w_bits=first_w_bits,
-        ).to(weights[0].device, torch.float32)  # fmt: skip
+            twin.name, num_classes=source.num_classes, in_chans=channels,
+            w_bits=w_bits, a_bits=a_bits, first_w_bits=first_w_bits, bits=bits,
+        ).to(like.device, torch.float32)  # fmt: skip
     state = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith(".scale")}
-    start_from_float(quantized, state, mean, std)
+    try:
+        start_from_float(quantized, state, mean, std)
+    except ValueError as error:
+        raise ModelError(f"{source.spec.name} cannot be quantized after its layers were changed: {error}") from None
     own = preprocessing if isinstance(preprocessing, Preprocessing) else getattr(source, "preprocessing", None)
     if own is not None:  # a quantized model takes images without normalisation
         side = quantized.spec.input_size or own.size

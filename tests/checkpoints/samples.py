@@ -15,7 +15,7 @@ from cnvzoo.checkpoints.folder import write_checkpoint
 from cnvzoo.checkpoints.format import CheckpointConfig, CheckpointFacts, SeedResult
 from cnvzoo.files import sha256_of
 from cnvzoo.models import build_model, model_names, register_model, unregister_model
-from cnvzoo.models.quant import QuantLayers
+from cnvzoo.models.quant_layers import QuantLayers
 
 
 class Tiny(nn.Module):

@@ -12,7 +12,7 @@ from brevitas.quant_tensor import IntQuantTensor
 from torch import Tensor, nn
 
 import cnvzoo
-from cnvzoo.models.quant import QuantLayers
+from cnvzoo.models.quant_layers import QuantLayers
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 from cnvzoo.data import Preprocessing, dataset_info
 from cnvzoo.models import build_model
-from cnvzoo.models.quant import start_from_float
+from cnvzoo.models.quant_layers import start_from_float
 
 MEAN, STD = dataset_info("cifar10").mean, dataset_info("cifar10").std
 NORMALISED, RAW = Preprocessing(32, MEAN, STD), Preprocessing(32, (0.0,) * 3, (1.0,) * 3)

@@ -10,9 +10,9 @@ from cnvzoo.models import build_model
 from cnvzoo.models.layers import DepthwiseConv2d, FullFieldConv2d, PointwiseConv2d
 
 LAYERS = {
-    "depthwise": lambda: DepthwiseConv2d(5, 1),
-    "depthwise, stride 2": lambda: DepthwiseConv2d(5, 2),
-    "pointwise": lambda: PointwiseConv2d(6, 5),
+    "depthwise": lambda: DepthwiseConv2d(5, 5, 3, 1, 1, groups=5, bias=False),
+    "depthwise, stride 2": lambda: DepthwiseConv2d(5, 5, 3, 2, 1, groups=5, bias=False),
+    "pointwise": lambda: PointwiseConv2d(6, 5, 1, bias=False),
     "full field": lambda: FullFieldConv2d(6, 5, 3, bias=False),
 }
 CASES = [
@@ -68,13 +68,13 @@ def test_under_autocast_values_are_bfloat16_and_gradients_float32(name: str) -> 
 @pytest.mark.parametrize("size", [(2, 2), (9, 8)])
 def test_a_pointwise_convolution_keeps_the_memory_layout(size: tuple[int, int]) -> None:
     """Else the BatchNorm after it would copy."""
-    y, x_gradient, _ = results(PointwiseConv2d(6, 5), size, torch.float32)
+    y, x_gradient, _ = results(PointwiseConv2d(6, 5, 1, bias=False), size, torch.float32)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert x_gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_frozen_weights_and_inputs_get_no_gradient() -> None:
-    layer = DepthwiseConv2d(5, 2)
+    layer = DepthwiseConv2d(5, 5, 3, 2, 1, groups=5, bias=False)
     layer(torch.randn(1, 5, 4, 4)).sum().backward()
     assert layer.weight.grad is not None
     layer.requires_grad_(False)

@@ -8,11 +8,14 @@ travels with it in attributes.
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor, fx, nn
 
 from cnvzoo.errors import ModelError
+from cnvzoo.models.layers import Layers
 
 if TYPE_CHECKING:
     from cnvzoo.checkpoints.format import CheckpointConfig
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from cnvzoo.models.registry import ModelSpec
 
 BITS = range(1, 9)
+LayerBits: TypeAlias = Mapping[str, Sequence[int | None]]  # (w_bits, a_bits) by name of a layer, as of `create_model`
 NEEDS_A_CLASS = "a classifier needs at least 1 class"
 
 
@@ -115,6 +119,36 @@ class Classifier(nn.Module):
         raise NotImplementedError
 
 
+class PooledClassifier(Classifier):
+    """A model whose head is an average pool over all pixels and one linear layer, `fc`.
+
+    Args:
+        layers: factory of the layers.
+    """
+
+    def __init__(self, layers: Layers) -> None:
+        super().__init__()
+        self.layers = layers
+        self.fc: nn.Module
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features [N, num_features, h, w] to logits [N, num_classes], or to their means over the pixels."""
+        pooled = torch.flatten(nn.functional.adaptive_avg_pool2d(features, 1), 1)
+        return pooled if pre_logits else self.fc(pooled)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def _new_head(self, num_classes: int) -> nn.Module:
+        if not num_classes:
+            return nn.Identity()
+        return self.layers.linear(self.head_hidden_size, num_classes, last=True, bias=True)
+
+    def _set_head(self, head: nn.Module) -> None:
+        self.fc = head
+        self.layers.finish(self, head)
+
+
 def class_names(model: nn.Module, outputs: int) -> tuple[str, ...]:
     """The names of a model's `outputs` logits: its `classes`, or "0", "1", ... where they are not known.
 
@@ -183,6 +217,22 @@ def check_bits(argument: str, bits: Any, model: str) -> int:
             f"the nearest that {model} takes is {argument}={close}"
         )
     return number
+
+
+def check_layer_bits(bits: Any, model: str) -> dict[str, list[int | None]]:
+    """Return `bits` of `create_model` as a dict of lists, which JSON and YAML keep, or raise ModelError."""
+    if not isinstance(bits, Mapping):
+        raise ModelError(
+            f'bits={bits!r} is not a mapping such as {{"stages.2": (2, 4)}}, from a layer to its bit widths'
+        )
+    found: dict[str, list[int | None]] = {}
+    for name, pair in bits.items():
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ModelError(f"bits: {name!r} has {pair!r}, not a pair of weight and activation bits, such as (2, 4)")
+        found[str(name)] = [
+            None if width is None else check_bits(f"bits[{str(name)!r}]", width, model) for width in pair
+        ]
+    return found
 
 
 def check_count(argument: str, count: Any, remedy: str, *, least: int = 1) -> int:

@@ -6,50 +6,17 @@ three linear layers, with BatchNorm after every layer but the last. No layer has
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
-from cnvzoo.models.classifier import Classifier, check_bits
-from cnvzoo.models.layers import FullFieldConv2d, init_weight, skips_initialization
+from cnvzoo.models.classifier import Classifier, LayerBits
+from cnvzoo.models.layers import FloatLayers, Layers, init_weight, skips_initialization
 from cnvzoo.models.norm_act import NormActSequential
 from cnvzoo.models.registry import register_model
 
 _CONVS = (64, 64, "pool", 128, 128, "pool", 256, 256)
 _HIDDEN = (512, 512)
 _NORM_EPS = 1e-4
-
-
-class Layers(Protocol):
-    """A factory of the layers of a CNV, all without bias."""
-
-    def input(self) -> nn.Module: ...
-    def conv(self, in_channels: int, out_channels: int, *, first: bool) -> nn.Module: ...
-    def linear(self, in_features: int, out_features: int, *, last: bool) -> nn.Module: ...
-    def relu(self) -> nn.Module: ...
-
-
-class FloatLayers:
-    """Plain torch layers."""
-
-    def input(self) -> nn.Module:
-        return nn.Identity()
-
-    def conv(self, in_channels: int, out_channels: int, *, first: bool) -> nn.Module:
-        layer = FullFieldConv2d(in_channels, out_channels, 3, bias=False)
-        if not skips_initialization():
-            init_weight(layer.weight)
-        return layer
-
-    def linear(self, in_features: int, out_features: int, *, last: bool) -> nn.Module:
-        layer = nn.Linear(in_features, out_features, bias=False)
-        if not skips_initialization():
-            init_weight(layer.weight)
-        return layer
-
-    def relu(self) -> nn.Module:
-        return nn.ReLU(inplace=True)
 
 
 class CNV(Classifier):
@@ -61,7 +28,7 @@ class CNV(Classifier):
     Args:
         num_classes: number of logits; 0 for no last layer.
         in_chans: channels of the images.
-        layers: factory of the layers: `FloatLayers()`, or `QuantLayers` of `cnvzoo.models.quant`.
+        layers: factory of the layers: `FloatLayers()`, or `QuantLayers` of `cnvzoo.models.quant_layers`.
     """
 
     def __init__(self, num_classes: int, in_chans: int, layers: Layers) -> None:
@@ -74,19 +41,20 @@ class CNV(Classifier):
             if isinstance(step, str):
                 self.features.append(nn.MaxPool2d(2))
                 continue
-            self.features.append(layers.conv(channels, step, first=index == 0))
+            self.features.append(_initialized(layers.conv(channels, step, 3, first=index == 0)))
             self.features.append(nn.BatchNorm2d(step, eps=_NORM_EPS))
             self.features.append(layers.relu())
             channels = step
         self.num_features = channels
         self.classifier = nn.Sequential()
         for width in _HIDDEN:
-            self.classifier.append(layers.linear(channels, width, last=False))
+            self.classifier.append(_initialized(layers.linear(channels, width, last=False)))
             self.classifier.append(nn.BatchNorm1d(width, eps=_NORM_EPS))
             self.classifier.append(layers.relu())
             channels = width
         self.head_hidden_size = channels
         self.classifier.append(self._new_head(num_classes))
+        layers.finish(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [N, in_chans, 32, 32] to features [N, 256, 1, 1]."""
@@ -101,10 +69,20 @@ class CNV(Classifier):
         return self.classifier[-1]
 
     def _new_head(self, num_classes: int) -> nn.Module:
-        return self.layers.linear(self.head_hidden_size, num_classes, last=True) if num_classes else nn.Identity()
+        if not num_classes:
+            return nn.Identity()
+        return _initialized(self.layers.linear(self.head_hidden_size, num_classes, last=True))
 
     def _set_head(self, head: nn.Module) -> None:
         self.classifier[-1] = head
+        self.layers.finish(self, head)
+
+
+def _initialized(layer: nn.Module) -> nn.Module:
+    assert isinstance(layer.weight, Tensor)
+    if not skips_initialization():
+        init_weight(layer.weight)
+    return layer
 
 
 @register_model("cnv", summary="CNV (Umuroglu et al. 2017), float", input_size=32, headless=True)
@@ -120,8 +98,9 @@ def _cnv(num_classes: int, in_chans: int) -> CNV:
     headless=True,
     float_twin="cnv",
 )
-def _quant_cnv(num_classes: int, in_chans: int, w_bits: int, a_bits: int, first_w_bits: int = 8) -> CNV:
-    from cnvzoo.models.quant import QuantLayers  # Brevitas takes a second to import
+def _quant_cnv(
+    num_classes: int, in_chans: int, w_bits: int, a_bits: int, first_w_bits: int = 8, bits: LayerBits | None = None
+) -> CNV:
+    from cnvzoo.models.quant_layers import QuantLayers  # Brevitas takes a second to import
 
-    first_w_bits = check_bits("first_w_bits", first_w_bits, "quant_cnv")
-    return CNV(num_classes, in_chans, QuantLayers(w_bits, a_bits, first_w_bits))
+    return CNV(num_classes, in_chans, QuantLayers(w_bits, a_bits, first_w_bits, bits))

@@ -163,6 +163,90 @@ def fake_quantize(
     return _forward(x, scale, ints, dtype)
 
 
+ADDEND = IntRange(-128, 127)  # of what is added to the output of a residual block
+
+
+def round_sum(q: Tensor, residual: Tensor, scale: Tensor, rounded: bool) -> Tensor:
+    """The integers of a sum, before they are clamped: those of one summand plus those of the residual.
+
+    Args:
+        q: what the first summand, divided by the scale, is rounded to: clamped to -128..127 here.
+        residual: the second summand, floating point.
+        scale: float32 scalar, positive: the scale of both.
+        rounded: whether the residual consists of multiples of the scale.
+    """
+    r = torch.round(residual.float() / scale)
+    return q.clamp(ADDEND.low, ADDEND.high) + (r if rounded else r.clamp(ADDEND.low, ADDEND.high))
+
+
+class _AddFakeQuantized(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, residual: Tensor, scale: Tensor, high: int, rounded: bool, dtype: torch.dtype) -> Tensor:
+        total = round_sum(torch.round(x.float() / scale), residual, scale, rounded)
+        return (total.clamp(0, high) * scale).to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, residual, scale, ctx.high, ctx.rounded, _ = inputs
+        ctx.save_for_backward(x, residual, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        x, residual, scale = ctx.saved_tensors
+        grad_x, grad_residual, per_value = sum_gradients(
+            x.float() / scale, residual, grads[0].float(), scale, ctx.high, ctx.rounded
+        )
+        return grad_x.to(x.dtype), grad_residual.to(residual.dtype), per_value.sum(), None, None, None
+
+
+def sum_gradients(
+    v: Tensor, residual: Tensor, grad: Tensor, scale: Tensor, high: int, rounded: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `add_fake_quantized`, in float32, with respect to x, the residual, and (one per value) the scale.
+
+    Straight-through, as in `cnvzoo.models.fake_quant`: q - v where nothing is clamped. A residual that is rounded
+    already has its gradient with respect to the scale in the layer that rounded it.
+
+    Args:
+        v: x / scale.
+        residual, scale, high, rounded: as in `add_fake_quantized`.
+        grad: gradient with respect to the result.
+    """
+    r = torch.round(v)
+    q = r.clamp(ADDEND.low, ADDEND.high)
+    total = round_sum(r, residual, scale, rounded)
+    clamped = total.clamp(0, high)
+    inside = total == clamped
+    grad_sum = torch.where(inside, grad, 0.0)
+    grad_x = torch.where(r == q, grad_sum, 0.0)
+    per_value = q - torch.where(r == q, v, 0.0)
+    grad_residual = grad_sum
+    if not rounded:
+        u = residual.float() / scale
+        rounded_u = torch.round(u)
+        p = rounded_u.clamp(ADDEND.low, ADDEND.high)
+        grad_residual = torch.where(rounded_u == p, grad_sum, 0.0)
+        per_value = per_value + (p - torch.where(rounded_u == p, u, 0.0))
+    return grad_x, grad_residual, grad * torch.where(inside, per_value, clamped)
+
+
+def add_fake_quantized(
+    x: Tensor, residual: Tensor, scale: Tensor, high: int, rounded: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The sum of two tensors whose integers are added: clamp(clamp(round(x / scale), -128, 127) + r, 0, high) * scale.
+
+    Here r = round(residual / scale), clamped to -128..127 too unless it is `rounded` already.
+
+    Args:
+        x, residual: floating point, of one shape; the arithmetic is float32 for every dtype.
+        scale: float32 scalar, positive: the scale of both and of the result.
+        high: the largest integer of the result; the smallest is 0.
+        rounded: whether the residual consists of multiples of the scale, from 0 to high.
+        dtype: dtype of the result, x's by default.
+    """
+    return _AddFakeQuantized.apply(x, residual, scale, high, rounded, dtype or x.dtype)  # type: ignore[no-any-return]
+
+
 def least_squares_scale(x: Tensor, ints: IntRange, steps: int = 20) -> Tensor:
     """For each row of x, the scale of (locally) least squared error between x and its fake quantization.
 

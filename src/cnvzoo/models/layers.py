@@ -1,4 +1,6 @@
-"""Initialization of models, and convolutions that compute in a faster way than torch's own where that gives the same.
+"""The layers of float models: initialization, and convolutions that are faster in training than torch's own.
+
+A topology is written once, for a factory of layers: `FloatLayers` here, `QuantLayers` of `cnvzoo.models.quant_layers`.
 
 The random numbers of a new model come from torch's default CPU generator, as for any torch module. Inside
 `initialized_from(seed)` they come from a generator with that seed, and inside `without_initialization()`, for models
@@ -14,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -103,18 +105,13 @@ class FullFieldConv2d(nn.Conv2d):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A 3x3 depthwise convolution, padded by 1, without bias.
+    """nn.Conv2d for a 3x3 depthwise convolution with stride 1 or 2, padded by 1, without bias.
 
     oneDNN has no fast bfloat16 code for two of its gradients: that of the input at stride 2, and that of the weights on
     maps smaller than 3x3. In training on a CPU both are computed by convolutions that it is fast at.
 
-    Args:
-        channels: channels of the input and the output.
-        stride: 1 or 2.
+    The arguments are those of `nn.Conv2d`.
     """
-
-    def __init__(self, channels: int, stride: int) -> None:
-        super().__init__(channels, channels, 3, stride, 1, groups=channels, bias=False)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(input, fx.Proxy):  # torch.fx traces the plain convolution
@@ -169,19 +166,15 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Te
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A 1x1 convolution with stride 1, without bias, which trains as a matrix product on small maps on a CPU.
+    """nn.Conv2d for a 1x1 convolution with stride 1, without bias, that trains on a CPU as a matrix product.
 
-    In bfloat16, oneDNN's matrix product of all pixels of a batch is faster than its convolution on maps of up to 8x8
-    pixels, and slower on 16x16.
+    On small maps only: in bfloat16, oneDNN's matrix product of all pixels of a batch is faster than its convolution on
+    maps of up to 8x8 pixels, and slower on 16x16.
 
-    Args:
-        in_channels, out_channels: channels of the input and the output.
+    The arguments are those of `nn.Conv2d`.
     """
 
     _MAX_PIXELS = 8 * 8
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1, bias=False)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(input, fx.Proxy):  # torch.fx traces the plain convolution
@@ -192,3 +185,99 @@ class PointwiseConv2d(nn.Conv2d):
             return super()._conv_forward(input, weight, bias)
         # a view of channels_last memory, so nothing is copied
         return F.linear(input.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
+
+
+class Layers(Protocol):
+    """A factory of the layers of a topology. Its convolutions have no bias."""
+
+    def input(self) -> nn.Module:
+        """What images go through first."""
+        ...
+
+    def conv(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        first: bool = False,
+    ) -> nn.Module:
+        """A convolution; `first` for that of the images."""
+        ...
+
+    def depthwise(self, channels: int, stride: int) -> nn.Module:
+        """A 3x3 convolution of each channel by itself, padded by 1."""
+        ...
+
+    def pointwise(self, in_channels: int, out_channels: int) -> nn.Module:
+        """A 1x1 convolution."""
+        ...
+
+    def linear(self, in_features: int, out_features: int, *, last: bool, bias: bool = False) -> nn.Module:
+        """A linear layer; `last` for that of the logits."""
+        ...
+
+    def relu(self) -> nn.Module:
+        """The activation after a BatchNorm."""
+        ...
+
+    def residual_relu(self, uses: int) -> nn.Module:
+        """The activation after residual additions, which all blocks of a stage share.
+
+        Args:
+            uses: how often one forward pass of the model uses it.
+        """
+        ...
+
+    def block_input(self) -> nn.Module:
+        """What the output of a `residual_relu` goes through before the convolutions of the next block."""
+        ...
+
+    def finish(self, model: nn.Module, only: nn.Module | None = None) -> None:
+        """Called when the weights of a model have their initial values; `only` is a layer that was added later."""
+        ...
+
+
+class FloatLayers:
+    """Plain torch layers."""
+
+    def input(self) -> nn.Module:
+        return nn.Identity()
+
+    def conv(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        first: bool = False,
+    ) -> nn.Module:
+        full_field = kernel > 1 and padding == 0
+        return (FullFieldConv2d if full_field else nn.Conv2d)(
+            in_channels, out_channels, kernel, stride, padding, bias=False
+        )
+
+    def depthwise(self, channels: int, stride: int) -> nn.Module:
+        return DepthwiseConv2d(channels, channels, 3, stride, 1, groups=channels, bias=False)
+
+    def pointwise(self, in_channels: int, out_channels: int) -> nn.Module:
+        return PointwiseConv2d(in_channels, out_channels, 1, bias=False)
+
+    def linear(self, in_features: int, out_features: int, *, last: bool, bias: bool = False) -> nn.Module:
+        return nn.Linear(in_features, out_features, bias=bias)
+
+    def relu(self) -> nn.Module:
+        return nn.ReLU(inplace=True)
+
+    def residual_relu(self, uses: int) -> nn.Module:
+        return nn.ReLU(inplace=True)
+
+    def block_input(self) -> nn.Module:
+        return nn.Identity()
+
+    def finish(self, model: nn.Module, only: nn.Module | None = None) -> None:
+        pass

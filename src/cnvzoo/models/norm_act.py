@@ -3,6 +3,8 @@
     z = gamma * (x - mean) / sqrt(var + eps) + beta          statistics of the batch, as in nn.BatchNorm2d
     y = max_pool(act(z + residual))                          act: none, ReLU, or an unsigned quantizer
 
+A quantizer rounds z and the residual before it adds them (`cnvzoo.models.fake_quant.add_fake_quantized`).
+
 As separate layers they take a dozen passes, which on a CPU cost a quarter of the time of the convolutions. The gradient
 of BatchNorm is that of Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3; the quantizer is that of
 `cnvzoo.models.fake_quant`. The arithmetic between x and y is float32.
@@ -21,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from cnvzoo.models.compiled import compiled_for, runs_compiled
+from cnvzoo.models.fake_quant import round_sum, sum_gradients
 
 
 class Quantizer(Protocol):
@@ -37,6 +40,10 @@ class QuantizedActivation(nn.Module):
     activation_quantizer: Quantizer
 
 
+class QuantizedResidualActivation(QuantizedActivation):
+    """A quantized activation that adds: called as `layer(x, residual, rounded=)`, or with x alone."""
+
+
 @dataclass(frozen=True)
 class _Variant:
     """What a forward and a backward loop are compiled for; all sizes but that of the channels are free."""
@@ -47,6 +54,7 @@ class _Variant:
     high: int | None  # largest integer of the unsigned quantizer; None for no quantizer
     residual: bool
     pool: bool
+    rounded: bool = False  # of a residual that a quantizer adds: whether it has been rounded already
 
 
 class _Norm(NamedTuple):
@@ -84,7 +92,9 @@ def _forward(
     if scale is not None:
         norm = norm._replace(slope=norm.slope / scale, offset=norm.offset / scale)
     v = x.float() * norm.slope + norm.offset
-    if residual is not None:
+    if residual is not None and scale is not None:
+        v = round_sum(torch.round(v), residual, scale, variant.rounded)
+    elif residual is not None:
         v = v + residual.float()
     if variant.relu:
         v = torch.relu(v)
@@ -100,10 +110,13 @@ def _forward(
 
 
 def _backward(
-    x: Tensor, y: Tensor | None, grad: Tensor, corner: Tensor | None, corners: Tensor, norm: _Norm, gamma: Tensor,
+    x: Tensor, seen: Tensor | None, grad: Tensor, corner: Tensor | None, corners: Tensor, norm: _Norm, gamma: Tensor,
     scale: Tensor | None, variant: _Variant,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients with respect to x, residual, gamma, beta and scale (None where there is none).
+
+    `seen` is what else is needed to know where the activation passes a gradient: y for a ReLU of a sum, the residual
+    for a quantizer of a sum.
 
     The vectors after them are returned because the compiler then computes them once and stores them, instead of
     recomputing them for every value of x.
@@ -114,15 +127,22 @@ def _backward(
     over_rows = tuple(range(1, x.dim() - 1))
     grad_scale = grad_residual = None
     dz = g
-    if variant.high is not None:
+    if variant.high is not None and variant.residual:
+        assert seen is not None
+        assert scale is not None
+        v = xf * norm.slope + norm.offset
+        dz, grad_residual, per_value = sum_gradients(v, seen, g, scale, variant.high, variant.rounded)
+        grad_residual = grad_residual.to(x.dtype)
+        grad_scale = per_value.sum(over_rows).sum()
+    elif variant.high is not None:
         v = xf * norm.slope + norm.offset
         r = torch.round(v)
         q = r.clamp(0, variant.high)
         dz = torch.where(r == q, g, 0.0)
         grad_scale = (g * torch.where(r == q, q - v, q)).sum(over_rows).sum()
     elif variant.relu:
-        dz = torch.where((xf * norm.slope + norm.offset if y is None else y) > 0, g, 0.0)
-    if variant.residual:
+        dz = torch.where((xf * norm.slope + norm.offset if seen is None else seen) > 0, g, 0.0)
+    if variant.residual and grad_residual is None:
         grad_residual = dz.to(x.dtype)
     count = x.numel() // x.shape[-1]
     grad_beta = dz.sum(over_rows).sum(0)
@@ -152,10 +172,17 @@ def _kernels(variant: _Variant) -> tuple[Callable[..., Any], Callable[..., Any]]
     for result in (y, corner, *norm):
         if result is not None:
             torch._dynamo.mark_static(result, result.dim() - 1)
-    grad, seen = torch.ones_like(y), y if variant.residual and variant.relu else None
+    grad, seen = torch.ones_like(y), _seen(variant, y, residual)
     torch._dynamo.mark_static(grad, grad.dim() - 1)
     backward = compiled_for(_backward, x, seen, grad, corner, _corners(), norm, gamma, scale, variant)
     return forward, backward
+
+
+def _seen(variant: _Variant, y: Tensor, residual: Tensor | None) -> Tensor | None:
+    """What the backward loop reads beside x and the gradient."""
+    if variant.high is not None:
+        return residual
+    return y if variant.residual and variant.relu else None
 
 
 def _corners() -> Tensor:
@@ -194,7 +221,7 @@ class NormAct(torch.autograd.Function):
                 norm.momentum, norm.eps, variant,
             )  # fmt: skip
         ctx.variant = variant
-        seen = y if variant.residual and variant.relu else None
+        seen = _seen(variant, y, residual)
         ctx.save_for_backward(x, seen, corner, gamma, scale, *batch_norm)
         h, w = x.shape[2:]
         return _images(y, (h // 2, w // 2) if variant.pool else (h, w))
@@ -223,6 +250,7 @@ def norm_act(
     *,
     residual: Tensor | None = None,
     pool: nn.MaxPool2d | None = None,
+    rounded: bool = True,
 ) -> Tensor:
     """pool(act(norm(x) + residual)), fused in training where this is possible and faster, else layer by layer.
 
@@ -230,19 +258,25 @@ def norm_act(
         x: [N, C, H, W].
         norm: BatchNorm of C channels; fused if it is just `nn.BatchNorm2d`. No layer with hooks is fused.
         act: any layer; fused if it is ReLU or a QuantizedActivation. None: no activation.
-        residual: added before the activation, like x in shape. None: nothing is added.
+        residual: added before the activation, like x in shape. None: nothing is added. A QuantizedActivation adds it
+            if it is a QuantizedResidualActivation.
         pool: fused if it takes 2x2 windows with stride 2. None: no pool.
+        rounded: of the residual of a QuantizedResidualActivation: whether it is an earlier output of it.
     """
     quantizer = act.activation_quantizer if isinstance(act, QuantizedActivation) else None
     if not _fuses(x, norm, act, quantizer, residual, pool):
         x = norm(x)
-        x = x if residual is None else x + residual
-        x = x if act is None else act(x)
+        if residual is not None and isinstance(act, QuantizedResidualActivation):
+            x = act(x, residual, rounded=rounded)
+        else:
+            x = x if residual is None else x + residual
+            x = x if act is None else act(x)
         return x if pool is None else pool(x)
     high = None if quantizer is None else quantizer.ints.high
     variant = _Variant(
-        x.shape[1], x.dtype, isinstance(act, nn.ReLU), high, residual=residual is not None, pool=pool is not None
-    )
+        x.shape[1], x.dtype, isinstance(act, nn.ReLU), high, residual=residual is not None, pool=pool is not None,
+        rounded=rounded and residual is not None and quantizer is not None,
+    )  # fmt: skip
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     scale = None if quantizer is None else quantizer.positive_scale(x)
@@ -261,8 +295,9 @@ def _fuses(
     dense = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and x.shape[2] * x.shape[3] > 1
     supported_act = act is None or quantizer is not None or type(act) is nn.ReLU
     standard_norm = norm.affine and norm.track_running_stats and norm.momentum is not None
+    adds = quantizer is None or isinstance(act, QuantizedResidualActivation)
     supported_residual = residual is None or (
-        quantizer is None and pool is None and residual.dtype == x.dtype and residual.stride() == x.stride()
+        adds and pool is None and residual.dtype == x.dtype and residual.stride() == x.stride()
     )
     return (
         supported_dtype

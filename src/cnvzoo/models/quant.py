@@ -12,7 +12,7 @@ disabled, and for QuantTensors. The proxies themselves are as in any Brevitas mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,36 +26,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnvzoo.errors import ModelError
-from cnvzoo.models.fake_quant import IntRange, fake_quantize, least_squares_scale
-from cnvzoo.models.layers import FullFieldConv2d, init_weight, skips_initialization, without_initialization
-from cnvzoo.models.norm_act import QuantizedActivation
+from cnvzoo.models.fake_quant import IntRange, add_fake_quantized, fake_quantize, least_squares_scale
+from cnvzoo.models.layers import DepthwiseConv2d, FullFieldConv2d, PointwiseConv2d, without_initialization
+from cnvzoo.models.norm_act import QuantizedActivation, QuantizedResidualActivation
 
-INPUT_SCALE = 1 / 255
 _SCALE_FLOOR = 1e-8
 _GRADIENT_LIMIT = 0.02  # largest gradient of a scale, as a share of the scale
-_NORMAL_SAMPLES = 1 << 14
 
 
 class _PositiveScale(torch.autograd.Function):
-    """The scale clamped to the floor; its gradient is multiplied by `gain` and limited to a fiftieth of the scale.
+    """The scale clamped to the floor; its gradient is multiplied by `gain` and limited to a share of the scale.
 
     A step that makes a scale negative would kill its channel: all weights round to the ends of the range, BatchNorm
-    sees a constant, and the ReLU after it passes no gradient. The limit excludes that up to lr 0.1 at momentum 0.9:
-    under the worst sequence of gradients the scale is a damped oscillator, critically damped at lr * limit = (1 -
-    momentum)^2 / 4.
+    sees a constant, and the ReLU after it passes no gradient. A limit of a fiftieth excludes that up to lr 0.1 at
+    momentum 0.9: under the worst sequence of gradients the scale is a damped oscillator, critically damped at
+    lr * limit = (1 - momentum)^2 / 4.
     """
 
     @staticmethod
-    def forward(ctx: Any, scale: Tensor, gain: float) -> Tensor:
-        ctx.gain = gain
+    def forward(ctx: Any, scale: Tensor, gain: float, limit: float) -> Tensor:
+        ctx.gain, ctx.limit = gain, limit
         ctx.save_for_backward(scale)
         return scale.clamp_min(_SCALE_FLOOR)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (scale,) = ctx.saved_tensors
-        limit = scale.abs() * _GRADIENT_LIMIT
-        return (grads[0] * ctx.gain).clamp(-limit, limit), None
+        limit = scale.abs() * ctx.limit
+        return (grads[0] * ctx.gain).clamp(-limit, limit), None, None
 
 
 class IntQuantizer(nn.Module):
@@ -67,7 +65,10 @@ class IntQuantizer(nn.Module):
         scale_shape: `()` for one scale, `(channels, 1, ...)` for one per output channel.
         scale: value of the scale to begin with.
         learned: True for a scale that is a parameter, False for a constant that is not in the state_dict.
+        uses: how often one forward pass of the model uses the quantizer.
     """
+
+    bit_width: Tensor
 
     def __init__(
         self,
@@ -77,12 +78,14 @@ class IntQuantizer(nn.Module):
         scale_shape: tuple[int, ...] = (),
         scale: float = 1.0,
         learned: bool = True,
+        uses: int = 1,
     ) -> None:
         super().__init__()
         self.bits = bits
         self.signed = signed
         self.ints = IntRange.of(bits, signed=signed)
         self.learned = learned
+        self.uses = uses
         value = torch.full(scale_shape, scale, dtype=torch.float32)
         if learned:
             self.scale = nn.Parameter(value)
@@ -120,12 +123,19 @@ class IntQuantizer(nn.Module):
         """The effective scale, for training: its gradient is divided by sqrt(values * levels) (LSQ, section 2.2).
 
         `values` is the number of weights, or of activations of one image, that share one scale. Without the division
-        the steps of a scale are larger than those of a weight by orders of magnitude.
+        the steps of a scale are larger than those of a weight by orders of magnitude. A quantizer that is used several
+        times in a forward pass has the gradient of all uses, and the limit of one.
         """
         if not self.learned:
             return self.scale
         values = x.numel() // self.scale.numel() if self.signed else math.prod(x.shape[1:])  # for empty batches too
-        return _PositiveScale.apply(self.scale.float(), 1 / math.sqrt(values * self.ints.high))  # type: ignore[no-any-return]
+        gain, limit = 1 / math.sqrt(values * self.uses * self.ints.high), _GRADIENT_LIMIT / self.uses
+        return _PositiveScale.apply(self.scale.float(), gain, limit)  # type: ignore[no-any-return]
+
+    def set_bits(self, bits: int) -> None:
+        """Change the bit width; the scale stays, so fit it to the values after that."""
+        self.bits, self.ints = bits, IntRange.of(bits, signed=self.signed)
+        self.bit_width.fill_(bits)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -200,11 +210,11 @@ def _new_layer(layer_class: type[nn.Module], quantizer: IntQuantizer, flags: dic
     """A layer of any size with this quantizer, for `__setstate__`."""
     with without_initialization():
         if issubclass(layer_class, QuantConv2d):
-            layer = layer_class(1, 1, 1, bias=False, weight_quant=_weights(quantizer))
+            layer = layer_class(1, 1, 1, bias=False, weight_quant=weight_quant(quantizer))
         elif issubclass(layer_class, QuantLinear):
-            layer = layer_class(1, 1, bias=False, weight_quant=_weights(quantizer))
+            layer = layer_class(1, 1, bias=False, weight_quant=weight_quant(quantizer))
         else:
-            layer = layer_class(act_quant=_injector(quantizer, ActQuantProxyFromInjector, signed=False))
+            layer = layer_class(act_quant=act_quant(quantizer))
     device: Any = quantizer.zero_point.device
     for name, values in flags.items():
         proxy = layer.get_submodule(name)
@@ -232,11 +242,11 @@ class _PlainActivation(QuantNonLinearActLayer):
         return proxy.fused_activation_quant_proxy(input)[0]
 
 
-class _QuantInput(_CopiedLayer, _PlainActivation, QuantIdentity):
+class PlainQuantIdentity(_CopiedLayer, _PlainActivation, QuantIdentity):
     """QuantIdentity that gives plain tensors."""
 
 
-class _ClampedQuantReLU(_CopiedLayer, _PlainActivation, QuantReLU, QuantizedActivation):
+class PlainQuantReLU(_CopiedLayer, _PlainActivation, QuantReLU, QuantizedActivation):
     """QuantReLU with `_ClampedReLU`, given as the class because Brevitas builds the activation again at every load."""
 
     def __init__(self, act_quant: type) -> None:
@@ -254,8 +264,30 @@ class _ClampedQuantReLU(_CopiedLayer, _PlainActivation, QuantReLU, QuantizedActi
         return quantizer_of(self)
 
 
-class _QuantConv(_CopiedLayer, FullFieldConv2d, QuantConv2d):  # type: ignore[misc]  (a parameter has two names)
-    """Brevitas' convolution with the fast training of the float one, on plain tensors."""
+class ResidualQuantReLU(PlainQuantReLU, QuantizedResidualActivation):  # type: ignore[misc]  (as in its base)
+    """A quantized ReLU of one input, or of the sum of two whose integers are added.
+
+    With scale s, the integers of the sum are clamp(clamp(round(input / s), -128, 127) + r, 0, 255), where r are the
+    integers of the residual. A residual that is no output of this layer is rounded as the input is.
+    """
+
+    def forward(self, input: Any, residual: Any = None, *, rounded: bool = True) -> Any:
+        """The activation of input + residual.
+
+        Args:
+            input, residual: floating point [N, C, H, W]; no residual: the activation of the input.
+            rounded: whether the residual has been rounded already, as an earlier output of this layer.
+        """
+        if residual is None:
+            return super().forward(input)
+        if not _is_plain(self, self.act_quant, input):
+            return super().forward(input + residual)
+        quantizer = quantizer_of(self)
+        return add_fake_quantized(input, residual, quantizer.positive_scale(input), quantizer.ints.high, rounded)
+
+
+class PlainQuantConv2d(_CopiedLayer, QuantConv2d):
+    """Brevitas' convolution on plain tensors."""
 
     def forward(self, input: Any) -> Any:
         if not _is_plain(self, self.weight_quant, input):
@@ -263,7 +295,19 @@ class _QuantConv(_CopiedLayer, FullFieldConv2d, QuantConv2d):  # type: ignore[mi
         return self._conv_forward(input, quantizer_of(self)(self.weight)[0], self.bias)
 
 
-class _QuantLinear(_CopiedLayer, QuantLinear):
+class FullFieldQuantConv2d(FullFieldConv2d, PlainQuantConv2d):  # type: ignore[misc]  (a parameter has two names)
+    """With the fast training of the float layer."""
+
+
+class DepthwiseQuantConv2d(DepthwiseConv2d, PlainQuantConv2d):  # type: ignore[misc]
+    """With the fast training of the float layer."""
+
+
+class PointwiseQuantConv2d(PointwiseConv2d, PlainQuantConv2d):  # type: ignore[misc]
+    """With the fast training of the float layer."""
+
+
+class PlainQuantLinear(_CopiedLayer, QuantLinear):
     """Brevitas' linear layer on plain tensors."""
 
     def forward(self, input: Any) -> Any:
@@ -272,116 +316,14 @@ class _QuantLinear(_CopiedLayer, QuantLinear):
         return F.linear(input, quantizer_of(self)(self.weight)[0], self.bias)
 
 
-class QuantLayers:
-    """The quantized layers of `cnvzoo.models.cnv.CNV`.
-
-    Weights have one scale per output channel, which the BatchNorm after them absorbs in a deployed graph. Those of the
-    last layer have one scale in all, so that its integer outputs rank the classes.
-
-    Args:
-        w_bits: bit width of the weights, 1 to 8.
-        a_bits: bit width of the activations, 1 to 8.
-        first_w_bits: bit width of the first convolution's weights, 1 to 8.
-    """
-
-    def __init__(self, w_bits: int, a_bits: int, first_w_bits: int) -> None:
-        self.w_bits, self.a_bits, self.first_w_bits = w_bits, a_bits, first_w_bits
-
-    def input(self) -> nn.Module:
-        """The image as uint8 / 255, unchanged up to rounding: the layer tells exports the scale of the input."""
-        quantizer = IntQuantizer(8, signed=False, scale=INPUT_SCALE, learned=False)
-        return _QuantInput(act_quant=_injector(quantizer, ActQuantProxyFromInjector, signed=False))  # type: ignore[arg-type]
-
-    def conv(self, in_channels: int, out_channels: int, *, first: bool) -> nn.Module:
-        bits = self.first_w_bits if first else self.w_bits
-        quantizer = IntQuantizer(bits, signed=True, scale_shape=(out_channels, 1, 1, 1))
-        return _fit_weights(
-            _QuantConv(in_channels, out_channels, 3, bias=False, weight_quant=_weights(quantizer)), quantizer
-        )
-
-    def linear(self, in_features: int, out_features: int, *, last: bool) -> nn.Module:
-        quantizer = IntQuantizer(self.w_bits, signed=True, scale_shape=() if last else (out_features, 1))
-        return _fit_weights(
-            _QuantLinear(in_features, out_features, bias=False, weight_quant=_weights(quantizer)), quantizer
-        )
-
-    def relu(self) -> nn.Module:
-        quantizer = IntQuantizer(self.a_bits, signed=False)
-        layer = _ClampedQuantReLU(_injector(quantizer, ActQuantProxyFromInjector, signed=False))
-        if not skips_initialization():
-            quantizer.fit(_relu_of_normal(torch.ones(1), torch.zeros(1)))
-        return layer
-
-
-def _weights(quantizer: IntQuantizer) -> type:
+def weight_quant(quantizer: IntQuantizer) -> type:
+    """A quantizer of weights as Brevitas' layers take it."""
     return _injector(quantizer, WeightQuantProxyFromInjector, signed=True)
 
 
-def _fit_weights(layer: QuantConv2d | QuantLinear, quantizer: IntQuantizer) -> nn.Module:
-    if not skips_initialization():
-        init_weight(layer.weight)
-        quantizer.fit(layer.weight)
-    return layer
-
-
-def _relu_of_normal(gamma: Tensor, beta: Tensor) -> Tensor:
-    """The distribution of a BatchNorm's output after ReLU: quantiles of relu(N(beta, gamma^2)), [channels, samples]."""
-    grid = (torch.arange(_NORMAL_SAMPLES, device=gamma.device, dtype=torch.float32) + 0.5) / _NORMAL_SAMPLES
-    z = math.sqrt(2) * torch.erfinv(2 * grid - 1)
-    return torch.relu(beta[:, None] + gamma.abs()[:, None] * z)
-
-
-@torch.no_grad()
-def start_from_float(
-    model: nn.Module, state: Mapping[str, Tensor], mean: Sequence[float], std: Sequence[float]
-) -> None:
-    """Copy the weights of the float twin into a quantized model, in place, and fit the scales to them.
-
-    The float model takes normalised images, the quantized one images as uint8 / 255. The first convolution and its
-    BatchNorm are changed to make up for that; this is exact, since no layer pads. The scale of an activation is fitted
-    to the distribution that the BatchNorm before it gives, so no images are needed.
-
-    Args:
-        model: a new quantized CNV.
-        state: state_dict of the float CNV, with the same classes and channels.
-        mean, std: the preprocessing of the float model, one value per channel, for pixels in [0, 1].
-
-    Raises:
-        ValueError: tensors are missing, unexpected, or of another shape; the message names all of them.
-    """
-    own = model.state_dict()
-    scales = {name for name in own if name.endswith(".scale")}
-    wrong = [f"missing {n}" for n in own if n not in scales and n not in state]
-    wrong += [f"unexpected {n}" for n in state if n not in own]
-    wrong += [
-        f"{n}: {list(t.shape)}, not {list(own[n].shape)}"
-        for n, t in state.items()
-        if n in own and t.shape != own[n].shape
-    ]
-    if wrong:
-        raise ValueError("these weights are not those of the model's float twin: " + "; ".join(wrong))
-    model.load_state_dict({**own, **state}, strict=True)
-
-    layers = [
-        m
-        for m in model.modules()
-        if isinstance(m, (QuantConv2d, QuantLinear, nn.BatchNorm1d, nn.BatchNorm2d, QuantReLU))
-    ]
-    first, norm = layers[0], layers[1]
-    assert isinstance(first, QuantConv2d)
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.running_mean is not None
-    std_values = torch.tensor(std, device=first.weight.device, dtype=torch.float32).view(1, -1, 1, 1)
-    mean_values = torch.tensor(mean, device=first.weight.device, dtype=torch.float32).view(1, -1, 1, 1)
-    first.weight.div_(std_values)
-    norm.running_mean.add_((first.weight * mean_values).sum((1, 2, 3)))
-
-    for before, layer in zip([None, *layers], layers, strict=False):
-        if isinstance(layer, QuantReLU):
-            assert isinstance(before, (nn.BatchNorm1d, nn.BatchNorm2d))
-            quantizer_of(layer).fit(_relu_of_normal(before.weight, before.bias))
-        elif isinstance(layer, (QuantConv2d, QuantLinear)):
-            quantizer_of(layer).fit(layer.weight)
+def act_quant(quantizer: IntQuantizer) -> type:
+    """A quantizer of activations as Brevitas' layers take it."""
+    return _injector(quantizer, ActQuantProxyFromInjector, signed=False)
 
 
 def quantizer_of(layer: nn.Module) -> IntQuantizer:

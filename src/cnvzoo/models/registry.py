@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from cnvzoo.errors import ModelError, nearest
-from cnvzoo.models.classifier import NEEDS_A_CLASS, Classifier, check_bits, check_count, check_input, whole_number
+from cnvzoo.models.classifier import (
+    NEEDS_A_CLASS,
+    Classifier,
+    check_bits,
+    check_count,
+    check_input,
+    check_layer_bits,
+    whole_number,
+)
 from cnvzoo.models.layers import without_initialization
 
 
@@ -131,6 +139,13 @@ def model_spec(name: str) -> ModelSpec:
         raise ModelError(f"unknown model {name!r}: {nearest(name, _REGISTRY)}") from None
 
 
+def quantized_twin(spec: ModelSpec) -> ModelSpec | None:
+    """The quantized model with the graph of `spec`, which is itself if it is quantized; None without one."""
+    if spec.quantized:
+        return spec
+    return next((s for s in _REGISTRY.values() if s.float_twin == spec.name), None)
+
+
 def build_model(
     name: str,
     *,
@@ -148,11 +163,15 @@ def build_model(
     if unknown:
         takes = nearest(unknown[0], spec.options) if spec.options else "it takes no further options"
         raise ModelError(f"{name} has no option {unknown[0]!r}: {takes}")
+    if not kwargs.get("bits", True):  # none, or an empty mapping
+        del kwargs["bits"]
+    elif "bits" in kwargs:
+        kwargs["bits"] = check_layer_bits(kwargs["bits"], name)
     if spec.quantized:
         kwargs = {"w_bits": check_bits("w_bits", w_bits, name), "a_bits": check_bits("a_bits", a_bits, name), **kwargs}
     elif w_bits is not None or a_bits is not None:
-        twins = [s.name for s in _REGISTRY.values() if s.float_twin == name]
-        remedy = f"use {twins[0]!r}, its quantized twin" if twins else "leave w_bits and a_bits out"
+        twin = quantized_twin(spec)
+        remedy = f"use {twin.name!r}, its quantized twin" if twin else "leave w_bits and a_bits out"
         raise ModelError(f"{name} is a float model and has no bit widths: {remedy}")
     arguments = {"num_classes": num_classes, "in_chans": in_chans, **kwargs}
     for key, value in arguments.items():  # numpy's whole numbers become Python's, which JSON and pickle take
@@ -212,7 +231,7 @@ def model_info(
         w_bits, a_bits: bit widths of weights and activations, 1 to 8; quantized models need both, float models take
             neither.
         input_size: height and width in pixels to count for; by default the only one that the model takes, else 32.
-        **kwargs: options of one model: `first_w_bits` (default 8) of `quant_cnv`.
+        **kwargs: options of one model: `first_w_bits` and `bits` of quantized ones.
 
     Raises:
         ModelError: as `create_model` does, and for an input size that the model does not take.

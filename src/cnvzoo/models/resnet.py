@@ -1,4 +1,4 @@
-"""CIFAR ResNets (20 to 110 layers) and ResNet-18 with a stem for small images.
+"""CIFAR ResNets (20 to 110 layers) and ResNet-18 with a stem for small images, float and quantized.
 
 He et al., "Deep Residual Learning for Image Recognition", 2015 (arXiv:1512.03385): section 4.2 for the CIFAR networks,
 table 1 for ResNet-18. Shortcuts that change the shape are 1x1 convolutions with BatchNorm (option B there).
@@ -9,11 +9,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from cnvzoo.models.classifier import Classifier
-from cnvzoo.models.layers import skips_initialization
+from cnvzoo.models.classifier import LayerBits, PooledClassifier
+from cnvzoo.models.layers import FloatLayers, Layers, skips_initialization
 from cnvzoo.models.norm_act import NormActSequential, norm_act
 from cnvzoo.models.registry import register_model
 
@@ -21,25 +20,46 @@ from cnvzoo.models.registry import register_model
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut: [N, in, H, W] to [N, out, H/stride, W/stride]."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, layers: Layers) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.input = layers.block_input()
+        self.conv1 = layers.conv(in_channels, out_channels, 3, stride=stride, padding=1)
         self.norm1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.relu = layers.relu()
+        self.conv2 = layers.conv(out_channels, out_channels, 3, padding=1)
         self.norm2 = nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU(inplace=True)
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
+        self.changes_shape = stride != 1 or in_channels != out_channels
+        if self.changes_shape:
             self.shortcut = NormActSequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+                layers.conv(in_channels, out_channels, 1, stride=stride), nn.BatchNorm2d(out_channels)
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = norm_act(self.conv1(x), self.norm1, self.relu)
-        return norm_act(self.conv2(y), self.norm2, self.relu, residual=self.shortcut(x))
+    def forward(self, x: Tensor, relu: nn.Module) -> Tensor:
+        """The output of the block; `relu` is the activation after the addition, which the blocks of a stage share."""
+        taken = self.input(x)
+        y = norm_act(self.conv1(taken), self.norm1, self.relu)
+        residual = self.shortcut(taken if self.changes_shape else x)
+        return norm_act(self.conv2(y), self.norm2, relu, residual=residual, rounded=not self.changes_shape)
 
 
-class ResNet(Classifier):
+class Stage(nn.Sequential):
+    """Blocks whose outputs have one scale, so that quantized ones are added as integers: that of `relu`.
+
+    The blocks are called 0, 1, and so on, as in `nn.Sequential`, and come first in it.
+    """
+
+    relu: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        *blocks, relu = self
+        x = input
+        for block in blocks:
+            x = block(x, relu)
+        return x
+
+
+class ResNet(PooledClassifier):
     """3x3 stem, stages of basic blocks (stride 2 from the second stage on), global average pool, linear.
 
     Args:
@@ -47,54 +67,71 @@ class ResNet(Classifier):
         depths: number of blocks of each stage.
         num_classes: number of logits; 0 for no last layer.
         in_chans: channels of the images.
+        layers: factory of the layers: `FloatLayers()`, or `QuantLayers` of `cnvzoo.models.quant_layers`.
     """
 
-    def __init__(self, widths: Sequence[int], depths: Sequence[int], num_classes: int, in_chans: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False)
+    def __init__(
+        self, widths: Sequence[int], depths: Sequence[int], num_classes: int, in_chans: int, layers: Layers
+    ) -> None:
+        super().__init__(layers)
+        self.input = layers.input()
+        self.conv = layers.conv(in_chans, widths[0], 3, padding=1, first=True)
         self.norm = nn.BatchNorm2d(widths[0])
-        self.relu = nn.ReLU(inplace=True)
         channels, stages = widths[0], []
         for index, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            blocks = []
+            stage = Stage()
             for block in range(depth):
-                blocks.append(BasicBlock(channels, width, stride=2 if index and not block else 1))
+                stage.append(BasicBlock(channels, width, 2 if index and not block else 1, layers))
                 channels = width
-            stages.append(nn.Sequential(*blocks))
+            stage.relu = layers.residual_relu(depth + 1)  # each block, and the stem or the shortcut
+            stages.append(stage)
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = channels
         self.fc = self._new_head(num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and not skips_initialization():
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        layers.finish(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [N, in_chans, H, W] to the last stage's features [N, num_features, h, w]."""
-        return self.stages(norm_act(self.conv(x), self.norm, self.relu))
-
-    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        pooled = torch.flatten(nn.functional.adaptive_avg_pool2d(features, 1), 1)
-        return pooled if pre_logits else self.fc(pooled)
-
-    def get_classifier(self) -> nn.Module:
-        return self.fc
-
-    def _set_head(self, head: nn.Module) -> None:
-        self.fc = head
+        first = self.stages[0]
+        assert isinstance(first, Stage)  # the output of the stem is added to that of its first block
+        return self.stages(norm_act(self.conv(self.input(x)), self.norm, first.relu))
 
 
-def _cifar_resnet(depth: int, num_classes: int, in_chans: int) -> ResNet:
-    return ResNet((16, 32, 64), (depth // 6,) * 3, num_classes, in_chans)
+def _resnet(widths: Sequence[int], depths: Sequence[int], num_classes: int, in_chans: int) -> ResNet:
+    return ResNet(widths, depths, num_classes, in_chans, FloatLayers())
+
+
+def _quant_resnet(
+    widths: Sequence[int], depths: Sequence[int], num_classes: int, in_chans: int, w_bits: int, a_bits: int,
+    first_w_bits: int = 8, bits: LayerBits | None = None,
+) -> ResNet:  # fmt: skip
+    from cnvzoo.models.quant_layers import QuantLayers  # Brevitas takes a second to import
+
+    return ResNet(widths, depths, num_classes, in_chans, QuantLayers(w_bits, a_bits, first_w_bits, bits))
+
+
+def _register(name: str, summary: str, widths: Sequence[int], depths: Sequence[int]) -> None:
+    bind = functools.partial
+    register_model(name, summary=summary, headless=True)(bind(_resnet, widths, depths))
+    register_model(
+        f"quant_{name}", summary=f"{summary}, with weights of w_bits and activations of a_bits", quantized=True,
+        float_twin=name, headless=True,
+    )(bind(_quant_resnet, widths, depths))  # fmt: skip
 
 
 for _depth in (20, 32, 44, 56, 110):  # 6n + 2 layers
-    register_model(
-        f"resnet{_depth}", summary=f"CIFAR ResNet of {_depth} layers (He et al. 2015, section 4.2)", headless=True
-    )(functools.partial(_cifar_resnet, _depth))
-
-
-@register_model(
-    "resnet18", summary="ImageNet ResNet-18 (He et al. 2015) with a 3x3 stride-1 stem, no maxpool", headless=True
+    _register(
+        f"resnet{_depth}",
+        f"CIFAR ResNet of {_depth} layers (He et al. 2015, section 4.2)",
+        (16, 32, 64),
+        (_depth // 6,) * 3,
+    )
+_register(
+    "resnet18",
+    "ImageNet ResNet-18 (He et al. 2015) with a 3x3 stride-1 stem, no maxpool",
+    (64, 128, 256, 512),
+    (2,) * 4,
 )
-def _resnet18(num_classes: int, in_chans: int) -> ResNet:
-    return ResNet((64, 128, 256, 512), (2, 2, 2, 2), num_classes, in_chans)

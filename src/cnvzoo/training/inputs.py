@@ -74,7 +74,7 @@ def initial_model(
             w_bits=recipe.w_bits, a_bits=recipe.a_bits,
         )  # fmt: skip
     if recipe.float_start and float_start:
-        from cnvzoo.models.quant import start_from_float
+        from cnvzoo.models.quant_layers import start_from_float
 
         twin = model_spec(recipe.model).float_twin
         assert twin is not None
