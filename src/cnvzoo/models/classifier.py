@@ -1,8 +1,9 @@
 """The base class of the models, and the checks of their arguments and of their input.
 
 `forward_features`, `forward_head`, `num_features`, `head_hidden_size`, `get_classifier` and `reset_classifier` mean
-what they mean in timm. A subclass defines its features and its head; what a model is made of and what it was trained on
-travels with it in attributes.
+what they mean in timm. A subclass defines `forward_features`, `forward_head`, `get_classifier`, `set_classifier`, and
+`new_classifier` where its last layer is not an `nn.Linear`. What a model is made of and what it was trained on travels
+with it in attributes.
 """
 
 from __future__ import annotations
@@ -106,16 +107,17 @@ class Classifier(nn.Module):
         """
         num_classes = check_count("num_classes", num_classes, NEEDS_A_CLASS, least=0)
         like = next(self.parameters())
-        head = self._new_head(num_classes).to(like.device, like.dtype).train(self.training)
-        self._set_head(head)
+        layer = self.new_classifier(num_classes).to(like.device, like.dtype).train(self.training)
+        self.set_classifier(layer)
         self.arguments = {**self.arguments, "num_classes": num_classes}
         self.classes = self.pretrained_cfg = None
 
-    def _new_head(self, num_classes: int) -> nn.Module:
-        """A last layer of the model's kind for `num_classes`; `nn.Identity` for 0."""
+    def new_classifier(self, num_classes: int) -> nn.Module:
+        """A new last layer for `num_classes`, `nn.Identity` for 0; by default `nn.Linear`."""
         return nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
 
-    def _set_head(self, head: nn.Module) -> None:
+    def set_classifier(self, layer: nn.Module) -> None:
+        """Put `layer` in the place of the last layer."""
         raise NotImplementedError
 
 
@@ -139,14 +141,14 @@ class PooledClassifier(Classifier):
     def get_classifier(self) -> nn.Module:
         return self.fc
 
-    def _new_head(self, num_classes: int) -> nn.Module:
+    def new_classifier(self, num_classes: int) -> nn.Module:
         if not num_classes:
             return nn.Identity()
         return self.layers.linear(self.head_hidden_size, num_classes, last=True, bias=True)
 
-    def _set_head(self, head: nn.Module) -> None:
-        self.fc = head
-        self.layers.finish(self, head)
+    def set_classifier(self, layer: nn.Module) -> None:
+        self.fc = layer
+        self.layers.finish(self, layer)
 
 
 def class_names(model: nn.Module, outputs: int) -> tuple[str, ...]:

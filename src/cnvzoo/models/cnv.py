@@ -53,7 +53,7 @@ class CNV(Classifier):
             self.classifier.append(layers.relu())
             channels = width
         self.head_hidden_size = channels
-        self.classifier.append(self._new_head(num_classes))
+        self.classifier.append(self.new_classifier(num_classes))
         layers.finish(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -68,14 +68,14 @@ class CNV(Classifier):
     def get_classifier(self) -> nn.Module:
         return self.classifier[-1]
 
-    def _new_head(self, num_classes: int) -> nn.Module:
+    def new_classifier(self, num_classes: int) -> nn.Module:
         if not num_classes:
             return nn.Identity()
         return _initialized(self.layers.linear(self.head_hidden_size, num_classes, last=True))
 
-    def _set_head(self, head: nn.Module) -> None:
-        self.classifier[-1] = head
-        self.layers.finish(self, head)
+    def set_classifier(self, layer: nn.Module) -> None:
+        self.classifier[-1] = layer
+        self.layers.finish(self, layer)
 
 
 def _initialized(layer: nn.Module) -> nn.Module:

@@ -87,7 +87,7 @@ class ResNet(PooledClassifier):
             stages.append(stage)
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = channels
-        self.fc = self._new_head(num_classes)
+        self.fc = self.new_classifier(num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and not skips_initialization():
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
