@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from brevitas.nn import QuantReLU
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -23,13 +24,25 @@ from cnvzoo.models import Classifier, build_model, model_spec
 FEATURES = {
     "cnv": ((256, 1, 1), 512), "quant_cnv": ((256, 1, 1), 512), "resnet20": ((64, 8, 8), 64),
     "resnet18": ((512, 4, 4), 512), "mobilenet_v1": ((1024, 2, 2), 1024),
+    "quant_resnet20": ((64, 8, 8), 64), "quant_mobilenet_v1": ((1024, 2, 2), 1024),
 }  # fmt: skip
 BITS = {"w_bits": 3, "a_bits": 4}
+NAMES = ["cnv", "quant_cnv", "resnet20", "quant_resnet20", "mobilenet_v1", "quant_mobilenet_v1"]
+QUANTIZED = [name for name in NAMES if name.startswith("quant_")]
 
 
 def built(name: str, **arguments: Any) -> Classifier:
     bits = BITS if model_spec(name).quantized else {}
-    return build_model(name, **bits, **arguments).eval()
+    model = build_model(name, **bits, **arguments)
+    if name == "quant_mobilenet_v1":  # with the initial statistics, values shrink from layer to layer to level 0
+        with torch.no_grad():
+            norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+            for norm in norms:
+                norm.momentum = 1.0
+            model(images(8, model.in_chans))
+            for norm in norms:
+                norm.momentum = 0.1
+    return model.eval()
 
 
 def images(count: int = 2, channels: int = 3) -> torch.Tensor:
@@ -141,9 +154,10 @@ def test_models_are_pickled_saved_and_copied(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("name", QUANTIZED)
 @torch.no_grad()
-def test_a_state_loaded_into_a_copy_of_a_quantized_model_leaves_the_original_as_it_was() -> None:
-    model = built("quant_cnv")
+def test_a_state_loaded_into_a_copy_of_a_quantized_model_leaves_the_original_as_it_was(name: str) -> None:
+    model = built(name)
     expected = model(images())
     state = {key: value * 2 if key.endswith(".scale") else value for key, value in model.state_dict().items()}
     kept = {key: value.clone() for key, value in model.state_dict().items()}
@@ -157,14 +171,14 @@ def test_a_state_loaded_into_a_copy_of_a_quantized_model_leaves_the_original_as_
 
 @torch.no_grad()
 def test_pickled_models_give_equal_logits_in_another_process(tmp_path: Path) -> None:
-    models = [built(name) for name in ("resnet20", "quant_cnv")]
+    models = [built(name) for name in ("resnet20", "quant_cnv", "quant_resnet20")]
     (tmp_path / "m.pkl").write_bytes(pickle.dumps([(model, images(), model(images())) for model in models]))
     code = "import pickle, sys, torch; torch.set_grad_enabled(False)\n"
     code += (
         "for m, x, y in pickle.load(open(sys.argv[1], 'rb')): print(torch.equal(m(x), y), m.spec.name, m.num_classes)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.pkl")], capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["True resnet20 10", "True quant_cnv 10"], done.stderr
+    assert done.stdout.splitlines() == ["True resnet20 10", "True quant_cnv 10", "True quant_resnet20 10"], done.stderr
 
 
 @pytest.mark.parametrize("name", FEATURES)
@@ -236,11 +250,11 @@ def test_torchvision_extracts_features(name: str, node: str, training: bool) -> 
     torch.testing.assert_close(found, seen[-1])
 
 
-@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1"])
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1", "quant_resnet20", "quant_mobilenet_v1"])
 def test_hooks_of_fused_layers_fire(name: str) -> None:
     model = built(name).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fired: list[str] = []
-    hooked = [n for n, m in model.named_modules() if isinstance(m, (nn.BatchNorm2d, nn.ReLU))]
+    hooked = [n for n, m in model.named_modules() if isinstance(m, (nn.BatchNorm2d, QuantReLU)) or type(m) is nn.ReLU]
     for layer in hooked:
         model.get_submodule(layer).register_forward_hook(lambda *_, layer=layer: fired.append(layer))
     model(images(16).contiguous(memory_format=torch.channels_last))
@@ -267,7 +281,7 @@ def test_forward_and_backward_hooks_of_pools_fire(name: str) -> None:
     assert fired == ["before", "after"] * 2 + ["backward"] * 2
 
 
-@pytest.mark.parametrize("name", ["cnv", "quant_cnv", "resnet20", "mobilenet_v1"])
+@pytest.mark.parametrize("name", NAMES)
 def test_hooks_of_all_modules_fire_for_each_layer(name: str) -> None:
     model, seen = channels_last(built(name)), set()
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
@@ -278,7 +292,7 @@ def test_hooks_of_all_modules_fire_for_each_layer(name: str) -> None:
     assert {m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.MaxPool2d, nn.Conv2d))} <= seen
 
 
-@pytest.mark.parametrize("name", ["cnv", "quant_cnv", "resnet20", "mobilenet_v1"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("norm", [lambda n: nn.GroupNorm(4, n), lambda _: nn.Identity(), FrozenBatchNorm2d])
 def test_other_norms_take_the_place_of_batch_norm(name: str, norm: Any) -> None:
     model = built(name)
@@ -294,6 +308,14 @@ def test_other_norms_take_the_place_of_batch_norm(name: str, norm: Any) -> None:
 @pytest.mark.parametrize("name", ["cnv", "quant_cnv", "resnet20", "mobilenet_v1"])
 def test_second_order_gradients_of_fused_steps_are_refused(name: str) -> None:
     model, x = channels_last(built(name)), batch().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_second_order_gradients_of_quantized_models_are_refused(uncompiled: None, name: str) -> None:
+    model, x = built(name).train(), images(4).requires_grad_()
     (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()

@@ -15,6 +15,13 @@ from cnvzoo.models import fake_quant
 from cnvzoo.models.quant import IntQuantizer, quantizer_of
 
 WIDTHS = [(8, 8), (4, 4), (2, 2), (1, 2)]
+MODELS = [
+    *(("quant_cnv", *widths) for widths in WIDTHS),
+    ("quant_resnet20", 8, 8),
+    ("quant_resnet20", 1, 2),
+    ("quant_mobilenet_v1", 4, 4),
+]
+of_models = pytest.mark.parametrize(("name", "w_bits", "a_bits"), MODELS)
 
 
 @pytest.fixture
@@ -22,9 +29,16 @@ def plain(uncompiled: None) -> None:
     """Compile no loops."""
 
 
-def new(w_bits: int, a_bits: int) -> nn.Module:
+def new(w_bits: int, a_bits: int, name: str = "quant_cnv") -> nn.Module:
+    """A model in eval mode, with statistics of images in its BatchNorms."""
     torch.manual_seed(0)
-    return cnvzoo.create_model("quant_cnv", w_bits=w_bits, a_bits=a_bits).eval()
+    model = cnvzoo.create_model(name, w_bits=w_bits, a_bits=a_bits)
+    for layer in model.modules():
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            layer.momentum = None  # the average over all batches
+    with torch.no_grad():
+        model(torch.rand(8, 3, 32, 32))
+    return model.eval()
 
 
 def weighted(model: nn.Module) -> list[Any]:
@@ -32,18 +46,24 @@ def weighted(model: nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("w_bits", "a_bits"), WIDTHS)
+def activation_bits(model: nn.Module) -> dict[str, int]:
+    return {n: quantizer_of(layer).bits for n, layer in model.named_modules() if hasattr(layer, "act_quant")}
+
+
+@of_models
 def test_exported_integers_are_those_of_the_forward_pass(
-    plain: None, w_bits: int, a_bits: int, dtype: torch.dtype
+    plain: None, name: str, w_bits: int, a_bits: int, dtype: torch.dtype
 ) -> None:
     integer = pytest.importorskip("cnvzoo.deploy.integer")
-    model = new(w_bits, a_bits).to(dtype)
+    model = new(w_bits, a_bits, name).to(dtype)
     for layer in weighted(model):
         quantizer = quantizer_of(layer)
         used, scale = (t.double() for t in quantizer(layer.weight)[:2])
         assert scale.dtype == torch.float64
         expected = (used / scale).round()
         assert torch.equal(quantizer.integers(layer.weight).double(), expected)
+    if name != "quant_cnv":
+        return
     head = weighted(model)[-1]
     assert torch.equal(
         torch.from_numpy(integer.integer_net(model).head).double(), quantizer_of(head).integers(head.weight).double()
@@ -52,7 +72,7 @@ def test_exported_integers_are_those_of_the_forward_pass(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_constants_stay_float32(dtype: torch.dtype) -> None:
-    model = new(4, 4)
+    model = new(4, 4, "quant_resnet20")
     before = quantizer_of(model.get_submodule("input")).scale.clone()
     scale = quantizer_of(model.to(dtype).get_submodule("input")).scale
     assert scale.dtype == torch.float32
@@ -62,7 +82,7 @@ def test_constants_stay_float32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("cnv", {}), ("resnet20", {}), *(("quant_cnv", {"w_bits": w, "a_bits": a}) for w, a in WIDTHS)],
+    [("cnv", {}), ("resnet20", {}), *((name, {"w_bits": w, "a_bits": a}) for name, w, a in MODELS)],
 )
 def test_the_default_dtype_of_the_process_changes_no_checkpoint(
     plain: None, make_checkpoint: Any, tmp_path: Path, name: str, bits: dict[str, int], dtype: torch.dtype
@@ -80,11 +100,11 @@ def test_the_default_dtype_of_the_process_changes_no_checkpoint(
     assert torch.equal(logits, expected)
 
 
-@pytest.mark.parametrize(("w_bits", "a_bits"), WIDTHS)
-def test_nothing_is_compiled_in_eval_mode(monkeypatch: pytest.MonkeyPatch, w_bits: int, a_bits: int) -> None:
+@of_models
+def test_nothing_is_compiled_in_eval_mode(monkeypatch: pytest.MonkeyPatch, name: str, w_bits: int, a_bits: int) -> None:
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiles"))
-    model, images = new(w_bits, a_bits), torch.rand(8, 3, 32, 32)
+    model, images = new(w_bits, a_bits, name), torch.rand(8, 3, 32, 32)
     logits = model(images)
     logits.sum().backward()
     with torch.no_grad():
@@ -92,9 +112,9 @@ def test_nothing_is_compiled_in_eval_mode(monkeypatch: pytest.MonkeyPatch, w_bit
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize(("w_bits", "a_bits"), WIDTHS)
-def test_traces_with_gradients_on(plain: None, w_bits: int, a_bits: int) -> None:
-    model, images = new(w_bits, a_bits), torch.rand(2, 3, 32, 32)
+@of_models
+def test_traces_with_gradients_on(plain: None, name: str, w_bits: int, a_bits: int) -> None:
+    model, images = new(w_bits, a_bits, name), torch.rand(2, 3, 32, 32)
     assert torch.is_grad_enabled()
     traced: Any = torch.jit.trace(model, images)
     other = torch.rand(3, 3, 32, 32)
@@ -102,29 +122,44 @@ def test_traces_with_gradients_on(plain: None, w_bits: int, a_bits: int) -> None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_exports_by_tracing_with_gradients_on(plain: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["quant_cnv", "quant_resnet20", "quant_mobilenet_v1"])
+def test_exports_by_tracing_with_gradients_on(plain: None, tmp_path: Path, name: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    model, images = new(4, 4), torch.rand(2, 3, 32, 32)
+    model, images = new(4, 4, name), torch.rand(2, 3, 32, 32)
     torch.onnx.export(model, (images,), str(tmp_path / "m.onnx"), dynamo=False, opset_version=13)
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-3, atol=1e-3)
 
 
-def test_the_state_of_other_bit_widths_is_refused(tmp_path: Path) -> None:
-    state = new(8, 8).state_dict()
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("quant_cnv", "features.2"), ("quant_resnet20", "stages.0.0.input"), ("quant_mobilenet_v1", "features.0.2")],
+)
+def test_the_state_of_other_bit_widths_is_refused(tmp_path: Path, name: str, layer: str) -> None:
+    state = new(7, 7, name).state_dict()
     torch.save(state, tmp_path / "m.pt")
     for other in (state, copy.deepcopy(state), torch.load(tmp_path / "m.pt", weights_only=True)):
-        new(8, 8).load_state_dict(other)
-        with pytest.raises(cnvzoo.ModelError, match=r"features.2.* of 8 bits.* has 4.*cnvzoo.quantize"):
-            new(4, 4).load_state_dict(other)
+        new(7, 7, name).load_state_dict(other)
+        with pytest.raises(cnvzoo.ModelError, match=rf"{layer}.* of 7 bits.* has 4.*cnvzoo.quantize"):
+            new(4, 4, name).load_state_dict(other)
     assert not [name for name in state if "bits" in name]
 
 
-@pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 4), (2, 3), (1, 2)])
-def test_quantize_refits_a_quantized_model(plain: None, w_bits: int, a_bits: int) -> None:
-    source = new(8, 8)
+@pytest.mark.parametrize(
+    ("name", "before", "w_bits", "a_bits"),
+    [
+        *(("quant_cnv", 8, *widths) for widths in ((4, 4), (2, 3), (1, 2))),
+        # at 8 bits there is nothing to round at the inputs of blocks
+        *(("quant_resnet20", before, *widths) for before, widths in ((8, (4, 4)), (4, (8, 8)), (4, (1, 2)))),
+    ],
+)
+def test_quantize_refits_a_quantized_model(plain: None, name: str, before: int, w_bits: int, a_bits: int) -> None:
+    source = new(before, before, name)
     refitted = cnvzoo.quantize(source, w_bits=w_bits, a_bits=a_bits)
+    fresh = cnvzoo.create_model(name, w_bits=w_bits, a_bits=a_bits)
+    assert list(refitted.state_dict()) == list(fresh.state_dict())
+    assert activation_bits(refitted) == activation_bits(fresh)
     for old, layer in zip(weighted(source), weighted(refitted), strict=True):
         assert torch.equal(layer.weight, old.weight)
         quantizer = quantizer_of(layer)

@@ -31,12 +31,19 @@ MODELS = (
     "cnv",
     "quant_cnv",
     "mobilenet_v1",
+    "quant_mobilenet_v1",
     "resnet20",
+    "quant_resnet20",
     "resnet32",
+    "quant_resnet32",
     "resnet44",
+    "quant_resnet44",
     "resnet56",
+    "quant_resnet56",
     "resnet110",
+    "quant_resnet110",
     "resnet18",
+    "quant_resnet18",
 )
 
 

@@ -52,6 +52,12 @@ class IntRange:
             return torch.where(v >= 0, 1.0, -1.0).to(v.dtype)  # torch.where gives the default dtype
         return torch.round(v).clamp(self.low, self.high)
 
+    def round_(self, v: Tensor) -> Tensor:
+        """`round` in place."""
+        if self.binary:
+            return v.ge_(0).mul_(2).sub_(1)
+        return v.round_().clamp_(self.low, self.high)
+
     def passes(self, v: Tensor) -> Tensor:
         """Where the straight-through estimator passes the gradient to v (bool)."""
         if self.binary:
@@ -265,8 +271,10 @@ def least_squares_scale(x: Tensor, ints: IntRange, steps: int = 20) -> Tensor:
     tiny = torch.finfo(torch.float32).tiny ** 0.5
     x = x.detach().float()
     scale = x.abs().amax(1, keepdim=True).clamp_min(tiny) / ints.high
+    q, product = torch.empty_like(x), torch.empty_like(x)  # new tensors of this size in each step would take most time
     for _ in range(steps):
-        q = ints.round(x / scale)
-        energy = q.square().sum(1, keepdim=True)
-        scale = torch.where(energy > 0, (x * q).sum(1, keepdim=True) / energy, scale).clamp_min(tiny)
+        ints.round_(torch.div(x, scale, out=q))
+        energy = torch.mul(q, q, out=product).sum(1, keepdim=True)
+        scale = torch.where(energy > 0, torch.mul(x, q, out=product).sum(1, keepdim=True) / energy, scale)
+        scale = scale.clamp_min(tiny)
     return scale.squeeze(1)
