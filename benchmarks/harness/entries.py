@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cnvzoo.data.published import dataset_info
 from cnvzoo.errors import CnvzooError, nearest
 from cnvzoo.files import FileError, expanded
 from cnvzoo.strict_yaml import StrictYamlError, YamlFile, read_yaml
@@ -126,14 +127,16 @@ class Layout:
         return self.runs / "trials" / entry / f"seed{seed}-{trial_epochs}epochs"
 
 
-# The tables, each with its first models; the others follow by name, quantized ones last, most bits first.
-_LEADING = {
-    "mnist": ("resnet18", "resnet20", "mobilenet_v1", "cnv"),
+# The models of the reference's tables, in their order; quantized ones come last, most bits first.
+_CIFAR_MODELS = ("mobilenet_v1", "cnv", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "quant_cnv")
+_MODELS = {
+    "mnist": ("resnet18", "resnet20", "mobilenet_v1", "cnv", "quant_cnv"),
     "fashion_mnist": ("resnet18", "resnet20", "mobilenet_v1", "cnv"),
-    "cifar10": ("mobilenet_v1", "cnv"),
-    "cifar100": ("mobilenet_v1", "cnv"),
+    "cifar10": _CIFAR_MODELS,
+    "cifar100": _CIFAR_MODELS,
 }
-TABLES = tuple(_LEADING)
+EXTRA = "extra"  # the table of all other models, on any of these datasets
+TABLES = (*_MODELS, EXTRA)
 SEEDS = (0, 1, 2)
 
 
@@ -151,7 +154,8 @@ class Entry:
 
     @property
     def table(self) -> str:
-        return self.recipe.dataset
+        dataset, model = self.recipe.dataset, self.recipe.model
+        return dataset if model in _MODELS[dataset] else EXTRA
 
     def trial_epochs(self, epochs: int | None) -> int | None:
         """`epochs` if fewer than the recipe's, which makes the run a trial, else None."""
@@ -194,19 +198,25 @@ def _load_entry(path: Path) -> Entry:
             f"{path}: named {path.stem!r}, but its dataset, model and bits make {contents!r}; make the two agree, or "
             "start the file's name with an underscore if it is only a base for others"
         )
-    if recipe.dataset not in TABLES:
-        raise HarnessError(f"{path}: no table has dataset {recipe.dataset!r}: {nearest(recipe.dataset, TABLES)}")
+    if recipe.dataset not in _MODELS:
+        raise HarnessError(f"{path}: no table has dataset {recipe.dataset!r}: {nearest(recipe.dataset, _MODELS)}")
     return Entry(recipe=recipe, path=path, fingerprint=recipe.fingerprint())
 
 
-def _order(entry: Entry) -> tuple[int, bool, int, list[str | int], int, int]:
+def _order(entry: Entry) -> tuple[int, int, bool, int, list[str | int], int, int]:
     recipe = entry.recipe
-    leading = _LEADING[recipe.dataset]
+    models = _MODELS[recipe.dataset]
     return (
+        TABLES.index(entry.table),
         TABLES.index(recipe.dataset),
         recipe.w_bits is not None,
-        leading.index(recipe.model) if recipe.model in leading else len(leading),
+        models.index(recipe.model) if recipe.model in models else len(models),
         [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", recipe.model)],
         -(recipe.w_bits or 0),
         -(recipe.a_bits or 0),
     )
+
+
+def table_title(table: str) -> str:
+    """The heading of a table."""
+    return "Beyond the reference" if table == EXTRA else dataset_info(table).title

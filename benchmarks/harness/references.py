@@ -29,16 +29,14 @@ class Source(_Section):
     url: str = Field(pattern=r"^https?://\S+$")
     document: str = Field(min_length=1)
     version: str = Field(min_length=1)
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[int]
     setting: str = Field(min_length=1)
 
     @property
     def citation(self) -> str:
         """In Markdown, one sentence without its full stop."""
-        return (
-            f"[{self.project}]({self.url}), the tables of {self.document} ({self.version}); "
-            f"seeds {', '.join(map(str, self.seeds))}; {self.setting}"
-        )
+        seeds = f"seeds {', '.join(map(str, self.seeds))}" if self.seeds else "seeds not stated"
+        return f"[{self.project}]({self.url}), the tables of {self.document} ({self.version}); {seeds}; {self.setting}"
 
 
 class _Figures(_Section):

@@ -16,12 +16,11 @@ from statistics import fmean, stdev, variance
 from rich.console import Console
 from rich.table import Table
 
-from cnvzoo.data.published import dataset_info
 from cnvzoo.files import update_text
 from cnvzoo.training.numerics import NUMERICS
 from cnvzoo.training.recipe import PUBLISHED_SEED
 from cnvzoo.training.record import RunRecord
-from harness.entries import SEEDS, TABLES, Entry
+from harness.entries import SEEDS, TABLES, Entry, table_title
 from harness.records import RunStatus, Status, Survey
 from harness.references import Reference
 
@@ -129,7 +128,7 @@ def page(rows: Sequence[Row], survey: Survey, pictured: Collection[str]) -> str:
     for table in TABLES:
         members = [row for row in rows if row.entry.table == table]
         text = _table(members, "") if members else "No recipe yet."
-        parts.append(f"## {dataset_info(table).title}\n\n{text}\n")
+        parts.append(f"## {table_title(table)}\n\n{text}\n")
         if table in pictured:
             parts.append(f"{_picture(table, '')}\n")
     records = [record for row in rows for seed in SEEDS if (record := survey[row.entry.name, seed].record)]
@@ -147,7 +146,7 @@ def summary(rows: Iterable[Row], pictured: Collection[str]) -> str:
     parts = []
     for table in TABLES:
         if members := [row for row in finished if row.entry.table == table]:
-            parts.append(f"### {dataset_info(table).title}\n\n{_table(members, 'benchmarks/')}")
+            parts.append(f"### {table_title(table)}\n\n{_table(members, 'benchmarks/')}")
             if table in pictured:
                 parts.append(_picture(table, "benchmarks/"))
     if any(row.older for row in finished):
@@ -161,7 +160,7 @@ def _table(rows: Iterable[Row], folder: str) -> str:
 
 
 def _picture(table: str, folder: str) -> str:
-    return f"![{_ALT} on {dataset_info(table).title}]({folder}accuracy-{table}.svg)"
+    return f"![{_ALT} on {table_title(table)}]({folder}accuracy-{table}.svg)"
 
 
 def print_table(console: Console, title: str, rows: Iterable[Row]) -> None:

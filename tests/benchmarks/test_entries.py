@@ -19,13 +19,21 @@ TABLES = {
     "cifar10": COLOUR + QUANTIZED,
     "cifar100": COLOUR + QUANTIZED,
 }
+EXTRA = [
+    "quant_mobilenet_v1_w4a4",
+    "quant_resnet20_w4a4", "quant_resnet20_w2a2", "quant_resnet56_w4a4", "quant_resnet56_w2a2",
+]  # fmt: skip
 NAMES = [f"{dataset}_{model}" for dataset, models in TABLES.items() for model in models]
+BEYOND = [f"{dataset}_{model}" for dataset in ("cifar10", "cifar100") for model in EXTRA]
 
 
 def test_entries_have_the_order_of_the_tables(bench):
-    for name in random.Random(0).sample(NAMES, len(NAMES)):
+    names = NAMES + BEYOND
+    for name in random.Random(0).sample(names, len(names)):
         bench.recipe(name)
-    assert list(load_entries(bench.home / "configs")) == NAMES
+    entries = load_entries(bench.home / "configs")
+    assert list(entries) == names
+    assert [name for name, entry in entries.items() if entry.table == "extra"] == BEYOND
 
 
 def test_a_file_with_a_leading_underscore_is_a_base_recipe_and_not_an_entry(bench):
@@ -53,15 +61,16 @@ def test_selected_entries_have_the_order_of_the_tables(bench):
 
 def test_the_recipes_of_this_repository_are_those_of_the_tables():
     entries = load_entries(BENCHMARKS / "configs")
-    assert list(entries) == NAMES
+    assert list(entries) == NAMES + BEYOND
     for entry in entries.values():
         assert "mnist" not in entry.table or entry.recipe.epochs <= 50, f"{entry.name}: the reference's setting is 50"
 
 
-@pytest.mark.parametrize(("table", "count"), [("cifar10", 10), ("all", 31)])
+@pytest.mark.parametrize(("table", "count"), [("cifar10", 10), ("extra", 10), ("all", 41)])
 def test_the_list_has_a_line_for_every_run(table, count):
     command = [sys.executable, str(BENCHMARKS / "reproduce.py"), "--table", table, "--list"]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    runs = [(name, str(seed)) for name in NAMES if table in ("all", name.split("_")[0]) for seed in (0, 1, 2)]
+    names = {"cifar10": [n for n in NAMES if n.startswith("cifar10_")], "extra": BEYOND, "all": NAMES + BEYOND}[table]
+    runs = [(name, str(seed)) for name in names for seed in (0, 1, 2)]
     assert [tuple(line.split("\t")[:2]) for line in listing] == runs
     assert len(listing) == 3 * count
