@@ -18,6 +18,9 @@ def refusal(name: str, **arguments: Any) -> str:
     return str(caught.value)
 
 
+TOPOLOGIES = ("cnv", "mobilenet_v1", "resnet18", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
+
+
 def refused_input(name: str, *shape: int, **arguments: Any) -> str:
     model = build_model(name, **arguments).eval()
     with torch.no_grad(), pytest.raises(ModelError) as caught:
@@ -26,12 +29,7 @@ def refused_input(name: str, *shape: int, **arguments: Any) -> str:
 
 
 def test_names_and_patterns() -> None:
-    assert sorted(model_names()) == [
-        "cnv",
-        "mobilenet_v1",
-        "quant_cnv",
-        *("resnet110", "resnet18", "resnet20", "resnet32", "resnet44", "resnet56"),
-    ]
+    assert set(model_names()) == {f"{prefix}{name}" for prefix in ("", "quant_") for name in TOPOLOGIES}
     assert sorted(model_names("*cnv")) == ["cnv", "quant_cnv"]
     assert sorted(model_names("resnet[23]?")) == ["resnet20", "resnet32"]
     assert model_names("ResNet*") == []
@@ -41,8 +39,9 @@ def test_specs_have_input_sizes_and_twins() -> None:
     assert {n: model_spec(n).input_size for n in model_names()} == {
         n: 32 if n in ("cnv", "quant_cnv") else None for n in model_names()
     }
-    assert [n for n in model_names() if model_spec(n).quantized] == ["quant_cnv"]
-    assert model_spec("quant_cnv").float_twin == "cnv"
+    assert {n for n in model_names() if model_spec(n).quantized} == {f"quant_{name}" for name in TOPOLOGIES}
+    assert {model_spec(f"quant_{name}").float_twin == name for name in TOPOLOGIES} == {True}
+    assert {model_spec(name).float_twin for name in TOPOLOGIES} == {None}
     assert build_model("resnet20").spec is model_spec("resnet20")
 
 
