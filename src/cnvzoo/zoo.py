@@ -25,7 +25,7 @@ from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo.errors import ModelError
 from cnvzoo.inference import known_preprocessing
-from cnvzoo.models.classifier import Classifier, LayerBits
+from cnvzoo.models.classifier import Classifier, LayerBits, check_layer_bits
 from cnvzoo.models.layers import without_initialization
 from cnvzoo.models.modes import unwrapped
 from cnvzoo.models.registry import build_model, model_names, model_spec, quantized_twin
@@ -94,6 +94,8 @@ def create_model(
             fits, or several do.
         CheckpointError: a file of the checkpoint is missing or damaged.
     """
+    if kwargs.get("bits") is not None:
+        kwargs["bits"] = check_layer_bits(kwargs["bits"], str(name)) or None
     if is_path(name):
         return _from_folder(name, pretrained, num_classes, in_chans, {"w_bits": w_bits, "a_bits": a_bits, **kwargs})
     parsed = parse_name(str(name))
@@ -219,7 +221,7 @@ def train(
         state = load_file(folder / RUN_WEIGHTS)
     info = dataset_info(recipe.dataset) if data is None else data.info
     arguments = {"num_classes": info.num_classes, "in_chans": info.in_chans}
-    model = build_empty({"name": recipe.model, **arguments, "w_bits": recipe.w_bits, "a_bits": recipe.a_bits})
+    model = build_empty({"name": recipe.model, **arguments, **recipe.bit_widths})
     model.load_state_dict(state, strict=True)
     model.classes, model.preprocessing = info.classes, preprocessing_for(model.spec, info)
     return TrainResult(model.eval(), record)
@@ -259,8 +261,8 @@ def _starting_model(recipe: Recipe, hub: str | Path | None) -> StartingModel:
     checkpoint = str(recipe.start)
     folder, config = _folder_and_config(checkpoint, hub)
     spec = model_spec(recipe.model)
-    bits = {"w_bits": recipe.w_bits, "a_bits": recipe.a_bits}
-    is_same = config.model["name"] == recipe.model and all(config.model.get(key) == bits[key] for key in bits)
+    wanted = {"name": recipe.model, **recipe.bit_widths}
+    is_same = all(config.model.get(key) == wanted.get(key) for key in ("name", "w_bits", "a_bits", "bits"))
     if not is_same and (not spec.quantized or config.model["name"] not in (recipe.model, spec.float_twin)):
         raise ModelError(
             f"{recipe.name}: start: {checkpoint} is a {config.model['name']}, and the recipe trains {recipe.tag}: name "
@@ -274,9 +276,7 @@ def _starting_model(recipe: Recipe, hub: str | Path | None) -> StartingModel:
             model, _ = load_checkpoint(checkpoint, hub=hub, num_classes=info.num_classes, in_chans=info.in_chans)
         if is_same:
             return model
-        assert recipe.w_bits is not None
-        assert recipe.a_bits is not None
-        return quantize(model, w_bits=recipe.w_bits, a_bits=recipe.a_bits)
+        return quantize(model, **recipe.bit_widths)
 
     return StartingModel(checkpoint, config.file.sha256, build)
 

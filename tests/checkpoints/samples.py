@@ -24,10 +24,11 @@ class Tiny(nn.Module):
     def __init__(self, num_classes: int, in_chans: int, w_bits: int, a_bits: int) -> None:
         super().__init__()
         layers = QuantLayers(w_bits, a_bits, first_w_bits=w_bits)
-        self.conv = layers.conv(in_chans, 5, first=False)
+        self.conv = layers.conv(in_chans, 5, 3)
         self.norm = nn.BatchNorm2d(5)
         self.relu = layers.relu()
         self.fc = layers.linear(5, num_classes, last=True)
+        layers.finish(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.relu(self.norm(self.conv(x))).mean((2, 3)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -82,12 +82,18 @@ def _metadata(config: CheckpointConfig) -> str:
 def _opening(config: CheckpointConfig, summary: str) -> str:
     kind = "Float weights"
     if _is_quantized(config):
-        bits = {"first_w_bits": 8} | config.model
+        bits: dict[str, Any] = {"first_w_bits": 8} | config.model
         kind = (
             f"Weights of {bits['w_bits']} bits (first layer {bits['first_w_bits']}) and activations of "
             f"{bits['a_bits']} bits"
         )
+        others = [f"{_escaped(layer)} {_widths(pair)}" for layer, pair in bits.get("bits", {}).items()]
+        kind += f" (other weight / activation bits: {', '.join(others)})" if others else ""
     return f"# {config.name}\n\n{summary.rstrip('.')}. {kind}{_trained_on(config)}.\n"
+
+
+def _widths(pair: Sequence[int | None]) -> str:
+    return " / ".join("unchanged" if width is None else str(width) for width in pair)
 
 
 def _trained_on(config: CheckpointConfig) -> str:

@@ -19,6 +19,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -100,6 +101,19 @@ Version = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+!_-]{0,63}$")]
 Classes = Annotated[list[Text], Field(min_length=1, max_length=10_000)]
 
 
+# (w_bits, a_bits) by the name of a layer, or a shell pattern of names
+_Width = Annotated[int, Field(ge=1, le=8, strict=True)] | None
+_LAYER_BITS = TypeAdapter(
+    Annotated[
+        dict[
+            Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*?!\[\]-]{1,128}$")],
+            Annotated[list[_Width], Field(min_length=2, max_length=2)],
+        ],
+        Field(min_length=1, max_length=1000),
+    ]
+)
+
+
 def _plain(value: Any, key: str, levels: int) -> None:
     """Raise ValueError, naming the key, where a JSON value is out of bounds or has more nested levels than `levels`."""
     try:
@@ -134,6 +148,12 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model(values: dict[str, Any]) -> dict[str, Any]:
+    if "bits" in values:
+        try:
+            _LAYER_BITS.validate_python(values["bits"])
+        except ValidationError as error:
+            raise ValueError(f"bits: {explain(error)}") from None
+    _plain({key: value for key, value in values.items() if key != "bits"}, "", 1)
     if not isinstance(values.get("name"), str):
         raise ValueError("name: must be the name of a model")
     _named(values)
@@ -162,7 +182,7 @@ def _device(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-ModelArguments = Annotated[dict[str, Any], AfterValidator(_flat), AfterValidator(_model)]
+ModelArguments = Annotated[dict[str, Any], AfterValidator(_model)]
 RecipeValues = Annotated[dict[str, Any], AfterValidator(_nested), AfterValidator(_recipe)]
 DeviceFacts = Annotated[dict[str, Any], AfterValidator(_flat), AfterValidator(_device)]
 Versions = Annotated[dict[Word, Version], Field(max_length=64)]

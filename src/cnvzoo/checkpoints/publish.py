@@ -175,10 +175,9 @@ def checkpoint_facts(
 def _facts(record: RunRecord, records: Iterable[RunRecord], recipes_scored: int | None) -> CheckpointFacts:
     recipe = Recipe.model_validate(record.recipe)
     info = dataset_info(recipe.dataset)
-    bits = {} if recipe.w_bits is None else {"w_bits": recipe.w_bits, "a_bits": recipe.a_bits}
     return CheckpointFacts(
         name=f"{recipe.tag}.{recipe.dataset}",
-        model={"name": recipe.model, "num_classes": info.num_classes, "in_chans": info.in_chans, **bits},
+        model={"name": recipe.model, "num_classes": info.num_classes, "in_chans": info.in_chans, **recipe.bit_widths},
         dataset=recipe.dataset,
         classes=list(info.classes),
         preprocessing=preprocessing_of(recipe.model, recipe.dataset).to_dict(),

@@ -12,7 +12,7 @@ from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear
 from torch import Tensor, nn
 
 from cnvzoo.errors import ModelError, nearest
-from cnvzoo.models.classifier import LayerBits, check_bits
+from cnvzoo.models.classifier import Classifier, LayerBits, check_bits
 from cnvzoo.models.graph import Step, trace
 from cnvzoo.models.layers import skips_initialization
 from cnvzoo.models.quant import (
@@ -115,7 +115,8 @@ class QuantLayers:
             ModelError: `bits` names no layer of the model.
         """
         layers = {name: m for name, m in model.named_modules() if _has_bits(m) and only in (None, m)}
-        changed = set_layer_bits(layers, self.bits, complete=only is None)
+        known = None if only is not None else [*layers, *_left_out_head(model)]
+        changed = set_layer_bits(layers, self.bits, known)
         for name, layer in layers.items():
             if isinstance(layer, QuantIdentity) and quantizer_of(layer).bits == BLOCK_BITS:
                 model.set_submodule(name, nn.Identity())  # outputs of blocks have these bits already
@@ -133,24 +134,32 @@ class QuantLayers:
         return weight_quant(IntQuantizer(bits, signed=True, scale_shape=(channels, 1, 1, 1)))
 
 
-def set_layer_bits(layers: Mapping[str, nn.Module], bits: LayerBits, *, complete: bool) -> list[nn.Module]:
+def _left_out_head(model: nn.Module) -> list[str]:
+    """The name of the head of a model that is without it: `bits` may name it, and a head set later has these bits."""
+    head = model.get_classifier() if isinstance(model, Classifier) else None
+    return [name for name, m in model.named_modules() if m is head and isinstance(m, nn.Identity)]
+
+
+def set_layer_bits(
+    layers: Mapping[str, nn.Module], bits: LayerBits, known: Sequence[str] | None = None
+) -> list[nn.Module]:
     """Set the bit widths of the layers that `bits` names; returns the layers whose bit width is another now.
 
     Args:
         layers: the layers with a bit width, by name.
         bits: (w_bits, a_bits) by the name of a layer, of a module around layers, or a shell pattern of these names;
             later ones override earlier ones; None leaves a bit width as it is.
-        complete: whether each name must be that of a layer.
+        known: names of layers, one of which each name in `bits` has to match; by default none has to match.
 
     Raises:
-        ModelError: it is not.
+        ModelError: a name matches none of `known`.
     """
     wanted = {}
     for pattern, (w_bits, a_bits) in bits.items():
         matching = [name for name in layers if _matches(name, pattern)]
-        if not matching and complete:
-            known = [*layers, *{name.rpartition(".")[0] for name in layers if "." in name}]
-            raise ModelError(f"bits: no quantized layer is called {pattern!r}: {nearest(pattern, known)}")
+        if known is not None and not any(_matches(name, pattern) for name in known):
+            names = [*known, *dict.fromkeys(name.rpartition(".")[0] for name in known if "." in name)]
+            raise ModelError(f"bits: no quantized layer is called {pattern!r}: {nearest(pattern, names)}")
         for name in matching:
             width = w_bits if isinstance(layers[name], (QuantConv2d, QuantLinear)) else a_bits
             if width is not None:

@@ -71,7 +71,7 @@ def initial_model(
     with initialized_from(recipe.seed):
         model = start.build(data.info).train() if start else build_model(
             recipe.model, num_classes=data.info.num_classes, in_chans=data.info.in_chans,
-            w_bits=recipe.w_bits, a_bits=recipe.a_bits,
+            **recipe.bit_widths,
         )  # fmt: skip
     if recipe.float_start and float_start:
         from cnvzoo.models.quant_layers import start_from_float

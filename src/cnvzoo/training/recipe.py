@@ -20,7 +20,8 @@ from pydantic_core import PydanticCustomError
 from cnvzoo.data.augmentation import Augmentation
 from cnvzoo.data.datasets import dataset_path_name, is_dataset_path
 from cnvzoo.data.published import DatasetInfo, dataset_info
-from cnvzoo.errors import CnvzooError
+from cnvzoo.errors import CnvzooError, ModelError
+from cnvzoo.models.classifier import check_layer_bits
 from cnvzoo.models.registry import model_spec
 from cnvzoo.recipe_folder import RecipeError
 from cnvzoo.strict_yaml import error_at
@@ -126,6 +127,7 @@ class Recipe(_Section):
     Attributes:
         name: table entry, `<dataset>_<model>[_w<W>a<A>]`.
         model, w_bits, a_bits: as for `cnvzoo.create_model`; quantized models need both bit widths, others take none.
+        bits: other bit widths of single layers, as for `cnvzoo.create_model`.
         dataset: one of `cnvzoo.list_datasets()`; or the path of own images, as for `cnvzoo.load_dataset`. In a file, a
             relative path is relative to the file's folder.
         epochs: passes over the training set.
@@ -155,6 +157,7 @@ class Recipe(_Section):
     dataset: str
     w_bits: int | None = Field(default=None, ge=1, le=8)
     a_bits: int | None = Field(default=None, ge=1, le=8)
+    bits: dict[str, tuple[int | None, int | None]] = {}
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=2)
     optimizer: Optimizer
@@ -176,6 +179,14 @@ class Recipe(_Section):
     def _known_model(cls, name: str) -> str:
         return model_spec(name).name
 
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _pairs_of_bits(cls, bits: Any) -> dict[str, tuple[int | None, ...]]:
+        try:
+            return {layer: tuple(pair) for layer, pair in check_layer_bits(bits or {}, "a quantized model").items()}
+        except ModelError as error:
+            raise ValueError(str(error).removeprefix("bits: ")) from None
+
     @field_validator("dataset")
     @classmethod
     def _known_dataset(cls, name: str) -> str:
@@ -188,7 +199,11 @@ class Recipe(_Section):
             if None in bits.values():
                 raise error_at("model", f"{self.model} needs w_bits and a_bits")
         else:
-            unusable = bits | {"float_start": self.float_start, "quantize_bias": self.quantize_bias or None}
+            unusable = bits | {
+                "bits": self.bits or None,
+                "float_start": self.float_start,
+                "quantize_bias": self.quantize_bias or None,
+            }
             for key, value in unusable.items():
                 if value is not None:
                     raise error_at(key, f"{self.model} is a float model: leave {key} out")
@@ -285,6 +300,14 @@ class Recipe(_Section):
         return {purpose: entries for purpose, entries in needs.items() if entries}
 
     @property
+    def bit_widths(self) -> dict[str, Any]:
+        """The bit widths, as arguments of `cnvzoo.create_model`; none for a float model."""
+        if self.w_bits is None:
+            return {}
+        layers = {"bits": {layer: list(pair) for layer, pair in self.bits.items()}} if self.bits else {}
+        return {"w_bits": self.w_bits, "a_bits": self.a_bits, **layers}
+
+    @property
     def run_name(self) -> str:
         """How messages name a run: entry and seed."""
         return f"{self.name}, seed {self.seed}"
@@ -309,4 +332,6 @@ class Recipe(_Section):
         values = self.model_dump(mode="json", exclude={"seed", "name"}, exclude_defaults=True)
         if is_dataset_path(self.dataset):
             values["dataset"] = f"sha256:{data_sha256}"
+        if self.bits:  # later ones override earlier ones, so their order counts
+            values["bits"] = [[layer, *pair] for layer, pair in self.bits.items()]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
