@@ -16,9 +16,10 @@ from torch import nn
 import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.deploy import DeployError
-from cnvzoo.deploy.integer import integer_net, run_reference
+from cnvzoo.deploy.lowering import integer_net
+from cnvzoo.deploy.packing import pack
+from cnvzoo.deploy.reference import run_reference
 from cnvzoo.deploy.requantize import Staircase, requantize
-from cnvzoo.deploy.writers import pack
 from cnvzoo.models.quant import quantizer_of
 
 
@@ -48,13 +49,13 @@ def test_levels_are_those_of_the_trained_model(make_net, noise, bits):
         hook.remove()
     wrong = total = 0
     x = images
-    for layer, expected in zip(net.hidden, levels, strict=True):
+    for layer, expected in zip(net.layers, levels, strict=True):
         if layer.linear:
             x = x.flatten(1)[:, :, None, None]
         chosen = layer.requantization
         acc = nn.functional.conv2d(x.double(), torch.from_numpy(layer.weight).double() * chosen.gain)
         acc = acc + torch.from_numpy(chosen.bias)[:, None, None]
-        found = (acc.float() * torch.from_numpy(chosen.multiplier)[:, None, None]).round().clamp(0, layer.high)
+        found = (acc.float() * torch.from_numpy(chosen.multiplier)[:, None, None]).round().clamp(0, chosen.high)
         wrong += int((found != expected.reshape(found.shape)).sum())
         total += found.numel()
         x = expected
@@ -176,7 +177,7 @@ def test_onnxruntime_unpacks_weights_when_it_loads_a_file(make_net, tmp_path, w_
     assert not {"Gather", "Pad", "Cast", "Reshape", "Slice"} & {node.op_type for node in loaded.node}
     weights = {c.name: numpy_helper.to_array(c) for c in loaded.initializer}
     for layer, node in zip(
-        integer_net(model).hidden, (n for n in loaded.node if n.op_type == "QLinearConv"), strict=True
+        integer_net(model).layers, (n for n in loaded.node if n.op_type == "QLinearConv"), strict=True
     ):
         np.testing.assert_array_equal(weights[node.input[3]], layer.scaled_weight)
 
@@ -191,7 +192,7 @@ def test_eight_bit_weights_are_not_packed():
         (lambda m: m.features.__setitem__(2, nn.ReLU()), "features.2: ReLU cannot be expressed"),
         (lambda m: m.features.__setitem__(0, nn.Conv2d(3, 64, 3)), "features.0: Conv2d cannot be expressed"),
         (lambda m: m.features.__setitem__(6, nn.MaxPool2d(3)), "features.6: only 2x2 max pooling"),
-        (lambda m: setattr(m.features[0], "padding", (1, 1)), "features.0: only convolutions without padding"),
+        (lambda m: setattr(m.features[0], "dilation", (2, 2)), "features.0: only convolutions without dilation"),
         (lambda m: m.features[1].bias.data.fill_(float("nan")), r"features.1.bias: not finite"),
     ],
 )
@@ -203,7 +204,9 @@ def test_a_layer_that_cannot_be_expressed_is_named_and_nothing_is_written(make_n
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("name", "message"), [("cnv", "is a float model"), ("resnet20", "not for ResNet")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("cnv", "this CNV is a float model"), ("resnet20", "this ResNet is a float model")]
+)
 def test_float_models_are_refused(tmp_path, name, message):
     with pytest.raises(DeployError, match=message):
         cnvzoo.export(cnvzoo.create_model(name), tmp_path / "m.onnx", dataset="cifar10")

@@ -263,8 +263,6 @@ def test_other_models_1_bit_activations_and_a_missing_package_are_refused(make_n
         export(make_net(1, 1), tmp_path)
     with pytest.raises(DeployError, match="is a float model"):
         export(cnvzoo.create_model("cnv"), tmp_path)
-    with pytest.raises(DeployError, match="not for ResNet"):
-        export(cnvzoo.create_model("resnet20"), tmp_path)
     monkeypatch.setitem(sys.modules, "qonnx.util.cleanup", None)
     with pytest.raises(DeployError, match="needs the qonnx package: pip install"):
         export(make_net(2, 2), tmp_path)

@@ -116,25 +116,26 @@ def _describe(
 
 
 def _bits(model: nn.Module) -> tuple[int, int]:
-    """Bit widths of the last layer's weights and of its input."""
+    """Bit widths of the last layer's weights, and of the last activation that is not the output of a block."""
     from brevitas.nn import QuantLinear, QuantReLU
 
-    from cnvzoo.models.quant import quantizer_of
+    from cnvzoo.models.quant import ResidualQuantReLU, quantizer_of
 
     weights = [m for m in model.modules() if isinstance(m, QuantLinear)]
-    activations = [m for m in model.modules() if isinstance(m, QuantReLU)]
+    activations = [m for m in model.modules() if isinstance(m, QuantReLU) and not isinstance(m, ResidualQuantReLU)]
     return quantizer_of(weights[-1]).bits, quantizer_of(activations[-1]).bits
 
 
 def _build_graph(model: nn.Module, metadata: Metadata) -> tuple[ModelProto, Metadata]:
     """The graph in the format of `metadata`, and the metadata with the scale of an integer graph."""
-    from cnvzoo.deploy.writers import integer_graph, plain_graph, qonnx_graph  # needs onnx
+    from cnvzoo.deploy.writers import plain_graph, qonnx_graph  # needs onnx
 
     if metadata.format == "integer":
-        from cnvzoo.deploy.integer import integer_net
+        from cnvzoo.deploy.integer_onnx import integer_graph
+        from cnvzoo.deploy.lowering import integer_net
 
-        net = integer_net(model)
-        return integer_graph(net), replace(metadata, scale=net.scale)
+        net = integer_net(model, metadata.size)
+        return integer_graph(net), replace(metadata, scale=net.head.scale)
     build = qonnx_graph if metadata.format == "qonnx" else plain_graph
     return build(model, metadata.in_chans, metadata.size), metadata
 
@@ -184,16 +185,18 @@ def measure_integer(model: nn.Module, dataset: str | Dataset, *, quiet: bool = F
     Raises:
         DeployError: the model cannot be expressed in integers, or ONNX Runtime's output is not the reference's.
     """
-    from cnvzoo.deploy.integer import integer_net, run_reference  # Brevitas takes a second to import
+    from cnvzoo.deploy.lowering import integer_net  # Brevitas takes a second to import
+    from cnvzoo.deploy.reference import run_reference
 
     model = unwrapped(model)
     data = load_dataset(dataset) if isinstance(dataset, str) else dataset
-    net = integer_net(model)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         metadata = export(model, path, format="integer")
         size, deployed = path.stat().st_size, load(path)
-    preprocessing = preprocessing_of("quant_cnv", data.info.name)
+    net = integer_net(model, metadata.size)
+    spec: ModelSpec = model.spec  # type: ignore[assignment]
+    preprocessing = preprocessing_of(spec.name, data.info.name)
     labels, correct, agreeing = data.test_labels.numpy(), 0, 0
     for start in counted(range(0, len(labels), _BATCH), metadata.name, quiet=quiet):
         part = slice(start, start + _BATCH)

@@ -1,6 +1,7 @@
 """Requantization: the int32 bias and the float32 multiplier of each channel that turn accumulators into levels.
 
-A trained layer has level round(multiplier * accumulator + offset), a step function of the integer accumulator. The
+A trained layer has level round(multiplier * accumulator + offset), a step function of the integer accumulator. Levels
+are clipped to 0..high after an activation, and to -128..127 where they are added to the output of a block. The
 integer graph has round(float32(gain * accumulator + bias) * float32 multiplier) with an integer bias, another step
 function. The two are equal where their steps are at the same accumulators. So bias and multiplier are chosen to move
 the fewest steps, and the accumulators with different levels are counted: none, or almost none, if the biases of the
@@ -22,17 +23,18 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 _LEAST_MULTIPLIER = 1e-12  # avoids division by zero in channels whose level does not depend on the input
 _BIAS_CHANGES = (0, -1, 1)  # tried around the rounded bias
+_LARGEST_INT32 = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
 class Staircase:
-    """The step functions of a trained layer, one for each channel: round(multiplier * acc + offset) in 0..high.
+    """The step functions of a trained layer, one for each channel: round(multiplier * acc + offset) in low..high.
 
     Attributes:
         multiplier: [channels], at least 0.
         offset: [channels].
         low_acc, high_acc: [channels], smallest and largest accumulator that any input can give.
-        high: the largest level.
+        high, low: the largest and the smallest level.
     """
 
     multiplier: Floats
@@ -40,16 +42,27 @@ class Staircase:
     low_acc: Ints
     high_acc: Ints
     high: int
+    low: int = 0
+
+    @property
+    def halves(self) -> Floats:
+        """[high - low]: the values halfway between two levels, which are rounded to one of them."""
+        return np.arange(self.low + 1, self.high + 1, dtype=np.float64) - 0.5
+
+    def clipped(self, values: Floats) -> Floats:
+        """Values as levels: rounded half to even, clipped to low..high."""
+        return np.clip(np.rint(values), self.low, self.high)
 
 
 @dataclass(frozen=True)
 class Requantization:
-    """What the integer graph computes: round(float32(gain * acc + bias) * multiplier), clipped to 0..high.
+    """What the integer graph computes: round(float32(gain * acc + bias) * multiplier), clipped to low..high.
 
     Attributes:
         gain: integer by which the weights are multiplied.
         bias: int32 [channels].
         multiplier: float32 [channels].
+        low, high: the smallest and the largest level.
         differing: int64 [channels], number of reachable accumulators whose level differs from the trained layer's.
         reachable: int64 [channels], number of reachable accumulators.
     """
@@ -57,36 +70,46 @@ class Requantization:
     gain: int
     bias: NDArray[np.int32]
     multiplier: NDArray[np.float32]
+    low: int
+    high: int
     differing: Ints
     reachable: Ints
 
+    def levels(self, acc: NDArray[Any]) -> NDArray[np.int16]:
+        """The levels of accumulators, in the arithmetic of the integer graph.
 
-def levels(acc: NDArray[Any], bias: NDArray[Any], multiplier: NDArray[np.float32], high: int) -> NDArray[np.uint8]:
-    """The levels of accumulators, in the arithmetic of the integer graph.
+        The sum in int32, rounded to float32 (half to even), times the multiplier in float32, rounded half to even,
+        clipped to low..high.
 
-    The sum in int32, rounded to float32 (half to even), times the multiplier in float32, rounded half to even, clipped
-    to 0..high.
+        Args:
+            acc: accumulators [..., channels] of weights that were multiplied by the gain; an integer type.
+        """
+        product = (acc + self.bias).astype(np.int32).astype(np.float32) * self.multiplier
+        return np.clip(np.rint(product), self.low, self.high).astype(np.int16)
+
+    def fits_int32(self, exact: Staircase) -> bool:
+        """Whether every reachable accumulator is an int32, also after the bias is added."""
+        largest = self.gain * np.maximum(np.abs(exact.low_acc), np.abs(exact.high_acc))
+        return bool((largest + np.abs(self.bias.astype(np.int64)) <= _LARGEST_INT32).all())
+
+
+def requantize(exact: Staircase, gain: int, *, biased: bool = True) -> Requantization:
+    """Choose bias and multiplier, for weights multiplied by `gain`, such that the fewest accumulators differ.
 
     Args:
-        acc: accumulators of weights that were multiplied by the gain; an integer type.
-        bias, multiplier: of the channels, broadcast against `acc`.
-        high: the largest level.
+        exact: what the trained layer computes.
+        gain: integer by which the weights are multiplied.
+        biased: whether the integer graph can add a bias; else it is 0.
     """
-    product = (acc + bias).astype(np.int32).astype(np.float32) * multiplier
-    return np.clip(np.rint(product), 0, high).astype(np.uint8)
-
-
-def requantize(exact: Staircase, gain: int) -> Requantization:
-    """Choose bias and multiplier, for weights multiplied by `gain`, such that the fewest accumulators differ."""
     wanted = _exact_steps(exact)
     multiplier = np.maximum(exact.multiplier, _LEAST_MULTIPLIER)
     ideal = np.clip(gain * exact.offset / multiplier, -LARGEST_BIAS, LARGEST_BIAS)
     channels = len(ideal)
     best = Requantization(
-        gain, np.zeros(channels, np.int32), np.zeros(channels, np.float32), np.full(channels, np.iinfo(np.int64).max),
-        exact.high_acc - exact.low_acc + 1,
+        gain, np.zeros(channels, np.int32), np.zeros(channels, np.float32), exact.low, exact.high,
+        np.full(channels, np.iinfo(np.int64).max), exact.high_acc - exact.low_acc + 1,
     )  # fmt: skip
-    for change in _BIAS_CHANGES:
+    for change in _BIAS_CHANGES if biased else (0,):
         bias = np.clip(np.rint(ideal) + change, -LARGEST_BIAS, LARGEST_BIAS)
         tried = _multiplier_for(exact, wanted, bias, gain).astype(np.float32)
         differing = np.abs(_integer_steps(exact, gain, bias, tried) - wanted).sum(1)
@@ -101,13 +124,18 @@ def requantize(exact: Staircase, gain: int) -> Requantization:
 def _multiplier_for(exact: Staircase, wanted: Ints, bias: Floats, gain: int) -> Floats:
     """The middle of the interval of multipliers that put every step at its wanted accumulator, if there is one.
 
-    Step k is at accumulator T if multiplier * (gain * T + bias) >= k - 1/2 > multiplier * (gain * (T - 1) + bias).
+    Step k is at accumulator T if multiplier * (gain * T + bias) >= k - 1/2 > multiplier * (gain * (T - 1) + bias). The
+    steps to levels below 1 are at negative values of both sides, so that dividing by these turns the inequalities.
     """
-    half = np.arange(1, exact.high + 1) - 0.5
+    half = exact.halves
     after, before = gain * wanted + bias[:, None], gain * (wanted - 1) + bias[:, None]
-    with np.errstate(divide="ignore"):
-        least = np.where((wanted <= exact.high_acc[:, None]) & (after > 0), half / after, 0)
-        most = np.where((wanted > exact.low_acc[:, None]) & (before > 0), half / before, np.inf)
+    is_reached, is_passed = wanted <= exact.high_acc[:, None], wanted > exact.low_acc[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        at_after, at_before = half / after, half / before
+    least = np.where((half > 0) & is_reached & (after > 0), at_after, 0)
+    least = np.where((half < 0) & is_passed & (before < 0), at_before, least)
+    most = np.where((half > 0) & is_passed & (before > 0), at_before, np.inf)
+    most = np.where((half < 0) & is_reached & (after < 0), at_after, most)
     low, high = least.max(1), most.min(1)
     plain = exact.multiplier / gain
     low, high = np.maximum(low, plain * 0.5), np.minimum(high, plain * 2)
@@ -115,28 +143,31 @@ def _multiplier_for(exact: Staircase, wanted: Ints, bias: Floats, gain: int) -> 
 
 
 def _exact_steps(exact: Staircase) -> Ints:
-    """[channels, high]: the smallest reachable accumulator with level k or more, k from 1; high_acc + 1 if none."""
-    k = np.arange(1, exact.high + 1)
+    """The smallest reachable accumulators with level k or more; high_acc + 1 if there is none.
+
+    [channels, high - low], k from low + 1.
+    """
+    k = exact.halves + 0.5
     m, b = exact.multiplier[:, None], exact.offset[:, None]
 
     def reached(acc: Floats) -> NDArray[np.bool_]:
         return np.rint(m * acc + b) >= k
 
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        start = (k - 0.5 - b) / m
+        start = (exact.halves - b) / m
     return _search(start, exact, reached)
 
 
 def _integer_steps(exact: Staircase, gain: int, bias: Floats, multiplier: NDArray[np.float32]) -> Ints:
     """As `_exact_steps`, for the step functions of the integer graph."""
-    k = np.arange(1, exact.high + 1)
+    k = exact.halves + 0.5
     m, b = multiplier[:, None], bias[:, None]
 
     def reached(acc: Floats) -> NDArray[np.bool_]:
         return np.rint((gain * acc + b).astype(np.float32) * m) >= k
 
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        start = ((k - 0.5) / m.astype(np.float64) - b) / gain
+        start = (exact.halves / m.astype(np.float64) - b) / gain
     return _search(start, exact, reached)
 
 

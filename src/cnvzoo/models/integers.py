@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear, QuantReLU
+from brevitas.nn import QuantConv2d, QuantLinear
 from torch import Tensor, nn
 
 from cnvzoo.errors import ModelError
 from cnvzoo.models.fake_quant import IntRange
+from cnvzoo.models.graph import trace
+from cnvzoo.models.modes import unwrapped
 from cnvzoo.models.quant import quantizer_of
 
 _INT8_HIGH = 127
@@ -44,13 +46,13 @@ class IntegerWeight(NamedTuple):
 def integer_weights(model: nn.Module) -> dict[str, IntegerWeight]:
     """The integer weights of a quantized model: copies, on its device, by name of the layer, in order of execution.
 
+    A model that does more than to call layers has them in the order of its modules.
+
     Raises:
         ModelError: the model has no quantized layer, or a weight or scale is not a finite number.
     """
     found = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, (QuantConv2d, QuantLinear)):
-            continue
+    for name, layer in _in_order(model):
         quantizer = quantizer_of(layer)
         scale = quantizer.effective_scale().detach().clone()
         if not (layer.weight.isfinite().all() and scale.isfinite().all()):
@@ -61,6 +63,18 @@ def integer_weights(model: nn.Module) -> dict[str, IntegerWeight]:
     return found
 
 
+def _in_order(model: nn.Module) -> list[tuple[str, QuantConv2d | QuantLinear]]:
+    """The names and layers with quantized weights: in order of execution, and then those that are never called."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (QuantConv2d, QuantLinear))}
+    if len(layers) < 2:
+        return list(layers.items())
+    try:
+        order = {step.layer: position for position, step in reversed(list(enumerate(trace(model))))}
+    except ModelError:
+        return list(layers.items())
+    return sorted(layers.items(), key=lambda item: order.get(item[1], len(order)))
+
+
 @torch.no_grad()
 def quantize_bias(model: nn.Module) -> None:
     """Round the shift of each BatchNorm in a quantized model to whole accumulator units, in place, by changing beta.
@@ -68,23 +82,24 @@ def quantize_bias(model: nn.Module) -> None:
     An integer graph adds an int32 bias to its accumulators, in units of input scale times weight scale (Jacob et al.
     2018, arXiv:1712.05877, section 2.2), here of weights multiplied by `int8_gain`. After the rounding such a graph
     computes exactly what the model does, up to the rounding of floats. Channels whose shift exceeds `LARGEST_BIAS`
-    units, or whose unit is zero, stay as they are.
+    units, or whose unit is zero, stay as they are. The bias of the last layer, where it has one, is rounded alike.
 
     Call it at the end of training and evaluate the model after it, as recipes with `quantize_bias: true` do.
 
     Raises:
-        ModelError: the model has no quantized layer followed by a BatchNorm.
+        ModelError: the model has no quantized layer followed by a BatchNorm, or its layers cannot be followed.
     """
+    model = unwrapped(model)
     found = False
-    for norm, unit in _norms_with_units(model):
+    for layer, unit in _biased_with_units(model):
+        if isinstance(layer, QuantLinear):
+            assert layer.bias is not None
+            _round(layer.bias, torch.zeros_like(unit), unit)
+            continue
         found = True
-        slope = _slope(norm)
-        assert norm.running_mean is not None
-        centre = norm.running_mean.double() * slope
-        unit = unit * slope
-        biases = ((norm.bias.double() - centre) / unit).round()
-        rounded = (biases * unit + centre).to(norm.bias.dtype)
-        norm.bias.copy_(torch.where(biases.abs() <= LARGEST_BIAS, rounded, norm.bias))
+        slope = _slope(layer)
+        assert layer.running_mean is not None
+        _round(layer.bias, layer.running_mean.double() * slope, unit * slope)
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no quantized layer followed by a BatchNorm, whose bias could be rounded"
@@ -96,15 +111,32 @@ def _slope(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Tensor:
     return norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
 
 
-def _norms_with_units(model: nn.Module) -> Iterator[tuple[nn.BatchNorm1d | nn.BatchNorm2d, Tensor]]:
-    """Each BatchNorm after a quantized layer, and the value of one unit of that layer's accumulators."""
-    in_scale, unit = torch.ones(()), None
-    for layer in model.modules():
-        if isinstance(layer, (QuantIdentity, QuantReLU)):
-            in_scale = quantizer_of(layer).effective_scale().double()
-        elif isinstance(layer, (QuantConv2d, QuantLinear)):
+def _round(bias: Tensor, centre: Tensor, unit: Tensor) -> None:
+    """Round biases to a centre and a whole number of units, in place."""
+    biases = ((bias.double() - centre) / unit).round()
+    rounded = (biases * unit + centre).to(bias.dtype)
+    bias.copy_(torch.where(biases.abs() <= LARGEST_BIAS, rounded, bias))
+
+
+def _biased_with_units(model: nn.Module) -> Iterator[tuple[nn.BatchNorm1d | nn.BatchNorm2d | QuantLinear, Tensor]]:
+    """Each BatchNorm after a quantized layer, and a last layer with a bias, with the unit of that layer's accumulators.
+
+    The accumulators of an average over pixels are sums of integers and have a finer unit; the unit here is that of one
+    pixel, so that biases are whole numbers for any size of the images.
+    """
+    is_quantized = any(isinstance(layer, (QuantConv2d, QuantLinear)) for layer in model.modules())
+    steps = trace(model) if is_quantized else []
+    scales: list[Tensor] = []  # of the integers that each step gives
+    for step in steps:
+        layer, scale = step.layer, scales[step.inputs[0]] if step.inputs else torch.tensor(1 / 255).double()
+        if isinstance(layer, (QuantConv2d, QuantLinear)):
             quantizer = quantizer_of(layer)
-            unit = quantizer.effective_scale().double().reshape(-1) * in_scale / int8_gain(quantizer.ints)
-        elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)) and unit is not None:
-            yield layer, unit
-            unit = None
+            scale = quantizer.effective_scale().double().reshape(-1) * scale / int8_gain(quantizer.ints)
+            if step is steps[-1] and isinstance(layer, QuantLinear) and layer.bias is not None:
+                yield layer, scale
+        elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            if isinstance(steps[step.inputs[0]].layer, (QuantConv2d, QuantLinear)):
+                yield layer, scale
+        elif layer is not None and hasattr(layer, "act_quant"):
+            scale = quantizer_of(layer).effective_scale().double()
+        scales.append(scale)
