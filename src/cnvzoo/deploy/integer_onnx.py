@@ -68,7 +68,10 @@ class _NetWriter(GraphBuilder):
         self._levels = [INPUT]  # the tensor of each node, uint8
         self._zero_points = [self._zero]
         self._transposed = [False]  # whether the batch is in the place of the rows
-        self._weights: dict[str, str] = {}
+        self._weights: dict[str, str] = {}  # those of all layers, if they are unpacked together
+        self._zeros: dict[str, str] = {}
+        if compact and net.layers:
+            self._zeros = self.add_zeros({layer.name: len(layer.weight) for layer in net.layers})
         if compact:
             self._weights = self.add_weights(
                 {layer.name: layer.scaled_weight for layer in net.layers} | {net.head.name: _head_weight(net.head)}
@@ -104,7 +107,7 @@ class _NetWriter(GraphBuilder):
             self._input(taken, transposed=layer.linear), self._one, self._zero,
             self._weights.get(name) or self.add_weight(name, layer.scaled_weight),
             self.add_constant(f"{name}.multiplier", chosen.multiplier),
-            self.add_constant(f"{name}.zero", np.zeros(len(chosen.bias), np.int8)),
+            self._zeros.get(name) or self.add_constant(f"{name}.zero", np.zeros(len(chosen.bias), np.int8)),
             self._one, zero_point,
             self.add_constant(f"{name}.bias", chosen.bias),
         ]  # fmt: skip

@@ -34,10 +34,15 @@ class GraphBuilder:
     def _name(self, name: str) -> str:
         return str(next(self._numbers)) if self.compact and name not in self.outputs else name
 
-    def add_constant(self, name: str, value: ArrayLike) -> str:
+    def add_constant(self, name: str, value: ArrayLike, *, shared: bool = True) -> str:
+        """A constant; one that is not `shared` is no other's, even if it is equal.
+
+        ONNX Runtime rewrites the weights of each layer and their zero points for CPUs without VNNI, and fails if two
+        layers share them.
+        """
         array = np.asarray(value)
         content = array.dtype.str, array.shape, array.tobytes()
-        if self.compact and content in self._constant_names:
+        if self.compact and shared and content in self._constant_names:
             return self._constant_names[content]
         name = self._constant_names[content] = self._name(name)
         self.constants.append(numpy_helper.from_array(array, name))
@@ -98,10 +103,18 @@ class GraphBuilder:
                 added[name] = self.add("Reshape", [part, shape], f"{name}.weight")
         return added
 
+    def add_zeros(self, sizes: Mapping[str, int]) -> dict[str, str]:
+        """Vectors of int8 zeros of these sizes, one for each name, from a single zero."""
+        length = self.add_constant("zeros.length", np.array([sum(sizes.values())]))
+        zeros = self.add("Expand", [self.add_constant("zeros.zero", np.int8(0)), length], "zeros")
+        lengths = self.add_constant("zeros.sizes", np.array(list(sizes.values())))
+        parts = self.add_several("Split", [zeros, lengths], [f"{name}.zero" for name in sizes])
+        return dict(zip(sizes, parts, strict=True))
+
     def _add_packed(self, name: str, weight: NDArray[np.int8]) -> str:
         packed = pack(weight)
         if packed is None:
-            return self.add_constant(f"{name}.weight", weight)
+            return self.add_constant(f"{name}.weight", weight, shared=False)
         content, table = packed
         flat = self._unpacked(name, content, table)
         if content.size * table.shape[1] != weight.size:
