@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from cnvzoo.models import build_model, compiled, norm_act
 from cnvzoo.models.fake_quant import IntRange, fake_quantize
 from cnvzoo.models.norm_act import NormActSequential, QuantizedActivation
+from cnvzoo.models.quant_layers import QuantLayers
+from cnvzoo.models.resnet import ResNet
 
 CHANNELS = 6
 SHAPE = (5, CHANNELS, 26, 24)  # large enough to be compiled
@@ -85,6 +87,10 @@ def fuses(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     original = norm_act.NormAct.apply
     monkeypatch.setattr(norm_act.NormAct, "apply", lambda *args: (calls.append(args), original(*args))[1])
     return calls
+
+
+def bits_of(name: str) -> dict[str, int]:
+    return {"w_bits": 4, "a_bits": 4} if name.startswith("quant_") else {}
 
 
 def channels_last(*shape: int, seed: int) -> Tensor:
@@ -207,16 +213,18 @@ def test_layers_that_cannot_be_fused_run_one_by_one(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "fused"),
+    ("name", "fused", "highs"),
     [
-        ("cnv", {}, 5),  # of 6: the last map is 1x1
-        ("quant_cnv", {"w_bits": 4, "a_bits": 4}, 5),
-        ("resnet20", {}, 21),  # 19 and two shortcuts
-        ("resnet18", {}, 20),
-        ("mobilenet_v1", {}, 27),
+        ("cnv", 5, {None}),  # of 6: the last map is 1x1
+        ("quant_cnv", 5, {15}),
+        ("resnet20", 21, {None}),  # 19 and two shortcuts
+        ("quant_resnet20", 21, {None, 15, 255}),  # a shortcut has no activation, and the output of a block 8 bits
+        ("resnet18", 20, {None}),
+        ("mobilenet_v1", 27, {None}),
+        ("quant_mobilenet_v1", 27, {15}),
     ],
 )
-def test_models_run_fused(monkeypatch: pytest.MonkeyPatch, name: str, arguments: dict[str, int], fused: int) -> None:
+def test_models_run_fused(monkeypatch: pytest.MonkeyPatch, name: str, fused: int, highs: set[int | None]) -> None:
     variants: list[Any] = []
 
     def one_by_one(x: Tensor, *others: Any) -> Tensor:
@@ -226,13 +234,15 @@ def test_models_run_fused(monkeypatch: pytest.MonkeyPatch, name: str, arguments:
 
     monkeypatch.setattr(norm_act.NormAct, "apply", one_by_one)
     monkeypatch.setattr(compiled, "WORTH_COMPILING", 1)
-    model = build_model(name, **arguments).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build_model(name, **bits_of(name)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.rand(4, 3, 32, 32))
     assert len(variants) == fused
     assert {v.dtype for v in variants} == {torch.bfloat16}
-    assert all((v.high == 15) == (name == "quant_cnv") for v in variants)
-    assert sum(v.residual for v in variants) == {"resnet20": 9, "resnet18": 8}.get(name, 0)
+    assert {v.high for v in variants} == highs
+    assert sum(v.residual for v in variants) == {"resnet20": 9, "resnet18": 8}.get(name.removeprefix("quant_"), 0)
+    # what a shortcut with a convolution gives has not been rounded
+    assert sum(v.rounded for v in variants) == (9 - 2 if name == "quant_resnet20" else 0)
     assert sum(v.pool for v in variants) == (2 if name.endswith("cnv") else 0)
 
 
@@ -251,11 +261,12 @@ def test_a_fused_residual_network_has_the_same_gradients() -> None:
         assert error < 2e-2, f"{key}: {error}"
 
 
-@pytest.mark.parametrize("name", ["cnv", "quant_cnv", "resnet20", "mobilenet_v1"])
+@pytest.mark.parametrize("name", ["cnv", "quant_cnv", "resnet20", "small quant_resnet", "mobilenet_v1"])
 def test_a_whole_training_step_is_one_graph_for_the_compiler(name: str) -> None:
     """As on a GPU, where torch.compile fuses the whole model."""
-    bits = {"w_bits": 4, "a_bits": 4} if name == "quant_cnv" else {}
-    model = build_model(name, **bits).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    small = ResNet((4, 8), (2, 1), 10, 3, QuantLayers(4, 4, 8)) if name == "small quant_resnet" else None
+    model = small or build_model(name, **bits_of(name))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     forward = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
         logits = forward(torch.rand(32, 3, 32, 32).contiguous(memory_format=torch.channels_last))

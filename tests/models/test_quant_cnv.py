@@ -1,4 +1,4 @@
-"""`quant_cnv` at several bit widths: its state is complete before it first runs; its levels are right; scales learn."""
+"""Quantized models, mostly `quant_cnv`, at several widths: whole state before the first run; right levels; scales learn."""
 
 from __future__ import annotations
 
@@ -253,6 +253,22 @@ def test_compiled_loops_give_the_same_step() -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["quant_resnet20", "quant_mobilenet_v1"])
+def test_loading_a_state_into_another_model_gives_its_logits_and_steps(plain: None, name: str) -> None:
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(build_model(name, w_bits=4, a_bits=4))
+    models[1].load_state_dict({n: t.clone() for n, t in models[0].state_dict().items()}, strict=True)
+    steps = []
+    for model in models:
+        logits = model(images())
+        F.cross_entropy(logits, torch.arange(4)).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        steps.append([logits, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*steps, strict=True))
+
+
 @pytest.mark.skipif(not compiled.compiles(torch.device("cpu")), reason="no C++ compiler here to compile with")
 def test_torch_compile() -> None:
     model = fresh(w_bits=4, a_bits=4).eval()
@@ -278,9 +294,12 @@ def test_torch_compile_gives_the_same_gradients(plain: None) -> None:
         )
 
 
-@pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 4), (1, 1)])
-def test_torch_export_with_any_batch_size(w_bits: int, a_bits: int) -> None:
-    model = fresh(w_bits=w_bits, a_bits=a_bits).eval()
+@pytest.mark.parametrize(
+    ("name", "w_bits", "a_bits"),
+    [("quant_cnv", 4, 4), ("quant_cnv", 1, 1), ("quant_resnet20", 4, 4)],
+)
+def test_torch_export_with_any_batch_size(name: str, w_bits: int, a_bits: int) -> None:
+    model = build_model(name, w_bits=w_bits, a_bits=a_bits).eval()
     batch = torch.export.Dim("batch")
     exported = torch.export.export(model, (images(4),), dynamic_shapes=({0: batch},)).module()
     with torch.no_grad():

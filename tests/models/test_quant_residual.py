@@ -37,10 +37,11 @@ class Quantizer(nn.Module):
 class AddedReLU(QuantizedResidualActivation):
     def __init__(self) -> None:
         super().__init__()
-        self.activation_quantizer = Quantizer()
+        self.own = Quantizer()
+        self.activation_quantizer = self.own
 
     def forward(self, x: Tensor, residual: Tensor, *, rounded: bool) -> Tensor:
-        return add_fake_quantized(x, residual, self.activation_quantizer.scale, 255, rounded)
+        return add_fake_quantized(x, residual, self.own.scale, 255, rounded)
 
 
 def straight_through(v: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def step(kind: str, dtype: torch.dtype, rounded: bool) -> dict[str, Tensor]:
     """Output and gradients of one training step: in float64, layer by layer, or fused."""
     x, residual, upstream = tensors(dtype, rounded)
     act, norm = AddedReLU(), norm_of(torch.float64 if kind == "float64" else torch.float32)
-    scale: Any = act.activation_quantizer.scale
+    scale: Any = act.own.scale
     if kind == "float64":
         x, residual, upstream = x.double(), residual.double(), upstream.double()
         scale = scale.detach().double().requires_grad_()
@@ -262,7 +263,9 @@ def test_depthwise_and_pointwise_layers_train_like_torchs(
 ) -> None:
     torch.manual_seed(0)
     layers = QuantLayers(4, 4, 8)
-    layer: Any = layers.depthwise(8, stride) if kind == "depthwise" else layers.pointwise(8, 12)
+    layer: Any
+    quantizer: Any
+    layer = layers.depthwise(8, stride) if kind == "depthwise" else layers.pointwise(8, 12)
     quantizer = quantizer_of(layer)
     quantizer.fit(layer.weight)
     x = torch.randn(3, 8, *size).contiguous(memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnvzoo.models import build_model, model_names, model_spec
+from cnvzoo.models import build_model, model_info, model_names, model_spec
 
 FLOAT_MODELS = [name for name in model_names() if not model_spec(name).quantized]
 
@@ -80,6 +80,56 @@ def test_quant_cnv_is_cnv_and_scales() -> None:
         assert sum(t.numel() for t in added) == scales
         assert len(added) == 9 + 8
         assert count(model) == PARAMETERS["cnv"][num_classes == 100] + scales
+
+
+def resnet_sizes(widths: tuple[int, ...], blocks: int, a_bits: int) -> tuple[int, int, int]:
+    """Weights of the first convolution and of all other layers, and scales, at 10 classes."""
+    first, others, convolved = 27 * widths[0], 10 * widths[-1], widths[0]
+    for before, width in zip((None, *widths), widths, strict=False):
+        others += 9 * width * width * (2 * blocks - (before is not None))
+        convolved += 2 * blocks * width
+        if before is not None:  # the first convolution has fewer inputs, and there is a shortcut
+            others += (9 + 1) * before * width
+            convolved += width
+    rounded = 2 if a_bits < 8 else 1  # inside a block, and its input, which has 8 bits already
+    activations = len(widths) + rounded * blocks * len(widths)  # outputs of blocks have one scale per stage
+    return first, others, convolved + 1 + activations
+
+
+def mobilenet_sizes() -> tuple[int, int, int]:
+    inputs = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024)
+    outputs = (*inputs[1:], 1024)
+    others = 9 * sum(inputs) + sum(i * o for i, o in zip(inputs, outputs, strict=True)) + 10 * 1024
+    return 27 * 32, others, 32 + sum(inputs) + sum(outputs) + 1 + 1 + 2 * 13
+
+
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 4), (3, 8)])
+@pytest.mark.parametrize("name", [name for name in model_names("quant_*") if name != "quant_cnv"])
+def test_sizes_of_quantized_models(name: str, w_bits: int, a_bits: int) -> None:
+    """A scale per output channel, one for the last layer, and those of the activations."""
+    if name == "quant_mobilenet_v1":
+        first, others, scales = mobilenet_sizes()
+    elif name == "quant_resnet18":
+        first, others, scales = resnet_sizes((64, 128, 256, 512), 2, a_bits)
+    else:
+        depth = int(name.removeprefix("quant_resnet"))
+        first, others, scales = resnet_sizes((16, 32, 64), (depth - 2) // 6, a_bits)
+    info = model_info(name, w_bits=w_bits, a_bits=a_bits)
+    twin = name.removeprefix("quant_")
+    assert info.parameters == PARAMETERS[twin][0] + scales
+    assert info.weight_bytes == math.ceil((8 * first + w_bits * others) / 8)
+    assert model_info(twin).weight_bytes == 4 * (first + others)
+    assert info.macs == model_info(twin).macs
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1"])
+def test_a_quantized_model_has_the_initial_weights_of_its_float_twin(name: str) -> None:
+    states = []
+    for model, bits in ((name, {}), (f"quant_{name}", {"w_bits": 2, "a_bits": 3})):
+        torch.manual_seed(5)
+        states.append(build_model(model, **bits).state_dict())
+    assert all(torch.equal(states[1][key], tensor) for key, tensor in states[0].items())
+    assert {key.rpartition(".")[2] for key in states[1].keys() - states[0].keys()} == {"scale"}
 
 
 @pytest.mark.parametrize("name", model_names())
@@ -171,7 +221,57 @@ def test_mobilenet_is_the_published_graph() -> None:
     assert_same_logits(model, reference, torch.rand(2, 3, 32, 32))
 
 
-@pytest.mark.parametrize("name", ["cnv", "resnet20", "mobilenet_v1", "quant_cnv"])
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 4), (2, 3), (8, 8), (1, 1)])
+def test_quant_resnet_is_the_documented_graph(w_bits: int, a_bits: int) -> None:
+    """Computed in float64 from the state: rounded, added and clamped as docs/quantization.md says."""
+    model = with_random_norms("quant_resnet20", w_bits=w_bits, a_bits=a_bits)
+    state = {name: tensor.double() for name, tensor in model.state_dict().items()}
+
+    def scale(layer: str) -> Tensor:
+        (found,) = (t for n, t in state.items() if n.startswith(f"{layer}.") and n.endswith("quant.scale"))
+        return found
+
+    def weight(layer: str, bits: int) -> Tensor:
+        v, high = state[f"{layer}.weight"] / scale(layer), 2 ** (bits - 1) - 1
+        return scale(layer) * (torch.where(v >= 0, 1.0, -1.0).double() if bits == 1 else v.round().clamp(-high, high))
+
+    def conv_norm(x: Tensor, conv: str, norm: str, stride: int = 1, bits: int = w_bits) -> Tensor:
+        w = weight(conv, bits)
+        x = F.conv2d(x, w, stride=stride, padding=w.shape[-1] // 2)
+        mean, var, gamma, beta = (state[f"{norm}.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, mean, var, gamma, beta)
+
+    def levels(x: Tensor, layer: str, low: int, high: int) -> Tensor:
+        return (x / scale(layer)).round().clamp(low, high)
+
+    def reference(x: Tensor) -> Tensor:
+        x = conv_norm((x.double() * 255).round() / 255, "conv", "norm", bits=8)
+        outputs = levels(x, "stages.0.relu", 0, 255)  # integers
+        output_scale = scale("stages.0.relu")
+        for stage in range(3):
+            for number in range(3):
+                block, relu = f"stages.{stage}.{number}", f"stages.{stage}.relu"
+                stride = 2 if stage and not number else 1
+                taken = outputs * output_scale
+                if a_bits < 8:
+                    taken = levels(taken, f"{block}.input", 0, 2**a_bits - 1) * scale(f"{block}.input")
+                y = conv_norm(taken, f"{block}.conv1", f"{block}.norm1", stride)
+                y = levels(y, f"{block}.relu", 0, 2**a_bits - 1) * scale(f"{block}.relu")
+                y = levels(conv_norm(y, f"{block}.conv2", f"{block}.norm2"), relu, -128, 127)
+                if stride == 2:
+                    shortcut = conv_norm(taken, f"{block}.shortcut.0", f"{block}.shortcut.1", 2)
+                    outputs = levels(shortcut, relu, -128, 127)
+                outputs, output_scale = (y + outputs).clamp(0, 255), scale(relu)
+        return F.linear((outputs * output_scale).mean((2, 3)), weight("fc", w_bits), state["fc.bias"])
+
+    x = torch.randint(256, (4, 3, 28, 28)) / 255
+    with torch.no_grad():
+        logits, expected = model(x), reference(x)
+    # a value that float32 rounds to the next level changes those after it a little
+    assert (logits - expected).square().mean().sqrt() < 0.02 * expected.std()
+
+
+@pytest.mark.parametrize("name", ["cnv", "resnet20", "mobilenet_v1", "quant_cnv", "quant_resnet20"])
 def test_seed_decides_the_initial_state(name: str) -> None:
     states = []
     for seed in (7, 7, 8):
@@ -181,11 +281,12 @@ def test_seed_decides_the_initial_state(name: str) -> None:
     assert not all(torch.equal(states[0][n], states[2][n]) for n in states[0])
 
 
-@pytest.mark.parametrize("name", ["cnv", "resnet20", "mobilenet_v1"])
-def test_new_models_have_a_plausible_loss_and_finite_gradients_other_than_zero(name: str) -> None:
+@pytest.mark.parametrize("name", ["cnv", "resnet20", "mobilenet_v1", "quant_resnet20", "quant_mobilenet_v1"])
+def test_new_models_have_a_plausible_loss_and_finite_gradients_other_than_zero(uncompiled: None, name: str) -> None:
     torch.manual_seed(0)
-    model = build_model(name)
-    loss = F.cross_entropy(model(torch.randn(8, 3, 32, 32)), torch.arange(8))
+    model = build_model(name, **bits_of(name))
+    images = torch.rand(8, 3, 32, 32) if model_spec(name).quantized else torch.randn(8, 3, 32, 32)
+    loss = F.cross_entropy(model(images), torch.arange(8))
     loss.backward()
     assert 0.2 * math.log(10) < float(loss.detach()) < 10 * math.log(10)
     for parameter_name, parameter in model.named_parameters():

@@ -1,0 +1,146 @@
+"""`trace`: the layers of a model in the order in which they run, and whose outputs they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cnvzoo
+from cnvzoo.errors import ModelError
+from cnvzoo.models import Classifier, build_model
+from cnvzoo.models.graph import FLATTEN, GLOBAL_POOL, Step, trace
+
+BITS = {"w_bits": 4, "a_bits": 4}
+
+
+def described(steps: list[Step]) -> list[tuple[str, tuple[str, ...]]]:
+    """The name of each step, and the names of those whose outputs it takes."""
+    return [(step.name, tuple(steps[i].name for i in step.inputs)) for step in steps]
+
+
+def block(name: str, before: str, shortcut: bool, rounds: bool = True) -> list[tuple[str, tuple[str, ...]]]:
+    """The steps of a residual block, which takes the output of `before`."""
+    steps, taken, residual = [], before, before
+    if rounds:
+        steps.append((f"{name}.input", (before,)))
+        taken = f"{name}.input"
+    steps += [
+        (f"{name}.conv1", (taken,)),
+        (f"{name}.norm1", (f"{name}.conv1",)),
+        (f"{name}.relu", (f"{name}.norm1",)),
+        (f"{name}.conv2", (f"{name}.relu",)),
+    ]
+    if shortcut:
+        residual = f"{name}.shortcut.1"
+        steps += [(f"{name}.shortcut.0", (taken,)), (residual, (f"{name}.shortcut.0",))]
+    steps += [(f"{name}.norm2", (f"{name}.conv2",)), (f"{name[:8]}.relu", (f"{name}.norm2", residual))]
+    return steps
+
+
+def in_any_order(steps: list[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
+    return sorted(steps)
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_the_steps_of_a_residual_network(rounds: bool) -> None:
+    bits = BITS if rounds else {"w_bits": 8, "a_bits": 8}  # at 8 bits there is nothing to round
+    steps = trace(build_model("quant_resnet20", **bits))
+    expected = [("x", ()), ("input", ("x",)), ("conv", ("input",)), ("norm", ("conv",)), ("stages.0.relu", ("norm",))]
+    before = "stages.0.relu"
+    for stage in range(3):
+        for number in range(3):
+            expected += block(f"stages.{stage}.{number}", before, shortcut=stage > 0 and number == 0, rounds=rounds)
+            before = f"stages.{stage}.relu"
+    expected += [(GLOBAL_POOL, (before,)), (FLATTEN, (GLOBAL_POOL,)), ("fc", (FLATTEN,))]
+    assert in_any_order(described(steps)) == in_any_order(expected)
+    for position, step in enumerate(steps):
+        assert all(i < position for i in step.inputs), step.name
+    sums = [step for step in steps if len(step.inputs) == 2]
+    # the output of a shortcut is not rounded yet, and the outputs of blocks are
+    assert [(step.name, step.rounded) for step in sums] == [
+        ("stages.0.relu", True), ("stages.0.relu", True), ("stages.0.relu", True),
+        ("stages.1.relu", False), ("stages.1.relu", True), ("stages.1.relu", True),
+        ("stages.2.relu", False), ("stages.2.relu", True), ("stages.2.relu", True),
+    ]  # fmt: skip
+    for step in sums:  # the first is what the block computed
+        assert steps[step.inputs[0]].name.endswith(".norm2")
+    # a residual that is rounded is an earlier output of the same layer
+    assert all(steps[s.inputs[1]].layer is s.layer for s in sums if s.rounded)
+    assert steps[-1].name == "fc"
+
+
+@pytest.mark.parametrize("name", ["quant_cnv", "quant_mobilenet_v1"])
+def test_the_steps_of_a_chain(name: str) -> None:
+    model: Any = build_model(name, **BITS)
+    steps = trace(model)
+    assert [step.inputs for step in steps] == [(), *((i,) for i in range(len(steps) - 1))]
+    chained: list[nn.Module | None] = [None, model.get_submodule("input"), *model.features]
+    if name == "quant_mobilenet_v1":
+        chained = [*chained[:2], *(layer for part in model.features for layer in part)]
+        assert [step.layer for step in steps] == [*chained, None, None, model.get_submodule("fc")]
+        assert [step.name for step in steps[-3:]] == [GLOBAL_POOL, FLATTEN, "fc"]
+    else:
+        assert [step.layer for step in steps] == [*chained, None, *model.classifier]
+
+
+class Own(Classifier):
+    """A user's model; `middle` is what it does between its layers."""
+
+    def __init__(self, num_classes: int, in_chans: int, w_bits: int = 4, a_bits: int = 4) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(in_chans, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())
+        self.second = nn.Conv2d(6, 6, 1)
+        self.fc = nn.Linear(6, num_classes)
+
+    def middle(self, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.middle(x, self.second(x))
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        pooled = torch.flatten(nn.functional.adaptive_avg_pool2d(features, 1), 1)
+        return pooled if pre_logits else self.fc(pooled)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+
+@pytest.fixture
+def registered() -> Iterator[Any]:
+    def register(model: type[Own]) -> Classifier:
+        cnvzoo.register_model("own", summary="of tests")(model)
+        return build_model("own", num_classes=3)
+
+    yield register
+    cnvzoo.unregister_model("own")
+
+
+def test_a_model_of_a_user(registered: Any) -> None:
+    assert described(trace(registered(Own))) == [
+        ("x", ()), ("first.0", ("x",)), ("first.1", ("first.0",)), ("first.2", ("first.1",)),
+        ("second", ("first.2",)), (GLOBAL_POOL, ("second",)), (FLATTEN, (GLOBAL_POOL,)), ("fc", (FLATTEN,)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("middle", "message"),
+    [
+        (lambda self, x, y: torch.sigmoid(y), "^Own calls .*sigmoid.*, which has no place in a graph of layers$"),
+        (lambda self, x, y: x + y, "^Own calls .*add.*, which has no place"),
+        (lambda self, x, y: y.mean((2, 3), keepdim=True), "^Own calls mean, which has no place"),
+        (lambda self, x, y: nn.functional.adaptive_avg_pool2d(y, 2), "^Own calls .*pool2d.*, which has no place"),
+        (lambda self, x, y: y if y.sum() > 0 else x, "^the layers of Own cannot be followed: "),
+    ],
+    ids=["sigmoid", "sum", "method", "pool", "branch"],
+)
+def test_a_model_that_does_something_else_is_refused(registered: Any, middle: Any, message: str) -> None:
+    model = registered(type("Own", (Own,), {"middle": middle}))
+    with pytest.raises(ModelError, match=message) as caught:
+        trace(model)
+    assert "\n" not in str(caught.value)
