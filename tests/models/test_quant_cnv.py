@@ -1,4 +1,4 @@
-"""Quantized models, mostly `quant_cnv`, at several widths: whole state before the first run; right levels; scales learn."""
+"""Quantized models, mostly `quant_cnv`: their state is whole before the first run; levels are right; scales learn."""
 
 from __future__ import annotations
 
