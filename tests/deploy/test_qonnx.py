@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from brevitas.nn import QuantConv2d, QuantLinear, QuantReLU
+from brevitas.nn import QuantIdentity, QuantReLU
 from qonnx.core.modelwrapper import ModelWrapper
 from qonnx.core.onnx_exec import execute_node, execute_onnx
 from qonnx.custom_op.registry import getCustomOp
@@ -43,6 +43,7 @@ from torch import nn
 import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.deploy import DeployError
+from cnvzoo.deploy.writers import qonnx_graph
 from cnvzoo.models import quant
 
 HUB = Path(__file__).resolve().parents[2] / "hub"
@@ -68,17 +69,18 @@ def constant(wrapped: ModelWrapper, name: str) -> np.ndarray:
 @torch.no_grad()
 def weights_of(model: nn.Module) -> list[np.ndarray]:
     """The weights as PyTorch quantizes them, in ONNX's layout."""
-    layers = [layer for layer in model.modules() if isinstance(layer, (QuantConv2d, QuantLinear))]
+    layers = [cast(Any, model.get_submodule(name)) for name in cnvzoo.integer_weights(model)]
     weights = [quant.quantizer_of(layer)(layer.weight)[0].numpy() for layer in layers]
-    return [weight.T if weight.ndim == 2 else weight for weight in weights]
+    has_bias = [layer.bias is not None for layer in layers]  # a Gemm then, whose weights are not transposed
+    return [w.T if w.ndim == 2 and not bias else w for w, bias in zip(weights, has_bias, strict=True)]
 
 
 @torch.no_grad()
 def activations_of(model: nn.Module, image: torch.Tensor) -> tuple[list[np.ndarray], np.ndarray]:
     """All activations and the logits that PyTorch computes of one uint8 image."""
     found, hooks = [], []
-    for layer in model.modules():
-        if isinstance(layer, QuantReLU):
+    for name, layer in model.named_modules():
+        if isinstance(layer, (QuantReLU, QuantIdentity)) and name != "input":
             hooks.append(layer.register_forward_hook(lambda _layer, _inputs, output: found.append(output.numpy())))
     output = model(image / 255).numpy()
     for hook in hooks:
@@ -105,6 +107,8 @@ def assert_same(model: nn.Module, wrapped: ModelWrapper, images: torch.Tensor) -
                 continue
             if wrapped.find_producer(node.input[0]) is None:
                 np.testing.assert_allclose(context[name], weights.pop(0), rtol=1e-6)
+                continue
+            if cast(Any, getCustomOp(node)).get_nodeattr("signed"):  # a summand, which PyTorch rounds inside of the sum
                 continue
             wanted = expected.pop(0)
             levels = np.abs(context[name] - wanted) / constant(wrapped, node.input[1])
@@ -160,6 +164,37 @@ def test_noise_with_every_kind_of_batch_norm(make_net, noise, tmp_path, w_bits, 
     wrapped = export(model, tmp_path, "cifar10" if in_chans == 3 else "mnist")
     assert_same(model, wrapped, noise(3, in_chans))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(8, 8), (4, 3)])
+def test_the_integers_of_residual_sums(small_net, noise, w_bits, a_bits):
+    """The summands have signed quantizers, -128 to 127, and the sum an unsigned one, 0 to 255, all of one scale."""
+    model = small_net("residual", w_bits, a_bits)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wrapped = ModelWrapper(qonnx_graph(model, 3, 8))
+    assert_same(model, wrapped, noise(4)[:, :, :8, :8].contiguous())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    summands = 0
+    for sum_node in wrapped.get_nodes_by_op_type("Add"):
+        (relu,) = wrapped.find_consumers(sum_node.output[0])
+        (rounding,) = wrapped.find_consumers(relu.output[0])
+        assert (relu.op_type, rounding.op_type) == ("Relu", "Quant")
+        for name, expected in ((rounding.output[0], "UINT8"), *((name, "") for name in sum_node.input)):
+            node = wrapped.find_producer(name)
+            assert node is not None
+            found = cast(Any, getCustomOp(node)).get_integer_datatype(wrapped).name
+            assert found in ((expected,) if expected else ("INT8", "UINT8"))
+            assert constant(wrapped, node.input[1]) == constant(wrapped, rounding.input[1])
+            signed = cast(Any, getCustomOp(node)).get_nodeattr("signed")
+            assert cast(Any, getCustomOp(node)).get_nodeattr("narrow") == 0
+            summands += signed
+    assert summands == 5  # of four blocks, one of which has a convolution in its shortcut
+
+
+@pytest.mark.parametrize(("w_bits", "a_bits"), [(8, 8), (4, 3), (1, 2)])
+def test_depthwise_layers_and_a_biased_head(small_net, noise, w_bits, a_bits):
+    model = small_net("separable", w_bits, a_bits)
+    assert_same(model, ModelWrapper(qonnx_graph(model, 3, 8)), noise(4)[:, :, :8, :8].contiguous())
 
 
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(4, 3), (1, 2)])

@@ -22,50 +22,6 @@ from cnvzoo.deploy.integer_onnx import integer_graph
 from cnvzoo.deploy.lowering import integer_net
 from cnvzoo.deploy.reference import apply, run_reference
 from cnvzoo.models.quant import quantizer_of
-from cnvzoo.models.quant_layers import QuantLayers
-from cnvzoo.models.resnet import ResNet
-
-
-@torch.no_grad()
-def with_statistics(model: nn.Module, size: int) -> nn.Module:
-    """The model in eval mode, with statistics of noise, and negative, tiny and zero gammas."""
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.weight.copy_(torch.randn_like(layer.weight) / 2 + 0.7)
-            layer.bias.normal_(0, 0.5)
-            layer.weight[:3] = torch.tensor([0.0, 1e-9, -0.3])
-            layer.momentum = None  # the mean over all batches
-    for _ in range(2):
-        model(torch.randint(256, (8, 3, size, size)) / 255)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Callable[..., nn.Module]:
-    """`tiny(w_bits, a_bits)`: a ResNet of 4 and 6 channels with two blocks in each of two stages, for 8x8 images."""
-
-    def make(w_bits: int, a_bits: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(w_bits * 10 + a_bits)
-            return with_statistics(ResNet((4, 6), (2, 2), 5, 3, QuantLayers(w_bits, a_bits, 8)), 8)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def real() -> Callable[..., nn.Module]:
-    """`real(name, bits)`: a model of the registry."""
-    made: dict[tuple[str, int], nn.Module] = {}
-
-    def make(name: str, bits: int) -> nn.Module:
-        if (name, bits) not in made:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(bits)
-                model = cnvzoo.create_model(name, w_bits=bits, a_bits=bits)
-                made[name, bits] = with_statistics(model, 32)
-        return made[name, bits]
-
-    return make
 
 
 def session(model: nn.Module, size: int, optimized: str = "") -> onnxruntime.InferenceSession:
@@ -86,9 +42,10 @@ def images_of(size: int, count: int = 6) -> torch.Tensor:
     return images
 
 
+@pytest.mark.parametrize("kind", ["residual", "separable"])
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(8, 8), (4, 4), (2, 2), (1, 1), (3, 8)])
-def test_runtime_equals_reference_bit_for_bit(tiny, w_bits, a_bits):
-    model = tiny(w_bits, a_bits)
+def test_runtime_equals_reference_bit_for_bit(small_net, kind, w_bits, a_bits):
+    model = small_net(kind, w_bits, a_bits)
     images = images_of(8, 60).numpy()
     found = np.asarray(session(model, 8).run(["accumulators"], {"image": images})[0])
     np.testing.assert_array_equal(found, run_reference(integer_net(model, 8), images))
@@ -96,8 +53,8 @@ def test_runtime_equals_reference_bit_for_bit(tiny, w_bits, a_bits):
 
 
 @pytest.mark.parametrize(("name", "bits"), [("quant_resnet20", 4), ("quant_mobilenet_v1", 2)])
-def test_files_of_the_registrys_models_give_pytorchs_logits(real, tmp_path, name, bits):
-    model = copy.deepcopy(real(name, bits))
+def test_files_of_the_registrys_models_give_pytorchs_logits(registered_net, tmp_path, name, bits):
+    model = copy.deepcopy(registered_net(name, bits))
     cnvzoo.quantize_bias(model)
     facts = cnvzoo.export(model, tmp_path / "m.onnx", dataset="cifar10")
     assert (facts.w_bits, facts.a_bits, facts.size) == (bits, bits, 32)
@@ -111,10 +68,11 @@ def test_files_of_the_registrys_models_give_pytorchs_logits(real, tmp_path, name
     assert same.sum() >= 5  # float32 sums may round an activation to the other side
 
 
+@pytest.mark.parametrize("kind", ["residual", "separable"])
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(8, 8), (4, 4), (2, 2)])
-def test_levels_are_those_of_the_trained_model(tiny, w_bits, a_bits):
+def test_levels_are_those_of_the_trained_model(small_net, kind, w_bits, a_bits):
     """Node by node, each given PyTorch's own levels, so that differences do not add up."""
-    model = tiny(w_bits, a_bits)
+    model = small_net(kind, w_bits, a_bits)
     cnvzoo.quantize_bias(model)
     expected, hooks = [], []
     for name, layer in model.named_modules():
@@ -141,8 +99,8 @@ def test_levels_are_those_of_the_trained_model(tiny, w_bits, a_bits):
     )
 
 
-def test_no_accumulator_differs_with_quantized_biases(tiny):
-    model = tiny(4, 4)
+def test_no_accumulator_differs_with_quantized_biases(small_net):
+    model = small_net("residual", 4, 4)
     cnvzoo.quantize_bias(model)
     net = integer_net(model, 8)
     kinds = [type(node).__name__ for node in net.nodes]
@@ -152,8 +110,8 @@ def test_no_accumulator_differs_with_quantized_biases(tiny):
     assert net.reachable > 4 * 256
 
 
-def test_the_bias_of_the_head_is_whole_for_images_of_any_size(tiny):
-    model: Any = tiny(4, 4)
+def test_the_bias_of_the_head_is_whole_for_images_of_any_size(small_net):
+    model: Any = small_net("residual", 4, 4)
     with torch.no_grad():
         model.fc.bias.normal_()
     before = model.fc.bias.detach().clone()
@@ -171,14 +129,14 @@ def test_the_bias_of_the_head_is_whole_for_images_of_any_size(tiny):
 
 
 @pytest.mark.parametrize(("bits", "most"), [(4, 150_000), (2, 85_000)])
-def test_the_file_of_a_resnet20_is_small(real, tmp_path, bits, most):
-    cnvzoo.export(real("quant_resnet20", bits), tmp_path / "m.onnx", dataset="cifar10")
+def test_the_file_of_a_resnet20_is_small(registered_net, tmp_path, bits, most):
+    cnvzoo.export(registered_net("quant_resnet20", bits), tmp_path / "m.onnx", dataset="cifar10")
     assert (tmp_path / "m.onnx").stat().st_size <= most
 
 
-def test_onnxruntime_adds_integers_without_float_tensors(tiny, tmp_path):
+def test_onnxruntime_adds_integers_without_float_tensors(small_net, tmp_path):
     """It fuses the operators of a sum, and unpacks the weights when it loads a file."""
-    session(tiny(4, 8), 8, str(tmp_path / "optimized.onnx"))
+    session(small_net("residual", 4, 8), 8, str(tmp_path / "optimized.onnx"))
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert kinds.count("QLinearAdd") == 4
     assert not {"DequantizeLinear", "QuantizeLinear", "Add", "Gather", "Split", "Expand", "Cast"} & set(kinds) - {"Add"}
@@ -204,18 +162,18 @@ def with_bias(model: Any) -> None:
         (replace_layer("fc", nn.Identity), "flatten: the last layer must be linear"),
     ],
 )
-def test_a_layer_that_cannot_be_expressed_is_named(tiny, change, message):
-    model = tiny(2, 2)
+def test_a_layer_that_cannot_be_expressed_is_named(small_net, change, message):
+    model = small_net("residual", 2, 2)
     change(model)
     with pytest.raises(DeployError, match=message):
         integer_net(model, 8)
 
 
-def test_a_model_that_is_more_than_layers_is_refused(tiny):
+def test_a_model_that_is_more_than_layers_is_refused(small_net):
     class Doubled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = tiny(2, 2)
+            self.model = small_net("residual", 2, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.model(x) * 2
@@ -224,14 +182,14 @@ def test_a_model_that_is_more_than_layers_is_refused(tiny):
         integer_net(Doubled(), 8)
 
 
-def test_sums_over_pixels_that_may_leave_int32_are_refused(tiny):
+def test_sums_over_pixels_that_may_leave_int32_are_refused(small_net):
     with pytest.raises(DeployError, match="fc: its accumulators may leave int32: use smaller images"):
-        integer_net(tiny(8, 8), 2048)
+        integer_net(small_net("residual", 8, 8), 2048)
 
 
-def test_integer_weights_are_in_the_order_of_execution(tiny):
+def test_integer_weights_are_in_the_order_of_execution(small_net):
     """The shortcut of a block runs before its second convolution, and is a later module."""
-    names = list(cnvzoo.integer_weights(tiny(2, 2)))
+    names = list(cnvzoo.integer_weights(small_net("residual", 2, 2)))
     assert names[-7:] == [
         "stages.0.1.conv2", "stages.1.0.conv1", "stages.1.0.shortcut.0", "stages.1.0.conv2", "stages.1.1.conv1",
         "stages.1.1.conv2", "fc",

@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -15,8 +16,10 @@ from onnx import helper
 from torch import Tensor, nn
 
 from cnvzoo.deploy.lowering import quantized_steps
+from cnvzoo.models.fake_quant import ADDEND
 from cnvzoo.models.graph import Step
-from cnvzoo.models.quant import quantizer_of
+from cnvzoo.models.norm_act import QuantizedResidualActivation
+from cnvzoo.models.quant import IntQuantizer, PlainQuantIdentity, ResidualQuantReLU, act_quant, quantizer_of
 from cnvzoo_runtime.metadata import DeployError
 
 QONNX_OPSET = 13  # with which FINN exports the models of its own tests
@@ -33,7 +36,8 @@ def qonnx_graph(model: nn.Module, in_chans: int, size: int) -> onnx.ModelProto:
     Pappalardo et al. 2022, "QONNX: Representing Arbitrary-Precision Quantized Neural Networks" (arXiv:2206.07527). It
     is Brevitas' own export, cleaned: constants folded, shapes inferred, tensors named. Only the input differs: pixels
     0 to 255 without a quantizer. FINN v0.10 refuses an unsigned quantizer there, and later versions build hardware for
-    it. The division by 255 follows the first convolution, so that the operands of all convolutions are integers.
+    it. The division by 255 follows the first convolution, so that the operands of all convolutions are integers. What
+    is added to the output of a residual block has a signed `Quant` node of the scale of the sum.
 
     Returns:
         A model from float32 `global_in` [1, in_chans, size, size], pixels from 0 to 255, to float32 `global_out`, the
@@ -58,7 +62,7 @@ def qonnx_graph(model: nn.Module, in_chans: int, size: int) -> onnx.ModelProto:
 
         path = Path(folder) / "model.onnx"
         export_qonnx(
-            _on_pixels(model, steps), args=torch.zeros(1, in_chans, size, size, device=device), export_path=str(path),
+            _exported(model, steps), args=torch.zeros(1, in_chans, size, size, device=device), export_path=str(path),
             opset_version=QONNX_OPSET, input_names=[QONNX_INPUT], output_names=[QONNX_OUTPUT], dynamo=False,
         )  # fmt: skip
         wrapped = cleanup_model(ModelWrapper(str(path)))
@@ -80,17 +84,42 @@ def _check_layers(steps: Sequence[Step]) -> None:
             raise DeployError("QONNX has no node for 1-bit activations of levels 0 and 1: use a_bits of 2 or more")
 
 
-def _on_pixels(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
-    """A copy of the model that takes pixels from 0 to 255."""
+def _exported(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
+    """A copy of the model that takes pixels from 0 to 255, and has layers for all that its sums round."""
     first, after = steps[1], [step for step in steps if 1 in step.inputs]
     if not isinstance(first.layer, QuantIdentity) or quantizer_of(first.layer).learned or len(after) != 1:
-        raise DeployError(f"{first.name}: in QONNX an image is quantized first")
+        raise DeployError(f"{first.name}: QONNX needs a quantizer of the image here, before a single convolution")
     scale = quantizer_of(first.layer).effective_scale()
     model = copy.deepcopy(model)
     model.set_submodule(first.name, nn.Identity())
     layer = model.get_submodule(after[0].name)
     model.set_submodule(after[0].name, nn.Sequential(layer, _Scale(scale)))
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, ResidualQuantReLU):
+            model.set_submodule(name, _RoundedSum(layer).eval())
     return model
+
+
+class _RoundedSum(QuantizedResidualActivation):
+    """A residual activation with a layer of its own that rounds the summands."""
+
+    def __init__(self, relu: ResidualQuantReLU) -> None:
+        super().__init__()
+        scale = quantizer_of(relu).effective_scale()
+        quantizer = IntQuantizer(8, signed=True, scale=float(scale), learned=False).to(scale.device)
+        quantizer.ints = ADDEND
+        injector: Any = type("Quant", (act_quant(quantizer),), {"signed": True, "narrow_range": False})
+        self.summand = PlainQuantIdentity(act_quant=injector)
+        self.relu = relu
+
+    @property
+    def activation_quantizer(self) -> IntQuantizer:  # type: ignore[override]
+        return quantizer_of(self.relu)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, rounded: bool = True) -> Any:
+        if residual is None:
+            return self.relu(input)
+        return self.relu(self.summand(input) + (residual if rounded else self.summand(residual)))
 
 
 class _Scale(nn.Module):
