@@ -22,6 +22,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("mobilenet_v1", {}),
     ("quant_cnv", {"w_bits": 8, "a_bits": 8}),
     ("quant_cnv", {"w_bits": 1, "a_bits": 2}),
+    ("quant_resnet20", {"w_bits": 4, "a_bits": 4}),
 ]
 
 

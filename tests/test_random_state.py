@@ -51,7 +51,7 @@ def call(name, function):
 
 random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
 for name in model_names():
-    bits = {"w_bits": 2, "a_bits": 3} if name == "quant_cnv" else {}
+    bits = {"w_bits": 2, "a_bits": 3} if name.startswith("quant_") else {}
     call(f"model_info {name}", lambda: cnvzoo.model_info(name, **bits))
 model, config = call("load_checkpoint", lambda: cnvzoo.load_checkpoint(hub / "cnv.mnist"))
 quantized, _ = call("load_checkpoint, quantized", lambda: cnvzoo.load_checkpoint(hub / "quant_cnv_w2a2.mnist"))
@@ -99,7 +99,13 @@ def seeded() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [("cnv", {}), ("quant_cnv", {"w_bits": 2, "a_bits": 3}), ("resnet20", {}), ("mobilenet_v1", {})]
+    ("name", "bits"),
+    [
+        ("cnv", {}),
+        ("resnet20", {}),
+        ("mobilenet_v1", {}),
+        *((name, {"w_bits": 2, "a_bits": 3}) for name in ("quant_cnv", "quant_resnet20")),
+    ],
 )
 def test_initialized_from_gives_the_weights_of_manual_seed(name: str, bits: dict[str, int], seeded: None) -> None:
     expected = build_model(name, **bits)
@@ -157,7 +163,7 @@ def test_loading_an_adapted_checkpoint_draws_only_for_a_new_head(seeded: None) -
     assert torch.equal(*heads)
 
 
-@pytest.mark.parametrize("module", ["cnvzoo.training.inputs", "cnvzoo.checkpoints.weights", "cnvzoo.zoo"])
+@pytest.mark.parametrize("module", ["cnvzoo.training.inputs", "cnvzoo.checkpoints.weights"])
 def test_the_global_generator_is_not_changed_even_for_a_moment(
     module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_datasets: Callable[..., None], seeded: None
 ) -> None:

@@ -323,3 +323,23 @@ def test_a_recipe_of_a_float_model_has_no_bits(tmp_path: Path) -> None:
     (tmp_path / "entry.yaml").write_text(text + "bits: {fc: [4, 4]}\n")
     with pytest.raises(RecipeError, match=r"entry.yaml:6: bits: resnet20 is a float model: leave bits out"):
         load_recipe(tmp_path / "entry.yaml")
+
+
+def test_a_run_trains_the_bits_of_its_recipe(uncompiled: None, small_datasets: Any, tmp_path: Path) -> None:
+    small_datasets(train=32, test=8)
+    bits = {"stages.2": [2, 3], "fc": [8, None]}
+    values = {
+        "name": "mnist_quant_resnet20_w4a4", "model": "quant_resnet20", "w_bits": 4, "a_bits": 4, "bits": bits,
+        "dataset": "mnist", "epochs": 2, "batch_size": 16, "optimizer": {"lr": 0.01}, "quantize_bias": True,
+    }  # fmt: skip
+    result = cnvzoo.train(recipe_from_dict(values, "test"), device="cpu", quiet=True)
+    expected = widths(build_model("quant_resnet20", in_chans=1, w_bits=4, a_bits=4, bits=bits))
+    assert widths(result.model) == expected
+    assert result.record.recipe["bits"] == bits
+    config = cnvzoo.save_checkpoint(result, tmp_path / "c")
+    assert config.model["bits"] == bits
+    assert widths(cnvzoo.load_checkpoint(tmp_path / "c")[0]) == expected
+    for other in (bits, {}):  # the checkpoint's own bits, or others, to which its weights are fitted
+        again = recipe_from_dict(values | {"start": str(tmp_path / "c"), "bits": other}, "test")
+        tuned = cnvzoo.train(again, epochs=1, device="cpu", quiet=True).model
+        assert widths(tuned) == widths(build_model("quant_resnet20", in_chans=1, w_bits=4, a_bits=4, bits=other))

@@ -86,9 +86,11 @@ def test_frozen_weights_and_inputs_get_no_gradient() -> None:
 
 
 def test_models_use_these_layers() -> None:
-    mobilenet = [m for m in build_model("mobilenet_v1").modules() if isinstance(m, nn.Conv2d)][1:]
-    assert [type(layer) for layer in mobilenet] == [DepthwiseConv2d, PointwiseConv2d] * 13
-    assert [layer.stride[0] for layer in mobilenet[::2]] == [1, 2, 1, 2, 1, 2, *[1] * 5, 2, 1]
+    for name, bits in (("mobilenet_v1", {}), ("quant_mobilenet_v1", {"w_bits": 4, "a_bits": 4})):
+        mobilenet = [m for m in build_model(name, **bits).modules() if isinstance(m, nn.Conv2d)][1:]
+        assert all(isinstance(layer, DepthwiseConv2d) for layer in mobilenet[::2])
+        assert all(isinstance(layer, PointwiseConv2d) for layer in mobilenet[1::2])
+        assert [layer.stride[0] for layer in mobilenet[::2]] == [1, 2, 1, 2, 1, 2, *[1] * 5, 2, 1]
     for name, bits in (("cnv", {}), ("quant_cnv", {"w_bits": 4, "a_bits": 4})):
         convolutions = [m for m in build_model(name, **bits).modules() if isinstance(m, nn.Conv2d)]
         assert all(isinstance(layer, FullFieldConv2d) for layer in convolutions)

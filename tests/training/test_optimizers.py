@@ -18,6 +18,7 @@ MODELS = {
     "resnet20": {},
     "mobilenet_v1": {},
     "quant_cnv": {"w_bits": 2, "a_bits": 3},
+    "quant_resnet20": {"w_bits": 2, "a_bits": 3},
 }
 OPTIMIZERS = {
     "sgd": Optimizer(name="sgd", lr=0.1, weight_decay=0.25),
