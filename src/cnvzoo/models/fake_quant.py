@@ -210,8 +210,8 @@ def sum_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `add_fake_quantized`, in float32, with respect to x, the residual, and (one per value) the scale.
 
-    Straight-through, as in `cnvzoo.models.fake_quant`: q - v where nothing is clamped. A residual that is rounded
-    already has its gradient with respect to the scale in the layer that rounded it.
+    Straight-through, as for one value: q - v where nothing is clamped. A residual that is rounded already has its
+    gradient with respect to the scale where it was rounded.
 
     Args:
         v: x / scale.
