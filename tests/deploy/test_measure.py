@@ -9,7 +9,7 @@ import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.data import load_dataset
 from cnvzoo.deploy import DeployedModel, DeployError
-from cnvzoo.deploy.export import measure_integer
+from cnvzoo.deploy.export import evaluate_file, measure_integer
 
 
 @pytest.fixture
@@ -34,6 +34,24 @@ def test_counts_are_those_of_the_exported_file_and_of_pytorch(published, tmp_pat
     assert result.agreeing == (runner.logits(images.numpy()).argmax(1) == expected).sum()
     assert result.agreeing > 150
     assert 0 <= result.differing < result.reachable
+
+
+def test_a_resnet_is_measured(tmp_path, small_datasets, make_checkpoint):
+    small_datasets(test=12)
+    model, _ = cnvzoo.load_checkpoint(
+        make_checkpoint(tmp_path / "hub", "quant_resnet20", "cifar10", w_bits=2, a_bits=4)
+    )
+    data = load_dataset("cifar10")
+    result = measure_integer(model, data, quiet=True)
+    facts = cnvzoo.export(model, tmp_path / "m.onnx")
+    assert (facts.w_bits, facts.a_bits) == (2, 4)
+    assert result.bytes == (tmp_path / "m.onnx").stat().st_size
+    found = evaluate_file(cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1), data)
+    assert (result.correct, 12) == (found.correct, found.total)
+    with torch.no_grad():
+        expected = model(data.test_images.permute(0, 3, 1, 2) / 255).argmax(1)
+    assert result.agreeing == int((found.predictions == expected).sum())
+    assert result.agreeing >= 11
 
 
 def test_an_output_that_differs_from_the_reference_is_an_error(published, monkeypatch):

@@ -47,8 +47,8 @@ def export(
     Args:
         model: a model of this library, which may be compiled, or the name or folder of a checkpoint.
         path: the file to write. It is written whole, or left as it is if the export fails.
-        format: `integer`, the integer graph of a `quant_cnv`, exact and fast in ONNX Runtime; `qonnx`, a `quant_cnv`
-            for FINN; `onnx`, a float model in float32.
+        format: `integer`, the integer graph of a quantized model, exact and fast in ONNX Runtime; `qonnx`, a quantized
+            model for FINN; `onnx`, a float model in float32.
         dataset: the dataset of the benchmark that the model was trained on, if the model does not know it.
         classes: names of the classes; default those that the model or the dataset has, else "0", "1", and so on.
         name: name of the model in the file; default that of its checkpoint, else of its topology.
@@ -175,7 +175,7 @@ def evaluate_file(
 def measure_integer(model: nn.Module, dataset: str | Dataset, *, quiet: bool = False) -> IntegerResult:
     """Compare the integer graph of a pretrained quantized model with the model and with the reference implementation.
 
-    All three run on the whole test set: about a minute for 10,000 images on two cores.
+    All three run on the whole test set: a minute or two for 10,000 images on two cores.
 
     Args:
         model: a pretrained model, as `load_checkpoint` returns it.
