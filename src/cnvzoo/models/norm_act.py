@@ -3,7 +3,7 @@
     z = gamma * (x - mean) / sqrt(var + eps) + beta          statistics of the batch, as in nn.BatchNorm2d
     y = max_pool(act(z + residual))                          act: none, ReLU, or an unsigned quantizer
 
-A quantizer rounds z and the residual before it adds them (`cnvzoo.models.fake_quant.add_fake_quantized`).
+A quantizer rounds z and the residual before it adds them (`cnvzoo.models.residual.add_fake_quantized`).
 
 As separate layers they take a dozen passes, which on a CPU cost a quarter of the time of the convolutions. The gradient
 of BatchNorm is that of Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3; the quantizer is that of
@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from cnvzoo.models.compiled import compiled_for, runs_compiled
-from cnvzoo.models.fake_quant import round_sum, sum_gradients
+from cnvzoo.models.residual import split_rounded, sum_backward, sum_forward
 
 
 class Quantizer(Protocol):
@@ -37,7 +37,7 @@ class Quantizer(Protocol):
 class QuantizedActivation(nn.Module):
     """A layer that applies an unsigned quantizer, which is a ReLU too, since its lowest level is zero."""
 
-    activation_quantizer: Quantizer
+    activation_quantizer: Quantizer | None  # None where more than the values is asked of it, or it is disabled
 
 
 class QuantizedResidualActivation(QuantizedActivation):
@@ -85,15 +85,15 @@ def _batch_norm(
 
 def _forward(
     x: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor, running_var: Tensor, scale: Tensor | None,
-    residual: Tensor | None, momentum: float, eps: float, variant: _Variant,
+    residual: Tensor | None, momentum: float, eps: float, variant: _Variant, inverse: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, _Norm]:  # fmt: skip
     """y; for a pool, the position (0 to 3, row by row) of each maximum; and the BatchNorm, divided by the scale."""
     norm = _batch_norm(x, gamma, beta, running_mean, running_var, momentum, eps)
     if scale is not None:
         norm = norm._replace(slope=norm.slope / scale, offset=norm.offset / scale)
     v = x.float() * norm.slope + norm.offset
-    if residual is not None and scale is not None:
-        v = round_sum(torch.round(v), residual, scale, variant.rounded)
+    if residual is not None and inverse is not None:
+        v = sum_forward(v, residual, inverse, variant.rounded)
     elif residual is not None:
         v = v + residual.float()
     if variant.relu:
@@ -110,13 +110,10 @@ def _forward(
 
 
 def _backward(
-    x: Tensor, seen: Tensor | None, grad: Tensor, corner: Tensor | None, corners: Tensor, norm: _Norm, gamma: Tensor,
-    scale: Tensor | None, variant: _Variant,
+    x: Tensor, y: Tensor | None, grad: Tensor, corner: Tensor | None, corners: Tensor, norm: _Norm, gamma: Tensor,
+    variant: _Variant,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients with respect to x, residual, gamma, beta and scale (None where there is none).
-
-    `seen` is what else is needed to know where the activation passes a gradient: y for a ReLU of a sum, the residual
-    for a quantizer of a sum.
 
     The vectors after them are returned because the compiler then computes them once and stores them, instead of
     recomputing them for every value of x.
@@ -127,31 +124,46 @@ def _backward(
     over_rows = tuple(range(1, x.dim() - 1))
     grad_scale = grad_residual = None
     dz = g
-    if variant.high is not None and variant.residual:
-        assert seen is not None
-        assert scale is not None
-        v = xf * norm.slope + norm.offset
-        dz, grad_residual, per_value = sum_gradients(v, seen, g, scale, variant.high, variant.rounded)
-        grad_residual = grad_residual.to(x.dtype)
-        grad_scale = per_value.sum(over_rows).sum()
-    elif variant.high is not None:
+    if variant.high is not None:
         v = xf * norm.slope + norm.offset
         r = torch.round(v)
         q = r.clamp(0, variant.high)
         dz = torch.where(r == q, g, 0.0)
         grad_scale = (g * torch.where(r == q, q - v, q)).sum(over_rows).sum()
     elif variant.relu:
-        dz = torch.where((xf * norm.slope + norm.offset if seen is None else seen) > 0, g, 0.0)
-    if variant.residual and grad_residual is None:
+        dz = torch.where((xf * norm.slope + norm.offset if y is None else y) > 0, g, 0.0)
+    if variant.residual:
         grad_residual = dz.to(x.dtype)
-    count = x.numel() // x.shape[-1]
     grad_beta = dz.sum(over_rows).sum(0)
     grad_gamma = (dz * (xf - norm.mean)).sum(over_rows).sum(0) * norm.inverse_std
+    grad_x, *vectors = _norm_backward(x, dz, norm, gamma, grad_gamma, grad_beta)
+    return grad_x, grad_residual, grad_gamma, grad_beta, grad_scale, *vectors
+
+
+def _norm_backward(
+    x: Tensor, dz: Tensor, norm: _Norm, gamma: Tensor, grad_gamma: Tensor, grad_beta: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient with respect to x, given that with respect to z, and the vectors that it is computed from."""
+    count = x.numel() // x.shape[-1]
     slope = gamma * norm.inverse_std
     along = -slope * norm.inverse_std * grad_gamma / count
     offset = -slope * grad_beta / count - along * norm.mean
-    grad_x = (dz * slope + (xf * along + offset)).to(x.dtype)
-    return grad_x, grad_residual, grad_gamma, grad_beta, grad_scale, slope, along, offset
+    grad_x = (dz.float() * slope + (x.float() * along + offset)).to(x.dtype)
+    return grad_x, slope, along, offset
+
+
+def _sum_backward(
+    x: Tensor, y: Tensor, grad: Tensor, residual: Tensor | None, norm: _Norm, inverse: Tensor, high: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients with respect to residual (which is that to z too), gamma, beta and scale of a quantizer that adds.
+
+    `_norm_backward` follows in a loop of its own: reading that gradient is faster than computing it again.
+    """
+    xf, over_rows = x.float(), tuple(range(1, x.dim() - 1))
+    v = xf * norm.slope + norm.offset
+    dz, per_value = sum_backward(v, y, grad.float(), residual, inverse, high)
+    grad_gamma = (dz * (xf - norm.mean)).sum(over_rows).sum(0) * norm.inverse_std
+    return dz.to(x.dtype), grad_gamma, dz.sum(over_rows).sum(0), per_value.sum(over_rows).sum()
 
 
 @functools.cache
@@ -166,23 +178,33 @@ def _kernels(variant: _Variant) -> tuple[Callable[..., Any], Callable[..., Any]]
     gamma, beta, mean, var = example(), example(), example(), example()
     scale = None if variant.high is None else torch.ones(())
     residual = example(*sizes, dtype=variant.dtype) if variant.residual else None
-    arguments = (x, gamma, beta, mean, var, scale, residual, 0.1, 1e-5, variant)
+    inverse = None if scale is None or residual is None else 1 / scale
+    arguments = (x, gamma, beta, mean, var, scale, residual, 0.1, 1e-5, variant, inverse)
     forward = compiled_for(_forward, *arguments)
     y, corner, norm = forward(*arguments)
     for result in (y, corner, *norm):
         if result is not None:
             torch._dynamo.mark_static(result, result.dim() - 1)
-    grad, seen = torch.ones_like(y), _seen(variant, y, residual)
+    grad = torch.ones_like(y)
     torch._dynamo.mark_static(grad, grad.dim() - 1)
-    backward = compiled_for(_backward, x, seen, grad, corner, _corners(), norm, gamma, scale, variant)
+    if inverse is None:
+        seen = y if variant.residual and variant.relu else None
+        return forward, compiled_for(_backward, x, seen, grad, corner, _corners(), norm, gamma, variant)
+    other = None if variant.rounded else residual
+    sums = compiled_for(_sum_backward, x, y, grad, other, norm, inverse, variant.high)
+    dz, grad_gamma, grad_beta, _ = sums(x, y, grad, other, norm, inverse, variant.high)
+    for result in (dz, grad_gamma, grad_beta):
+        torch._dynamo.mark_static(result, result.dim() - 1)
+    rest = compiled_for(_norm_backward, x, dz, norm, gamma, grad_gamma, grad_beta)
+
+    def backward(
+        x: Tensor, y: Tensor, grad: Tensor, residual: Tensor | None, norm: _Norm, gamma: Tensor, inverse: Tensor
+    ) -> tuple[Tensor, ...]:
+        dz, grad_gamma, grad_beta, grad_scale = sums(x, y, grad, residual, norm, inverse, variant.high)
+        grad_x, *_ = rest(x, dz, norm, gamma, grad_gamma, grad_beta)
+        return grad_x, dz, grad_gamma, grad_beta, grad_scale
+
     return forward, backward
-
-
-def _seen(variant: _Variant, y: Tensor, residual: Tensor | None) -> Tensor | None:
-    """What the backward loop reads beside x and the gradient."""
-    if variant.high is not None:
-        return residual
-    return y if variant.residual and variant.relu else None
 
 
 def _corners() -> Tensor:
@@ -213,31 +235,36 @@ class NormAct(torch.autograd.Function):
         # detached and without autocast, since the compiler makes a variant for each combination of these
         x, gamma, beta = x.detach(), gamma.detach(), beta.detach()
         scale = None if scale is None else scale.detach()
+        inverse = 1 / scale if scale is not None and variant.residual else None
         residual = None if residual is None else _rows(residual.detach(), False)
         with torch.autocast(x.device.type, enabled=False):
             forward, _ = _kernels(variant)
             y, corner, batch_norm = forward(
                 _rows(x, variant.pool), gamma, beta, norm.running_mean, norm.running_var, scale, residual,
-                norm.momentum, norm.eps, variant,
+                norm.momentum, norm.eps, variant, inverse,
             )  # fmt: skip
         ctx.variant = variant
-        seen = _seen(variant, y, residual)
-        ctx.save_for_backward(x, seen, corner, gamma, scale, *batch_norm)
+        seen = y if variant.residual and (variant.relu or inverse is not None) else None
+        other = residual if inverse is not None and not variant.rounded else None
+        ctx.save_for_backward(x, seen, other, corner, gamma, inverse, *batch_norm)
         h, w = x.shape[2:]
         return _images(y, (h // 2, w // 2) if variant.pool else (h, w))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, seen, corner, gamma, scale, *batch_norm = ctx.saved_tensors
+        x, seen, other, corner, gamma, inverse, *batch_norm = ctx.saved_tensors
         variant: _Variant = ctx.variant
         grad = grads[0].detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
         grad = grad if variant.pool else grad.flatten(1, 2)
         with torch.autocast(x.device.type, enabled=False):
             _, backward = _kernels(variant)
-            grad_x, grad_residual, grad_gamma, grad_beta, grad_scale, *_ = backward(
-                _rows(x, variant.pool), seen, grad, corner, _corners(), _Norm(*batch_norm), gamma, scale, variant
-            )
+            rows, norm = _rows(x, variant.pool), _Norm(*batch_norm)
+            if inverse is not None:
+                gradients = backward(rows, seen, grad, other, norm, gamma, inverse)
+            else:
+                gradients = backward(rows, seen, grad, corner, _corners(), norm, gamma, variant)
+        grad_x, grad_residual, grad_gamma, grad_beta, grad_scale, *_ = gradients
         if grad_residual is not None:
             grad_residual = _images(grad_residual, x.shape[2:])
         return _images(grad_x, x.shape[2:]), grad_gamma, grad_beta, grad_scale, grad_residual, None, None
@@ -281,6 +308,23 @@ def norm_act(
     norm.num_batches_tracked.add_(1)
     scale = None if quantizer is None else quantizer.positive_scale(x)
     return NormAct.apply(x, norm.weight, norm.bias, scale, residual, norm, variant)  # type: ignore[no-any-return]
+
+
+def block_inputs(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """(x, layer(x)): what a residual block adds to, and what its convolutions take; fused in training where possible.
+
+    Args:
+        x: output of the block before, [N, C, H, W].
+        layer: any layer; fused if it is a QuantizedActivation.
+    """
+    if not isinstance(layer, QuantizedActivation) or isinstance(x, fx.Proxy):
+        return x, layer(x)
+    quantizer = layer.activation_quantizer
+    dense = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    supported = x.dtype in (torch.float32, torch.bfloat16) and dense and x.requires_grad and not _has_hooks(layer)
+    if quantizer is None or not (layer.training and torch.is_grad_enabled() and supported and runs_compiled(x)):
+        return x, layer(x)
+    return split_rounded(x, quantizer.positive_scale(x), quantizer.ints.high)
 
 
 def _fuses(

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnvzoo.errors import ModelError
-from cnvzoo.models.fake_quant import IntRange, add_fake_quantized, fake_quantize, least_squares_scale
+from cnvzoo.models.fake_quant import IntRange, fake_quantize, least_squares_scale
 from cnvzoo.models.layers import DepthwiseConv2d, FullFieldConv2d, PointwiseConv2d, without_initialization
 from cnvzoo.models.norm_act import QuantizedActivation, QuantizedResidualActivation
+from cnvzoo.models.residual import add_fake_quantized
 
 _SCALE_FLOOR = 1e-8
 _GRADIENT_LIMIT = 0.02  # largest gradient of a scale, as a share of the scale
@@ -241,12 +242,16 @@ class _PlainActivation(QuantNonLinearActLayer):
             return super().forward(input)
         return proxy.fused_activation_quant_proxy(input)[0]
 
+    @property
+    def activation_quantizer(self) -> IntQuantizer | None:
+        return quantizer_of(self) if _is_plain(self, self.act_quant, None) else None
 
-class PlainQuantIdentity(_CopiedLayer, _PlainActivation, QuantIdentity):
+
+class PlainQuantIdentity(_CopiedLayer, _PlainActivation, QuantIdentity, QuantizedActivation):  # type: ignore[misc]
     """QuantIdentity that gives plain tensors."""
 
 
-class PlainQuantReLU(_CopiedLayer, _PlainActivation, QuantReLU, QuantizedActivation):
+class PlainQuantReLU(_CopiedLayer, _PlainActivation, QuantReLU, QuantizedActivation):  # type: ignore[misc]
     """QuantReLU with `_ClampedReLU`, given as the class because Brevitas builds the activation again at every load."""
 
     def __init__(self, act_quant: type) -> None:
@@ -258,10 +263,6 @@ class PlainQuantReLU(_CopiedLayer, _PlainActivation, QuantReLU, QuantizedActivat
             act_quant=act_quant,  # type: ignore[arg-type]
             return_quant_tensor=False,
         )
-
-    @property
-    def activation_quantizer(self) -> IntQuantizer:  # type: ignore[override]
-        return quantizer_of(self)
 
 
 class ResidualQuantReLU(PlainQuantReLU, QuantizedResidualActivation):  # type: ignore[misc]  (as in its base)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cnvzoo.models.classifier import LayerBits, PooledClassifier
 from cnvzoo.models.layers import FloatLayers, Layers, skips_initialization
-from cnvzoo.models.norm_act import NormActSequential, norm_act
+from cnvzoo.models.norm_act import NormActSequential, block_inputs, norm_act
 from cnvzoo.models.registry import register_model
 
 
@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor, relu: nn.Module) -> Tensor:
         """The output of the block; `relu` is the activation after the addition, which the blocks of a stage share."""
-        taken = self.input(x)
+        x, taken = block_inputs(x, self.input)
         y = norm_act(self.conv1(taken), self.norm1, self.relu)
         residual = self.shortcut(taken if self.changes_shape else x)
         return norm_act(self.conv2(y), self.norm2, relu, residual=residual, rounded=not self.changes_shape)
