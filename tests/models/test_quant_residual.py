@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnvzoo.models import build_model, compiled
-from cnvzoo.models.fake_quant import IntRange, add_fake_quantized
-from cnvzoo.models.norm_act import NormAct, QuantizedResidualActivation, norm_act
-from cnvzoo.models.quant import IntQuantizer, ResidualQuantReLU, act_quant, quantizer_of
+from cnvzoo.models.fake_quant import IntRange
+from cnvzoo.models.norm_act import NormAct, QuantizedResidualActivation, block_inputs, norm_act
+from cnvzoo.models.quant import IntQuantizer, PlainQuantIdentity, ResidualQuantReLU, act_quant, quantizer_of
 from cnvzoo.models.quant_layers import QuantLayers
+from cnvzoo.models.residual import add_fake_quantized
 
 CHANNELS = 6
 SHAPE = (5, CHANNELS, 26, 24)  # large enough to be compiled
@@ -44,22 +45,23 @@ class AddedReLU(QuantizedResidualActivation):
         return add_fake_quantized(x, residual, self.own.scale, 255, rounded)
 
 
-def straight_through(v: Tensor) -> Tensor:
-    """v rounded and clamped to -128..127, with the gradient of v where it is not clamped."""
-    rounded = v.detach().round()
-    inside = (rounded >= -128) & (rounded <= 127)
-    return torch.where(inside, v + (rounded - v.detach()), rounded.clamp(-128, 127))
+def summand(z: Tensor, scale: Tensor) -> Tensor:
+    """z rounded and clamped to -128..127 times scale, with the gradient of z; that of the scale is of the rounding."""
+    v = (z / scale).detach()
+    rounded = v.round()
+    clamped = rounded.clamp(-128, 127)
+    return z + scale * (rounded - v) + ((clamped - rounded) * scale).detach()
 
 
 def reference(z: Tensor, residual: Tensor, scale: Tensor, rounded: bool) -> Tensor:
     """The sum in float64, by torch's autograd. A residual that was rounded before is a number like any other."""
-    first = straight_through(z / scale) * scale
+    first = summand(z, scale)
     if rounded:
         second = residual + ((residual / scale).round() * scale - residual).detach()
     else:
-        second = straight_through(residual / scale) * scale
+        second = summand(residual, scale)
     total = ((first + second) / scale).detach().round()
-    return torch.where(total < 0, 0.0, torch.where(total > 255, 255 * scale, first + second))
+    return torch.where(total <= 0, 0.0, torch.where(total >= 255, 255 * scale, first + second))
 
 
 def tensors(dtype: torch.dtype, rounded: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,16 +166,41 @@ def test_sums_of_integers() -> None:
     assert torch.equal(found, 0.5 * as_unrounded)
 
 
-def test_gradients_of_a_sum_pass_where_nothing_is_clamped() -> None:
-    x = torch.tensor([10.0, 200.0, -200.0, -20.0, 127.0], requires_grad=True)
-    residual = torch.tensor([5.0, 20.0, 150.0, 10.0, 200.0], requires_grad=True)
+def test_gradients_of_a_sum_pass_where_it_is_above_0_and_not_clamped() -> None:
+    x = torch.tensor([10.0, 200.0, -200.0, -20.0, 127.0, 1.25], requires_grad=True)
+    residual = torch.tensor([5.0, 20.0, 150.0, 10.0, 200.0, 0.0], requires_grad=True)
     scale = torch.tensor(1.0, requires_grad=True)
     add_fake_quantized(x, residual, scale, 255, rounded=True).sum().backward()
     assert x.grad is not None
     assert residual.grad is not None
-    assert x.grad.tolist() == [1, 0, 0, 0, 0]  # 200 and -200 are clamped; -10 is below 0, and 327 above 255
-    assert residual.grad.tolist() == [1, 1, 1, 0, 0]
-    assert scale.grad == 0 + 127 - 128 + 0 + 255
+    assert x.grad.tolist() == [1, 1, 1, 0, 0, 1]  # -10 is below 0, and 327 above 255; clamped summands have it too
+    assert residual.grad.tolist() == [1, 1, 1, 0, 0, 1]
+    assert scale.grad == 255 + (1 - 1.25)
+
+
+@pytest.mark.filterwarnings("ignore:.*TorchScript.*:DeprecationWarning")
+@pytest.mark.skipif(not compiled.compiles(torch.device("cpu")), reason="no C++ compiler here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("uses", ["both", "sum", "convolutions"])
+def test_the_input_of_a_block_is_rounded_as_by_its_layer(uses: str, dtype: torch.dtype) -> None:
+    layer: Any = PlainQuantIdentity(act_quant=act_quant(IntQuantizer(4, signed=False, scale=0.21)))
+    generator = torch.Generator().manual_seed(0)
+    stored = (torch.randint(256, SHAPE, generator=generator) * 0.0205).to(dtype)
+    stored = stored.contiguous(memory_format=torch.channels_last)
+    upstream = [torch.randn(SHAPE, generator=generator).to(dtype) for _ in range(2)]
+    found = []
+    for fused in (True, False):
+        x = stored.clone(memory_format=torch.preserve_format).requires_grad_()
+        quantizer_of(layer).scale.grad = None
+        direct, rounded = block_inputs(x, layer) if fused else (x.view_as(x), layer(x))
+        assert type(rounded.grad_fn).__name__ == ("_SplitRoundedBackward" if fused else "_FakeQuantizeBackward")
+        pairs = list(zip((direct, rounded), upstream, strict=True))
+        used = {"both": pairs, "sum": pairs[:1], "convolutions": pairs[1:]}[uses]
+        torch.autograd.backward([y for y, _ in used], [g for _, g in used])
+        scale = quantizer_of(layer).scale
+        found.append((direct, rounded, x.grad, torch.zeros(()) if scale.grad is None else scale.grad))
+    for own, expected in zip(*found, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-3, atol=torch.finfo(dtype).eps)
 
 
 @given(scale=st.floats(2.0**-14, 2.0**15, width=32))
