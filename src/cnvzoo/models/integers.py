@@ -126,9 +126,10 @@ def _biased_with_units(model: nn.Module) -> Iterator[tuple[nn.BatchNorm1d | nn.B
     """
     is_quantized = any(isinstance(layer, (QuantConv2d, QuantLinear)) for layer in model.modules())
     steps = trace(model) if is_quantized else []
+    pixel = torch.tensor(1 / 255, dtype=torch.float32).double()
     scales: list[Tensor] = []  # of the integers that each step gives
     for step in steps:
-        layer, scale = step.layer, scales[step.inputs[0]] if step.inputs else torch.tensor(1 / 255).double()
+        layer, scale = step.layer, scales[step.inputs[0]] if step.inputs else pixel
         if isinstance(layer, (QuantConv2d, QuantLinear)):
             quantizer = quantizer_of(layer)
             scale = quantizer.effective_scale().double().reshape(-1) * scale / int8_gain(quantizer.ints)
