@@ -16,11 +16,11 @@ from cnvzoo.deploy.integer import Head, Image, IntegerNet, Layer, Node, Rounding
 from cnvzoo.deploy.requantize import Requantization, Staircase, requantize
 from cnvzoo.errors import ModelError
 from cnvzoo.models.classifier import first_channels
-from cnvzoo.models.fake_quant import ADDEND
 from cnvzoo.models.graph import FLATTEN, GLOBAL_POOL, Step, trace
 from cnvzoo.models.integers import int8_gain
-from cnvzoo.models.norm_act import QuantizedActivation, QuantizedResidualActivation
+from cnvzoo.models.norm_act import QuantizedResidualActivation
 from cnvzoo.models.quant import quantizer_of
+from cnvzoo.models.residual import ADDEND
 from cnvzoo_runtime.metadata import DeployError
 
 _LARGEST_PIXEL = 255
@@ -180,12 +180,14 @@ class _Lowering:
         return replace(x, node=self._add(node), scale=scale, high=high)
 
     def _max_pooled(self, step: Step, x: _Levels) -> _Levels:
+        from brevitas.nn import QuantReLU
+
         pool, node, two = step.layer, self.nodes[x.node], (2, (2, 2))
         assert isinstance(pool, nn.MaxPool2d)
         if pool.kernel_size not in two or pool.stride not in two or pool.padding not in (0, (0, 0)) or pool.ceil_mode:
             raise DeployError(f"{step.name}: only 2x2 max pooling with stride 2 can be expressed in the integer graph")
         (taken,) = step.inputs
-        is_activation = isinstance(self.steps[taken].layer, QuantizedActivation)
+        is_activation = isinstance(self.steps[taken].layer, QuantReLU)
         if not isinstance(node, Layer) or not is_activation or self.uses[taken] > 1:
             raise DeployError(f"{step.name}: only the output of one activation, used once, can be pooled")
         self.nodes[x.node] = replace(node, pooled=True)

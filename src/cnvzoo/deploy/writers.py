@@ -16,10 +16,10 @@ from onnx import helper
 from torch import Tensor, nn
 
 from cnvzoo.deploy.lowering import quantized_steps
-from cnvzoo.models.fake_quant import ADDEND
 from cnvzoo.models.graph import Step
 from cnvzoo.models.norm_act import QuantizedResidualActivation
 from cnvzoo.models.quant import IntQuantizer, PlainQuantIdentity, ResidualQuantReLU, act_quant, quantizer_of
+from cnvzoo.models.residual import ADDEND
 from cnvzoo_runtime.metadata import DeployError
 
 QONNX_OPSET = 13  # with which FINN exports the models of its own tests
