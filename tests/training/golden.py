@@ -99,6 +99,35 @@ FAMILIES = {
             "augmentation": _CIFAR,
         },
     ),
+    **{
+        f"resnet_w{bits}a{bits}": Family(
+            "quant_resnet20",
+            bits=bits,
+            values={
+                "optimizer": _MUON,
+                "early_crops": {"side": 24, "epochs": 1},
+                "float_start": "cifar10_resnet20",
+                "quantize_bias": True,
+                "teacher": "cifar10_resnet32",
+                "distillation": {"views": 1},
+                "augmentation": _CIFAR,
+            },
+        )
+        for bits in (4, 2)
+    },
+    "mobilenet_w4a4": Family(
+        "quant_mobilenet_v1",
+        bits=4,
+        values={
+            "optimizer": _SGD | {"lr": 0.01},
+            "early_crops": {"side": 24, "epochs": 1},
+            "float_start": "cifar10_mobilenet_v1",
+            "quantize_bias": True,
+            "teacher": "cifar10_resnet32",
+            "distillation": {"views": 1},
+            "augmentation": _CIFAR,
+        },
+    ),
     "w2a2_digits": Family("quant_cnv", "mnist", bits=2, values={"label_smoothing": 0.1, "float_start": "mnist_cnv"}),
 }
 
