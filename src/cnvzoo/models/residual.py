@@ -61,12 +61,16 @@ def _addend(v: Tensor) -> Tensor:
     return torch.round(v).clamp(ADDEND.low, ADDEND.high)
 
 
+def _add(x: Tensor, residual: Tensor, scale: Tensor, high: int, rounded: bool, dtype: torch.dtype) -> Tensor:
+    inverse = 1 / scale
+    total = sum_forward(x.float() * inverse, residual, inverse, rounded)
+    return (torch.round(total).clamp(0, high) * scale).to(dtype)
+
+
 class _AddFakeQuantized(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, residual: Tensor, scale: Tensor, high: int, rounded: bool, dtype: torch.dtype) -> Tensor:
-        inverse = 1 / scale
-        total = sum_forward(x.float() * inverse, residual, inverse, rounded)
-        return (torch.round(total).clamp(0, high) * scale).to(dtype)
+        return _add(x, residual, scale, high, rounded, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -97,7 +101,8 @@ def add_fake_quantized(
         rounded: whether the residual consists of multiples of the scale, from 0 to high.
         dtype: dtype of the result, x's by default.
     """
-    return _AddFakeQuantized.apply(x, residual, scale, high, rounded, dtype or x.dtype)  # type: ignore[no-any-return]
+    add = _AddFakeQuantized.apply if torch.is_grad_enabled() and not torch.jit.is_tracing() else _add
+    return add(x, residual, scale, high, rounded, dtype or x.dtype)  # type: ignore[no-any-return]
 
 
 def _round(x: Tensor, inverse: Tensor, scale: Tensor, high: int) -> Tensor:
