@@ -131,8 +131,13 @@ def _compile(function: Callable[..., Any], compiler: str | None) -> Callable[...
     tag = f"{torch.compiler.config.cache_key_tag} {torch.backends.cpu.get_cpu_capability()}"
 
     def call(*arguments: Any) -> Any:
-        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]  (of its config module)
+        config: Any = torch.compiler.config
+        before = config.cache_key_tag
+        config.cache_key_tag = tag  # `config.patch` does the same in four times the time, of a step's many calls
+        try:
             return compiled(*arguments)
+        finally:
+            config.cache_key_tag = before
 
     return call
 

@@ -106,18 +106,16 @@ def _as_rows(x: Tensor, rows: int, like: Tensor) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
+    # without `setup_context`, for which torch inspects the signature in every call
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype, compiled: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype, compiled: bool) -> Tensor:
+        ctx.ints, ctx.dtype, ctx.compiled = ints, dtype, compiled
+        ctx.save_for_backward(x, scale)
         x, scale, rows = x.detach(), scale.detach(), scale.numel()
         with torch.autocast(x.device.type, enabled=False):  # else each autocast state would compile a variant
             forward, _ = _kernels_for(x, scale, ints, dtype, compiled)
             out = forward(_as_rows(x, rows, x), scale.view(rows, 1), ints, dtype)
         return out.as_strided(x.shape, x.stride())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, ctx.ints, ctx.dtype, ctx.compiled = inputs
-        ctx.save_for_backward(x, scale)
 
     @staticmethod
     @once_differentiable
@@ -139,7 +137,10 @@ class _TraceableFakeQuantize(torch.autograd.Function):
     def forward(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype, compiled: bool) -> Tensor:
         return _forward(x, scale, ints, dtype)
 
-    setup_context = _FakeQuantize.setup_context
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale, ctx.ints, _, _ = inputs
+        ctx.save_for_backward(x, scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
