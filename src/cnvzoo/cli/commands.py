@@ -64,7 +64,7 @@ def train(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="Replaces the recipe's: the name of a dataset, or the path of own images: <class>/*.png."),
+        typer.Option(help="Replaces the recipe's: the name of a dataset, or the path of own images, a folder for each class."),
     ] = None,
     start: Annotated[
         str | None,
