@@ -5,6 +5,7 @@
     python3 dev.py test                                                   every test, on all cores
     python3 dev.py test ARGUMENT ...                                      as pytest
     python3 dev.py lint                                                   ruff and pyright, of the pages' Python too
+    python3 dev.py docs                                                   the site, in build/site, warnings as errors
     python3 dev.py setup                                                  only make the environment
 
 The first command makes a virtual environment in .venv beside this file and installs both packages into it, cnvzoo and
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
     if sys.version_info < OLDEST:
         return fail(f"Python {OLDEST[0]}.{OLDEST[1]} or newer is needed, and this is {sys.version.split()[0]}")
     command, arguments = (argv[0], argv[1:]) if argv else ("", [])
-    if command not in ("setup", "test", "lint", "reproduce") or (arguments and command in ("setup", "lint")):
+    if command not in ("setup", "test", "lint", "docs", "reproduce") or (arguments and command in ("setup", "lint")):
         print(__doc__)
         return 0 if command in ("-h", "--help") else 2
     if status := prepare():
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> int:
         return become("-m", "pytest", *(arguments or EVERY_TEST))
     if command == "lint":
         return lint()
+    if command == "docs":
+        return become(str(ROOT / "docs" / "site" / "build.py"), *arguments)
     if command == "reproduce":
         for name in datasets_of(arguments):
             if problem := fill_dataset(name, python()):

@@ -130,6 +130,8 @@ def test_arguments_are_passed_on(machine):
     dev.main(["setup"])
     dev.main(["test", "tests/models", "-k", "a b"])
     assert machine.commands[-1] == [dev.python(), "-m", "pytest", "tests/models", "-k", "a b"]
+    dev.main(["docs", "--to", "elsewhere"])
+    assert machine.commands[-1] == [dev.python(), str(dev.ROOT / "docs" / "site" / "build.py"), "--to", "elsewhere"]
     dev.main(["reproduce", "--table", "mnist", "--list"])
     script = str(dev.ROOT / "benchmarks" / "reproduce.py")
     assert machine.commands[-1] == [dev.python(), script, "--table", "mnist", "--list"]

@@ -35,7 +35,7 @@ from cnvzoo.data import Augmentation
 from cnvzoo.training import Distillation, EarlyCrops, Optimizer, Recipe, Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,8 @@ def _dev(arguments: list[str], docs_folder: Path, monkeypatch: pytest.MonkeyPatc
     if arguments[0] == "test":
         assert became[:2] == ["-m", "pytest"]
         assert all((ROOT / word).exists() for word in became[2:] if "/" in word)
+    if arguments[0] == "docs":
+        assert became == [str(ROOT / "docs" / "site" / "build.py")]
     if arguments[0] == "reproduce":
         assert Path(became[0]) == ROOT / "benchmarks" / "reproduce.py"
         return reproduce.main([*became[1:], "--list"], home=docs_folder / "benchmarks")
