@@ -36,7 +36,7 @@ def test_plain_onnx_equals_pytorch_at_any_batch(tmp_path, noise, name):
 
 
 def test_a_format_that_is_unknown_or_does_not_fit_is_refused(make_net, tmp_path):
-    with pytest.raises(DeployError, match="with 'integer' or 'qonnx'"):
+    with pytest.raises(DeployError, match="with 'integer', 'qdq' or 'qonnx'"):
         cnvzoo.export(make_net(2, 2), tmp_path / "m.onnx", format="onnx", dataset="cifar10")
     with pytest.raises(DeployError, match="unknown format 'onx': did you mean 'onnx'"):
         cnvzoo.export(make_net(2, 2), tmp_path / "m.onnx", format="onx", dataset="cifar10")

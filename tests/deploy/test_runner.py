@@ -18,7 +18,7 @@ import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.data import dataset_info
 from cnvzoo.deploy import DeployError
-from cnvzoo_runtime import runner
+from cnvzoo_runtime import sessions
 from cnvzoo_runtime.images import ImageError
 from cnvzoo_runtime.onnx_file import DATA_LOCATION, EXTERNAL_DATA, MESSAGES
 
@@ -213,14 +213,14 @@ def test_a_file_that_cnvzoo_did_not_export_is_refused(tmp_path):
 )
 def test_exact_kernels_are_chosen_where_the_fast_ones_may_saturate(monkeypatch, tmp_path, machine, flags, exact):
     """ONNX Runtime's fast kernels on x86 CPUs without VNNI."""
-    monkeypatch.setattr(runner.platform, "machine", lambda: machine)
+    monkeypatch.setattr(sessions.platform, "machine", lambda: machine)
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(flags)
-    assert runner.sums_products_exactly(tmp_path / "cpuinfo") is exact
+    assert sessions.sums_products_exactly(tmp_path / "cpuinfo") is exact
 
 
 def test_exact_kernels_give_the_same_accumulators(exported, noise, monkeypatch):
     images = noise(4).numpy()
     fast = cnvzoo.deploy.load(exported, threads=1).accumulators(images)
-    monkeypatch.setattr(runner, "sums_products_exactly", lambda: False)
+    monkeypatch.setattr(sessions, "sums_products_exactly", lambda: False)
     np.testing.assert_array_equal(cnvzoo.deploy.load(exported, threads=1).accumulators(images), fast)

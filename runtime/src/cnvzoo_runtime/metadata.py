@@ -15,7 +15,7 @@ class DeployError(CnvzooError, ValueError):
 
 KEY = "cnvzoo"  # key in ONNX's metadata_props
 VERSION = 1  # of this layout
-FORMATS = ("integer", "qonnx", "onnx")
+FORMATS = ("integer", "qdq", "qonnx", "onnx")
 _LARGEST_TEXT = 1 << 20  # characters of JSON
 _LARGEST_SIDE = 1024  # pixels
 _MOST_CLASSES = 10_000
@@ -28,7 +28,7 @@ class Metadata:
     """The metadata of an exported model.
 
     Attributes:
-        format: `integer`, `qonnx` or `onnx`.
+        format: `integer`, `qdq`, `qonnx` or `onnx`.
         name: name of the checkpoint or model.
         dataset: dataset that it was trained on, or None if unknown.
         classes: names of the outputs, in order.

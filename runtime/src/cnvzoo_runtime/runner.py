@@ -1,8 +1,7 @@
-"""Running exported files with numpy and ONNX Runtime, without PyTorch."""
+"""Running exported files with numpy and ONNX Runtime or OpenVINO, without PyTorch."""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from cnvzoo_runtime.images import normalize, prepare
 from cnvzoo_runtime.metadata import KEY, DeployError, Metadata
 from cnvzoo_runtime.onnx_file import read_properties
+from cnvzoo_runtime.sessions import Graphs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,16 +37,25 @@ class Prediction:
 
 
 class DeployedModel:
-    """An exported model in ONNX Runtime.
+    """An exported model in ONNX Runtime, in OpenVINO or in both.
 
     Attributes:
-        session: the `onnxruntime.InferenceSession`.
         metadata: the metadata in the file.
     """
 
-    def __init__(self, session: Any, metadata: Metadata) -> None:
-        self.session = session
+    def __init__(self, graphs: Graphs, metadata: Metadata) -> None:
+        self._graphs = graphs
         self.metadata = metadata
+
+    @property
+    def session(self) -> Any:
+        """The `onnxruntime.InferenceSession`; None where only OpenVINO runs the file."""
+        graph = self._graphs.onnxruntime
+        return None if graph is None else graph.session
+
+    def runtime(self, images: int) -> str:
+        """The runtime that computes a call with so many images: `onnxruntime` or `openvino`."""
+        return self._graphs.runtime(images)
 
     def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 images [N, C, size, size] to float32 logits [N, num_classes].
@@ -57,6 +66,8 @@ class DeployedModel:
         if self.metadata.format == "integer":
             return self.accumulators(images).astype(np.float32) * np.float32(self.metadata.scale)
         self._check(images)
+        if self.metadata.format == "qdq":
+            return self._run(images, lambda part: part, np.float32)
         mean, std = self.metadata.mean, self.metadata.std
         return self._run(images, lambda part: normalize(part, mean, std), np.float32)
 
@@ -128,30 +139,31 @@ class DeployedModel:
         self, images: NDArray[np.uint8], convert: Callable[[NDArray[np.uint8]], NDArray[Any]], dtype: DTypeLike
     ) -> NDArray[Any]:
         """Run the graph on batches of images, each converted to the graph's input."""
-        name, output = self.session.get_inputs()[0].name, self.session.get_outputs()[0].name
+        run = self._graphs.run_for(len(images))
         parts = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
-        rows = [self.session.run([output], {name: np.ascontiguousarray(convert(part))})[0] for part in parts]
+        rows = [run(np.ascontiguousarray(convert(part))) for part in parts]
         return np.concatenate([np.empty((0, len(self.metadata.classes)), dtype), *rows])
 
 
-def load(path: str | Path, *, threads: int | None = None) -> DeployedModel:
-    """Load a file that `cnvzoo.export` wrote, in format `integer` or `onnx`.
+def load(path: str | Path, *, runtime: str = "auto", threads: int | None = None) -> DeployedModel:
+    """Load a file that `cnvzoo.export` wrote, in format `integer`, `qdq` or `onnx`.
 
     Args:
         path: the ONNX file.
-        threads: number of threads of ONNX Runtime; default one for each core.
+        runtime: `onnxruntime`; `openvino`, for `qdq` and `onnx` files; or `auto`, the faster of the two: OpenVINO for
+            calls with at least 16 images to a `qdq` file, where it is installed and the CPU has VNNI or is not x86,
+            else ONNX Runtime.
+        threads: number of threads of the runtime; default one for each core.
 
     Raises:
         DeployError: the file cannot be read, was not written by `cnvzoo.export`, has tensors in other files (external
-            data), or onnxruntime is not installed.
+            data), or the runtime is unknown, not installed, or not for files of this format.
     """
     path = Path(path)
     content, metadata = _read(path)
     if metadata.format == "qonnx":
         raise DeployError(f"{path}: QONNX is for FINN and the qonnx package, not for ONNX Runtime")
-    session = _open(content, path, threads)
-    _check_graph(session, metadata, path)
-    return DeployedModel(session, metadata)
+    return DeployedModel(Graphs(content, path, metadata, runtime, threads), metadata)
 
 
 def read_metadata(path: str | Path) -> Metadata:
@@ -173,52 +185,3 @@ def _read(path: Path) -> tuple[bytes, Metadata]:
     if text is None:
         raise DeployError(f"{path}: an ONNX file, but not one that cnvzoo exported: its metadata has no {KEY!r}")
     return content, Metadata.from_json(text, str(path))
-
-
-def _open(content: bytes, path: Path, threads: int | None) -> Any:
-    """The `onnxruntime.InferenceSession` of a file; messages name `path`."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise DeployError("running exported models needs onnxruntime: pip install onnxruntime") from None
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    options.add_session_config_entry("session.load_model_format", "ONNX")  # as it was checked
-    if not sums_products_exactly():
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its error classes have no common base
-        raise DeployError(f"{path}: ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from None
-
-
-def sums_products_exactly(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether ONNX Runtime's fastest kernels on this CPU sum products of 8-bit integers in 32 bits.
-
-    On x86 without VNNI they sum pairs in 16 bits, which can saturate; the exact kernels are half as fast.
-    """
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    try:
-        return "vnni" in cpuinfo.read_text()
-    except OSError:
-        return False  # unknown: slower and exact
-
-
-def _check_graph(session: Any, m: Metadata, path: Path) -> None:
-    """Raise DeployError where the input or output of the graph is not as the metadata says."""
-    input_type = "tensor(uint8)" if m.format == "integer" else "tensor(float)"
-    output_type = "tensor(int32)" if m.format == "integer" else "tensor(float)"
-    inputs, output = session.get_inputs(), session.get_outputs()[0]
-    expected = [m.in_chans, m.size, m.size]
-    if len(inputs) != 1 or inputs[0].type != input_type or inputs[0].shape[1:] != expected:
-        raise DeployError(
-            f"{path}: its input is not {input_type} {['N', *expected]}, as its metadata says; export it again"
-        )
-    if output.type != output_type or output.shape[1:] != [len(m.classes)]:
-        raise DeployError(
-            f"{path}: its output is {output.type} {output.shape}, and its metadata says {output_type} with "
-            f"{len(m.classes)} classes; export it again"
-        )

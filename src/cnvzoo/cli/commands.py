@@ -64,7 +64,9 @@ def train(
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(help="Replaces the recipe's: the name of a dataset, or the path of own images, a folder for each class."),
+        typer.Option(
+            help="Replaces the recipe's: the name of a dataset, or the path of own images, a folder for each class."
+        ),
     ] = None,
     start: Annotated[
         str | None,
@@ -268,7 +270,10 @@ def export(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
     format: Annotated[
-        str, typer.Option(help="integer: exact and fast on CPUs; qonnx: for FINN; onnx: float models.")
+        str,
+        typer.Option(
+            help="integer: exact and fast on CPUs; qdq: for OpenVINO and others; qonnx: for FINN; onnx: float models."
+        ),
     ] = "integer",
     hub: Hub = None,
     imported: Import = None,

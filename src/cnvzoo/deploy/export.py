@@ -47,8 +47,9 @@ def export(
     Args:
         model: a model of this library, which may be compiled, or the name or folder of a checkpoint.
         path: the file to write. It is written whole, or left as it is if the export fails.
-        format: `integer`, the integer graph of a quantized model, exact and fast in ONNX Runtime; `qonnx`, a quantized
-            model for FINN; `onnx`, a float model in float32.
+        format: `integer`, the integer graph of a quantized model, exact and fast in ONNX Runtime; `qdq`, the same with
+            QuantizeLinear and DequantizeLinear, for ONNX Runtime, OpenVINO and others; `qonnx`, a quantized model for
+            FINN; `onnx`, a float model in float32.
         dataset: the dataset of the benchmark that the model was trained on, if the model does not know it.
         classes: names of the classes; default those that the model or the dataset has, else "0", "1", and so on.
         name: name of the model in the file; default that of its checkpoint, else of its topology.
@@ -130,11 +131,14 @@ def _build_graph(model: nn.Module, metadata: Metadata) -> tuple[ModelProto, Meta
     """The graph in the format of `metadata`, and the metadata with the scale of an integer graph."""
     from cnvzoo.deploy.writers import plain_graph, qonnx_graph  # needs onnx
 
-    if metadata.format == "integer":
+    if metadata.format in ("integer", "qdq"):
         from cnvzoo.deploy.integer_onnx import integer_graph
         from cnvzoo.deploy.lowering import integer_net
+        from cnvzoo.deploy.qdq_onnx import qdq_graph
 
         net = integer_net(model, metadata.size)
+        if metadata.format == "qdq":
+            return qdq_graph(net), metadata
         return integer_graph(net), replace(metadata, scale=net.head.scale)
     build = qonnx_graph if metadata.format == "qonnx" else plain_graph
     return build(model, metadata.in_chans, metadata.size), metadata

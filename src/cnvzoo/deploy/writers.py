@@ -150,7 +150,9 @@ def plain_graph(model: nn.Module, in_chans: int, size: int) -> onnx.ModelProto:
         DeployError: a quantized model.
     """
     if any(hasattr(layer, "weight_quant") for layer in model.modules()):
-        raise DeployError("format='onnx' is for float models: export a quantized model with 'integer' or 'qonnx'")
+        raise DeployError(
+            "format='onnx' is for float models: export a quantized model with 'integer', 'qdq' or 'qonnx'"
+        )
     device = next(model.parameters()).device
     batch = torch.zeros(2, in_chans, size, size, device=device)
     with warnings.catch_warnings():
