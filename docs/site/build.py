@@ -113,7 +113,10 @@ def write_script(path: Path, name: str, content: bytes) -> None:
 
 
 def export_models(folder: Path) -> None:
-    """Export the published `quant_cnv` checkpoints, unless they are in the folder, and write their list, models.js."""
+    """Export the published `quant_cnv` checkpoints, and write their list, models.js.
+
+    A file that the same code made of the same weights is kept.
+    """
     folder.mkdir(exist_ok=True)
     listed = []
     for info in list_checkpoints("quant_cnv_w*"):
@@ -126,11 +129,12 @@ def export_models(folder: Path) -> None:
 def _export(info: CheckpointInfo, folder: Path) -> dict[str, object]:
     """Export one checkpoint to `<name>.onnx` and `<name>.js`; what the page has to know about it."""
     name = info["name"]
-    file, key = folder / f"{name}.onnx", folder / f"{name}.sha256"
-    sha256 = sha256_of(ROOT / "hub" / name / "model.safetensors")
-    if not file.is_file() or not key.is_file() or key.read_text() != sha256:
+    file, key = folder / f"{name}.onnx", folder / f"{name}.made-of"
+    made_of = [*sorted((ROOT / "src" / "cnvzoo").rglob("*.py")), ROOT / "hub" / name / "model.safetensors"]
+    state = " ".join(map(sha256_of, made_of))
+    if not file.is_file() or not key.is_file() or key.read_text() != state:
         cnvzoo.export(name, file)
-        key.write_text(sha256)
+        key.write_text(state)
     write_script(folder / f"{name}.js", name, file.read_bytes())
     facts = asdict(cnvzoo_runtime.read_metadata(file))
     keys = ("name", "dataset", "classes", "size", "image_size", "scale", "w_bits", "a_bits")
