@@ -15,7 +15,8 @@ class DeployError(CnvzooError, ValueError):
 
 KEY = "cnvzoo"  # key in ONNX's metadata_props
 VERSION = 1  # of this layout
-FORMATS = ("integer", "qdq", "qonnx", "onnx")
+ONNX_FORMATS = ("integer", "qdq", "qonnx", "onnx")
+FORMATS = (*ONNX_FORMATS, "c")
 _LARGEST_TEXT = 1 << 20  # characters of JSON
 _LARGEST_SIDE = 1024  # pixels
 _MOST_CLASSES = 10_000
@@ -28,7 +29,7 @@ class Metadata:
     """The metadata of an exported model.
 
     Attributes:
-        format: `integer`, `qdq`, `qonnx` or `onnx`.
+        format: `integer`, `qdq`, `qonnx` or `onnx`; `c`, of C source, is in no file.
         name: name of the checkpoint or model.
         dataset: dataset that it was trained on, or None if unknown.
         classes: names of the outputs, in order.
@@ -36,7 +37,7 @@ class Metadata:
         image_size: side of the images before they are padded to `size`, in pixels.
         mean, std: normalisation of the input of an `onnx` file, per channel, for pixels from 0 to 1; 0 and 1 in other
             formats.
-        scale: logits = scale * accumulators in an `integer` file; 1 in other formats.
+        scale: logits = scale * accumulators in an `integer` file, or scale * scores of `c`; 1 in other formats.
         w_bits, a_bits: bit widths of weights and activations; None for float models.
         version: version of this layout.
     """
@@ -95,8 +96,8 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
     for problem, keys in (("missing", names - values.keys()), ("unknown", values.keys() - names)):
         if keys:
             raise ValueError(f"{_quoted(min(keys))} is {problem}")
-    if values["format"] not in FORMATS:
-        raise ValueError(f"format {_quoted(values['format'])} is not one of {', '.join(FORMATS)}")
+    if values["format"] not in ONNX_FORMATS:
+        raise ValueError(f"format {_quoted(values['format'])} is not one of {', '.join(ONNX_FORMATS)}")
     if not _is_text(values["name"]) or not (values["dataset"] is None or _is_text(values["dataset"])):
         raise ValueError("name and dataset must be printable text")
     classes, mean, std = (values[key] for key in ("classes", "mean", "std"))

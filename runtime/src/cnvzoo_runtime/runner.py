@@ -18,6 +18,7 @@ from cnvzoo_runtime.sessions import Graphs
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+C_SOURCE = b"/* cnvzoo: C source of "  # how files of format `c` begin
 _BATCH = 64  # images at a time; the activations of more do not fit into the caches of a CPU
 
 
@@ -181,6 +182,11 @@ def _read(path: Path) -> tuple[bytes, Metadata]:
         content = path.read_bytes()
     except OSError as error:
         raise DeployError(f"{path}: cannot be read: {error.strerror}") from None
+    if content.startswith(C_SOURCE):
+        raise DeployError(
+            f"{path}: C source of cnvzoo, to be compiled into a program; to run the model here, export it with "
+            "format 'integer'"
+        )
     text = read_properties(content, str(path)).get(KEY)
     if text is None:
         raise DeployError(f"{path}: an ONNX file, but not one that cnvzoo exported: its metadata has no {KEY!r}")

@@ -268,23 +268,25 @@ def export(
             autocompletion=checkpoint_names,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
     format: Annotated[
         str,
         typer.Option(
-            help="integer: exact and fast on CPUs; qdq: for OpenVINO and others; qonnx: for FINN; onnx: float models."
+            help="integer: exact and fast on CPUs; qdq: for OpenVINO and others; qonnx: for FINN; onnx: float models; "
+            "c: C source for microcontrollers, and a header beside it."
         ),
     ] = "integer",
     hub: Hub = None,
     imported: Import = None,
 ) -> None:
-    """Write a checkpoint's model to an ONNX file, which `eval` and `predict` take.
+    """Write a checkpoint's model to an ONNX file, which `eval` and `predict` take, or to C source.
 
     Example: `cnvzoo export quant_cnv_w4a4.cifar10 -o m.onnx --format integer`
     """
     model, _ = cnvzoo.load_checkpoint(checkpoint, hub=hub)
     facts = cnvzoo.export(model, output, format=format)
-    typer.echo(f"{output}: {facts.name} as {facts.format}, {output.stat().st_size:,} bytes")
+    header = f" and {output.with_suffix('.h').name}" if facts.format == "c" else ""
+    typer.echo(f"{output}{header}: {facts.name} as {facts.format}, {output.stat().st_size:,} bytes")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Exporting a model to an ONNX file, and scoring the file."""
+"""Exporting a model to an ONNX file or to C source, and scoring the ONNX file."""
 
 from __future__ import annotations
 
@@ -42,41 +42,70 @@ def export(
     classes: Sequence[str] | None = None,
     name: str | None = None,
 ) -> Metadata:
-    """Write a model to an ONNX file.
+    """Write a model to an ONNX file, or to C source.
 
     Args:
         model: a model of this library, which may be compiled, or the name or folder of a checkpoint.
-        path: the file to write. It is written whole, or left as it is if the export fails.
+        path: the file to write. It is written whole, or left as it is if the export fails. A path that ends in .c for
+            format `c`, which writes a header beside it too.
         format: `integer`, the integer graph of a quantized model, exact and fast in ONNX Runtime; `qdq`, the same with
             QuantizeLinear and DequantizeLinear, for ONNX Runtime, OpenVINO and others; `qonnx`, a quantized model for
-            FINN; `onnx`, a float model in float32.
+            FINN; `onnx`, a float model in float32; `c`, the integer graph as C99 source for devices without an
+            operating system.
         dataset: the dataset of the benchmark that the model was trained on, if the model does not know it.
         classes: names of the classes; default those that the model or the dataset has, else "0", "1", and so on.
         name: name of the model in the file; default that of its checkpoint, else of its topology.
 
     Returns:
-        The metadata in the file. `cnvzoo.deploy.load(path)` runs the file.
+        The metadata of the file. `cnvzoo.deploy.load(path)` runs an ONNX file.
 
     Raises:
-        DeployError: unknown format, a model that it cannot express, or a package is missing.
+        DeployError: unknown format, a model that it cannot express, a package is missing, or a path of another suffix
+            than .c for format `c`.
         ModelError: unknown dataset, or its classes or channels are not the model's.
     """
     if format not in FORMATS:
         raise DeployError(f"unknown format {format!r}: {nearest(format, FORMATS)}")
-    try:
-        import onnx  # noqa: F401  (checked before the export, which can take a minute)
-    except ImportError:
-        raise DeployError("exporting needs the onnx package: pip install 'cnvzoo[export]'") from None
+    if format == "c":
+        _check_c_path(Path(path))
+    else:
+        try:
+            import onnx  # noqa: F401  (checked before the export, which can take a minute)
+        except ImportError:
+            raise DeployError("exporting needs the onnx package: pip install 'cnvzoo[export]'") from None
     if not isinstance(model, nn.Module):
         model = load_checkpoint(model)[0]
     model = unwrapped(model)
     metadata = _describe(model, dataset, classes, name, format)
     with evaluating(model):
+        if format == "c":
+            return _write_c(model, metadata, Path(path))
         proto, metadata = _build_graph(model, metadata)
     entry = proto.metadata_props.add()
     entry.key, entry.value = KEY, metadata.to_json()
     with replacing(path) as temporary:
         temporary.write_bytes(proto.SerializeToString())
+    return metadata
+
+
+def _check_c_path(path: Path) -> None:
+    if path.suffix != ".c":
+        raise DeployError(f"{path}: format 'c' writes a source and a header beside it: give a path that ends in .c")
+    if not path.name.isprintable() or set(path.name) & set('"\\'):
+        raise DeployError(f"{path}: the name of a C file cannot have quotes, backslashes or control characters")
+
+
+def _write_c(model: nn.Module, metadata: Metadata, path: Path) -> Metadata:
+    """Write the source and the header, and return the metadata with the scale of the scores."""
+    from cnvzoo.deploy.c_source import c_source
+    from cnvzoo.deploy.lowering import integer_net
+
+    net = integer_net(model, metadata.size)
+    metadata = replace(metadata, scale=net.head.scale)
+    written = c_source(net, metadata, path.stem)
+    for file, text in ((path.with_suffix(".h"), written.header), (path, written.source)):
+        with replacing(file) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
     return metadata
 
 

@@ -87,6 +87,19 @@ class Requantization:
         product = (acc + self.bias).astype(np.int32).astype(np.float32) * self.multiplier
         return np.clip(np.rint(product), self.low, self.high).astype(np.int16)
 
+    def steps(self, low_acc: Ints, high_acc: Ints) -> Ints:
+        """The smallest accumulators of weights without the gain whose level is k or more, for k from low + 1 to high.
+
+        Args:
+            low_acc, high_acc: [channels], the smallest and largest accumulators that are considered.
+
+        Returns:
+            [channels, high - low], from low_acc to high_acc + 1, which stands for no such accumulator.
+        """
+        nothing = np.zeros(len(self.bias))
+        reachable = Staircase(nothing, nothing, low_acc, high_acc, self.high, self.low)
+        return _integer_steps(reachable, self.gain, self.bias.astype(np.float64), self.multiplier)
+
     def fits_int32(self, exact: Staircase) -> bool:
         """Whether every reachable accumulator is an int32, also after the bias is added."""
         largest = self.gain * np.maximum(np.abs(exact.low_acc), np.abs(exact.high_acc))
