@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -41,8 +42,8 @@ def percents(text: str) -> list[float]:
 
 
 def test_every_example_is_tested_here():
-    tested = set(re.findall(r"\w+\.py", Path(__file__).read_text()))
-    assert {path.name for path in EXAMPLES.glob("*.py")} <= tested
+    tested = set(re.findall(r"\w+\.(?:py|ipynb)", Path(__file__).read_text()))
+    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} <= tested
 
 
 def test_train_quantized_learns(run, small_datasets, uncompiled):
@@ -84,3 +85,34 @@ def test_own_model(run, small_datasets, uncompiled):
 
 def test_the_model_of_an_example_is_not_registered_afterwards():
     assert "patchnet" not in model_names()
+
+
+def test_tour_is_kept_without_outputs():
+    notebook = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) > 5
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+
+
+def test_tour(tmp_path, uncompiled):
+    nbformat, nbclient = (
+        pytest.importorskip(name, reason=f"needs {name}: pip install --group test") for name in ("nbformat", "nbclient")
+    )
+    for package in ("ipykernel", "matplotlib"):
+        pytest.importorskip(package, reason=f"needs {package}: pip install --group dev")
+    notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert re.findall(r"^\d bits: (\w+)", printed, re.MULTILINE) == ["7", "7", "7"]
+    (tuned,) = re.findall(r"^([\d.]+) % of 60 test images", printed, re.MULTILINE)
+    assert float(tuned) > 80  # of three classes
+    (agreeing,) = re.findall(r"^(\d+) of 60 test images get the same class", printed, re.MULTILINE)
+    assert int(agreeing) >= 59
+    sizes = [
+        int(size.replace(",", "")) for size in re.findall(r"^ *(?:float|\d): +([\d,]+) bytes", printed, re.MULTILINE)
+    ]
+    assert len(sizes) == 4
+    assert sizes == sorted(sizes, reverse=True)
