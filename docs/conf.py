@@ -11,7 +11,7 @@ import inspect
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, is_typeddict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "site"))
 
@@ -38,7 +38,10 @@ exclude_patterns = ["build", "docs/site", ".*", "runs"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 myst_all_links_external = False
-suppress_warnings = ["myst.header"]  # model cards begin below the name of their checkpoint
+suppress_warnings = [
+    "myst.header",  # model cards begin below the name of their checkpoint
+    "ref.python",  # several classes have an attribute of one name, such as w_bits
+]
 
 default_role = "py:obj"  # `name` in a docstring is a link where that name is on the page, else code
 autodoc_member_order = "bysource"
@@ -51,10 +54,12 @@ python_maximum_signature_line_length = 100
 
 html_theme = "furo"
 html_title = "cnvzoo"
+html_favicon = "site/static/icon.svg"
 html_static_path = ["site/static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_search_summary = False  # pages that are opened as files cannot fetch it
 html_theme_options = {"navigation_with_keys": True}
 
 SCRIPTS = {  # of single pages, in this order; build.py puts those of other projects into vendor/
@@ -106,6 +111,8 @@ def _reference(module: str) -> str:
         if owner is not None and getattr(owner, name, None) is value:
             continue
         lines.append(f".. {_directive(value)}:: {module}.{name}")
+        if is_typeddict(value):  # its docstring describes the keys together
+            lines[-1] += "\n   :undoc-members:"
     return "\n\n".join(("```{eval-rst}", *lines)) + "\n```"
 
 

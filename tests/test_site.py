@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,10 +32,14 @@ WIDTHS = ["w2a2", "w4a4", "w8a8"]
 
 
 @pytest.fixture(scope="session")
-def site() -> Path:
-    """The folder of the site, built from the files as they are now, once for all workers of a run of pytest."""
+def packages() -> None:
     for package in ("sphinx", "myst_parser", "furo"):
         pytest.importorskip(package, reason=f"building the site needs {package}: pip install --group docs")
+
+
+@pytest.fixture(scope="session")
+def site(packages) -> Path:
+    """The folder of the site, built from the files as they are now, once for all workers of a run of pytest."""
     folder = ROOT / "build" / "site"
     folder.parent.mkdir(exist_ok=True)
     this_run, built_by = os.environ.get("PYTEST_XDIST_TESTRUNUID", ""), folder.with_name("tested-by")
@@ -81,6 +87,41 @@ def visit(site, chromium) -> Iterator[Callable[..., Page]]:
     for context in contexts:
         context.close()
     assert problems == []
+
+
+@pytest.fixture
+def build(packages, monkeypatch, tmp_path) -> ModuleType:
+    """docs/site/build.py with a package-lock.json of no packages, on a machine without any program."""
+    spec = importlib.util.spec_from_file_location("build_site", ROOT / "docs" / "site" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "HERE", tmp_path / "site")
+    (tmp_path / "site" / "node_modules").mkdir(parents=True)
+    (tmp_path / "site" / "package-lock.json").write_text("{}")
+    (tmp_path / "programs").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "programs"))
+    return module
+
+
+def test_without_npm_a_line_says_what_will_not_run(build, capsys):
+    assert build.fetch_packages() is False
+    assert capsys.readouterr().out == (
+        "npm is not installed: the table of the zoo will not sort, and the page in the browser will not run. "
+        "On Debian and Ubuntu, 'apt install npm' installs it\n"
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the program is a script of a POSIX shell")
+def test_npm_is_asked_again_only_after_a_failure_or_for_another_lock_file(build, tmp_path, capsys):
+    npm = tmp_path / "programs" / "npm"
+    for status, lock, expected in ((1, "{}", False), (0, "{}", True), (1, "{}", True), (1, "{ }", False)):
+        npm.write_text(f"#!/bin/sh\nexit {status}\n")
+        npm.chmod(0o755)
+        (tmp_path / "site" / "package-lock.json").write_text(lock)
+        assert build.fetch_packages() is expected
+    assert capsys.readouterr().out.count("npm failed, see above") == 2
 
 
 @pytest.mark.parametrize("module", ["cnvzoo", "cnvzoo.training", "cnvzoo.deploy", "cnvzoo_runtime"])

@@ -47,6 +47,7 @@ LICENCES = {"LICENSE": "ort.LICENSE.txt", "ThirdPartyNotices.txt": "ort.ThirdPar
 FRONT = """<!doctype html>
 <meta charset="utf-8">
 <meta http-equiv="refresh" content="0; url=README.html">
+<link rel="icon" href="_static/icon.svg">
 <title>cnvzoo</title>
 <a href="README.html">cnvzoo</a>
 """
