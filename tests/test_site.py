@@ -203,6 +203,23 @@ def runner(site: Path, name: str) -> cnvzoo.deploy.DeployedModel:
     return cnvzoo.deploy.load(site.with_name("site-extra") / "models" / f"{name}.onnx", threads=1)
 
 
+def click(page: Page, corners: list[tuple[float, float]]) -> None:
+    """Draw lines with the mouse."""
+    page.mouse.move(*corners[0])
+    page.mouse.down()
+    for corner in corners[1:]:
+        page.mouse.move(*corner, steps=6)
+    page.mouse.up()
+
+
+def touch(page: Page, corners: list[tuple[float, float]]) -> None:
+    """Draw lines with a finger."""
+    finger = page.context.new_cdp_session(page)
+    for kind, (x, y) in zip(("touchStart", "touchMove", "touchMove"), corners, strict=True):
+        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y}]})
+    finger.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+
 @pytest.mark.parametrize("screen", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_a_drawn_seven_is_read_as_seven_at_every_width(visit, screen):
     page = visit("docs/browser.html", screen)
@@ -212,11 +229,7 @@ def test_a_drawn_seven_is_read_as_seven_at_every_width(visit, screen):
     assert box is not None
     seven = ((0.25, 0.2), (0.7, 0.2), (0.4, 0.8))
     corners = [(box["x"] + box["width"] * x, box["y"] + box["height"] * y) for x, y in seven]
-    page.mouse.move(*corners[0])
-    page.mouse.down()
-    for corner in corners[1:]:
-        page.mouse.move(*corner, steps=6)
-    page.mouse.up()
+    (touch if screen is PHONE else click)(page, corners)
     assert results(page) == {f"quant_cnv_{width}.mnist": "7" for width in WIDTHS}
 
 
