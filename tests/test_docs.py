@@ -8,6 +8,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from PIL import Image
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+import cnvzoo
 import cnvzoo.cli
 import dev
 from cnvzoo.data import Augmentation
@@ -141,6 +143,13 @@ def perform(docs_folder, monkeypatch) -> Callable[[str], int]:
                 return _status(cnvzoo.cli.main)
             case ["python3", "dev.py", *rest]:
                 return _dev(rest, docs_folder, monkeypatch)
+            case ["make", "-C", "examples/microcontroller", _, target]:
+                tools = ["make"] + ({"run": ["cc"]}.get(target) or ["arm-none-eabi-gcc", "qemu-system-arm"])
+                if missing := [tool for tool in tools if shutil.which(tool) is None]:
+                    pytest.skip(f"not installed: {', '.join(missing)}")
+                cnvzoo.export("quant_cnv_w4a4.cifar10", "net.c", format="c")
+                np.zeros((2, 3, 32, 32), np.uint8).tofile("images.bin")
+                return subprocess.run(arguments).returncode
             case ["python", script, *rest] if script.startswith("examples/"):
                 monkeypatch.setattr(sys, "argv", [script, *rest])
                 return _status(lambda: runpy.run_path(script, run_name="__main__"))

@@ -27,6 +27,7 @@ from cnvzoo.deploy.reference import run_reference
 from cnvzoo.deploy.requantize import Requantization, Staircase, requantize
 
 HUB = Path(__file__).resolve().parents[2] / "hub"
+EXAMPLE = HUB.parent / "examples" / "microcontroller"
 COMPILERS = [compiler for compiler in ("gcc", "clang") if shutil.which(compiler)]
 FLAGS = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Wconversion", "-Werror"]
 SANITIZED = {  # packages of clang are often without the libraries of its sanitizers
@@ -121,6 +122,31 @@ def test_a_published_checkpoint_has_the_scores_of_onnxruntime(noise, tmp_path, c
     np.testing.assert_array_equal(found, runner.accumulators(images))
     assert (facts.format, facts.scale) == ("c", pytest.approx(runner.metadata.scale))
     assert len(np.unique(found)) > 50
+
+
+@pytest.mark.skipif(
+    any(shutil.which(tool) is None for tool in ("make", "arm-none-eabi-gcc", "qemu-system-arm")),
+    reason="make, arm-none-eabi-gcc or qemu-system-arm is not installed",
+)
+def test_the_example_has_the_same_scores_on_a_cortex_m4_in_qemu(noise, tmp_path):
+    """And fits into 380,000 bytes of flash and 70,000 of RAM."""
+    cnvzoo.export(HUB / "quant_cnv_w2a2.cifar10", tmp_path / "net.c", format="c")
+    cnvzoo.export(HUB / "quant_cnv_w2a2.cifar10", tmp_path / "m.onnx")
+    images = noise(2).numpy()
+    images.tofile(tmp_path / "images.bin")
+    make = ["make", "-s", "-C", EXAMPLE, f"DIR={tmp_path}"]
+    size, emulated = (
+        subprocess.run([*make, target], capture_output=True, text=True, check=True, timeout=120).stdout
+        for target in ("size", "emulate")
+    )
+    flash, data, static = map(int, size.splitlines()[1].split()[:3])
+    assert (flash < 380_000, data, static < 70_000) == (True, 0, True)
+    rows = re.findall(r"^(\w+): ([-\d ]+); (\d+) instructions$", emulated, re.MULTILINE)
+    runner = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1)
+    expected = runner.accumulators(images)
+    assert [list(map(int, scores.split())) for _, scores, _ in rows] == expected.tolist()
+    assert [label for label, _, _ in rows] == [runner.metadata.classes[i] for i in expected.argmax(1)]
+    assert all(59_000_000 < int(count) < 300_000_000 for *_, count in rows)  # 59 million products
 
 
 def layer(taken: int, weight: Any, *, bias: int = 0, multiplier: float = 1, high: int = 255, **settings: Any) -> Layer:
