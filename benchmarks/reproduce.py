@@ -5,6 +5,7 @@
     python benchmarks/reproduce.py --table all --time-limit 0                   train nothing, show the tables
     python benchmarks/reproduce.py --table cifar10 --epochs 3                   a short trial of each, in no table
     python benchmarks/reproduce.py --table cifar10 --at-once 4                  four runs at once
+    python benchmarks/reproduce.py --table cifar100 --on ray                    on a Ray cluster (docs/cluster.md)
     python benchmarks/reproduce.py --table cifar10 --publish hf://ORG           and publish the checkpoints at the end
 
 It works like make: a run with a valid record under benchmarks/results/ is not trained again, an interrupted run is
@@ -37,9 +38,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
+from harness.cluster import RayRunner, cluster_device, joined_cluster
 from harness.entries import SEEDS, TABLES, Entry, HarnessError, Layout, load_entries, select_entries, shown
 from harness.execute import Outcome, execute
 from harness.outputs import Outputs
@@ -114,7 +117,8 @@ def _reproduce(
 
     references = load_references(layout.references, entries)
     load_retired(layout.retired)  # reports a problem in it before anything is trained
-    device = resolve_device(arguments.device)
+    on_ray = arguments.on == "ray"
+    device = None if on_ray else resolve_device(arguments.device)
     deadline = None if arguments.time_limit is None else time.monotonic() + arguments.time_limit
     outputs = Outputs(selected, records, references, verify, _say)
     outputs.collect_records(seeds)
@@ -129,7 +133,7 @@ def _reproduce(
     if in_time and arguments.epochs is None and PUBLISHED_SEED in seeds:
         outputs.measure(measure)
         names = [folder.name for entry in selected if (folder := layout.checkpoint(entry.recipe)).is_dir()]
-        verified = verify(names, hub=layout.hub, device=arguments.device)
+        verified = verify(names, hub=layout.hub, device="auto" if on_ray else arguments.device)
 
     _print_tables(arguments, selected, seeds, outputs)
     if arguments.publish is not None and outcome.stopped in (None, "time limit"):
@@ -146,23 +150,31 @@ def _reproduce(
 def _train(
     runs: Sequence[Run],
     arguments: argparse.Namespace,
-    device: torch.device,
+    device: torch.device | None,
     deadline: float | None,
     train: Callable[..., RunRecord] | None,
     outputs: Outputs,
 ) -> Outcome:
-    """Train the runs: in worker processes if several go at once on a CPU, else in this process."""
+    """Train the runs: in worker processes if several go at once on a CPU, else in this process.
+
+    Without a device, on a Ray cluster.
+    """
     threads, records = arguments.threads, outputs.records
-    at_once = min(arguments.at_once or default_runs_at_once(device, threads), max(1, len(runs)))
+    run_all = partial(execute, runs, records=records, deadline=deadline, say=_say, on_finished=outputs.update)
+    if not runs:
+        return Outcome()
+    if device is None:
+        with joined_cluster():
+            on_cluster = RayRunner(threads, cluster_device(arguments.device), deadline, _say, train or run_recipe)
+            return run_all(on_cluster, at_once=arguments.at_once or on_cluster.at_once)
+    at_once = min(arguments.at_once or default_runs_at_once(device, threads), len(runs))
     if train is None and device.type == "cpu" and at_once > 1:
         runner: Runner = ProcessRunner(threads, deadline, _say, run_recipe)
     else:
         own_stream = device.type == "cuda" and at_once > 1
         runner = LocalRunner(train or run_recipe, device, deadline, own_stream=own_stream)
     with process_settings(device, threads):
-        return execute(
-            runs, runner, at_once=at_once, records=records, deadline=deadline, say=_say, on_finished=outputs.update
-        )
+        return run_all(runner, at_once=at_once)
 
 
 def _print_tables(
@@ -224,6 +236,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, help="only these seeds (default: 0 1 2)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is cuda where there is one")
     add(
+        "--on",
+        choices=("this-machine", "ray"),
+        default="this-machine",
+        help="ray: the Ray cluster of RAY_ADDRESS, or a new one on this machine; --device is then that of its nodes",
+    )
+    add(
         "--epochs",
         type=_whole("epochs"),
         metavar="N",
@@ -237,8 +255,8 @@ def _parser() -> argparse.ArgumentParser:
         "--at-once",
         type=_whole("runs"),
         metavar="N",
-        help="train N runs at once (default: on a CPU the usable cores divided by --threads, on a GPU 3); each needs "
-        "its own memory; its bits do not depend on N",
+        help="train N runs at once (default: on a CPU the usable cores divided by --threads, on a GPU 3; on Ray the "
+        "same for all of its nodes); each needs its own memory; its bits do not depend on N",
     )
     add(
         "--threads",

@@ -1,6 +1,6 @@
 """Train the runs of a schedule, one or several at a time.
 
-A runner (workers.py) trains one run; `execute` calls it in as many threads as there are runs at once.
+A runner (workers.py, cluster.py) trains one run; `execute` calls it in as many threads as there are runs at once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def execute(
     runs: Sequence[Run],
     runner: Runner,
     *,
-    at_once: int = 1,
+    at_once: int | Callable[[], int] = 1,
     records: Records,
     deadline: float | None,
     say: Callable[[str], None],
@@ -56,17 +56,20 @@ def execute(
 ) -> Outcome:
     """Train `runs`, `at_once` of them at a time, and copy each record to its place when its run is finished.
 
-    Runs start in order, but one that needs the weights of another waits for it while later ones start. Only training
-    happens in other threads, and with one run at a time not even that. A run that fails holds up only those that need
-    its weights. At the `deadline` (of time.monotonic()) or a signal, finished runs are kept, every run under way saves
-    its state, and no other starts.
+    Runs start in order, but one that needs the weights of another waits for it while later ones start. `at_once` is a
+    function where the number may change meanwhile. Only training happens in other threads, and with one run at a time
+    not even that, unless the runner only waits. A run that fails holds up only those that need its weights. At the
+    `deadline` (of time.monotonic()) or a signal, finished runs are kept, every run under way saves its state, and no
+    other starts.
 
     Other processes may train in the same folders. What they have finished since the schedule was made is not trained
     again; what they are training is left to them, and tried once more when everything else is done.
     """
-    with _pool(at_once) as (pool, caught):
+    in_this_thread = at_once == 1 and not runner.waits
+    limit = at_once if callable(at_once) else lambda: at_once
+    with _pool(0 if in_this_thread else len(runs)) as (pool, caught):
         stop = _Stop(caught)
-        work = _Execution(runs, runner, at_once, records, deadline, say, on_finished, pool, stop)
+        work = _Execution(runs, runner, limit, records, deadline, say, on_finished, pool, stop)
         try:
             return work.run_all()
         finally:
@@ -88,17 +91,17 @@ class _Stop:
 
 
 @contextmanager
-def _pool(at_once: int) -> Iterator[tuple[Executor, Sequence[str]]]:
+def _pool(threads: int) -> Iterator[tuple[Executor, Sequence[str]]]:
     """The executor of the runs, and the names of the signals that arrive while it is used.
 
-    A single run at a time trains in the main thread and catches signals itself. Several at a time are asked to stop by
+    Without threads, a run trains in the main thread and catches signals itself. Those in threads are asked to stop by
     the first signal; a second one ends this process at once, because threads cannot be interrupted.
     """
-    if at_once == 1:
+    if threads == 0:
         yield _InPlace(), ()
     else:
-        with caught_signals(second=signal.SIG_DFL) as caught, ThreadPoolExecutor(at_once) as threads:
-            yield threads, caught
+        with caught_signals(second=signal.SIG_DFL) as caught, ThreadPoolExecutor(threads) as pool:
+            yield pool, caught
 
 
 class _InPlace(Executor):
@@ -119,7 +122,7 @@ class _Execution:
 
     runs: Sequence[Run]
     runner: Runner
-    at_once: int
+    at_once: Callable[[], int]
     records: Records
     deadline: float | None
     say: Callable[[str], None]
@@ -158,8 +161,8 @@ class _Execution:
         )
 
     def _start(self) -> None:
-        """Start runs while fewer than `at_once` are under way and one can start."""
-        while len(self.under_way) < self.at_once and not self.stop() and (ready := self._ready()) is not None:
+        """Start runs while fewer than `at_once()` are under way and one can start."""
+        while len(self.under_way) < self.at_once() and not self.stop() and (ready := self._ready()) is not None:
             if self.deadline is not None and time.monotonic() >= self.deadline:
                 self.stop.ask("time limit")
                 return

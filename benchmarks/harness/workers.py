@@ -1,4 +1,4 @@
-"""Runners train one run: in this process, or in a worker process.
+"""Runners train one run: in this process, or in a worker process; cluster.py has one that trains on a Ray cluster.
 
 On a CPU several runs at once are several processes: the number of threads belongs to a process, and Python runs one
 thread at a time. On a GPU they are threads of one process, each with a CUDA stream of its own.
@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_any
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 
@@ -37,13 +37,20 @@ Stop: TypeAlias = Callable[[], "str | None"]  # the reason to stop for, once the
 Train: TypeAlias = Callable[..., RunRecord]  # cnvzoo.training.run_recipe, or a replacement in tests
 Weights: TypeAlias = Mapping[str, "Path | list[Path]"]  # by the argument of run_recipe: float_start and teacher
 
-_AT_ONCE_ON_A_GPU = 3
+AT_ONCE_ON_A_GPU = 3
 _POLL_SECONDS = 0.1
 _LINES_KEPT = 5
 
 
 class Runner(Protocol):
-    """Trains or resumes one run."""
+    """Trains or resumes one run.
+
+    Attributes:
+        waits: whether `run` only waits for another process, and so has to be called in another thread than the main
+            one, which catches signals; otherwise training catches them where it is called in the main thread.
+    """
+
+    waits: ClassVar[bool]
 
     def run(self, run: Run, weights: Weights, stop: Stop) -> RunRecord:
         """Return the record, with `record.json` and `weights.safetensors` in `run.run_dir`.
@@ -74,6 +81,7 @@ class LocalRunner:
     device: torch.device
     deadline: float | None
     own_stream: bool = False
+    waits: ClassVar[bool] = False
 
     def run(self, run: Run, weights: Weights, stop: Stop) -> RunRecord:
         stream = torch.cuda.stream(torch.cuda.Stream(self.device)) if self.own_stream else nullcontext()
@@ -93,7 +101,7 @@ class LocalRunner:
 def default_runs_at_once(device: torch.device, threads: int) -> int:
     """How many runs keep the device busy: three on a GPU, one for every `threads` usable cores on a CPU."""
     if device.type == "cuda":
-        return _AT_ONCE_ON_A_GPU
+        return AT_ONCE_ON_A_GPU
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, usable // threads)
 
@@ -123,25 +131,31 @@ class WorkerEnded(RunInterrupted):
         super().__init__(run, reason, 0, 0, run_dir)
         self.run = run
 
+    def __reduce__(self) -> tuple[type[WorkerEnded], tuple[Any, ...]]:
+        return type(self), (self.run, self.reason, self.run_dir)
+
     def __str__(self) -> str:
         return f"{self.run}: stopped ({self.reason}); the same command resumes from the last saved state, if any"
 
 
 @dataclass(frozen=True)
 class ProcessRunner:
-    """Trains on the CPU, each run in a new process, so that a crash ends one run only.
+    """Trains each run in a new process, so that a crash ends one run only.
 
     Attributes:
         threads: of each run.
         deadline: of time.monotonic().
         say: called with each line that a worker prints, from the thread that waits for it.
         train: called as cnvzoo.training.run_recipe in the worker; it must be picklable.
+        device: to train on.
     """
 
     threads: int
     deadline: float | None
     say: Callable[[str], None]
     train: Train = run_recipe
+    device: str = "cpu"
+    waits: ClassVar[bool] = True
     _starting: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def run(self, run: Run, weights: Weights, stop: Stop) -> RunRecord:
@@ -150,7 +164,7 @@ class ProcessRunner:
             "recipe": run.entry.recipe,
             "run_dir": run.run_dir,
             "seed": run.seed,
-            "device": "cpu",
+            "device": self.device,
             "epochs": run.trial_epochs,
             **weights,
         }
@@ -267,7 +281,7 @@ def _work(
     try:
         outcome: RunRecord | Exception = train(**arguments, deadline=deadline, stop=lambda: next(iter(reasons), None))
     except Exception as error:
-        outcome = _picklable(error)
+        outcome = picklable(error)
     with suppress(OSError):  # the parent is gone
         connection.send(outcome)
 
@@ -282,8 +296,8 @@ def _receive_stop(connection: Connection, reasons: list[str]) -> None:
     reasons.append("SIGTERM")
 
 
-def _picklable(error: Exception) -> Exception:
-    """The error if it is one of cnvzoo and the parent process can unpickle it, else its message."""
+def picklable(error: Exception) -> CnvzooError:
+    """The error if it is one of cnvzoo and another process can unpickle it, else its message."""
     if isinstance(error, CnvzooError):
         with suppress(Exception):
             pickle.loads(pickle.dumps(error))

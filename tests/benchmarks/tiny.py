@@ -45,7 +45,9 @@ def publish_tiny(set_attribute: Callable[[object, str, object], object] = setatt
     """Replace the facts and checksums of MNIST by those of `tiny()`; a test passes `monkeypatch.setattr` to undo it."""
     data = tiny()
     arrays = ("train_images", "train_labels", "test_images", "test_labels")
-    checksums = {key: {"sha256": sha256_of_array(getattr(data, key))} for key in arrays}
+    checksums = {
+        key: {"sha256": sha256_of_array(array := getattr(data, key)), "shape": list(array.shape)} for key in arrays
+    }
     set_attribute(published, "DATASETS", {**published.DATASETS, "mnist": data.info})
     set_attribute(published, "CHECKSUMS", {**published.CHECKSUMS, "mnist": checksums})
 

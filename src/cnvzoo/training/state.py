@@ -40,6 +40,25 @@ class RunUnderWay(RunError):
     """A run whose folder is in use: another process is training in it."""
 
 
+class UnfitState(RunError):
+    """A state of this run that was saved on another kind of machine, or with other versions or settings.
+
+    Attributes:
+        path: the file.
+        differences: in words.
+    """
+
+    def __init__(self, path: Path, differences: str) -> None:
+        self.path, self.differences = path, differences
+        super().__init__(
+            f"{path}: saved with {differences}: weights trained with both could be reproduced with neither. Resume it "
+            "with those settings, or delete the file to start over"
+        )
+
+    def __reduce__(self) -> tuple[type[UnfitState], tuple[Any, ...]]:
+        return type(self), (self.path, self.differences)
+
+
 class RunInterrupted(CnvzooError):
     """A run that stopped before its end; its state is saved.
 
@@ -187,7 +206,7 @@ def resume(trainer: Resumable, path: Path, identity: RunIdentity, conditions: di
         The new path of another run's state; None if the state was loaded or there was none.
 
     Raises:
-        RunError: the file is damaged, or was saved under other conditions.
+        RunError: the file is damaged, or was saved under other conditions (`UnfitState`).
     """
     if not path.exists():
         return None
@@ -205,10 +224,7 @@ def resume(trainer: Resumable, path: Path, identity: RunIdentity, conditions: di
         saved = facts["conditions"]
         keys = [key for key in sorted({*saved, *conditions}) if saved.get(key) != conditions.get(key)]
         differences = ", ".join(f"{key} {saved.get(key)}, here {conditions.get(key)}" for key in keys)
-        raise RunError(
-            f"{path}: saved with {differences}: weights trained with both could be reproduced with neither. Resume it "
-            "with those settings, or delete the file to start over"
-        )
+        raise UnfitState(path, differences)
     names = (f"state-{found.recipe[:8]}-seed{found.seed}-{number}.safetensors" for number in itertools.count(1))
     return path.rename(next(aside for aside in map(path.with_name, names) if not aside.exists()))
 

@@ -1,0 +1,172 @@
+"""Runs on a real Ray cluster of two nodes on this machine: one is killed, and the weights are those of local runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness.cluster import RayRunner, joined_cluster
+from harness.entries import Layout
+from harness.execute import Outcome, execute
+from harness.records import Records
+from harness.schedule import make_plan
+from harness.workers import LocalRunner, Runner, process_settings
+from tiny import publish_tiny
+from tiny_cluster import TrainTiny, write_tiny
+from workbench import Bench
+
+from cnvzoo.training import RunRecord, run_recipe
+
+pytest.importorskip("ray", reason="the package ray is not installed")
+
+TEACHER, STUDENT = "mnist_resnet20", "mnist_resnet32"
+SEEDS = (0, 1, 2)
+TIMEOUT = 120
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A cluster of two nodes, of two CPUs and of one; neither has a dataset, and this process does."""
+    from ray.cluster_utils import Cluster
+
+    here = tmp_path_factory.mktemp("here")
+    write_tiny(here)
+    folders = [str(ROOT / "tests" / "benchmarks"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, folders)))
+        patch.setenv("CNVZOO_DATA", str(tmp_path_factory.mktemp("nowhere")))
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        made = Cluster()
+        made.add_node(num_cpus=2, include_dashboard=False, env_vars={"TINY_NODE": "first"})
+        made.add_node(num_cpus=1, env_vars={"TINY_NODE": "second"})
+        patch.setenv("CNVZOO_DATA", str(here))
+        patch.setenv("RAY_ADDRESS", made.address)
+        publish_tiny(patch.setattr)
+        yield made
+        made.shutdown()
+
+
+def with_entries(bench: Bench) -> Bench:
+    bench.recipe(TEACHER, epochs=3, batch_size=32)
+    bench.recipe(STUDENT, epochs=3, batch_size=32, teacher=TEACHER)
+    return bench
+
+
+def train(
+    bench: Bench, runner: Runner, at_once: int | Callable[[], int], say: Callable[[str], None] = print
+) -> Outcome:
+    entries = {name: bench.entry(name) for name in (TEACHER, STUDENT)}
+    records = Records(entries, Layout.of(bench.home, bench.runs))
+    runs = make_plan(list(entries.values()), SEEDS, records=records)
+    return execute(runs, runner, at_once=at_once, records=records, deadline=None, say=say, on_finished=lambda: None)
+
+
+def on_cluster(say: Callable[[str], None], training: TrainTiny, **options: Any) -> RayRunner:
+    """A runner that brings every state home at once."""
+    defaults = {"threads": 1, "device": torch.device("cpu"), "deadline": None, "state_seconds": 0.1}
+    return RayRunner(say=say, train=training, **{**defaults, **options})
+
+
+def weights(bench: Bench) -> dict[tuple[str, int], str]:
+    return {
+        (name, seed): RunRecord.read(path).weights_sha256
+        for name in (TEACHER, STUDENT)
+        for seed in SEEDS
+        if (path := bench.result(name, seed)).exists()
+    }
+
+
+@pytest.fixture(scope="module")
+def local(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], str]:
+    """The weights of the six runs, trained in this process."""
+    bench = with_entries(Bench(tmp_path_factory.mktemp("local")))
+    runner = LocalRunner(partial(run_recipe, quiet=True), torch.device("cpu"), None)
+    with process_settings(torch.device("cpu"), 1):
+        assert train(bench, runner, 1).failed == []
+    return weights(bench)
+
+
+def test_six_runs_on_two_nodes_one_of_which_is_killed_have_the_weights_of_local_runs(bench, cluster, local):
+    with_entries(bench)
+    lines: list[str] = []
+    killed: list[str] = []
+
+    def note(line: str) -> None:
+        """Have the second node killed when a run there has sent its first state home."""
+        lines.append(line)
+        name, _, rest = line.partition(": ")
+        if rest == "node second" and not killed:
+            killed.append(name)
+            entry, _, seed = name.partition(", seed ")
+            state = bench.runs / entry / f"seed{seed}" / "state.safetensors"
+            threading.Thread(target=kill_second_node, args=(state,)).start()
+
+    def kill_second_node(state: Path) -> None:
+        while not state.exists():
+            time.sleep(0.02)
+        (node,) = cluster.worker_nodes
+        cluster.remove_node(node, allow_graceful=False)
+
+    with joined_cluster():
+        runner = on_cluster(note, TrainTiny(40, nodes=("second",)))
+        assert runner.at_once() == 3
+        outcome = train(bench, runner, runner.at_once, note)
+        assert runner.at_once() == 2
+    assert (outcome.failed, outcome.left, outcome.stopped) == ([], [], None)
+    assert weights(bench) == local
+    assert len(local) == 6
+    (lost,) = (line for line in lines if "its worker was lost" in line)
+    assert lost.startswith(f"{killed[0]}: ")
+    assert lost.endswith("; it goes on from its last state")
+    assert [line for line in lines if line.startswith(f"{killed[0]}: node")] == [
+        f"{killed[0]}: node second", f"{killed[0]}: node first",
+    ]  # fmt: skip
+    assert len([line for line in lines if line.startswith(f"{killed[0]}: epoch 1")]) == 1
+
+
+def test_ctrl_c_brings_the_states_home_and_this_machine_resumes_from_them(bench, cluster, local, tmp_path, capsys):
+    """Before that, a node with another version of numpy joins, and is refused."""
+    with_entries(bench)
+    command = ("--table", "mnist", "--entry", TEACHER, "--seeds", "0", "1")
+    other = tmp_path / "numpy-0.1.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    node = cluster.add_node(num_cpus=0, env_vars={"PYTHONPATH": path})
+    assert bench.run(*command, "--on", "ray") == 2
+    assert re.search(rf"error: node \S+ has numpy 0\.1, here {np.__version__}: install the", capsys.readouterr().err)
+    cluster.remove_node(node)
+
+    states = [bench.runs / TEACHER / f"seed{seed}" / "state.safetensors" for seed in (0, 1)]
+    bench.train = TrainTiny(2, nodes=("first", "second"))
+
+    def interrupt_when_both_train() -> None:
+        printed = ""
+        while not all(f"{TEACHER}, seed {seed}: epoch 1/3" in printed for seed in (0, 1)):
+            time.sleep(0.1)
+            printed += capsys.readouterr().err
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt_when_both_train)
+    thread.start()
+    assert bench.run(*command, "--on", "ray", "--at-once", "2") == 130
+    thread.join()
+    assert "stopped (SIGINT); the same command resumes here. Left, 2 in all:" in capsys.readouterr().err
+    assert [state.exists() for state in states] == [True, True]
+
+    bench.train = partial(run_recipe, quiet=True)
+    assert bench.run(*command) == 0
+    assert capsys.readouterr().err.count("resuming from the state") == 2
+    assert weights(bench) == {key: sha256 for key, sha256 in local.items() if key in ((TEACHER, 0), (TEACHER, 1))}
