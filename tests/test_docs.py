@@ -20,6 +20,7 @@ import reproduce
 from fake_http import GOOD_TOKEN  # pyright: ignore[reportMissingImports]  (in tests/hub, see conftest.py)
 from fake_hub import FakeHub  # pyright: ignore[reportMissingImports]
 from harness import report as render
+from harness.cluster_time import cluster_table
 from harness.entries import Layout, load_entries
 from harness.plot import pictured
 from harness.records import Records, recipes_scored
@@ -219,6 +220,8 @@ def test_results_in_the_pages_are_those_of_the_records():
     assert layout.page.read_text(encoding="utf-8") == render.page(lines, survey, shows), remedy
     readme = layout.readme.read_text(encoding="utf-8")
     assert readme.split(START)[1].split(END)[0].strip() == render.summary(lines, shows), remedy
+    cluster = layout.cluster_page.read_text(encoding="utf-8")
+    assert cluster.split(START)[1].split(END)[0].strip() == cluster_table(Records(entries, layout)), remedy
 
 
 def test_recipes_page_has_every_key_with_its_default():

@@ -108,6 +108,11 @@ class Layout:
         return self.home.parent / "README.md"
 
     @property
+    def cluster_page(self) -> Path:
+        """The page about clusters, with the time that all runs take on one."""
+        return self.home.parent / "docs" / "cluster.md"
+
+    @property
     def index(self) -> Path:
         """The index of published checkpoints, which ships inside the package."""
         return self.home.parent / "src" / "cnvzoo" / "checkpoints" / "index.json"

@@ -13,12 +13,13 @@ from cnvzoo.checkpoints.format import CheckpointError, IntegerResult
 from cnvzoo.checkpoints.verify import Verification
 from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo.files import FileError, update_text
+from harness.cluster_time import cluster_table
 from harness.entries import Entry, shown
 from harness.plot import pictured, update_pictures
 from harness.publish import keep_missing, measure_missing, update_index
 from harness.records import Records, recipes_scored
 from harness.references import Reference
-from harness.report import page, rows, summary, update_readme
+from harness.report import page, rows, summary, update_section
 
 _T = TypeVar("_T")
 
@@ -70,7 +71,10 @@ class Outputs:
         except CheckpointError:  # reported by _update_index
             shows = frozenset()
         self._attempt("the page of results", partial(update_text, layout.page, page(lines, survey, shows)), False)
-        self._attempt("the README", partial(update_readme, layout.readme, summary(lines, shows)), None)
+        self._attempt("the README", partial(update_section, layout.readme, summary(lines, shows)), None)
+        if layout.cluster_page.is_file():
+            update = partial(update_section, layout.cluster_page, cluster_table(self.records))
+            self._attempt("the page about clusters", update, None)
 
     def measure(self, measure: Callable[[nn.Module, str], IntegerResult]) -> None:
         """Measure the integer graphs of the quantized checkpoints that have not been measured."""

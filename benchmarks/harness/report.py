@@ -287,8 +287,8 @@ def _print(console: Console, title: str, header: Sequence[str], lines: Sequence[
 START, END = "<!-- results -->", "<!-- /results -->"
 
 
-def update_readme(path: Path, table: str) -> None:
-    """Put `table` between the markers of the README at `path`; does nothing if there is no file or no markers."""
+def update_section(path: Path, table: str) -> None:
+    """Put `table` between the markers of the page at `path`; does nothing if there is no file or no markers."""
     if not path.is_file():
         return
     text = path.read_text(encoding="utf-8")

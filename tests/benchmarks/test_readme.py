@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.report import update_readme
+from harness.report import update_section
 
 PAGE = "# A project\n\n<!-- results -->\n\nold\n\n<!-- /results -->\n\nAnd more.\n"
 
@@ -37,18 +37,18 @@ def test_it_is_updated_after_every_run(bench):
 
 
 def test_a_page_without_markers_and_a_missing_page_stay_as_they_are(tmp_path):
-    update_readme(tmp_path / "README.md", "table")
+    update_section(tmp_path / "README.md", "table")
     assert not (tmp_path / "README.md").exists()
     for text in ("", "# A project\n", "<!-- results -->\n", "<!-- /results --> <!-- results -->\n"):
         (tmp_path / "README.md").write_text(text)
-        update_readme(tmp_path / "README.md", "table")
+        update_section(tmp_path / "README.md", "table")
         assert (tmp_path / "README.md").read_text() == text
 
 
 def test_a_second_update_changes_nothing(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(PAGE)
-    update_readme(readme, "| a |")
+    update_section(readme, "| a |")
     once = readme.stat().st_mtime_ns, readme.read_text()
-    update_readme(readme, "| a |")
+    update_section(readme, "| a |")
     assert (readme.stat().st_mtime_ns, readme.read_text()) == once
