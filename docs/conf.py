@@ -71,13 +71,14 @@ STYLES = {"docs/zoo": ("vendor/tabulator_simple.min.css",)}
 CONTENTS = {
     "Start": ("docs/zoo", "docs/browser", "docs/own-data", "docs/command-line", "benchmarks/RESULTS"),
     "Guide": ("docs/models", "docs/checkpoints", "docs/recipes", "docs/quantization", "docs/data", "docs/publishing"),
-<<<<<<< HEAD
-    "Deployment": ("docs/deployment", "docs/microcontrollers", "docs/finn", "runtime/README", "benchmarks/speed/README"),
-    "Reference": ("docs/api", "docs/numerics", "docs/design", "CHANGELOG", "CONTRIBUTING"),
-=======
-    "Deployment": ("docs/deployment", "docs/finn", "runtime/README", "benchmarks/speed/README"),
+    "Deployment": (
+        "docs/deployment",
+        "docs/microcontrollers",
+        "docs/finn",
+        "runtime/README",
+        "benchmarks/speed/README",
+    ),
     "Reference": ("docs/api", "docs/numerics", "docs/cluster", "docs/design", "CHANGELOG", "CONTRIBUTING"),
->>>>>>> f53a9c7 (wip)
 }
 
 
