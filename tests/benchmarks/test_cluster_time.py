@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from harness.cluster_time import Cost, cluster_table, critical_path, list_schedule, run_costs, work
-from harness.entries import Layout
+from harness.entries import Layout, load_entries
 from harness.records import Records
 from harness.schedule import Run
 from workbench import CPU, Bench
@@ -17,7 +18,7 @@ GRAPH = {"a": (4, ()), "b": (2, ("a",)), "c": (3, ()), "d": (1, ("b", "c")), "e"
 
 
 @pytest.fixture
-def graph(bench: Bench):
+def graph(bench: Bench) -> tuple[list[Run], Callable[[Run], float], Callable[[Run], list[Run]]]:
     bench.recipe("mnist_cnv")
     entry = bench.entry("mnist_cnv")
     runs = {name: Run(entry, 0, Path(name)) for name in GRAPH}
@@ -38,7 +39,8 @@ def graph(bench: Bench):
     ],
 )
 def test_a_free_core_takes_the_first_run_that_can_start(graph, cores, end):
-    assert list_schedule(*graph, cores) == end
+    runs, seconds, needs = graph
+    assert list_schedule(runs, seconds, needs, cores) == end
 
 
 def test_the_longest_chain_bounds_the_time(graph):
@@ -46,8 +48,6 @@ def test_the_longest_chain_bounds_the_time(graph):
 
 
 def records_of(bench: Bench) -> Records:
-    from harness.entries import load_entries
-
     return Records(load_entries(bench.home / "configs"), Layout.of(bench.home, bench.runs))
 
 
