@@ -200,6 +200,14 @@ def run_features(net: IntegerNet) -> int:
 
 
 @needs_compiler
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_net_that_is_only_a_head(tmp_path, channels):
+    net = net_of(channels, 5, weight=random_weights(3, channels * 25), bias=np.array([1, -2, 3], np.int32))
+    expected = assert_equals_reference(net, images_for(net, 4), tmp_path)
+    assert expected[0].tolist() == [1, -2, 3]  # a black image
+
+
+@needs_compiler
 def test_sums_and_roundings_are_clipped_for_every_pair_of_levels(tmp_path):
     values = np.arange(256)
     pairs = np.stack([np.repeat(values, 256), np.tile(values, 256)], 1).astype(np.uint8)

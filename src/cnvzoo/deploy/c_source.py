@@ -271,12 +271,15 @@ class _Writer:
         return "".join(chosen)
 
     def _top(self, stem: str) -> Iterable[str]:
-        self.window, self.block = max(self.window, _ALIGNED), max(self.block, 4)
+        size = self.memory.size  # none in a network that is only a head, of a gray image
+        levels = (
+            [f"static uint8_t memory[{size}]; /* levels of all layers, [rows][columns][channels] */"] if size else []
+        )
         return [
             f"/* cnvzoo: C source of {comment(self.metadata.name)}; what it computes is described in {stem}.h. */",
             f'#include "{stem}.h"', "",
             f"#define BLOCK {self.block} /* output channels at a time, at most */", "",
-            f"static uint8_t memory[{max(self.memory.size, 1)}]; /* levels of all layers, [rows][columns][channels] */",
+            *levels,
             f"static int8_t rows[{self.buffer}];    /* weights of some output channels, unpacked */",
             f"static uint8_t window[{self.window}]; /* levels under the kernel */", "",
         ]  # fmt: skip
