@@ -23,7 +23,9 @@ def test_every_model_is_an_entry_point_and_nothing_else() -> None:
     """Looks for them as torch.hub.list does, which itself accepts only repositories on GitHub."""
     found = runpy.run_path(str(ROOT / "hubconf.py"))
     entry_points = {name for name, value in found.items() if callable(value) and not name.startswith("_")}
-    assert entry_points == {*cnvzoo.list_models(), "quant_cnv_w8a8", "quant_cnv_w4a4", "quant_cnv_w2a2"}
+    quantized = {f"{name}_w{b}a{b}" for name in cnvzoo.list_models("quant_*") for b in (8, 4, 2)}
+    assert len(quantized) == 24
+    assert entry_points == {*cnvzoo.list_models(), *quantized}
     assert all("pretrained" in found[name].__doc__ for name in entry_points)
 
 
