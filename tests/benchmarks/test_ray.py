@@ -52,7 +52,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         made.add_node(num_cpus=2, include_dashboard=False, env_vars={"TINY_NODE": "first"})
         made.add_node(num_cpus=1, env_vars={"TINY_NODE": "second"})
         patch.setenv("CNVZOO_DATA", str(here))
-        patch.setenv("RAY_ADDRESS", made.address)
+        patch.setenv("RAY_ADDRESS", str(made.address))
         publish_tiny(patch.setattr)
         yield made
         made.shutdown()

@@ -40,6 +40,7 @@ class QuantReLU(QuantizedActivation):
 
     def forward(self, x: Tensor) -> Tensor:
         quantizer = self.activation_quantizer
+        assert quantizer is not None
         return fake_quantize(x, quantizer.positive_scale(x).to(x.dtype), quantizer.ints)
 
 
