@@ -135,7 +135,8 @@ class Graphs:
         self.onnxruntime = None if runtime == "openvino" else OnnxRuntimeGraph(content, path, threads)
         self._openvino = OpenVinoGraph(content, path, threads) if runtime == "openvino" else None
         _check(self.onnxruntime or self._openvino, metadata, path)
-        self._unread: tuple[bytes, Path, int | None] | None = None
+        self._lock = threading.Lock()
+        self._unread: tuple[bytes, Path, int | None] | None = None  # what OpenVINO reads when it is needed
         if runtime == "auto" and metadata.format == "qdq" and sums_products_exactly() and _openvino_is_installed():
             self._unread = content, path, threads
 
@@ -143,19 +144,18 @@ class Graphs:
         """The runtime that a call with so many images takes, `onnxruntime` or `openvino`."""
         if self.onnxruntime is None:
             return "openvino"
-        has_openvino = self._unread is not None or self._openvino is not None
-        return "openvino" if has_openvino and images >= LEAST_FOR_OPENVINO else "onnxruntime"
+        return "openvino" if self._unread is not None and images >= LEAST_FOR_OPENVINO else "onnxruntime"
 
     def run_for(self, images: int) -> Run:
         """What takes the parts of a call with so many images to the first output of the graph."""
         if self.runtime(images) == "onnxruntime":
             assert self.onnxruntime is not None
             return self.onnxruntime.run
-        if self._openvino is None:
-            assert self._unread is not None
-            self._openvino = OpenVinoGraph(*self._unread)
-            self._unread = None
-        return self._openvino.run
+        with self._lock:
+            if self._openvino is None:
+                assert self._unread is not None
+                self._openvino = OpenVinoGraph(*self._unread)
+            return self._openvino.run
 
 
 def _openvino_is_installed() -> bool:
