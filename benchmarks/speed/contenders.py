@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import memory
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -31,7 +32,10 @@ from cnvzoo_runtime.images import normalize
 
 PYTORCH, PYTORCH_CHANNELS_LAST = "PyTorch float32", "PyTorch float32, channels_last"
 COMPILED, BREVITAS = "torch.compile float32, channels_last", "Brevitas eager"
-OPENVINO_INT8, OURS = "OpenVINO NNCF PTQ int8", "ours, ONNX Runtime"
+ONNXRUNTIME_FLOAT, ONNXRUNTIME_INT8 = "ONNX Runtime float32", "ONNX Runtime static PTQ int8"
+OPENVINO_FLOAT, OPENVINO_INT8 = "OpenVINO float32", "OpenVINO NNCF PTQ int8"
+OURS, FASTEST = "ours, ONNX Runtime", "ours QDQ, auto"
+QDQ = {"onnxruntime": "ours QDQ, ONNX Runtime", "openvino": "ours QDQ, OpenVINO", "auto": FASTEST}
 CALIBRATION_IMAGES = 512  # training images, for each quantization without training
 Images = NDArray[np.uint8]
 
@@ -46,6 +50,7 @@ class Contender:
         bytes: of the file that is deployed.
         prepare: uint8 images [N, C, H, W] to what `run` takes.
         run: to logits, or to integers that rank the classes, [N, num_classes].
+        file: what `memory.peak_growth` loads, and how: its path and loader. None where PyTorch runs the net.
     """
 
     runtime: str
@@ -53,13 +58,21 @@ class Contender:
     bytes: int
     prepare: Callable[[Images], Any]
     run: Callable[[Any], NDArray[Any]]
+    file: tuple[Path, str] | None = None
 
 
 def float_contenders(
     checkpoint: str, calibration: Images, threads: int, folder: Path, say: Callable[[str], None]
 ) -> Iterator[Contender]:
-    """Of a float net: in PyTorch with four settings, in ONNX Runtime and in OpenVINO, and in both of these after their
-    own quantization without training.
+    """Of a float net: in PyTorch with four settings, and what `float_files` gives, which has the same arguments."""
+    yield from _in_pytorch(checkpoint)
+    yield from float_files(checkpoint, calibration, threads, folder, say)
+
+
+def float_files(
+    checkpoint: str, calibration: Images, threads: int, folder: Path, say: Callable[[str], None]
+) -> Iterator[Contender]:
+    """Of a float net: in ONNX Runtime and in OpenVINO, and in both after their own quantization without training.
 
     Args:
         checkpoint: its name.
@@ -68,13 +81,39 @@ def float_contenders(
         folder: for files.
         say: is called with a line for each package that is not installed, whose contenders are left out.
     """
+    model, net, prepare = _float_net(checkpoint)
+    plain, quantized, calibration = folder / f"{net}.onnx", folder / f"{net}_ptq.onnx", calibration[:CALIBRATION_IMAGES]
+    cnvzoo.export(model, plain, format="onnx")
+    size = plain.stat().st_size
+    session = onnxruntime_session(plain, threads)
+    yield Contender(ONNXRUNTIME_FLOAT, net, size, prepare, session, (plain, memory.ONNXRUNTIME))
+    quantize_with_onnxruntime(plain, quantized, prepare(calibration))
+    session, bytes = onnxruntime_session(quantized, threads), quantized.stat().st_size
+    yield Contender(ONNXRUNTIME_INT8, net, bytes, prepare, session, (quantized, memory.ONNXRUNTIME))
+    if (openvino := _import_if_installed("openvino")) is None:
+        return say("openvino is not installed: its contenders are left out")
+    session = _openvino_session(openvino, plain, threads)
+    yield Contender(OPENVINO_FLOAT, net, size, prepare, session, (plain, memory.OPENVINO))
+    if (nncf := _import_if_installed("nncf")) is None:
+        return say(f"nncf is not installed: {OPENVINO_INT8} is left out")
+    quantized = folder / f"{net}_nncf.xml"
+    quantize_with_nncf(openvino, nncf, plain, quantized, prepare(calibration))
+    bytes, session = quantized.stat().st_size, _openvino_session(openvino, quantized, threads)
+    bytes += quantized.with_suffix(".bin").stat().st_size
+    yield Contender(OPENVINO_INT8, net, bytes, prepare, session, (quantized, memory.OPENVINO))
+    return None
+
+
+def _float_net(checkpoint: str) -> tuple[nn.Module, str, Callable[[Images], NDArray[np.float32]]]:
+    """A published float model, its name, and what normalizes its images."""
     model, config = cnvzoo.load_checkpoint(checkpoint)
-    net, size = config.name.split(".")[0], _weight_bytes(config)
     mean, std = config.preprocessing["mean"], config.preprocessing["std"]
+    return model, config.name.split(".")[0], lambda images: normalize(images, mean, std)
 
-    def prepare(images: Images) -> NDArray[np.float32]:
-        return normalize(images, mean, std)
 
+def _in_pytorch(checkpoint: str) -> Iterator[Contender]:
+    model, net, prepare = _float_net(checkpoint)
+    size = _weight_bytes(checkpoint)
     contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     yield Contender(PYTORCH, net, size, lambda x: torch.from_numpy(prepare(x)), _run(contiguous))
     yield Contender(PYTORCH_CHANNELS_LAST, net, size, _channels_last(prepare), _eager(model))
@@ -83,31 +122,11 @@ def float_contenders(
     compiled = copy.deepcopy(model)
     compiled.compile(dynamic=False)
     yield Contender(COMPILED, net, size, _channels_last(prepare), _eager(compiled))
-    plain, quantized, calibration = folder / f"{net}.onnx", folder / f"{net}_ptq.onnx", calibration[:CALIBRATION_IMAGES]
-    cnvzoo.export(model, plain, format="onnx")
-    yield Contender("ONNX Runtime float32", net, plain.stat().st_size, prepare, onnxruntime_session(plain, threads))
-    quantize_with_onnxruntime(plain, quantized, prepare(calibration))
-    session = onnxruntime_session(quantized, threads)
-    yield Contender("ONNX Runtime static PTQ int8", net, quantized.stat().st_size, prepare, session)
-    if (openvino := _import_if_installed("openvino")) is None:
-        return say("openvino is not installed: its contenders are left out")
-    session = _openvino_session(openvino, plain, threads)
-    yield Contender("OpenVINO float32", net, plain.stat().st_size, prepare, session)
-    if (nncf := _import_if_installed("nncf")) is None:
-        return say(f"nncf is not installed: {OPENVINO_INT8} is left out")
-    quantized = folder / f"{net}_nncf.xml"
-    quantize_with_nncf(openvino, nncf, plain, quantized, prepare(calibration))
-    size = quantized.stat().st_size + quantized.with_suffix(".bin").stat().st_size
-    yield Contender(OPENVINO_INT8, net, size, prepare, _openvino_session(openvino, quantized, threads))
-    return None
 
 
 def quantized_contenders(checkpoint: str, threads: int, folder: Path) -> Iterator[Contender]:
     """Of a quantized net: Brevitas' layers, Brevitas' QCDQ export in ONNX Runtime and, where it is installed, in
-    OpenVINO, and the integer graph in ONNX Runtime.
-
-    The integer graph is not run in OpenVINO: 2026.4.1 takes the scales of a QLinearConv, one for each output channel,
-    for those of the input channels, so `read_model` raises an error (8 bits) or crashes the process (4 and 2 bits).
+    OpenVINO, and what `our_files` gives.
     """
     model, config = cnvzoo.load_checkpoint(checkpoint)
     net = config.name.split(".")[0]
@@ -116,21 +135,42 @@ def quantized_contenders(checkpoint: str, threads: int, folder: Path) -> Iterato
     def prepare(images: Images) -> NDArray[np.float32]:
         return images.astype(np.float32) * scale
 
-    yield Contender(BREVITAS, net, _weight_bytes(config), _channels_last(prepare), _eager(model))
-    qcdq, integer = folder / f"{net}_qcdq.onnx", folder / f"{net}.onnx"
+    yield Contender(BREVITAS, net, _weight_bytes(checkpoint), _channels_last(prepare), _eager(model))
+    qcdq = folder / f"{net}_qcdq.onnx"
     _export_qcdq(model, qcdq, config)
     size = qcdq.stat().st_size
-    yield Contender("Brevitas QCDQ, ONNX Runtime", net, size, prepare, onnxruntime_session(qcdq, threads))
+    session = onnxruntime_session(qcdq, threads)
+    yield Contender("Brevitas QCDQ, ONNX Runtime", net, size, prepare, session, (qcdq, memory.ONNXRUNTIME))
     if openvino := _import_if_installed("openvino"):
         session = _openvino_session(openvino, qcdq, threads)
-        yield Contender("Brevitas QCDQ, OpenVINO", net, size, prepare, session)
+        yield Contender("Brevitas QCDQ, OpenVINO", net, size, prepare, session, (qcdq, memory.OPENVINO))
+    yield from our_files(checkpoint, threads, folder)
+
+
+def our_files(checkpoint: str, threads: int, folder: Path) -> Iterator[Contender]:
+    """Of a quantized net: the integer graph in ONNX Runtime, and the QDQ graph in the runtimes that run it.
+
+    The integer graph is not run in OpenVINO: 2026.4.1 takes the scales of a QLinearConv, one for each output channel,
+    for those of the input channels, so `read_model` raises an error (8 bits) or crashes the process (4 and 2 bits).
+    The QDQ graph is run by `cnvzoo.deploy.load(path, runtime=...).logits`, with the checks of it.
+    """
+    model, config = cnvzoo.load_checkpoint(checkpoint)
+    net = config.name.split(".")[0]
+    integer, qdq = folder / f"{net}.onnx", folder / f"{net}_qdq.onnx"
     cnvzoo.export(model, integer)
-    session = cnvzoo.deploy.load(integer, threads=threads).session
-    yield Contender(OURS, net, integer.stat().st_size, np.ascontiguousarray, _first_output(session))
+    session, size = cnvzoo.deploy.load(integer, threads=threads).session, integer.stat().st_size
+    yield Contender(OURS, net, size, np.ascontiguousarray, _first_output(session), (integer, memory.OURS_AUTO))
+    cnvzoo.export(model, qdq, format="qdq")
+    for runtime, name in QDQ.items():
+        if runtime == "openvino" and _import_if_installed("openvino") is None:
+            continue
+        run = cnvzoo.deploy.load(qdq, runtime=runtime, threads=threads).logits
+        loader = memory.OURS_AUTO if runtime == "auto" else runtime
+        yield Contender(name, net, qdq.stat().st_size, np.ascontiguousarray, run, (qdq, loader))
 
 
-def _weight_bytes(config: CheckpointConfig) -> int:
-    return (find_checkpoint(config.name).folder / "model.safetensors").stat().st_size
+def _weight_bytes(checkpoint: str) -> int:
+    return (find_checkpoint(checkpoint).folder / "model.safetensors").stat().st_size
 
 
 def _channels_last(

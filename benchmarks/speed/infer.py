@@ -1,20 +1,22 @@
 """Inference speed of a trained CNV: the integer graph of this library and other runtimes, measured in turns.
 
-    python benchmarks/speed/infer.py                                  all of it, about six minutes on 2 cores
+    python benchmarks/speed/infer.py                                  all of it, about ten minutes on 2 cores
     python benchmarks/speed/infer.py --bits 4 --batches 1 64          some
     python benchmarks/speed/infer.py --keep                           and replace the figures, page and plot here
 
 The published float CNV in PyTorch (contiguous; channels_last in float32, bfloat16 and compiled), in ONNX Runtime and in
 OpenVINO (float32, and int8 after the quantization without training that comes with each), and the published quantized
-ones as Brevitas' layers, as Brevitas' QCDQ export in ONNX Runtime and in OpenVINO, and as the integer graph in ONNX
-Runtime. All are in one process, with the same number of threads, and take turns; a figure is the median over the runs
-of all turns. Half of the time goes into turns, the rest into building every contender and scoring it on the whole
-test set. Making float images of 8-bit ones, which all but the integer graph need, is left out.
+ones as Brevitas' layers, as Brevitas' QCDQ export in ONNX Runtime and in OpenVINO, and as this library's files: the
+integer graph in ONNX Runtime and the QDQ graph in both. Of other nets, the files alone. All are in one process, with
+the same number of threads, and take turns; a figure is the median over the runs of all turns. Half of the time goes
+into turns, the rest into building every contender, scoring it on the whole test set and measuring its memory. Making
+float images of 8-bit ones, which all but this library's files need, is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import sys
 import tempfile
@@ -30,15 +32,23 @@ from contenders import (
     BREVITAS,
     CALIBRATION_IMAGES,
     COMPILED,
+    FASTEST,
+    ONNXRUNTIME_FLOAT,
+    ONNXRUNTIME_INT8,
+    OPENVINO_FLOAT,
     OPENVINO_INT8,
     OURS,
     PYTORCH,
     PYTORCH_CHANNELS_LAST,
+    QDQ,
     Contender,
     Images,
     float_contenders,
+    float_files,
+    our_files,
     quantized_contenders,
 )
+from memory import peak_growth
 from rich.console import Console
 
 import cnvzoo
@@ -50,15 +60,27 @@ from cnvzoo.files import sha256_of
 
 FLOAT = "cnv.cifar10"
 QUANTIZED = {bits: f"quant_cnv_w{bits}a{bits}.cifar10" for bits in (8, 4, 2)}
-CHECKPOINTS = (FLOAT, *QUANTIZED.values())
+CHECKPOINTS = (FLOAT, *QUANTIZED.values())  # those whose figures must be there
+OTHERS = ("resnet20", "mobilenet_v1")  # of these and their quantized twins, those that are published
 BATCHES = (1, 64, 256)
+MEMORY_BATCHES = (1, 64)
 _REST_SECONDS = 0.05  # for the threads of the previous runtime to stop polling for work
 _WARM_UP_SECONDS = 0.1
 _SCORED_AT_ONCE = 250  # images
 WEIGHTS = "model.safetensors"
 TOLERATED_IMAGES = 5  # float32 sums in another order move a few images of 10,000 to another class
 # These compute the same as the published file, in float32 or in exact integers: their accuracy is the published one.
-SAME_AS_PUBLISHED = (PYTORCH, PYTORCH_CHANNELS_LAST, COMPILED, BREVITAS, OURS)
+SAME_AS_PUBLISHED = (
+    PYTORCH, PYTORCH_CHANNELS_LAST, COMPILED, BREVITAS, OURS, *QDQ.values(), ONNXRUNTIME_FLOAT, OPENVINO_FLOAT
+)  # fmt: skip
+CHOICES = (
+    ONNXRUNTIME_FLOAT,
+    ONNXRUNTIME_INT8,
+    OPENVINO_FLOAT,
+    OPENVINO_INT8,
+    OURS,
+    FASTEST,
+)  # in the table that users choose from
 _COMPARED = "64"  # images at a time, for ratios
 
 Result = dict[str, Any]
@@ -75,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
             load_dataset("cifar10", root=arguments.data_root),
             turns=arguments.turns,
             seconds=arguments.seconds,
+            others=arguments.others,
         )
     except CnvzooError as error:
         print(f"infer.py: error: {error}", file=sys.stderr)
@@ -84,9 +107,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(
-    bits: Sequence[int], batches: Sequence[int], data: Dataset, *, turns: int, seconds: float
+    bits: Sequence[int],
+    batches: Sequence[int],
+    data: Dataset,
+    *,
+    turns: int,
+    seconds: float,
+    others: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Milliseconds of every contender at every batch size, with its bytes and accuracy.
+    """Milliseconds of every contender at every batch size, with its bytes, memory and accuracy.
 
     Args:
         bits: widths of the quantized nets; one that is not published is left out, with a line on stderr.
@@ -94,10 +123,12 @@ def measure(
         data: CIFAR-10; calibration images are of its training set.
         turns: of each contender at each batch size.
         seconds: of a turn, which is one run at least.
+        others: float nets whose files are measured too, and those of their quantized twins, where they are published.
 
     Returns:
-        {"machine", "versions", "checkpoints": {name: {"model.safetensors": sha256}}, "contenders": [{"runtime", "net",
-        "bytes", "correct", "total", "milliseconds": {batch: median}, "spread": {batch: [least, most]}}]}.
+        {"machine", "versions", "checkpoints": {name: {"model.safetensors": sha256}}, "macs": {net: of one image},
+        "contenders": [{"runtime", "net", "bytes", "correct", "total", "memory": {batch: MiB} or None, "milliseconds":
+        {batch: median}, "spread": {batch: [least, most]}}]}.
 
     Raises:
         CnvzooError: the float net is not published, a checkpoint is damaged, or a batch is larger than the test set.
@@ -107,14 +138,15 @@ def measure(
     progress = Console(stderr=True, highlight=False)
     images = np.ascontiguousarray(data.test_images.permute(0, 3, 1, 2).numpy())
     with tempfile.TemporaryDirectory() as folder:
-        contenders = list(_contenders(bits, data, Path(folder), progress))
+        contenders = list(_contenders(bits, others, data, Path(folder), progress))
         names = dict.fromkeys(f"{contender.net}.cifar10" for contender in contenders)
         sha256 = {name: {WEIGHTS: sha256_of(find_checkpoint(name).folder / WEIGHTS)} for name in names}
         rows = []
         for contender in contenders:
             found = {"runtime": contender.runtime, "net": contender.net, "bytes": contender.bytes}
             correct = _count_correct(contender, images, data.test_labels.numpy())
-            rows.append({**found, "correct": correct, "total": len(images), "milliseconds": {}, "spread": {}})
+            found |= {"correct": correct, "total": len(images), "memory": _memory(contender)}
+            rows.append({**found, "milliseconds": {}, "spread": {}})
             progress.print(f"{contender.net}, {contender.runtime}: {correct:,} of {len(images):,}", soft_wrap=True)
         for number, batch in enumerate(batches):
             left = turns * (_REST_SECONDS + _WARM_UP_SECONDS + seconds) * len(contenders) * (len(batches) - number)
@@ -126,11 +158,14 @@ def measure(
         "machine": shared.describe_machine(torch.device("cpu")),
         "versions": shared.versions("torch", "brevitas", "onnxruntime", "openvino", "nncf"),
         "checkpoints": sha256,
+        "macs": {row["name"].split(".")[0]: row["macs"] for row in cnvzoo.list_checkpoints() if row["name"] in names},
         "contenders": rows,
     }
 
 
-def _contenders(bits: Sequence[int], data: Dataset, folder: Path, progress: Console) -> Iterator[Contender]:
+def _contenders(
+    bits: Sequence[int], others: Sequence[str], data: Dataset, folder: Path, progress: Console
+) -> Iterator[Contender]:
     def say(line: str) -> None:
         progress.print(line, soft_wrap=True)
 
@@ -143,6 +178,23 @@ def _contenders(bits: Sequence[int], data: Dataset, folder: Path, progress: Cons
             yield from quantized_contenders(name, threads, folder)
         else:
             say(f"{name} is not published yet: left out")
+    for net in others:
+        for name in (f"{net}.cifar10", *(f"quant_{net}_w{width}a{width}.cifar10" for width in bits)):
+            if name not in published:
+                say(f"{name} is not published yet: left out")
+            elif name.startswith("quant_"):
+                yield from our_files(name, threads, folder)
+            else:
+                yield from float_files(name, calibration, threads, folder, say)
+
+
+def _memory(contender: Contender) -> dict[str, float] | None:
+    """MiB by batch size; None for a contender without a file, or where the system does not tell."""
+    if contender.file is None:
+        return None
+    path, loader = contender.file
+    grown = {str(n): peak_growth(loader, path, n, torch.get_num_threads()) for n in MEMORY_BATCHES}
+    return {n: round(mib, 1) for n, mib in grown.items() if mib is not None} or None
 
 
 def _count_correct(contender: Contender, images: Images, labels: Any) -> int:
@@ -181,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--bits", nargs="+", type=int, choices=QUANTIZED, default=list(QUANTIZED), metavar="N", help="of 8, 4, 2")
     batches = " ".join(map(str, BATCHES))
     add("--batches", nargs="+", type=positive(int), default=list(BATCHES), metavar="N", help=f"images ({batches})")
+    add("--others", nargs="*", choices=OTHERS, default=list(OTHERS), metavar="NET", help=f"({' '.join(OTHERS)})")
     add("--threads", type=positive(int), metavar="N", help="of every runtime (default: one for each core)")
     shared.add_shared(parser, turns=5, seconds=0.3, of="each runtime and net at each batch size")
     return parser
@@ -193,11 +246,12 @@ def outdated_inference(
 
     Args:
         infer: the figures.
-        checkpoints: names that must be among them if they are published, such as `cnv.cifar10`.
+        checkpoints: names that must be among them if they are published, such as `cnv.cifar10`; all that were
+            measured are checked.
         index: the published checkpoints, by name.
     """
     problems = []
-    for name in checkpoints:
+    for name in dict.fromkeys([*checkpoints, *infer.get("checkpoints", {})]):
         if name not in index:
             continue
         entry, rows = index[name], [row for row in infer["contenders"] if f"{row['net']}.cifar10" == name]
@@ -228,10 +282,12 @@ def columns(result: Result) -> tuple[str, ...]:
 
 
 def rows(result: Result) -> list[tuple[str, ...]]:
-    """One line of texts for each contender, under `columns(result)`."""
-    baseline = next(row for row in result["contenders"] if row["runtime"] == PYTORCH)
+    """One line of texts under `columns(result)` for each contender of a net that was measured in PyTorch too."""
+    baselines = {row["net"]: row for row in result["contenders"] if row["runtime"] == PYTORCH}
     lines = []
     for row in result["contenders"]:
+        if (baseline := baselines.get(float_twin(row["net"]))) is None:
+            continue
         times = row["milliseconds"]
         one = [f"{times['1']:.2f}"] if "1" in times else []
         images = [f"{images_per_second(row, batch):,.0f}" for batch in times if batch != "1"]
@@ -240,6 +296,38 @@ def rows(result: Result) -> list[tuple[str, ...]]:
         accuracy = f"{100 * row['correct'] / row['total']:.2f}"
         lines.append((row["net"], row["runtime"], f"{row['bytes']:,}", accuracy, *one, *images, *ratio))
     return lines
+
+
+def choice_columns(result: Result) -> tuple[str, ...]:
+    """The names of the columns of the table that users choose from."""
+    batches = list(result["contenders"][0]["milliseconds"])
+    times = [*(["one image, ms"] if "1" in batches else []), *(f"images/s, batch {n}" for n in batches if n != "1")]
+    memory = [f"RAM, MiB, batch {n}" for n in MEMORY_BATCHES]
+    ratio = f"speed / {OPENVINO_INT8}, batch {', '.join(batches)}"
+    return ("net", "in", "top-1, %", "file bytes", "MMACs", *times, *memory, ratio)
+
+
+def choice_rows(result: Result) -> list[tuple[str, ...]]:
+    """One line of texts under `choice_columns(result)` for each net and each of the runtimes `CHOICES`."""
+    contenders, lines = result["contenders"], []
+    rivals = {row["net"]: row["milliseconds"] for row in contenders if row["runtime"] == OPENVINO_INT8}
+    for row in contenders:
+        if row["runtime"] not in CHOICES:
+            continue
+        net, times, memory = row["net"], row["milliseconds"], row.get("memory") or {}
+        rival = rivals.get(float_twin(net))
+        one = [f"{times['1']:.2f}"] if "1" in times else []
+        images = [f"{images_per_second(row, batch):,.0f}" for batch in times if batch != "1"]
+        used = [f"{memory[str(n)]:.0f}" if str(n) in memory else "" for n in MEMORY_BATCHES]
+        ratio = "" if rival is None else ", ".join(f"{rival[batch] / times[batch]:.2f}" for batch in times)
+        accuracy, macs = f"{100 * row['correct'] / row['total']:.2f}", result["macs"][net] / 1e6
+        lines.append((net, row["runtime"], accuracy, f"{row['bytes']:,}", f"{macs:.1f}", *one, *images, *used, ratio))
+    return lines
+
+
+def float_twin(net: str) -> str:
+    """The float net of the same graph: `cnv` of `quant_cnv_w4a4`; a float net itself."""
+    return re.sub(r"^quant_(.+)_w\da\d$", r"\1", net)
 
 
 def images_per_second(row: dict[str, Any], batch: str) -> float:
@@ -259,30 +347,52 @@ def print_table(console: Console, result: Result) -> None:
 def section(result: Result) -> str:
     """The part of the page about inference."""
     runtimes = {row["runtime"] for row in result["contenders"]}
+    total = result["contenders"][0]["total"]
+    choices = shared.without_empty(choice_columns(result), choice_rows(result))
+    fastest = f"""
+- *{FASTEST}*: the QDQ graph as `cnvzoo.deploy.load(path)` runs it: one image in ONNX Runtime, 16 or more in OpenVINO
+  where it is installed."""
+    memory = """
+- *RAM*: how much the resident memory of a process grows at its peak (VmHWM of Linux) while it loads the file and runs
+  so many images at a time, above what it was with the runtime imported."""
     nncf = f"""
 - *{OPENVINO_INT8}*: OpenVINO's own quantization of the float net without training (`nncf.quantize`), calibrated on the
   same images, with the options that its documentation recommends for nets with ReLU: the preset PERFORMANCE, which is
   symmetric, and fast bias correction; its bytes are those of the two files of OpenVINO's own format."""
     return f"""## Inference
 
-A trained CNV on CIFAR-10 images, in one process, where all runtimes take turns with the same number of threads; a
+Trained nets on CIFAR-10 images, in one process, where all runtimes take turns with the same number of threads; a
 figure is the median over the runs of all turns. `python benchmarks/speed/infer.py --keep` measures again and writes
 this part; [infer.json](infer.json) has the sha256 of the checkpoints that were measured.
+
+### What each checkpoint buys
+
+{shared.markdown(*choices, left=2)}
+
+- *{ONNXRUNTIME_INT8}* and *{OPENVINO_INT8}* are the runtimes' own quantization of the float net; *{OURS}* is
+  the integer graph.{fastest if FASTEST in runtimes else ""}
+- *top-1*: of that very file in that runtime, on all {total:,} test images.
+- *MMACs*: million multiply-accumulates for one image, as in `cnvzoo.model_info`.{
+        memory if any(row.get("memory") for row in result["contenders"]) else ""
+    }
+- *speed / {OPENVINO_INT8}*: how many times as fast as the float net of the same graph after OpenVINO's quantization.
+
+### Other ways to run them
 
 {shared.markdown(columns(result), rows(result), left=2)}
 
 Machine: {machine_text(result)}.
 
 - *file bytes*: of the ONNX file, or of the published `model.safetensors` where PyTorch runs it.
-- *top-1*: of that very file in that runtime, on all {result["contenders"][0]["total"]:,} test images.
 - *PyTorch*: in inference mode; *static PTQ int8*: ONNX Runtime's own quantization of the float net without training,
   per channel, calibrated on {CALIBRATION_IMAGES} training images; *QCDQ*: Brevitas' export for runtimes.{
         nncf if OPENVINO_INT8 in runtimes else ""
     }
-- *ours*: the integer graph, `cnvzoo.export(model, path)`. It takes 8-bit pixels as they are; the time that the others
-  need to make float images of these is not counted. OpenVINO 2026.4.1 does not read it: it takes the scales of a
-  QLinearConv, one for each output channel, for those of the input channels. Its `read_model` raises an error for the
-  8-bit graph and ends the process with a segmentation fault for the 4-bit and the 2-bit one.
+- *ours*: the integer graph, `cnvzoo.export(model, path)`, and the QDQ graph, with `format="qdq"`. They take 8-bit
+  pixels as they are; the time that the others need to make float images of these is not counted. OpenVINO 2026.4.1 does
+  not read the integer graph: it takes the scales of a QLinearConv, one for each output channel, for those of the input
+  channels. Its `read_model` raises an error for the 8-bit graph and ends the process with a segmentation fault for the
+  4-bit and the 2-bit one.
 
 ![Images a second and the time of one image, for every net and runtime](infer.svg)
 """
@@ -292,7 +402,7 @@ def plot(result: Result, path: Path) -> None:
     """Bars: images a second at the compared batch size, or else the last, and milliseconds of one image if measured."""
     rows = result["contenders"]
     labels = [f"{row['net']}, {row['runtime']}" for row in rows]
-    colours = [shared.RED if row["runtime"] == OURS else _colour(row) for row in rows]
+    colours = [shared.RED if row["runtime"] in (OURS, *QDQ.values()) else _colour(row) for row in rows]
     batches = [batch for batch in rows[0]["milliseconds"] if batch != "1"]
     panels = []
     if batches:
@@ -311,7 +421,7 @@ def plot(result: Result, path: Path) -> None:
 
 
 def _colour(row: dict[str, Any]) -> str:
-    return shared.GREY if row["net"] == "cnv" else shared.BLUE
+    return shared.BLUE if row["net"].startswith("quant_") else shared.GREY
 
 
 REPORT = shared.Report(print_table, section, plot)

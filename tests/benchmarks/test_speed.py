@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from workbench import BENCHMARKS
 
 from cnvzoo.checkpoints.format import FileFacts
@@ -30,6 +31,7 @@ sys.path.insert(0, str(SPEED))
 import baseline  # noqa: E402
 import contenders  # noqa: E402
 import infer  # noqa: E402
+import memory  # noqa: E402
 import shared  # noqa: E402
 import train  # noqa: E402
 
@@ -125,6 +127,7 @@ def test_inference_ratios() -> None:
     result = {
         "machine": CPU,
         "versions": {"onnxruntime": "1.32.0"},
+        "macs": {"cnv": 59_461_376, "quant_cnv_w4a4": 59_461_376},
         "contenders": [
             row("cnv", "PyTorch float32", 2.0, 40.0),
             row("quant_cnv_w4a4", "ours, ONNX Runtime", 0.5, 8.0),
@@ -136,6 +139,56 @@ def test_inference_ratios() -> None:
         ("quant_cnv_w4a4", "ours, ONNX Runtime", "1,000", "91.41", "0.50", "8,000", "5.00"),
     ]
     assert "A CPU, 2 threads, AVX512; onnxruntime 1.32.0" in infer.section(result)
+
+
+def test_the_table_to_choose_from() -> None:
+    """Bytes, multiply-accumulates, memory and times of each net, and its speed beside OpenVINO's int8 of its twin."""
+
+    def row(net: str, runtime: str, *times: float, memory: dict[str, float] | None = None) -> dict[str, Any]:
+        found = {"runtime": runtime, "net": net, "bytes": 1000, "correct": 9_141, "total": 10_000, "memory": memory}
+        return found | {"milliseconds": dict(zip(("1", "64"), times, strict=True))}
+
+    result = {
+        "machine": CPU,
+        "versions": {},
+        "macs": {"cnv": 59_461_376, "quant_cnv_w4a4": 59_461_376, "quant_resnet20_w4a4": 40_813_184},
+        "contenders": [
+            row("cnv", "PyTorch float32", 2.0, 40.0),
+            row("cnv", "OpenVINO NNCF PTQ int8", 0.3, 10.0, memory={"1": 10.4, "64": 20.6}),
+            row("quant_cnv_w4a4", "Brevitas eager", 4.0, 80.0),
+            row("quant_cnv_w4a4", "ours QDQ, auto", 0.2, 8.0, memory={"1": 9.5}),
+            row("quant_resnet20_w4a4", "ours, ONNX Runtime", 0.5, 8.0),
+        ],
+    }
+    assert infer.choice_columns(result) == (
+        "net", "in", "top-1, %", "file bytes", "MMACs", "one image, ms", "images/s, batch 64", "RAM, MiB, batch 1",
+        "RAM, MiB, batch 64", "speed / OpenVINO NNCF PTQ int8, batch 1, 64",
+    )  # fmt: skip
+    assert infer.choice_rows(result) == [
+        ("cnv", "OpenVINO NNCF PTQ int8", "91.41", "1,000", "59.5", "0.30", "6,400", "10", "21", "1.00, 1.00"),
+        ("quant_cnv_w4a4", "ours QDQ, auto", "91.41", "1,000", "59.5", "0.20", "8,000", "10", "", "1.50, 1.25"),
+        ("quant_resnet20_w4a4", "ours, ONNX Runtime", "91.41", "1,000", "40.8", "0.50", "8,000", "", "", ""),
+    ]
+    assert [line[0] for line in infer.rows(result)] == ["cnv", "cnv", "quant_cnv_w4a4", "quant_cnv_w4a4"]
+    assert "Inference" in infer.section(result)
+
+
+def test_memory_is_that_of_a_process_which_loads_the_file(tmp_path: Path) -> None:
+    """A graph with 32 MiB of weights needs as much more; one with none needs less than that."""
+    grown = {}
+    for mib in (1, 32):
+        weights = np.ones((3 * 8 * 8, (mib << 20) // (4 * 3 * 8 * 8)), np.float32)
+        graph = helper.make_graph(
+            [helper.make_node("Flatten", ["image"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["y"])], "g",
+            [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 3, 8, 8])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", weights.shape[1]])],
+            [numpy_helper.from_array(weights, "w")],
+        )  # fmt: skip
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+        (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+        grown[mib] = memory.peak_growth("onnxruntime", tmp_path / "m.onnx", 1, 1)
+    assert None not in grown.values()
+    assert 25 < grown[32] - grown[1] < 150, grown
 
 
 def test_the_page_and_the_plots_of_this_repository_show_the_figures(tmp_path: Path) -> None:
@@ -427,6 +480,7 @@ def test_every_runtime_gives_the_logits_of_the_model(
     assert printed == ([] if nncf else ["nncf is not installed: OpenVINO NNCF PTQ int8 is left out"])
     assert [c.runtime for c in quantized] == [
         "Brevitas eager", "Brevitas QCDQ, ONNX Runtime", "Brevitas QCDQ, OpenVINO", "ours, ONNX Runtime",
+        "ours QDQ, ONNX Runtime", "ours QDQ, OpenVINO", "ours QDQ, auto",
     ]  # fmt: skip
     for group in (floats, quantized):
         expected = group[0].run(group[0].prepare(batch))
@@ -435,6 +489,8 @@ def test_every_runtime_gives_the_logits_of_the_model(
             similarity = np.corrcoef(found.reshape(-1), expected.reshape(-1))[0, 1]
             assert similarity > 0.99, (contender.runtime, similarity)
             assert contender.bytes > 400_000
+            assert (contender.file is None) == contender.runtime.startswith(("PyTorch", "torch", "Brevitas eager"))
+    assert {c.file[0].stat().st_size for c in quantized[-3:] if c.file} == {quantized[-1].bytes}
     float_bytes = floats[4].bytes
     assert all(c.bytes < 0.3 * float_bytes for c in floats if "int8" in c.runtime)
     assert sys.modules["openvino_telemetry"] is None
@@ -458,9 +514,11 @@ def test_infer_measures_what_is_published(small_datasets, make_checkpoint, tmp_p
     weights = make_checkpoint(tmp_path / "hub", "cnv", "cifar10") / "model.safetensors"
     monkeypatch.setenv("CNVZOO_HUB", str(tmp_path / "hub"))
     monkeypatch.setattr(infer, "float_contenders", lambda *given: islice(contenders.float_contenders(*given), 3))
-    result = infer.measure([4], [1, 8], load_dataset("cifar10"), turns=1, seconds=0.001)
+    result = infer.measure([4], [1, 8], load_dataset("cifar10"), turns=1, seconds=0.001, others=["resnet20"])
     printed = capsys.readouterr()
-    assert "quant_cnv_w4a4.cifar10 is not published yet: left out" in printed.err
+    for name in ("quant_cnv_w4a4", "resnet20", "quant_resnet20_w4a4"):
+        assert f"{name}.cifar10 is not published yet: left out" in printed.err
+    assert result["macs"] == {"cnv": 59_461_376}
     assert printed.out == ""
     assert result["checkpoints"] == {"cnv.cifar10": {"model.safetensors": sha256_of(weights)}}
     assert [row["net"] for row in result["contenders"]] == ["cnv", "cnv", "cnv"]
