@@ -108,7 +108,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return everything(tmp_path_factory.mktemp("float32"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64])
 def test_the_default_dtype_of_the_process_changes_nothing(
     dtype: torch.dtype, expected: dict[str, Any], tmp_path: Path
 ) -> None:
