@@ -11,8 +11,6 @@ from onnx import TensorProto, helper, numpy_helper
 from cnvzoo.deploy.integer import Head, IntegerNet, Layer, Rounding, Sum
 from cnvzoo.deploy.packing import GraphBuilder
 
-OPSET = 13
-IR_VERSION = 8  # read by onnxruntime 1.10 and later
 INPUT, ACCUMULATORS, SCALE = "image", "accumulators", "scale"
 _BATCH_TO_PIXELS = [2, 1, 0, 3]  # [N, C, 1, 1] to [1, C, N, 1], and back
 _LARGEST_LEVEL = 255
@@ -37,23 +35,10 @@ def integer_graph(net: IntegerNet) -> onnx.ModelProto:
     graph = _NetWriter(net)
     head, image = net.head, net.image
     make = helper.make_tensor_value_info
-    model = helper.make_model(
-        helper.make_graph(
-            graph.nodes,
-            "cnvzoo_integer",
-            [make(INPUT, TensorProto.UINT8, ["N", image.channels, image.size, image.size])],
-            [
-                make(ACCUMULATORS, TensorProto.INT32, ["N", len(head.weight)]),
-                make(SCALE, TensorProto.FLOAT, []),
-            ],
-            graph.constants,
-        ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
-        producer_name="cnvzoo",
+    outputs = [make(ACCUMULATORS, TensorProto.INT32, ["N", len(head.weight)]), make(SCALE, TensorProto.FLOAT, [])]
+    return graph.model(
+        "cnvzoo_integer", make(INPUT, TensorProto.UINT8, ["N", image.channels, image.size, image.size]), outputs
     )
-    onnx.checker.check_model(model, full_check=True)
-    return model
 
 
 class _NetWriter(GraphBuilder):

@@ -11,6 +11,8 @@ import onnx
 from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+OPSET = 13  # the first whose QuantizeLinear and DequantizeLinear have a scale for each channel
+IR_VERSION = 8  # read by onnxruntime 1.10 and later
 _ROW_NODES_SIZE = 512  # bytes, about: of the two nodes that put rows of zeros back
 
 
@@ -33,6 +35,17 @@ class GraphBuilder:
 
     def _name(self, name: str) -> str:
         return str(next(self._numbers)) if self.compact and name not in self.outputs else name
+
+    def model(self, name: str, image: onnx.ValueInfoProto, outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
+        """The graph as a model, checked by onnx."""
+        model = helper.make_model(
+            helper.make_graph(self.nodes, name, [image], outputs, self.constants),
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="cnvzoo",
+        )
+        onnx.checker.check_model(model, full_check=True)
+        return model
 
     def add_constant(self, name: str, value: ArrayLike, *, shared: bool = True) -> str:
         """A constant; one that is not `shared` is no other's, even if it is equal.

@@ -18,8 +18,6 @@ from onnx import TensorProto, helper
 from cnvzoo.deploy.integer import Head, IntegerNet, Layer, Rounding, Sum
 from cnvzoo.deploy.packing import GraphBuilder
 
-OPSET = 13  # the first with a scale for each channel
-IR_VERSION = 8  # read by onnxruntime 1.10 and later
 INPUT, LOGITS = "image", "logits"
 _LARGEST_LEVEL = 255
 
@@ -37,20 +35,10 @@ def qdq_graph(net: IntegerNet) -> onnx.ModelProto:
     graph = _NetWriter(net)
     image, head = net.image, net.head
     make = helper.make_tensor_value_info
-    model = helper.make_model(
-        helper.make_graph(
-            graph.nodes,
-            "cnvzoo_qdq",
-            [make(INPUT, TensorProto.UINT8, ["N", image.channels, image.size, image.size])],
-            [make(LOGITS, TensorProto.FLOAT, ["N", len(head.weight)])],
-            graph.constants,
-        ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
-        producer_name="cnvzoo",
+    outputs = [make(LOGITS, TensorProto.FLOAT, ["N", len(head.weight)])]
+    return graph.model(
+        "cnvzoo_qdq", make(INPUT, TensorProto.UINT8, ["N", image.channels, image.size, image.size]), outputs
     )
-    onnx.checker.check_model(model, full_check=True)
-    return model
 
 
 class _NetWriter(GraphBuilder):
