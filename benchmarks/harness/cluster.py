@@ -26,7 +26,7 @@ from cnvzoo.files import FileError, replacing, sha256_of
 from cnvzoo.training.record import RunRecord, current_commit
 from cnvzoo.training.run import run_recipe
 from cnvzoo.training.state import RECORD, STATE, TEACHER_LOGITS, WEIGHTS, RunError, RunInterrupted, alone_in
-from harness.cluster_worker import Assignment, Known, Outcome, Worker, installed_versions, refusal
+from harness.cluster_worker import Assignment, Known, Outcome, UnfitNode, Worker, installed_versions, refusal
 from harness.entries import HarnessError
 from harness.schedule import Run
 from harness.workers import AT_ONCE_ON_A_GPU, Stop, Train, Weights, WorkerEnded
@@ -148,36 +148,50 @@ class RayRunner:
     _files: _Files = field(init=False, repr=False)
     _commit: str | None = field(init=False, repr=False)
     _counted: tuple[float, int] = field(default=(-_NODES_SECONDS, 1), repr=False)
+    _unfit: set[str] = field(default_factory=set, repr=False)  # IDs of nodes that runs are kept away from
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
         self._files, self._commit = _Files(_ray()), current_commit()
-        if self.device.type == "cpu" and not any(cpus >= self.threads for cpus in self._amounts("CPU")):
-            raise HarnessError(f"--threads {self.threads}: no node of the cluster has so many CPUs")
+        if not any(self._room()):
+            on_gpu = " beside a GPU" if self.device.type == "cuda" else ""
+            raise HarnessError(f"--threads {self.threads}: no node of the cluster has so many CPUs{on_gpu}")
 
-    def _amounts(self, resource: str) -> list[float]:
-        return [node["Resources"].get(resource, 0) for node in self._files.ray.nodes() if node["Alive"]]
+    def _resources(self) -> dict[str, float]:
+        """What a run takes of its node, by Ray's names."""
+        return {"CPU": self.threads, **({"GPU": _GPU_SHARE} if self.device.type == "cuda" else {})}
+
+    def _room(self) -> list[int]:
+        """How many runs each node takes."""
+        with self._lock:
+            unfit = set(self._unfit)
+        nodes = [node for node in self._files.ray.nodes() if node["Alive"] and node["NodeID"] not in unfit]
+        needs = self._resources().items()
+        return [min(int(node["Resources"].get(name, 0) / need) for name, need in needs) for node in nodes]
 
     def at_once(self) -> int:
         """How many runs the nodes take now, at least 1; nodes may come and go."""
         now = time.monotonic()
         if now - self._counted[0] >= _NODES_SECONDS:
-            on_gpu = self.device.type == "cuda"
-            share, amounts = (_GPU_SHARE, self._amounts("GPU")) if on_gpu else (self.threads, self._amounts("CPU"))
-            self._counted = now, max(1, sum(int(amount / share) for amount in amounts))
+            self._counted = now, max(1, sum(self._room()))
         return self._counted[1]
 
     def run(self, run: Run, weights: Weights, stop: Stop) -> RunRecord:
-        name = f"{run.entry.name}, seed {run.seed}"
+        name, lost_workers = f"{run.entry.name}, seed {run.seed}", 0
         with alone_in(run.run_dir):
-            for number in range(1, _MOST_WORKERS + 1):
-                worker = self._new_worker()
+            while True:
+                worker = self.new_worker()
                 try:
                     outcome, files = self._train_on(worker, name, run, weights, stop)
+                except UnfitNode as unfit:
+                    self._keep_away_from(self._node_of(worker), str(unfit))
+                    continue
                 except _Lost as lost:
+                    lost_workers += 1
                     if reason := self._reason(stop):
                         raise WorkerEnded(name, reason, run.run_dir) from None
-                    if number == _MOST_WORKERS:
-                        raise RunError(f"its worker died {number} times; the last time: {lost}") from None
+                    if lost_workers == _MOST_WORKERS:
+                        raise RunError(f"its worker died {lost_workers} times; the last time: {lost}") from None
                     if lost.started:  # else Ray chose a node that it did not yet know to be dead
                         then = "from its last state" if run.started else "from its start, as no state has come home"
                         self.say(f"{name}: its worker was lost ({lost}); it goes on {then}")
@@ -185,18 +199,38 @@ class RayRunner:
                 finally:
                     self._files.ray.kill(worker)
                 return self._brought_home(name, run, outcome, files)
-        raise AssertionError("unreachable")
 
     def _reason(self, stop: Stop) -> str | None:
         late = self.deadline is not None and time.monotonic() >= self.deadline
         return stop() or ("time limit" if late else None)
 
-    def _new_worker(self) -> Any:
-        resources: dict[str, float] = {"num_cpus": self.threads}
-        if self.device.type == "cuda":
-            resources["num_gpus"] = _GPU_SHARE
-        remote = self._files.ray.remote(**resources, max_concurrency=4, scheduling_strategy="SPREAD")
+    def new_worker(self) -> Any:
+        """An actor on a node that Ray chooses among those that have room and are not unfit."""
+        resources = {f"num_{name.lower()}s": need for name, need in self._resources().items()}
+        with self._lock:
+            unfit = sorted(self._unfit)
+        elsewhere = {"ray.io/node-id": f"!in({','.join(unfit)})"} if unfit else None
+        remote = self._files.ray.remote(
+            **resources, label_selector=elsewhere, max_concurrency=4, scheduling_strategy="SPREAD"
+        )
         return remote(Worker).remote(os.nice(0))
+
+    def _node_of(self, worker: Any) -> str | None:
+        """The ID of the node that the worker is on, or None if the worker has died meanwhile."""
+        ray = self._files.ray
+        try:
+            return ray.get(worker.__ray_call__.remote(_node_id), timeout=_ANSWER_SECONDS)
+        except ray.exceptions.RayError:
+            return None
+
+    def _keep_away_from(self, node: str | None, problem: str) -> None:
+        """Give no more runs to a node that joined with other versions; says so the first time."""
+        with self._lock:
+            known = node is None or node in self._unfit
+            if node is not None:
+                self._unfit.add(node)
+        if not known:
+            self.say(f"{problem}; no run is given to it")
 
     def _train_on(self, worker: Any, name: str, run: Run, weights: Weights, stop: Stop) -> Outcome:
         """Wait for what the worker returns; raises _Lost if it dies before."""
@@ -338,6 +372,11 @@ def _answer(ray: Any, asked: Any) -> Any:
 def _write(path: Path, content: bytes) -> None:
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def _node_id(worker: Worker) -> str:
+    """The ID of the node of an actor, for `__ray_call__`, which calls it there."""
+    return _ray().get_runtime_context().get_node_id()
 
 
 def _cause(error: Any) -> CnvzooError:

@@ -53,6 +53,10 @@ def refusal(node: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> st
     return f"node {node} has {differences}: install the versions of constraints.txt on both, or take it off the cluster"
 
 
+class UnfitNode(RunError):
+    """A node has other versions of what decides bits than the command."""
+
+
 @dataclass(frozen=True)
 class Assignment:
     """One run as a worker gets it, without the files that go with it.
@@ -94,10 +98,10 @@ class Worker:
         self._folder: Path | None = None
 
     def ready(self, versions: Mapping[str, str]) -> str:
-        """The name of this node. Raises RunError if other versions than `versions` are installed here."""
+        """The name of this node. Raises UnfitNode if other versions than `versions` are installed here."""
         node = socket.gethostname()
         if problem := refusal(node, installed_versions(), versions):
-            raise RunError(problem)
+            raise UnfitNode(problem)
         return node
 
     def data_root(self, dataset: str, sha256: str) -> Path | None:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness.cluster import RayRunner, joined_cluster
-from harness.entries import Layout
+from harness.cluster import RayRunner, cluster_device, joined_cluster
+from harness.entries import HarnessError, Layout
 from harness.execute import Outcome, execute
 from harness.records import Records
 from harness.schedule import make_plan
 from harness.workers import LocalRunner, Runner, process_settings
 from tiny import publish_tiny
-from tiny_cluster import TrainTiny, write_tiny
+from tiny_cluster import TrainTiny, visible_gpus, write_tiny
 from workbench import Bench
 
 from cnvzoo.training import RunRecord, run_recipe
 
-pytest.importorskip("ray", reason="the package ray is not installed")
+ray = pytest.importorskip("ray", reason="the package ray is not installed")
 
 TEACHER, STUDENT = "mnist_resnet20", "mnist_resnet32"
 SEEDS = (0, 1, 2)
@@ -65,11 +66,15 @@ def with_entries(bench: Bench) -> Bench:
 
 
 def train(
-    bench: Bench, runner: Runner, at_once: int | Callable[[], int], say: Callable[[str], None] = print
+    bench: Bench,
+    runner: Runner,
+    at_once: int | Callable[[], int],
+    say: Callable[[str], None] = print,
+    entries: tuple[str, ...] = (TEACHER, STUDENT),
 ) -> Outcome:
-    entries = {name: bench.entry(name) for name in (TEACHER, STUDENT)}
-    records = Records(entries, Layout.of(bench.home, bench.runs))
-    runs = make_plan(list(entries.values()), SEEDS, records=records)
+    found = {name: bench.entry(name) for name in entries}
+    records = Records(found, Layout.of(bench.home, bench.runs))
+    runs = make_plan(list(found.values()), SEEDS, records=records)
     return execute(runs, runner, at_once=at_once, records=records, deadline=None, say=say, on_finished=lambda: None)
 
 
@@ -136,18 +141,56 @@ def test_six_runs_on_two_nodes_one_of_which_is_killed_have_the_weights_of_local_
     assert len([line for line in lines if line.startswith(f"{killed[0]}: epoch 1")]) == 1
 
 
+@contextmanager
+def node_with_old_numpy(cluster: Any, folder: Path, **resources: int) -> Iterator[None]:
+    """Inside, the cluster has a node whose packages say that numpy is 0.1."""
+    other = folder / "numpy-0.1.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")
+    path = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
+    node = cluster.add_node(**resources, env_vars={"PYTHONPATH": path})
+    try:
+        yield
+    finally:
+        cluster.remove_node(node)
+
+
+def test_a_node_that_joins_with_other_versions_gets_no_run_and_three_workers_share_its_gpu(
+    bench, cluster, local, tmp_path
+):
+    with_entries(bench)
+    lines: list[str] = []
+    with joined_cluster():
+        runner = on_cluster(lines.append, TrainTiny())
+        there = runner.at_once()
+        with pytest.raises(HarnessError, match="--device cuda: no node of the cluster has a GPU"):
+            cluster_device("cuda")
+        with node_with_old_numpy(cluster, tmp_path, num_cpus=4, num_gpus=1):
+            assert cluster_device("auto") == torch.device("cuda")
+            on_gpus = partial(on_cluster, print, TrainTiny(), device=torch.device("cuda"))
+            assert on_gpus(threads=2).at_once() == 2
+            with pytest.raises(HarnessError, match="--threads 5: no node of the cluster has so many CPUs beside a GPU"):
+                on_gpus(threads=5)
+            assert on_gpus().at_once() == 3
+            workers = [on_gpus().new_worker() for _ in range(3)]
+            shares = [worker.__ray_call__.remote(visible_gpus) for worker in workers]
+            assert ray.get(shares, timeout=TIMEOUT) == ["0"] * 3
+            for worker in workers:
+                ray.kill(worker)
+            outcome = train(bench, runner, there + 1, lines.append, entries=(TEACHER,))
+    assert (outcome.failed, outcome.left, outcome.stopped) == ([], [], None)
+    assert weights(bench) == {key: sha256 for key, sha256 in local.items() if key[0] == TEACHER}
+    (refused,) = (line for line in lines if "numpy 0.1" in line)
+    assert refused.endswith("or take it off the cluster; no run is given to it")
+
+
 def test_ctrl_c_brings_the_states_home_and_this_machine_resumes_from_them(bench, cluster, local, tmp_path, capsys):
     """Before that, a node with another version of numpy joins, and is refused."""
     with_entries(bench)
     command = ("--table", "mnist", "--entry", TEACHER, "--seeds", "0", "1")
-    other = tmp_path / "numpy-0.1.dist-info"
-    other.mkdir()
-    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 0.1\n")
-    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
-    node = cluster.add_node(num_cpus=0, env_vars={"PYTHONPATH": path})
-    assert bench.run(*command, "--on", "ray") == 2
+    with node_with_old_numpy(cluster, tmp_path, num_cpus=0):
+        assert bench.run(*command, "--on", "ray") == 2
     assert re.search(rf"error: node \S+ has numpy 0\.1, here {np.__version__}: install the", capsys.readouterr().err)
-    cluster.remove_node(node)
 
     states = [bench.runs / TEACHER / f"seed{seed}" / "state.safetensors" for seed in (0, 1)]
     bench.train = TrainTiny(2, nodes=("first", "second"))

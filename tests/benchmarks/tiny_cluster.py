@@ -23,6 +23,11 @@ def write_tiny(root: Path) -> None:
     save_file({name: getattr(data, name) for name in names}, root / "mnist.safetensors")
 
 
+def visible_gpus(worker: object) -> str | None:
+    """The GPUs that Ray gives to an actor."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
 @dataclass(frozen=True)
 class TrainTiny:
     """Like run_recipe, with the checksums of `tiny()`, and a pause after the first epoch on some nodes.
