@@ -124,11 +124,11 @@ class _NetWriter(GraphBuilder):
                 "Conv", inputs, f"{name}.output", kernel_shape=weight.shape[2:], strides=layer.stride,
                 pads=layer.padding * 2, group=layer.groups,
             )  # fmt: skip
-        levels = self._quantized(name, x, zero_point, chosen.high - chosen.low)
-        if layer.pooled:
-            x = self.add("DequantizeLinear", [levels, self._one, zero_point], f"{name}.unpooled")
+        if layer.pooled:  # limited after the pool, to a quarter of the levels
+            x = self.add("QuantizeLinear", [x, self._one, zero_point], f"{name}.unpooled")
+            x = self.add("DequantizeLinear", [x, self._one, zero_point], f"{name}.unpooled.float")
             x = self.add("MaxPool", [x], f"{name}.largest", kernel_shape=[2, 2], strides=[2, 2])
-            levels = self.add("QuantizeLinear", [x, self._one, zero_point], f"{name}.pooled")
+        levels = self._quantized(name, x, zero_point, chosen.high - chosen.low)
         self._added(levels, zero_point, flat=layer.linear)
 
     def _add_rounding(self, node: Rounding) -> None:
