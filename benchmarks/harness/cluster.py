@@ -1,4 +1,4 @@
-"""A runner on a Ray cluster: each run is an actor on some node, and its files come home as they are made.
+"""A runner on a Ray cluster: each run is an actor on some node, and its files are copied back as they are written.
 
 `execute` chooses what to train next, as for local runs; Ray chooses the node. What a node needs goes with the run: the
 code, the recipe, the weights that it starts or learns from, its last state, and its dataset unless the node has it.
@@ -135,7 +135,7 @@ class RayRunner:
         deadline: of time.monotonic().
         say: called with each line about a run, from the thread that waits for it.
         train: called as cnvzoo.training.run_recipe by the worker; nodes must be able to import it.
-        state_seconds: after how many seconds a run saves its state and sends it home.
+        state_seconds: after how many seconds a run saves its state, which is then copied back.
     """
 
     threads: int
@@ -193,12 +193,12 @@ class RayRunner:
                     if lost_workers == _MOST_WORKERS:
                         raise RunError(f"its worker died {lost_workers} times; the last time: {lost}") from None
                     if lost.started:  # else Ray chose a node that it did not yet know to be dead
-                        then = "from its last state" if run.started else "from its start, as no state has come home"
-                        self.say(f"{name}: its worker was lost ({lost}); it goes on {then}")
+                        then = "resumes from its last state" if run.started else "starts again, as none was saved"
+                        self.say(f"{name}: its worker was lost ({lost}); the run {then}")
                     continue
                 finally:
                     self._files.ray.kill(worker)
-                return self._brought_home(name, run, outcome, files)
+                return self._copied_back(name, run, outcome, files)
 
     def _reason(self, stop: Stop) -> str | None:
         late = self.deadline is not None and time.monotonic() >= self.deadline
@@ -306,7 +306,7 @@ class RayRunner:
         for line in _answer(self._files.ray, worker.lines.remote()) or ():
             self.say(line)
 
-    def _brought_home(
+    def _copied_back(
         self, name: str, run: Run, outcome: RunRecord | CnvzooError, files: Mapping[str, bytes]
     ) -> RunRecord:
         """Write the files of an outcome to the folder of the run; returns the record or raises the error."""

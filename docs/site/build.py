@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
 
 
 def fetch_packages() -> bool:
-    """Whether node_modules has what package-lock.json says; npm is asked where it has not."""
+    """Whether node_modules has the packages of package-lock.json; runs `npm ci` if it does not."""
     installed, wanted = HERE / "node_modules" / ".cnvzoo-lock", HERE / "package-lock.json"
     if installed.is_file() and installed.read_bytes() == wanted.read_bytes():
         return True

@@ -79,7 +79,7 @@ def train(
 
 
 def on_cluster(say: Callable[[str], None], training: TrainTiny, **options: Any) -> RayRunner:
-    """A runner that brings every state home at once."""
+    """A runner that copies every state back at once."""
     defaults = {"threads": 1, "device": torch.device("cpu"), "deadline": None, "state_seconds": 0.1}
     return RayRunner(say=say, train=training, **{**defaults, **options})
 
@@ -109,7 +109,7 @@ def test_six_runs_on_two_nodes_one_of_which_is_killed_have_the_weights_of_local_
     killed: list[str] = []
 
     def note(line: str) -> None:
-        """Have the second node killed when a run there has sent its first state home."""
+        """Have the second node killed when a run there has sent its first state."""
         lines.append(line)
         name, _, rest = line.partition(": ")
         if rest == "node second" and not killed:
@@ -134,7 +134,7 @@ def test_six_runs_on_two_nodes_one_of_which_is_killed_have_the_weights_of_local_
     assert len(local) == 6
     (lost,) = (line for line in lines if "its worker was lost" in line)
     assert lost.startswith(f"{killed[0]}: ")
-    assert lost.endswith("; it goes on from its last state")
+    assert lost.endswith("; the run resumes from its last state")
     assert [line for line in lines if line.startswith(f"{killed[0]}: node")] == [
         f"{killed[0]}: node second", f"{killed[0]}: node first",
     ]  # fmt: skip
@@ -184,7 +184,7 @@ def test_a_node_that_joins_with_other_versions_gets_no_run_and_three_workers_sha
     assert refused.endswith("or take it off the cluster; no run is given to it")
 
 
-def test_ctrl_c_brings_the_states_home_and_this_machine_resumes_from_them(bench, cluster, local, tmp_path, capsys):
+def test_ctrl_c_copies_the_states_back_and_this_machine_resumes_from_them(bench, cluster, local, tmp_path, capsys):
     """Before that, a node with another version of numpy joins, and is refused."""
     with_entries(bench)
     command = ("--table", "mnist", "--entry", TEACHER, "--seeds", "0", "1")
