@@ -238,7 +238,7 @@ def test_no_page_is_wider_than_a_phone(visit, page):
     assert visit(page, PHONE).evaluate("document.documentElement.scrollWidth") == PHONE["width"]
 
 
-@pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
+@pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist", "cifar10"])
 def test_scores_of_test_images_are_those_of_the_runner(visit, site, real_data, dataset):
     data = cnvzoo.load_dataset(dataset, root=real_data(dataset))
     images = np.asarray(data.test_images[:10])

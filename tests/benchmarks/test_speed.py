@@ -122,7 +122,8 @@ def test_a_column_that_is_empty_for_all_nets_is_left_out(net: str, left: list[st
 def test_inference_ratios() -> None:
     def row(net: str, runtime: str, one: float, many: float) -> dict[str, object]:
         times = {"1": one, "64": many}
-        return {"runtime": runtime, "net": net, "bytes": 1000, "correct": 9_141, "total": 10_000, "milliseconds": times}
+        found = {"runtime": runtime, "net": net, "bytes": 1000, "correct": 9_141, "agreeing": 9_998, "total": 10_000}
+        return found | {"milliseconds": times}
 
     result = {
         "machine": CPU,
@@ -133,10 +134,12 @@ def test_inference_ratios() -> None:
             row("quant_cnv_w4a4", "ours, ONNX Runtime", 0.5, 8.0),
         ],
     }
-    assert infer.columns(result)[-3:] == ("one image, ms", "images/s, batch 64", "/ PyTorch float32")
+    assert infer.columns(result)[3:] == (
+        "top-1, %", "same class", "one image, ms", "images/s, batch 64", "/ PyTorch float32"
+    )  # fmt: skip
     assert infer.rows(result) == [
-        ("cnv", "PyTorch float32", "1,000", "91.41", "2.00", "1,600", "1.00"),
-        ("quant_cnv_w4a4", "ours, ONNX Runtime", "1,000", "91.41", "0.50", "8,000", "5.00"),
+        ("cnv", "PyTorch float32", "1,000", "91.41", "9,998", "2.00", "1,600", "1.00"),
+        ("quant_cnv_w4a4", "ours, ONNX Runtime", "1,000", "91.41", "9,998", "0.50", "8,000", "5.00"),
     ]
     assert "A CPU, 2 threads, AVX512; onnxruntime 1.32.0" in infer.section(result)
 
@@ -145,7 +148,8 @@ def test_the_table_to_choose_from() -> None:
     """Bytes, multiply-accumulates, memory and times of each net, and its speed beside OpenVINO's int8 of its twin."""
 
     def row(net: str, runtime: str, *times: float, memory: dict[str, float] | None = None) -> dict[str, Any]:
-        found = {"runtime": runtime, "net": net, "bytes": 1000, "correct": 9_141, "total": 10_000, "memory": memory}
+        found = {"runtime": runtime, "net": net, "bytes": 1000, "correct": 9_141, "agreeing": 9_998, "total": 10_000}
+        found |= {"memory": memory}
         return found | {"milliseconds": dict(zip(("1", "64"), times, strict=True))}
 
     result = {
@@ -511,19 +515,26 @@ def test_a_package_that_is_missing_is_stated(make_checkpoint, tmp_path: Path, mo
 
 def test_infer_measures_what_is_published(small_datasets, make_checkpoint, tmp_path, monkeypatch, capsys) -> None:
     small_datasets(train=64, test=20)
-    weights = make_checkpoint(tmp_path / "hub", "cnv", "cifar10") / "model.safetensors"
-    monkeypatch.setenv("CNVZOO_HUB", str(tmp_path / "hub"))
+    hub = tmp_path / "hub"
+    folders = [
+        make_checkpoint(hub, "cnv", "cifar10"), make_checkpoint(hub, "quant_resnet20", "cifar10", w_bits=4, a_bits=4)
+    ]  # fmt: skip
+    monkeypatch.setenv("CNVZOO_HUB", str(hub))
     monkeypatch.setattr(infer, "float_contenders", lambda *given: islice(contenders.float_contenders(*given), 3))
     result = infer.measure([4], [1, 8], load_dataset("cifar10"), turns=1, seconds=0.001, others=["resnet20"])
     printed = capsys.readouterr()
-    for name in ("quant_cnv_w4a4", "resnet20", "quant_resnet20_w4a4"):
+    for name in ("quant_cnv_w4a4", "resnet20"):
         assert f"{name}.cifar10 is not published yet: left out" in printed.err
-    assert result["macs"] == {"cnv": 59_461_376}
+    assert result["macs"] == {"cnv": 59_461_376, "quant_resnet20_w4a4": 40_813_184}
     assert printed.out == ""
-    assert result["checkpoints"] == {"cnv.cifar10": {"model.safetensors": sha256_of(weights)}}
-    assert [row["net"] for row in result["contenders"]] == ["cnv", "cnv", "cnv"]
+    assert result["checkpoints"] == {
+        folder.name: {"model.safetensors": sha256_of(folder / "model.safetensors")} for folder in folders
+    }
+    assert [row["net"] for row in result["contenders"]] == ["cnv"] * 3 + ["quant_resnet20_w4a4"] * 4
     for row in result["contenders"]:
         assert row["total"] == 20
+        assert row["agreeing"] >= (20 if row["runtime"] == "PyTorch float32" else 19)
+        assert f"{row['runtime']}: {row['correct']} of 20 correct, {row['agreeing']} as in PyTorch" in printed.err
         assert list(row["milliseconds"]) == ["1", "8"]
         assert all(least <= row["milliseconds"][b] <= most for b, (least, most) in row["spread"].items())
 
