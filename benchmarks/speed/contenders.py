@@ -124,6 +124,15 @@ def _in_pytorch(checkpoint: str) -> Iterator[Contender]:
     yield Contender(COMPILED, net, size, _channels_last(prepare), _eager(compiled))
 
 
+def eager(checkpoint: str) -> Contender:
+    """A net of any kind in PyTorch, channels_last."""
+    model, config = cnvzoo.load_checkpoint(checkpoint)
+    mean, std = config.preprocessing["mean"], config.preprocessing["std"]
+    net, size = config.name.split(".")[0], _weight_bytes(checkpoint)
+    prepare = _channels_last(lambda images: normalize(images, mean, std))
+    return Contender(PYTORCH_CHANNELS_LAST, net, size, prepare, _eager(model))
+
+
 def quantized_contenders(checkpoint: str, threads: int, folder: Path) -> Iterator[Contender]:
     """Of a quantized net: Brevitas' layers, Brevitas' QCDQ export in ONNX Runtime and, where it is installed, in
     OpenVINO, and what `our_files` gives.

@@ -43,12 +43,14 @@ from contenders import (
     QDQ,
     Contender,
     Images,
+    eager,
     float_contenders,
     float_files,
     our_files,
     quantized_contenders,
 )
 from memory import peak_growth
+from numpy.typing import NDArray
 from rich.console import Console
 
 import cnvzoo
@@ -81,6 +83,7 @@ CHOICES = (
     OURS,
     FASTEST,
 )  # in the table that users choose from
+AGREEING = "same class"
 _COMPARED = "64"  # images at a time, for ratios
 
 Result = dict[str, Any]
@@ -127,8 +130,9 @@ def measure(
 
     Returns:
         {"machine", "versions", "checkpoints": {name: {"model.safetensors": sha256}}, "macs": {net: of one image},
-        "contenders": [{"runtime", "net", "bytes", "correct", "total", "memory": {batch: MiB} or None, "milliseconds":
-        {batch: median}, "spread": {batch: [least, most]}}]}.
+        "contenders": [{"runtime", "net", "bytes", "correct", "agreeing", "total", "memory": {batch: MiB} or None,
+        "milliseconds": {batch: median}, "spread": {batch: [least, most]}}]}; "agreeing" is the number of test images
+        with the class that the net has in PyTorch.
 
     Raises:
         CnvzooError: the float net is not published, a checkpoint is damaged, or a batch is larger than the test set.
@@ -141,13 +145,19 @@ def measure(
         contenders = list(_contenders(bits, others, data, Path(folder), progress))
         names = dict.fromkeys(f"{contender.net}.cifar10" for contender in contenders)
         sha256 = {name: {WEIGHTS: sha256_of(find_checkpoint(name).folder / WEIGHTS)} for name in names}
-        rows = []
+        rows, in_pytorch = [], {}
         for contender in contenders:
-            found = {"runtime": contender.runtime, "net": contender.net, "bytes": contender.bytes}
-            correct = _count_correct(contender, images, data.test_labels.numpy())
-            found |= {"correct": correct, "total": len(images), "memory": _memory(contender)}
+            net, classes = contender.net, _classes(contender, images)
+            if net not in in_pytorch:
+                first = contender.runtime in (PYTORCH, BREVITAS)
+                in_pytorch[net] = classes if first else _classes(eager(f"{net}.cifar10"), images)
+            correct = int((classes == data.test_labels.numpy()).sum())
+            agreeing = int((classes == in_pytorch[net]).sum())
+            found = {"runtime": contender.runtime, "net": net, "bytes": contender.bytes, "correct": correct}
+            found |= {"agreeing": agreeing, "total": len(images), "memory": _memory(contender)}
             rows.append({**found, "milliseconds": {}, "spread": {}})
-            progress.print(f"{contender.net}, {contender.runtime}: {correct:,} of {len(images):,}", soft_wrap=True)
+            line = f"{net}, {contender.runtime}: {correct:,} of {len(images):,} correct, {agreeing:,} as in PyTorch"
+            progress.print(line, soft_wrap=True)
         for number, batch in enumerate(batches):
             left = turns * (_REST_SECONDS + _WARM_UP_SECONDS + seconds) * len(contenders) * (len(batches) - number)
             progress.print(f"batch {batch}: {left / 60:.1f} min left or more", soft_wrap=True)
@@ -197,12 +207,10 @@ def _memory(contender: Contender) -> dict[str, float] | None:
     return {n: round(mib, 1) for n, mib in grown.items() if mib is not None} or None
 
 
-def _count_correct(contender: Contender, images: Images, labels: Any) -> int:
-    correct = 0
-    for start in range(0, len(images), _SCORED_AT_ONCE):
-        found = contender.run(contender.prepare(images[start : start + _SCORED_AT_ONCE]))
-        correct += int((found.argmax(1) == labels[start : start + _SCORED_AT_ONCE]).sum())
-    return correct
+def _classes(contender: Contender, images: Images) -> NDArray[np.intp]:
+    """The class that a contender gives each image."""
+    parts = np.split(images, range(_SCORED_AT_ONCE, len(images), _SCORED_AT_ONCE))
+    return np.concatenate([contender.run(contender.prepare(part)).argmax(1) for part in parts])
 
 
 def _take_turns(contenders: Sequence[Contender], images: Images, turns: int, seconds: float) -> list[list[float]]:
@@ -278,7 +286,16 @@ def columns(result: Result) -> tuple[str, ...]:
     batches = result["contenders"][0]["milliseconds"]
     images = [f"images/s, batch {batch}" for batch in batches if batch != "1"]
     ratio = [f"/ {PYTORCH}"] if _COMPARED in batches else []
-    return ("net", "in", "file bytes", "top-1, %", *(["one image, ms"] if "1" in batches else []), *images, *ratio)
+    return (
+        "net",
+        "in",
+        "file bytes",
+        "top-1, %",
+        AGREEING,
+        *(["one image, ms"] if "1" in batches else []),
+        *images,
+        *ratio,
+    )
 
 
 def rows(result: Result) -> list[tuple[str, ...]]:
@@ -294,7 +311,8 @@ def rows(result: Result) -> list[tuple[str, ...]]:
         faster = images_per_second(row, _COMPARED) / images_per_second(baseline, _COMPARED) if _COMPARED in times else 0
         ratio = [f"{faster:.2f}"] if faster else []
         accuracy = f"{100 * row['correct'] / row['total']:.2f}"
-        lines.append((row["net"], row["runtime"], f"{row['bytes']:,}", accuracy, *one, *images, *ratio))
+        counts = f"{row['bytes']:,}", accuracy, f"{row['agreeing']:,}"
+        lines.append((row["net"], row["runtime"], *counts, *one, *images, *ratio))
     return lines
 
 
@@ -384,6 +402,7 @@ this part; [infer.json](infer.json) has the sha256 of the checkpoints that were 
 Machine: {machine_text(result)}.
 
 - *file bytes*: of the ONNX file, or of the published `model.safetensors` where PyTorch runs it.
+- *{AGREEING}*: how many of the {total:,} test images get the class that they have in PyTorch.
 - *PyTorch*: in inference mode; *static PTQ int8*: ONNX Runtime's own quantization of the float net without training,
   per channel, calibrated on {CALIBRATION_IMAGES} training images; *QCDQ*: Brevitas' export for runtimes.{
         nncf if OPENVINO_INT8 in runtimes else ""
