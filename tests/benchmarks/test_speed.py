@@ -120,7 +120,7 @@ def test_a_column_that_is_empty_for_all_nets_is_left_out(net: str, left: list[st
 
 
 def test_inference_ratios() -> None:
-    def row(net: str, runtime: str, one: float, many: float) -> dict[str, object]:
+    def row(net: str, runtime: str, one: float, many: float) -> dict[str, Any]:
         times = {"1": one, "64": many}
         found = {"runtime": runtime, "net": net, "bytes": 1000, "correct": 9_141, "agreeing": 9_998, "total": 10_000}
         return found | {"milliseconds": times}
