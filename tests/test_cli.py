@@ -265,7 +265,7 @@ class TestCompletion:
     @pytest.mark.parametrize(
         ("typed", "completed"),
         [
-            ("info quant_cnv_w4", {"quant_cnv_w4a4.cifar10", "quant_cnv_w4a4.mnist"}),
+            ("info quant_cnv_w4a4.m", {"quant_cnv_w4a4.mnist"}),
             ("info resnet11", {"resnet110", "resnet110.cifar10"}),
             ("eval cnv.m", {"cnv.mnist"}),
             ("predict photo.png --checkpoint cnv.m", {"cnv.mnist"}),
@@ -321,7 +321,7 @@ class TestInfo:
         [
             ("quant_cnv_w4a2", ("quant_cnv", "--w-bits", 4, "--a-bits", 2)),
             ("quant_cnv_w4a2.cifar100", ("quant_cnv", "--w-bits", 4, "--a-bits", 2, "--num-classes", 100)),
-            ("resnet20.mnist", ("resnet20", "--in-chans", 1)),
+            ("resnet32.mnist", ("resnet32", "--in-chans", 1)),
         ],
     )
     def test_names_with_bit_widths_and_datasets(self, cnvzoo, name, options):

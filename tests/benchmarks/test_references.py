@@ -11,7 +11,7 @@ from workbench import BENCHMARKS
 MEANS = {
     "cifar10": [90.91, 91.09, 92.96, 93.71, 94.05, 94.33, 94.36, 91.43, 91.29, 90.48],
     "cifar100": [69.05, 63.80, 69.48, 70.87, None, None, None, 66.03, 65.54, 65.04],
-    "extra": [91.53, 92.45, 90.96, 93.93, 93.05, None, None, None, None, None],
+    "extra": [None, None, None, 91.53, 92.45, 90.96, 93.93, 93.05, None, None, None, None, None],
 }
 
 
