@@ -130,7 +130,7 @@ class RayRunner:
     """Trains each run on a node of the cluster that this process is connected to (`joined_cluster`).
 
     Attributes:
-        threads: of each run on a CPU; a run takes so many of Ray's CPUs, or a third of a GPU.
+        threads: of each run on a CPU; a run takes so many of Ray's CPUs, and with `cuda` a third of a GPU too.
         device: `cpu` or `cuda`.
         deadline: of time.monotonic().
         say: called with each line about a run, from the thread that waits for it.

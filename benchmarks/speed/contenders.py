@@ -81,7 +81,7 @@ def float_files(
         folder: for files.
         say: is called with a line for each package that is not installed, whose contenders are left out.
     """
-    model, net, prepare = _float_net(checkpoint)
+    model, net, prepare = _published_net(checkpoint)
     plain, quantized, calibration = folder / f"{net}.onnx", folder / f"{net}_ptq.onnx", calibration[:CALIBRATION_IMAGES]
     cnvzoo.export(model, plain, format="onnx")
     size = plain.stat().st_size
@@ -104,15 +104,15 @@ def float_files(
     return None
 
 
-def _float_net(checkpoint: str) -> tuple[nn.Module, str, Callable[[Images], NDArray[np.float32]]]:
-    """A published float model, its name, and what normalizes its images."""
+def _published_net(checkpoint: str) -> tuple[nn.Module, str, Callable[[Images], NDArray[np.float32]]]:
+    """A published model, its name, and what normalizes its images."""
     model, config = cnvzoo.load_checkpoint(checkpoint)
     mean, std = config.preprocessing["mean"], config.preprocessing["std"]
     return model, config.name.split(".")[0], lambda images: normalize(images, mean, std)
 
 
 def _in_pytorch(checkpoint: str) -> Iterator[Contender]:
-    model, net, prepare = _float_net(checkpoint)
+    model, net, prepare = _published_net(checkpoint)
     size = _weight_bytes(checkpoint)
     contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     yield Contender(PYTORCH, net, size, lambda x: torch.from_numpy(prepare(x)), _run(contiguous))
@@ -126,11 +126,8 @@ def _in_pytorch(checkpoint: str) -> Iterator[Contender]:
 
 def eager(checkpoint: str) -> Contender:
     """A net of any kind in PyTorch, channels_last."""
-    model, config = cnvzoo.load_checkpoint(checkpoint)
-    mean, std = config.preprocessing["mean"], config.preprocessing["std"]
-    net, size = config.name.split(".")[0], _weight_bytes(checkpoint)
-    prepare = _channels_last(lambda images: normalize(images, mean, std))
-    return Contender(PYTORCH_CHANNELS_LAST, net, size, prepare, _eager(model))
+    model, net, prepare = _published_net(checkpoint)
+    return Contender(PYTORCH_CHANNELS_LAST, net, _weight_bytes(checkpoint), _channels_last(prepare), _eager(model))
 
 
 def quantized_contenders(checkpoint: str, threads: int, folder: Path) -> Iterator[Contender]:

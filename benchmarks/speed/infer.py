@@ -1,4 +1,4 @@
-"""Inference speed of a trained CNV: the integer graph of this library and other runtimes, measured in turns.
+"""Inference speed of trained nets: the files of this library and other runtimes, measured in turns.
 
     python benchmarks/speed/infer.py                                  all of it, about ten minutes on 2 cores
     python benchmarks/speed/infer.py --bits 4 --batches 1 64          some
