@@ -265,7 +265,7 @@ class TestCompletion:
     @pytest.mark.parametrize(
         ("typed", "completed"),
         [
-            ("info quant_cnv_w4a4.m", {"quant_cnv_w4a4.mnist"}),
+            ("info quant_cnv_w4", {f"quant_cnv_w4a4.{name}" for name in ("cifar10", "fashion_mnist", "mnist")}),
             ("info resnet11", {"resnet110", "resnet110.cifar10"}),
             ("eval cnv.m", {"cnv.mnist"}),
             ("predict photo.png --checkpoint cnv.m", {"cnv.mnist"}),
