@@ -27,6 +27,7 @@ from tiny_cluster import TrainTiny, visible_gpus, write_tiny
 from workbench import Bench
 
 from cnvzoo.training import RunRecord, run_recipe
+from cnvzoo.training.state import load_checked
 
 ray = pytest.importorskip("ray", reason="the package ray is not installed")
 
@@ -109,17 +110,20 @@ def test_six_runs_on_two_nodes_one_of_which_is_killed_have_the_weights_of_local_
     killed: list[str] = []
 
     def note(line: str) -> None:
-        """Have the second node killed when a run there has sent its first state."""
+        """Have the second node killed when a run there has sent the state and the line of its first epoch."""
         lines.append(line)
         name, _, rest = line.partition(": ")
         if rest == "node second" and not killed:
             killed.append(name)
             entry, _, seed = name.partition(", seed ")
             state = bench.runs / entry / f"seed{seed}" / "state.safetensors"
-            threading.Thread(target=kill_second_node, args=(state,)).start()
+            threading.Thread(target=kill_second_node, args=(state, f"{name}: epoch 1")).start()
 
-    def kill_second_node(state: Path) -> None:
-        while not state.exists():
+    def kill_second_node(state: Path, shown: str) -> None:
+        steps = 64 // 32  # of an epoch
+        while not state.exists() or load_checked(state)[1]["values"]["step"] < steps:
+            time.sleep(0.02)
+        while not any(line.startswith(shown) for line in lines):
             time.sleep(0.02)
         (node,) = cluster.worker_nodes
         cluster.remove_node(node, allow_graceful=False)

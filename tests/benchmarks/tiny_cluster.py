@@ -32,6 +32,8 @@ def visible_gpus(worker: object) -> str | None:
 class TrainTiny:
     """Like run_recipe, with the checksums of `tiny()`, and a pause after the first epoch on some nodes.
 
+    On those it saves its state after every step.
+
     Prints a line `node NAME`, with the name that the test gave to the node. For worker processes only, as it changes
     the library.
 
@@ -55,5 +57,7 @@ class TrainTiny:
                     time.sleep(seconds)
 
         run.TrainingProgress = SlowProgress
+        if seconds:
+            arguments["save_every"] = 0.0
         print(f"node {node}", flush=True)
         return run.run_recipe(recipe, **arguments)

@@ -5,6 +5,7 @@ OpenVINO is optional and imported when it is first used.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import platform
 import threading
@@ -72,13 +73,13 @@ class OpenVinoGraph:
 
     def __init__(self, content: bytes, path: Path, threads: int | None) -> None:
         try:
-            import openvino
+            import openvino  # noqa: F401
         except ImportError:
             raise DeployError("runtime='openvino' needs the openvino package: pip install openvino") from None
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
-        core = openvino.Core()
+        core = _openvino_core()
         try:
             compiled = core.compile_model(core.read_model(content), "CPU", settings)
         except RuntimeError as error:
@@ -92,6 +93,19 @@ class OpenVinoGraph:
         """The first output for images [N, C, size, size]."""
         with self._lock:
             return self._request.infer([images], share_inputs=True, share_outputs=False)[0]
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    """The `openvino.Core` of this process, which is never freed.
+
+    Its CPU plugin replaces the alternate signal stack of the thread that loads it, and unmaps that stack when the last
+    Core and model are freed. If the garbage collector frees them in another thread, the next signal that Python
+    handles, such as Ctrl-C, is a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _described(value: Any) -> tuple[str, list[int | str]]:
