@@ -75,15 +75,17 @@ def work(recipe: Recipe) -> float:
     """Multiply-accumulates of a run: steps of the net, and what its teachers compute."""
     info = dataset_info(recipe.dataset)
     size = info.image_size
-    whole, crops = recipe.epochs, 0.0
-    if recipe.early_crops is not None:
-        on_crops = min(recipe.early_crops.epochs, recipe.epochs)
-        whole, crops = recipe.epochs - on_crops, on_crops * (recipe.early_crops.side / size) ** 2
-    views = recipe.distillation.views
-    taught = whole + crops if views is None else min(views, recipe.epochs)
+    crops = recipe.early_crops
+    on_crops, share = (crops.epochs, (crops.side / size) ** 2) if crops else (0, 0.0)
+    views = recipe.distillation.views or recipe.epochs
+
+    def passes(most: int) -> float:
+        """Over whole images, if both kinds of epochs have at most so many each."""
+        return min(recipe.epochs - on_crops, most) + share * min(on_crops, most)
+
     teachers = sum(_macs(model, info.in_chans, size) for model in recipe.teacher_models)
     student = _macs(recipe.model, info.in_chans, size)
-    return info.train_size * (_PASSES * student * (whole + crops) + teachers * taught)
+    return info.train_size * (_PASSES * student * passes(recipe.epochs) + teachers * passes(views))
 
 
 @functools.cache

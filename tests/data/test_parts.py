@@ -92,16 +92,26 @@ def test_images_of_a_padded_input_are_shown_in_part_too() -> None:
     assert x.shape[2:] == (PART, PART)
 
 
-def test_parts_of_views_are_parts_of_the_images_that_teachers_get() -> None:
-    augmentation = Augmentation(crop_padding=4, flip=True)
-    made = batches(noise(40), augmentation=augmentation, views=2)
-    views = torch.cat([torch.cat(list(made.show(view, 100))) for view in range(2)])
-    for epoch in range(3):
-        plan = made.plan(epoch, PART)
-        for step, (x, _) in enumerate(made.epoch(epoch, side=PART)):
-            numbers = plan.rows[step, -1]
-            assert all(is_part_of(part, views[number]) for part, number in zip(x, numbers, strict=True))
-    assert not torch.equal(next(made.epoch(0, side=PART))[0], next(made.epoch(2, side=PART))[0])
+@pytest.mark.parametrize("batch_size", [7, 100])
+def test_show_returns_the_parts_of_a_view_by_their_numbers(batch_size: int) -> None:
+    images, augmentation = noise(40), Augmentation(crop_padding=4, flip=True, cutout=3)
+    made = batches(images, augmentation=augmentation, views=2)
+    assert [made.view_of(epoch) for epoch in range(3)] == [0, 1, 0]
+    assert [made.view_of(epoch, PART) for epoch in range(3)] == [2, 3, 2]
+    parts = {view: torch.cat(list(made.show(view, batch_size, PART))) for view in (2, 3)}
+    assert not any(torch.equal(one, other) for one, other in zip(parts[2], parts[3], strict=True))
+    for epoch in range(4):
+        plan, view = made.plan(epoch, PART), 2 + epoch % 2
+        for step, (x, labels) in enumerate(made.epoch(epoch, side=PART)):
+            assert torch.equal(plan.rows[step, -1], view * 40 + labels)
+            assert torch.equal(x, parts[view][labels])
+
+
+def test_parts_of_views_are_of_the_augmented_images() -> None:
+    images = noise(40)
+    made, whole = batches(images, preprocessing=NORMALISED, views=2), NORMALISED(images)
+    shown = torch.cat(list(made.show(3, 100, PART)))
+    assert all(is_part_of(part, image) for part, image in zip(shown, whole, strict=True))
 
 
 def test_targets_have_the_shares_of_the_parts() -> None:
@@ -147,10 +157,3 @@ def test_parts_can_be_combined_with_all_augmentations_and_are_repeatable() -> No
 def test_a_part_larger_than_the_image_or_empty_is_refused(side: int) -> None:
     with pytest.raises(ValueError, match=f"side must be 1 to {SIDE}, the side of the images, got {side}"):
         batches(noise(8)).epoch(0, side=side)
-
-
-def test_parts_of_views_with_cutout_are_refused() -> None:
-    made = batches(noise(8), augmentation=Augmentation(cutout=4), views=2)
-    with pytest.raises(ValueError, match="Parts of views cannot have cutout"):
-        made.epoch(0, side=PART)
-    assert made.plan(0, SIDE).side == SIDE

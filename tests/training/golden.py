@@ -100,7 +100,7 @@ FAMILIES = {
         },
     ),
     **{
-        f"resnet_w{bits}a{bits}": Family(
+        f"quant_resnet20_w{bits}a{bits}": Family(
             "quant_resnet20",
             bits=bits,
             values={
@@ -115,7 +115,7 @@ FAMILIES = {
         )
         for bits in (4, 2)
     },
-    "mobilenet_w4a4": Family(
+    "quant_mobilenet_v1_w4a4": Family(
         "quant_mobilenet_v1",
         bits=4,
         values={

@@ -31,8 +31,8 @@ TAUGHT: dict[str, Any] = {
 }
 
 
-def taught(views: int | None = VIEWS) -> Recipe:
-    return recipe(**TAUGHT, distillation={"views": views} if views else {})
+def taught(views: int | None = VIEWS, **changes: Any) -> Recipe:
+    return recipe(**TAUGHT | changes, distillation={"views": views} if views else {})
 
 
 @pytest.fixture(scope="module")
@@ -69,24 +69,28 @@ def new_trainer(weights: Path) -> Trainer:
     return Trainer(build_model("resnet20", in_chans=1), batches, wanted, EPOCHS, teacher)
 
 
-def precompute(trainer: Trainer, path: Path) -> bool:
+def precompute(trainer: Trainer, path: Path, views: dict[int, int | None]) -> bool:
     assert trainer.teacher is not None
     return precompute_logits(
-        trainer.teacher, trainer.batches, path, {}, views=VIEWS, autocast=nullcontext,
+        trainer.teacher, trainer.batches, path, {}, views=views, autocast=nullcontext,
         should_stop=lambda: False, label="views", quiet=True,
     )  # fmt: skip
 
 
-def test_precomputed_logits_are_those_that_the_teacher_computes_for_each_batch(weights: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", [None, 16])
+def test_precomputed_logits_are_those_that_the_teacher_computes_for_each_batch(
+    weights: Path, tmp_path: Path, side: int | None
+) -> None:
     trainer = new_trainer(weights)
     batches, teacher = trainer.batches, trainer.teacher
     assert teacher is not None
-    assert precompute(trainer, tmp_path / "teacher_logits.safetensors")
+    first = 0 if side is None else VIEWS
+    assert precompute(trainer, tmp_path / "teacher_logits.safetensors", {first: side, first + 1: side})
     assert teacher.precomputed is not None
-    assert teacher.precomputed.logits.shape == (VIEWS * 48, 10)
+    assert teacher.precomputed.logits.shape == ((first + VIEWS) * 48, 10)
     for epoch in range(EPOCHS):
-        plan = batches.plan(epoch)
-        for step, (images, _) in enumerate(batches.epoch(epoch)):
+        plan = batches.plan(epoch, side)
+        for step, (images, _) in enumerate(batches.epoch(epoch, side=side)):
             precomputed = teacher.precomputed.logits[plan.rows[step, -1]].float()
             torch.testing.assert_close(precomputed, teacher.logits(images), rtol=2e-3, atol=2e-3)
     assert teacher.precomputed.logits.float().std(0).min() > 0.02  # the teacher tells images apart
@@ -107,7 +111,7 @@ def test_replayed_steps_look_up_the_logits_of_their_own_images(
     one_by_one, replayed = new_trainer(weights), new_trainer(weights)
     replayed.steps = CapturedSteps(replayed, lambda step: step)
     for trainer in (one_by_one, replayed):
-        assert precompute(trainer, tmp_path / "teacher_logits.safetensors")
+        assert precompute(trainer, tmp_path / "teacher_logits.safetensors", {0: None, 1: None})
         trainer.train(lambda: False, lambda _: None)
     shown = [torch.stack(looked_up[id(trainer.teacher)]) for trainer in (one_by_one, replayed)]
     assert torch.equal(shown[0], shown[1])
@@ -132,6 +136,9 @@ def test_a_run_computes_the_logits_of_each_view_once(weights: Path, tmp_path: Pa
     asked.clear()
     run(taught(None), tmp_path / "computed", teacher=weights)
     assert sum(asked) == EPOCHS * 48
+    asked.clear()
+    run(taught(early_crops={"side": 16, "epochs": 1}), tmp_path / "cropped", teacher=weights)
+    assert sum(asked) == (1 + VIEWS) * 48
 
 
 def test_the_seconds_of_a_run_include_precomputation(
@@ -153,10 +160,16 @@ def test_training_with_precomputed_logits_equals_training_with_logits_computed_i
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_up = run(taught(), tmp_path / "looked_up", teacher=weights)
+    cropped = {"early_crops": {"side": 16, "epochs": 3}}
+    crops_looked_up = run(taught(**cropped), tmp_path / "crops_looked_up", teacher=weights)
     monkeypatch.setattr(importlib.import_module("cnvzoo.training.run"), "precompute_logits", lambda *_, **__: True)
     computed = run(taught(), tmp_path / "computed", teacher=weights)
     losses = [[epoch["loss"] for epoch in record.history] for record in (looked_up, computed)]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    crops_computed = run(taught(**cropped), tmp_path / "crops_computed", teacher=weights)
+    crop_losses = [[epoch["loss"] for epoch in record.history] for record in (crops_looked_up, crops_computed)]
+    assert crop_losses[0] == pytest.approx(crop_losses[1], rel=0.02)
+    assert crop_losses[0] != pytest.approx(losses[0], rel=0.02)
     fresh = run(taught(None), tmp_path / "fresh", teacher=weights)
     assert [epoch["loss"] for epoch in fresh.history] != pytest.approx(losses[0], rel=0.02)
 

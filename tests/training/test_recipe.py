@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from torch import nn
 
+from cnvzoo import register_model
+from cnvzoo.models.registry import unregister_model
 from cnvzoo.training import EarlyCrops, Recipe, RecipeError, load_recipe, recipe_from_dict
 
 RESNET = """\
@@ -493,14 +496,9 @@ def test_impossible_views_are_refused(tmp_path: Path, views: int, augmentation: 
             "early_crops: quant_cnv takes images of 32 pixels only: leave it out",
         ),
         (
-            RESNET + "teacher: cifar10_resnet56\n",
+            RESNET + "teacher: [cifar10_resnet56, cifar10_cnv]\n",
             "{side: 24, epochs: 5}",
-            "early_crops: a teacher takes whole images: set distillation.views",
-        ),
-        (
-            RESNET.replace("flip: true", "cutout: 8") + "teacher: cifar10_resnet56\ndistillation: {views: 3}\n",
-            "{side: 24, epochs: 5}",
-            "early_crops: views with cutout cannot be cropped: leave one out",
+            "early_crops: the teacher cnv takes whole images only: leave one out",
         ),
     ],
 )
@@ -509,6 +507,18 @@ def test_impossible_early_crops_are_refused(tmp_path: Path, base: str, crops: st
     text = base + (line := f"early_crops: {crops}") + "\n"
     said = error(path := write(tmp_path, text))
     assert said.startswith(f"{path}:{line_of(text, line)}: {says}")
+
+
+def test_crops_that_are_too_small_for_a_teacher_are_refused() -> None:
+    register_model("of_large_images", summary="of the test", min_size=28)(lambda num_classes, in_chans: nn.Flatten())
+    alone: dict[str, Any] = {"w_bits": None, "a_bits": None, "float_start": None, "float_start_sha256": None}
+    taught = alone | {"model": "resnet20", "teacher": "cifar10_of_large_images"}
+    try:
+        assert base_recipe(**taught, early_crops={"side": 28, "epochs": 5}).early_crops == EarlyCrops(side=28, epochs=5)
+        with pytest.raises(RecipeError, match="side: 24: must be at least 28 for the teacher of_large_images"):
+            base_recipe(**taught, early_crops={"side": 24, "epochs": 5})
+    finally:
+        unregister_model("of_large_images")
 
 
 def test_distillation_without_a_teacher_is_refused(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ class BatchPlan(NamedTuple):
 
     Attributes:
         rows: int64 [steps, 8, B]: index of the image, row and column of the crop, flip, row and column of the cutout,
-            mixup partner, and view * N + image, which numbers the augmented images of all views.
+            mixup partner, and view * N + image, which numbers the augmented images of all views, those of whole images
+            and of parts.
         lam: float32 [steps], the share of each image itself in mixup; None without mixup.
         side: height and width in pixels of the batches' images.
     """
@@ -47,8 +48,8 @@ class TrainBatches:
         batch_size: B; the partial last batch of an epoch is dropped.
         seed: any integer.
         device: where the batches are made.
-        views: number of augmented versions of each image; epoch e shows version e % views. None: a new version in every
-            epoch.
+        views: V, number of augmented versions of each image: epoch e shows version e % V, of whole images or of a fixed
+            part of each. None: a new version in every epoch.
 
     Raises:
         TypeError: images that are not uint8, labels that are not integers.
@@ -103,14 +104,15 @@ class TrainBatches:
         Args:
             epoch, start: from 0 on.
             side: S, height and width in pixels of a random part of each image that is shown. None: the whole image.
+                All epochs of one `TrainBatches` on parts have the same.
 
         Yields:
             x: float32 [B, C, S, S] in channels_last.
             target: int64 [B], or float32 [B, K] with rows that sum to 1 with mixup.
 
         Raises:
-            ValueError: a negative epoch, `start` outside 0..steps_per_epoch, `side` below 1 or larger than the images,
-                or parts of views with cutout.
+            ValueError: a negative epoch, `start` outside 0..steps_per_epoch, or `side` below 1 or larger than the
+                images.
         """
         if epoch < 0 or not 0 <= start <= self.steps_per_epoch:
             raise ValueError(
@@ -128,8 +130,6 @@ class TrainBatches:
             return self._size
         if not 1 <= side <= self._size:
             raise ValueError(f"side must be 1 to {self._size}, the side of the images, got {side}.")
-        if side < self._size and self.views is not None and self.augmentation.cutout:
-            raise ValueError("Parts of views cannot have cutout: the square of a view may lie outside of the part.")
         return side
 
     def make(self, plan: BatchPlan, step: int) -> tuple[Tensor, Tensor]:
@@ -145,11 +145,10 @@ class TrainBatches:
         image = torch.randperm(len(self._labels), generator=g)[:count].view(shape)
         if self.views is None:
             view, augmented = 0, self._draw_augmentation(shape, g)
-        else:
-            view = epoch % self.views
-            augmented = self._draw_view(view)[:, image]
-        if side < self._size:
             self._move_to_part_(augmented, side, epoch)
+        else:
+            view = self.view_of(epoch, side)
+            augmented = self._draw_view(view, side)[:, image]
         partner = torch.rand(shape, generator=g).argsort(dim=1)
         lam = self._draw_lam(g)
         rows = torch.stack([image, *augmented, partner, view * len(self._labels) + image], dim=1)
@@ -162,23 +161,43 @@ class TrainBatches:
         cutout_row, cutout_col = torch.randint(self._size, (2, *shape), generator=g)
         return torch.stack([row, col, flip, cutout_row, cutout_col])
 
-    def _move_to_part_(self, augmented: Tensor, side: int, epoch: int) -> None:
+    def _move_to_part_(self, augmented: Tensor, side: int, number: int) -> None:
         """Change random numbers drawn for whole images into those for a random part of each, in place."""
-        g = torch.Generator().manual_seed(_hashed("part", self.seed, epoch))
+        if side == self._size:
+            return
+        g = torch.Generator().manual_seed(_hashed("part", self.seed, number))
         augmented[:2] += torch.randint(self._size - side + 1, augmented[:2].shape, generator=g)
         augmented[3:] = augmented[3:] * side // self._size
 
-    def _draw_view(self, view: int) -> Tensor:
-        """`_draw_augmentation` for all images, in their order."""
-        g = torch.Generator().manual_seed(_hashed("view", self.seed, view))
-        return self._draw_augmentation((len(self._labels),), g)
+    def view_of(self, epoch: int, side: int | None = None) -> int:
+        """The view that an epoch shows: 0 to V - 1 of whole images, V to 2 V - 1 of parts.
 
-    def show(self, view: int, batch_size: int) -> Iterator[Tensor]:
-        """All images of a view in their order, as batches of network inputs: float32 [B, C, S, S]."""
+        Args:
+            epoch, side: as for `epoch`; the batches have views.
+        """
+        assert self.views is not None
+        return epoch % self.views + (0 if self._checked_side(side) == self._size else self.views)
+
+    def _draw_view(self, view: int, side: int) -> Tensor:
+        """`_draw_augmentation` for all images, in their order, and for parts of this side."""
+        g = torch.Generator().manual_seed(_hashed("view", self.seed, view))
+        augmented = self._draw_augmentation((len(self._labels),), g)
+        self._move_to_part_(augmented, side, view)
+        return augmented
+
+    def show(self, view: int, batch_size: int, side: int | None = None) -> Iterator[Tensor]:
+        """All images of a view in their order, as batches of network inputs: float32 [B, C, S, S].
+
+        Args:
+            view: as `view_of` numbers them.
+            batch_size: B.
+            side: S, that of the epochs which show this view; None for whole images.
+        """
+        side = self._checked_side(side)
         image = torch.arange(len(self._labels))
-        rows = torch.stack([image, *self._draw_view(view), torch.zeros_like(image), image]).to(self.device)
+        rows = torch.stack([image, *self._draw_view(view, side), torch.zeros_like(image), image]).to(self.device)
         for part in rows.split(batch_size, dim=1):
-            yield self.make_from(part)[0]
+            yield self.make_from(part, side=side)[0]
 
     def _draw_lam(self, g: torch.Generator) -> Tensor | None:
         """lam of every step, float32 [steps]; None without mixup."""

@@ -2,7 +2,8 @@
 
 A teacher can cost as much per step as its student. So BatchNorms of a teacher are folded into the layers before them,
 and where a recipe has a fixed number of augmented versions of each image (views), the teacher's logits for all of them
-are computed once, before training, and kept in a file beside the state of the run.
+are computed once, before training, and kept in a file beside the state of the run. Either way the teacher gets the very
+images that the student gets, crops included.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class PrecomputedLogits:
     """A teacher's logits for all views of all training images.
 
     Attributes:
-        logits: float16 [views * N, K] on the device of training; row view * N + image.
+        logits: float16 [views * N, K] on the device of training; row view * N + image, for views as
+            `TrainBatches.view_of` numbers them. Rows of views that training does not show are zero.
         seconds: time that computing them took.
     """
 
@@ -157,13 +159,13 @@ def precompute_logits(
     path: Path,
     facts: Mapping[str, Any],
     *,
-    views: int,
+    views: Mapping[int, int | None],
     autocast: Callable[[], AbstractContextManager[Any]],
     should_stop: Callable[[], bool],
     label: str,
     quiet: bool = False,
 ) -> bool:
-    """Compute the teacher's logits for the first `views` views of all images and set `teacher.precomputed`.
+    """Compute the teacher's logits for the views of all images that training shows, and set `teacher.precomputed`.
 
     The file is saved after every view, and views that are in it are not computed again. A file that is damaged or
     belongs to another run is replaced.
@@ -173,7 +175,7 @@ def precompute_logits(
         batches: batches with views.
         path: file that the logits are kept in.
         facts: JSON values that tell runs apart: identity of the run and conditions that its bits depend on.
-        views: number of views to compute, at most those of `batches`.
+        views: the views to compute, as `TrainBatches.view_of` numbers them, each with the side of its images.
         autocast: returns the context of the forward passes.
         should_stop: called before every batch.
         label: name of the work in the progress.
@@ -183,29 +185,32 @@ def precompute_logits(
         True when all logits are computed, False when `should_stop()` came first.
     """
     logits, seconds = _load(path, facts)
-    batches_left = (views - len(logits)) * -(-batches.images // _BATCH)
-    with counting(batches_left, label, quiet=quiet) as one_more:
-        for view in range(len(logits), views):
+    missing = [view for view in views if view not in logits]
+    with counting(len(missing) * -(-batches.images // _BATCH), label, quiet=quiet) as one_more:
+        for view in missing:
             began, parts = time.monotonic(), []
-            for images in batches.show(view, _BATCH):
+            for images in batches.show(view, _BATCH, views[view]):
                 if should_stop():
                     return False
                 with torch.no_grad(), autocast():
                     parts.append(teacher.logits(images).to(_DTYPE))
                 one_more()
-            logits.append(torch.cat(parts).cpu())
+            logits[view] = torch.cat(parts).cpu()
             seconds += time.monotonic() - began
-            save_checked({str(n): part for n, part in enumerate(logits)}, path, {"facts": facts, "seconds": seconds})
-    teacher.precomputed = PrecomputedLogits(torch.cat(logits).to(batches.device), seconds)
+            save_checked({str(n): part for n, part in logits.items()}, path, {"facts": facts, "seconds": seconds})
+    rows = torch.zeros(max(views) + 1, *logits[max(views)].shape, dtype=_DTYPE)  # those of views that are not shown
+    for view in views:
+        rows[view] = logits[view]
+    teacher.precomputed = PrecomputedLogits(rows.flatten(0, 1).to(batches.device), seconds)
     return True
 
 
-def _load(path: Path, facts: Mapping[str, Any]) -> tuple[list[Tensor], float]:
+def _load(path: Path, facts: Mapping[str, Any]) -> tuple[dict[int, Tensor], float]:
     """The logits of the views that the file has for this run, and the seconds that computing them took."""
     try:
         logits, saved = load_checked(path)
         if saved["facts"] != facts:
-            return [], 0.0
-        return [logits[str(view)] for view in range(len(logits))], saved["seconds"]
+            return {}, 0.0
+        return {int(view): part for view, part in logits.items()}, saved["seconds"]
     except (SafetensorError, OSError, KeyError, ValueError):
-        return [], 0.0
+        return {}, 0.0

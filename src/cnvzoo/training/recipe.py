@@ -93,8 +93,8 @@ class Schedule(_Section):
 class EarlyCrops(_Section):
     """Training on random crops, smaller than the images, in the first epochs, which costs less per step.
 
-    For networks that end in global average pooling, which take images of any size. Progressive learning (Tan & Le 2021,
-    arXiv:2104.00298) resizes images instead.
+    For networks that end in global average pooling, which take images of any size, as their teachers have to do.
+    Progressive learning (Tan & Le 2021, arXiv:2104.00298) resizes images instead.
 
     Attributes:
         side: side of the square crops in pixels.
@@ -111,9 +111,9 @@ class Distillation(_Section):
     Attributes:
         temperature: divisor of both networks' logits before they are compared, above 0.
         weight: weight of that comparison in the loss, above 0, up to 1; the labels have the rest.
-        views: number of augmented versions of each image, which epochs use in turn. The teachers' logits are computed
-            once for each (Shen & Xing 2022, arXiv:2112.01528). None: a new version in every epoch, with the teachers'
-            logits computed in every step.
+        views: number of augmented versions of each image, which epochs use in turn; epochs on crops have as many of
+            their own. The teachers' logits are computed once for each (Shen & Xing 2022, arXiv:2112.01528). None: a new
+            version in every epoch, with the teachers' logits computed in every step.
     """
 
     temperature: float = Field(default=4.0, gt=0)
@@ -263,10 +263,11 @@ class Recipe(_Section):
             raise error_at("early_crops", f"{self.model} takes images of {spec.input_size} pixels only: leave it out")
         if not spec.min_size <= crops.side < own:
             raise error_at("early_crops.side", f"{crops.side}: must be {spec.min_size} to {own - 1} for {self.model}")
-        if self.teacher and self.distillation.views is None:
-            raise error_at("early_crops", "a teacher takes whole images: set distillation.views, or leave one out")
-        if self.teacher and self.augmentation.cutout:
-            raise error_at("early_crops", "views with cutout cannot be cropped: leave one out")
+        for teacher in self.teacher_models:
+            if model_spec(teacher).input_size:
+                raise error_at("early_crops", f"the teacher {teacher} takes whole images only: leave one out")
+            if crops.side < (least := model_spec(teacher).min_size):
+                raise error_at("early_crops.side", f"{crops.side}: must be at least {least} for the teacher {teacher}")
 
     def _check_teacher(self, teacher: str) -> None:
         model = teacher.removeprefix(f"{self.dataset_name}_")

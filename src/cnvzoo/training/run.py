@@ -333,8 +333,8 @@ def _precompute(
     """Precompute the teacher's logits for all views that training will use; False if `should_stop()` came first."""
     batches, teacher = trainer.batches, trainer.teacher
     assert teacher is not None
-    assert batches.views is not None
-    views = min(batches.views, trainer.total_steps // trainer.steps_per_epoch)
+    sides = [trainer.crop_side(epoch) for epoch in range(trainer.total_steps // trainer.steps_per_epoch)]
+    views = {batches.view_of(epoch, side): side for epoch, side in enumerate(sides)}
     label = f"{trainer.recipe.run_name}: teacher logits of all views"
     return precompute_logits(
         teacher, batches, run_dir / TEACHER_LOGITS, facts, views=views, autocast=trainer.autocast,
