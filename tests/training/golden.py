@@ -66,8 +66,11 @@ FAMILIES = {
     "cnv_digits": Family("cnv", "mnist", values={"label_smoothing": 0.1, "augmentation": {"crop_padding": 2}}),
     "cnv_muon": Family("cnv", values={"optimizer": _MUON, "augmentation": _CIFAR | {"cutout": 8}}),
     "mobilenet_v1": Family("mobilenet_v1", values={"label_smoothing": 0.1, "augmentation": _CIFAR | {"cutout": 8}}),
-    "resnet18": Family(
-        "resnet18", "fashion_mnist", images=64, values={"augmentation": {"crop_padding": 2, "flip": True}}
+    "resnet18_muon": Family(
+        "resnet18",
+        "fashion_mnist",
+        images=64,
+        values={"optimizer": _MUON, "augmentation": {"crop_padding": 2, "flip": True, "cutout": 8}},
     ),
     "resnet20": Family(
         "resnet20",
