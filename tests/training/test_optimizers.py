@@ -65,7 +65,8 @@ def test_muon_moves_the_hidden_filters_and_sgd_the_rest(model: nn.Module) -> Non
     layers = [name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     groups = groups_by_parameter(model, [muon, sgd])
     for name, group in groups.items():
-        hidden = name.removesuffix(".weight") in layers[1:-1]
+        depthwise = model.get_parameter(name).shape[1:] == (1, 3, 3)
+        hidden = name.removesuffix(".weight") in layers[1:-1] and not depthwise
         assert group["peak_lr"] == (0.02 if hidden else 0.3), name
         assert any(group is g for g in (muon if hidden else sgd).param_groups), name
 
@@ -77,6 +78,15 @@ def test_first_and_last_layer_of_a_resnet_stay_with_sgd() -> None:
     decaying = [p for g in sgd.param_groups if g["weight_decay"] for p in g["params"]]
     assert {id(p) for p in decaying} == {id(model.get_parameter(name)) for name in ("conv.weight", "fc.weight")}
     assert groups["stages.0.0.conv1.weight"]["peak_lr"] == 0.02
+
+
+def test_the_13_depthwise_layers_of_mobilenet_v1_stay_with_sgd_and_decay_with_its_rate() -> None:
+    model = build_model("mobilenet_v1")
+    config = Optimizer(name="muon", lr=0.02, sgd_lr=0.3, weight_decay=0.25, sgd_weight_decay=0.125)
+    groups = groups_by_parameter(model, build_optimizers(model, config))
+    weights = {name: p for name, p in model.named_parameters() if p.dim() == 4 and p.shape[1:] == (1, 3, 3)}
+    assert len(weights) == 13
+    assert {(groups[name]["peak_lr"], groups[name]["weight_decay"]) for name in weights} == {(0.3, 0.125)}
 
 
 @pytest.mark.parametrize("sgd_weight_decay", [0.0, 5e-4])

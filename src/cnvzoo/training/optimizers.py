@@ -39,9 +39,11 @@ def build_optimizers(model: nn.Module, config: Optimizer) -> list[torch.optim.Op
     """The optimizers of a model. Each group has a key `peak_lr`, which the schedule scales.
 
     Weight decay applies to the weights of convolution and linear layers only. With `muon`, Muon updates those except
-    the first and the last, and SGD everything else.
+    the first, the last and depthwise ones, and SGD everything else. The filters of a depthwise layer do not form a
+    matrix that maps one vector to another: each has an input of its own.
     """
-    weights = [m.weight for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    weights = [layer.weight for layer in layers]
     ids = {id(w) for w in weights}
     rest = [p for p in model.parameters() if id(p) not in ids]
     sgd: dict[str, Any] = {"momentum": config.momentum, "nesterov": config.momentum > 0, "fused": True}
@@ -49,11 +51,16 @@ def build_optimizers(model: nn.Module, config: Optimizer) -> list[torch.optim.Op
         groups = [_group(weights, config.lr, config.weight_decay), _group(rest, config.lr, 0.0)]
         return [torch.optim.SGD(groups, **sgd)]
     assert config.sgd_lr is not None
-    hidden, first_and_last = weights[1:-1], [weights[0], weights[-1]]
+    hidden = [layer.weight for layer in layers[1:-1] if not _is_depthwise(layer)]
+    others = [weights[0], weights[-1], *(layer.weight for layer in layers[1:-1] if _is_depthwise(layer))]
     sgd_decay = config.weight_decay if config.sgd_weight_decay is None else config.sgd_weight_decay
-    groups = [_group(first_and_last, config.sgd_lr, sgd_decay), _group(rest, config.sgd_lr, 0.0)]
+    groups = [_group(others, config.sgd_lr, sgd_decay), _group(rest, config.sgd_lr, 0.0)]
     muon = Muon([_group(hidden, config.lr, config.weight_decay)], momentum=config.momentum)
     return [muon, torch.optim.SGD(groups, **sgd)]
+
+
+def _is_depthwise(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.groups > 1
 
 
 def _group(params: Sequence[Tensor], lr: float, weight_decay: float) -> dict[str, Any]:

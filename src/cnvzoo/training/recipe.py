@@ -62,8 +62,8 @@ class Optimizer(_Section):
             With `muon` it is decoupled: a step shrinks weights by lr * weight_decay, where SGD ends up shrinking them
             by 1 / (1 - momentum) times that.
         sgd_lr: with `muon`, peak learning rate of the parameters that SGD updates.
-        sgd_weight_decay: with `muon`, weight decay of the first and the last weights, which SGD updates; None for
-            `weight_decay`.
+        sgd_weight_decay: with `muon`, weight decay of the first, the last and depthwise weights, which SGD updates;
+            None for `weight_decay`.
     """
 
     name: Literal["sgd", "muon"] = "sgd"
