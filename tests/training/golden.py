@@ -66,10 +66,9 @@ FAMILIES = {
     "cnv_digits": Family("cnv", "mnist", values={"label_smoothing": 0.1, "augmentation": {"crop_padding": 2}}),
     "cnv_muon": Family("cnv", values={"optimizer": _MUON, "augmentation": _CIFAR | {"cutout": 8}}),
     "mobilenet_v1": Family("mobilenet_v1", values={"label_smoothing": 0.1, "augmentation": _CIFAR | {"cutout": 8}}),
-    "mobilenet_v1_muon": Family(
+    "mobilenet_v1_distilled": Family(
         "mobilenet_v1",
         values={
-            "optimizer": _MUON,
             "early_crops": {"side": 24, "epochs": 1},
             "teacher": "cifar10_resnet32",
             "distillation": {"views": 1},
