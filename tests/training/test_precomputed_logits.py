@@ -160,7 +160,7 @@ def test_training_with_precomputed_logits_equals_training_with_logits_computed_i
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_up = run(taught(), tmp_path / "looked_up", teacher=weights)
-    cropped = {"early_crops": {"side": 16, "epochs": 3}}
+    cropped: dict[str, Any] = {"early_crops": {"side": 16, "epochs": 3}}
     crops_looked_up = run(taught(**cropped), tmp_path / "crops_looked_up", teacher=weights)
     monkeypatch.setattr(importlib.import_module("cnvzoo.training.run"), "precompute_logits", lambda *_, **__: True)
     computed = run(taught(), tmp_path / "computed", teacher=weights)
