@@ -80,7 +80,7 @@ def work(recipe: Recipe) -> float:
     views = recipe.distillation.views or recipe.epochs
 
     def passes(most: int) -> float:
-        """Over whole images, if both kinds of epochs have at most so many each."""
+        """Cost of the epochs, in epochs on whole images, if at most so many of each kind (whole, crops) are counted."""
         return min(recipe.epochs - on_crops, most) + share * min(on_crops, most)
 
     teachers = sum(_macs(model, info.in_chans, size) for model in recipe.teacher_models)

@@ -73,13 +73,13 @@ class OpenVinoGraph:
 
     def __init__(self, content: bytes, path: Path, threads: int | None) -> None:
         try:
-            import openvino  # noqa: F401
+            import openvino
         except ImportError:
             raise DeployError("runtime='openvino' needs the openvino package: pip install openvino") from None
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
-        core = _openvino_core()
+        core = _core_of(openvino)
         try:
             compiled = core.compile_model(core.read_model(content), "CPU", settings)
         except RuntimeError as error:
@@ -96,15 +96,13 @@ class OpenVinoGraph:
 
 
 @functools.cache
-def _openvino_core() -> Any:
-    """The `openvino.Core` of this process, which is never freed.
+def _core_of(openvino: Any) -> Any:
+    """The `Core` that this process has of the package, which is never freed.
 
     Its CPU plugin replaces the alternate signal stack of the thread that loads it, and unmaps that stack when the last
     Core and model are freed. If the garbage collector frees them in another thread, the next signal that Python
     handles, such as Ctrl-C, is a segmentation fault.
     """
-    import openvino
-
     return openvino.Core()
 
 

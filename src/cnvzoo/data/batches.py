@@ -104,7 +104,7 @@ class TrainBatches:
         Args:
             epoch, start: from 0 on.
             side: S, height and width in pixels of a random part of each image that is shown. None: the whole image.
-                All epochs of one `TrainBatches` on parts have the same.
+                With views it must be the same in all epochs on parts: the numbers of the views do not tell sides apart.
 
         Yields:
             x: float32 [B, C, S, S] in channels_last.

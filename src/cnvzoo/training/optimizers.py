@@ -39,8 +39,8 @@ def build_optimizers(model: nn.Module, config: Optimizer) -> list[torch.optim.Op
     """The optimizers of a model. Each group has a key `peak_lr`, which the schedule scales.
 
     Weight decay applies to the weights of convolution and linear layers only. With `muon`, Muon updates those except
-    the first, the last and depthwise ones, and SGD everything else. The filters of a depthwise layer do not form a
-    matrix that maps one vector to another: each has an input of its own.
+    the first, the last and those of grouped layers (depthwise ones), and SGD everything else. The filters of a grouped
+    layer do not form a matrix that maps one vector to another: each group has inputs of its own.
     """
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     weights = [layer.weight for layer in layers]
@@ -51,15 +51,15 @@ def build_optimizers(model: nn.Module, config: Optimizer) -> list[torch.optim.Op
         groups = [_group(weights, config.lr, config.weight_decay), _group(rest, config.lr, 0.0)]
         return [torch.optim.SGD(groups, **sgd)]
     assert config.sgd_lr is not None
-    hidden = [layer.weight for layer in layers[1:-1] if not _is_depthwise(layer)]
-    others = [weights[0], weights[-1], *(layer.weight for layer in layers[1:-1] if _is_depthwise(layer))]
+    hidden = [layer.weight for layer in layers[1:-1] if not _is_grouped(layer)]
+    others = [weights[0], weights[-1], *(layer.weight for layer in layers[1:-1] if _is_grouped(layer))]
     sgd_decay = config.weight_decay if config.sgd_weight_decay is None else config.sgd_weight_decay
     groups = [_group(others, config.sgd_lr, sgd_decay), _group(rest, config.sgd_lr, 0.0)]
     muon = Muon([_group(hidden, config.lr, config.weight_decay)], momentum=config.momentum)
     return [muon, torch.optim.SGD(groups, **sgd)]
 
 
-def _is_depthwise(layer: nn.Module) -> bool:
+def _is_grouped(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups > 1
 
 
