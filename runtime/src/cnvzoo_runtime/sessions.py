@@ -79,7 +79,7 @@ class OpenVinoGraph:
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
-        core = _core_of(openvino)
+        core = _made_once(openvino.Core)
         try:
             compiled = core.compile_model(core.read_model(content), "CPU", settings)
         except RuntimeError as error:
@@ -96,14 +96,14 @@ class OpenVinoGraph:
 
 
 @functools.cache
-def _core_of(openvino: Any) -> Any:
-    """The `Core` that this process has of the package, which is never freed.
+def _made_once(core: Callable[[], Any]) -> Any:
+    """OpenVINO's `Core` of this process, given its class; it is never freed.
 
     Its CPU plugin replaces the alternate signal stack of the thread that loads it, and unmaps that stack when the last
     Core and model are freed. If the garbage collector frees them in another thread, the next signal that Python
     handles, such as Ctrl-C, is a segmentation fault.
     """
-    return openvino.Core()
+    return core()
 
 
 def _described(value: Any) -> tuple[str, list[int | str]]:
