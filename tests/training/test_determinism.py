@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,48 +54,39 @@ def finish(*jobs: Job) -> list[str]:
     return hashes
 
 
-@pytest.fixture(scope="module", params=RECIPES)
-def recipe(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return RECIPES[request.param]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], str]:
-    return lambda: str(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(recipe: dict[str, Any], folder: Callable[[], str]) -> str:
-    """The weights of seed 0, trained without a stop by a process that does nothing else."""
-    (weights,) = finish({"recipe": recipe, "run_dir": folder()})
-    return weights
-
-
 # within the first epoch; while it saves at the end of that epoch; when all but the record is written
 DEATHS = {"float": [["step", 3], ["save", 6], ["record"]], "quantized": [["save", 8]]}
 
 
+@pytest.mark.parametrize("kind", RECIPES)
 def test_a_run_killed_again_and_again_ends_with_the_same_bits_in_a_process_that_trained_others_before(
-    recipe: dict[str, Any], uninterrupted: str, folder: Callable[[], str], tmp_path: Path
+    kind: str, tmp_path: Path
 ) -> None:
-    """The harness trains entry after entry in one process, and resumes an interrupted one in another."""
-    job: Job = {"recipe": recipe, "run_dir": str(tmp_path)}
-    state = tmp_path / "state.safetensors"
-    for moment in DEATHS["quantized" if "w_bits" in recipe else "float"]:
+    """The harness trains entry after entry in one process, and resumes an interrupted one in another.
+
+    The first job of the last process is the run without a stop: nothing else was trained there before it.
+    """
+    recipe, killed_in = RECIPES[kind], tmp_path / "killed"
+    job: Job = {"recipe": recipe, "run_dir": str(killed_in)}
+    state = killed_in / "state.safetensors"
+    for moment in DEATHS[kind]:
         killed = work(job | {"die": moment})
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         with safe_open(state, framework="pt") as file:
             step = json.loads(file.metadata()["values"])["step"]
         assert step == (STEPS if moment == ["record"] else moment[1] - 1)
-        assert not (tmp_path / "record.json").exists()
-        leftovers = [path.name.split(".")[1] for path in tmp_path.glob(".*.tmp")]
+        assert not (killed_in / "record.json").exists()
+        leftovers = [path.name.split(".")[1] for path in killed_in.glob(".*.tmp")]
         assert leftovers == {"step": [], "save": ["state"], "record": []}[moment[0]]
 
-    others = [recipe | {"seed": 1}]
+    others = [recipe, recipe | {"seed": 1}]
     if "w_bits" in recipe:  # kernels are compiled for what comes first, and may serve what comes later
         changes = {"w_bits": 8, "a_bits": 8, "batch_size": 16, "epochs": 1, "schedule": {"warmup_epochs": 0}}
         others.append(recipe | changes | {"dataset": "cifar10"})
-    *rest, resumed = finish(*({"recipe": other, "run_dir": folder()} for other in others), job)
+    folders = (str(tmp_path / f"run{number}") for number in range(len(others)))
+    uninterrupted, *rest, resumed = finish(
+        *({"recipe": other, "run_dir": folder} for other, folder in zip(others, folders, strict=True)), job
+    )
     assert resumed == uninterrupted
     assert uninterrupted not in rest  # another seed gives other weights
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "record.json", "weights.safetensors"]
+    assert sorted(path.name for path in killed_in.iterdir()) == [".lock", "record.json", "weights.safetensors"]
