@@ -85,6 +85,17 @@ FAMILIES = {
         "resnet20",
         values={"optimizer": _MUON, "early_crops": {"side": 24, "epochs": 1}, "augmentation": _CIFAR | {"cutout": 8}},
     ),
+    "resnet20_distilled": Family(
+        "resnet20",
+        images=64,
+        values={
+            "optimizer": _MUON,
+            "early_crops": {"side": 24, "epochs": 1},
+            "teacher": "cifar10_mobilenet_v1",
+            "distillation": {"views": 1, "temperature": 2.0, "standardize": True},
+            "augmentation": _CIFAR | {"cutout": 8},
+        },
+    ),
     "resnet20_digits": Family("resnet20", "mnist", values={"augmentation": {"crop_padding": 2}}),
     **{
         f"resnet{depth}": Family(

@@ -79,6 +79,7 @@ def kinds(recipe: Recipe) -> set[tuple[str, object]]:
         ("quantize_bias", recipe.quantize_bias),
         ("teachers", len(recipe.teacher)),
         ("views", recipe.distillation.views is not None),
+        ("standardize", recipe.distillation.standardize),
         (f"optimizer of {re.sub(r'^quant_resnet[0-9]+', 'quant_resnet', recipe.model)}", recipe.optimizer.name),
     }
 

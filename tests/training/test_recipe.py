@@ -571,7 +571,7 @@ OTHER: dict[str, Any] = {
     "quantize_bias": True,
     "teacher": "cifar100_resnet56",
     "teacher_sha256": "0" * 64,
-    "distillation": {"temperature": 2.0, "weight": 0.5, "views": 4},
+    "distillation": {"temperature": 2.0, "standardize": True, "weight": 0.5, "views": 4},
     "optimizer": {
         "name": "sgd",
         "lr": 0.2,

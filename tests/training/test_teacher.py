@@ -53,6 +53,41 @@ def test_the_gradient_of_the_loss_is_the_difference_of_probabilities() -> None:
     torch.testing.assert_close(logits.grad, 3 * (student - other))
 
 
+STANDARDIZED = Distillation(temperature=2, weight=0.25, standardize=True)
+
+
+def standardized_loss(teacher: list[float], logits: Tensor, settings: Distillation = STANDARDIZED) -> Tensor:
+    images = torch.zeros(len(logits), 3, 32, 32)
+    nets = [(Constant(*teacher), PIXELS)]
+    return Teacher(nets, PIXELS, settings).loss(images, torch.arange(len(logits)), logits, torch.tensor(2.0))
+
+
+def test_the_loss_of_standardized_logits_done_by_hand() -> None:
+    """The teacher's logits 6 and 0 have a standard deviation of 3; both pairs become 1 and -1, the student's reversed.
+
+    Halved by the temperature they are half an odd of e apart: probabilities e/(e + 1) and 1/(e + 1), and the reverse.
+    """
+    p = math.e / (math.e + 1)
+    divergence = p * math.log(p / (1 - p)) + (1 - p) * math.log((1 - p) / p)
+    found = standardized_loss([6.0, 0.0], torch.tensor([[-0.1, 0.3], [7.0, 9.0]]))
+    assert float(found) == pytest.approx(0.75 * 2.0 + 0.25 * (2 * 3) ** 2 * divergence, rel=1e-5)
+
+
+def test_a_student_of_standardized_logits_may_have_any_scale_and_shift() -> None:
+    logits = torch.tensor([[0.3, -1.0, 2.0]])
+    same = [standardized_loss([1.0, 0.5, -0.5], scaled) for scaled in (logits, 5 * logits, logits - 40)]
+    torch.testing.assert_close(torch.stack(same), same[0].expand(3), rtol=1e-4, atol=0)
+    reached = standardized_loss([1.0, 0.5, -0.5], 8 * torch.tensor([[1.0, 0.5, -0.5]]) + 2)
+    assert float(reached) == pytest.approx(0.75 * 2.0, rel=1e-4)  # the same ranking, so the labels' part is left
+
+
+def test_equal_logits_are_standardized_with_finite_gradients() -> None:
+    logits = torch.full((2, 3), 0.7, requires_grad=True)
+    standardized_loss([1.0, 0.5, -0.5], logits).backward()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
 @pytest.mark.parametrize(("own", "student"), [(NORMALISED, PIXELS), (PIXELS, NORMALISED), (PIXELS, PIXELS)])
 def test_a_teacher_gets_images_in_its_own_preprocessing(own: Any, student: Any) -> None:
     torch.manual_seed(0)

@@ -110,6 +110,9 @@ class Distillation(_Section):
 
     Attributes:
         temperature: divisor of both networks' logits before they are compared, above 0.
+        standardize: before that, bring each image's logits to mean 0 and standard deviation 1 over the classes, so that
+            a student learns how its teacher ranks classes, and not how large its logits are (Sun et al. 2024,
+            arXiv:2403.01693).
         weight: weight of that comparison in the loss, above 0, up to 1; the labels have the rest.
         views: number of augmented versions of each image, which epochs use in turn; epochs on crops have as many of
             their own. The teachers' logits are computed once for each (Shen & Xing 2022, arXiv:2112.01528). None: a new
@@ -117,6 +120,7 @@ class Distillation(_Section):
     """
 
     temperature: float = Field(default=4.0, gt=0)
+    standardize: bool = False
     weight: float = Field(default=0.9, gt=0, le=1)
     views: int | None = Field(default=None, ge=1)
 
