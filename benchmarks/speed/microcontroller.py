@@ -1,7 +1,8 @@
 """What the C source of the published quantized networks takes: flash, RAM and instructions on a Cortex-M4, and time.
 
-    python benchmarks/speed/microcontroller.py           all of them, some minutes
-    python benchmarks/speed/microcontroller.py --keep    and replace the figures here and the table in docs/
+    python benchmarks/speed/microcontroller.py                all of them, some minutes
+    python benchmarks/speed/microcontroller.py --keep         and replace the figures here and the table in docs/
+    python benchmarks/speed/microcontroller.py NAME --keep    those of one checkpoint, measured with the same compilers
 
 Each network is exported, compiled and run with the Makefile of examples/microcontroller: for a Cortex-M4 in QEMU, which
 counts the instructions of an image, and on this computer, where it takes turns with ONNX Runtime on one thread. The
@@ -49,17 +50,29 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
         parser.error(f"not installed: {', '.join(missing)}")
-    names = arguments.checkpoints or published()
-    result = {"compilers": [_first_line("gcc"), _first_line("arm-none-eabi-gcc")], "networks": []}
-    for name in names:
+    compilers = [_first_line("gcc"), _first_line("arm-none-eabi-gcc")]
+    kept: dict[str, Any] = {"compilers": compilers, "networks": []}
+    if arguments.checkpoints and arguments.keep:
+        kept = json.loads((HERE / KEPT).read_text())
+        if kept["compilers"] != compilers:
+            parser.error(f"the figures of the others were measured with {', '.join(kept['compilers'])}: name none")
+    result = {"compilers": compilers, "networks": []}
+    for name in arguments.checkpoints or published():
         result["networks"].append(measured(name))
         print(json.dumps(result["networks"][-1]), flush=True)
     print(table(result))
     if arguments.keep:
-        write_text(HERE / KEPT, json.dumps(result, indent=1) + "\n")
-        before, _, rest = PAGE.read_text().partition(START)
-        write_text(PAGE, f"{before}{START}\n\n{table(result)}\n{END}{rest.partition(END)[2]}")
+        keep(result, kept["networks"])
     return 0
+
+
+def keep(result: dict[str, Any], others: list[dict[str, Any]]) -> None:
+    """Write the figures, with those of the other networks that are still published, and the table of the page."""
+    networks = {network["name"]: network for network in (*others, *result["networks"])}
+    whole = result | {"networks": [networks[name] for name in published() if name in networks]}
+    write_text(HERE / KEPT, json.dumps(whole, indent=1) + "\n")
+    before, _, rest = PAGE.read_text().partition(START)
+    write_text(PAGE, f"{before}{START}\n\n{table(whole)}\n{END}{rest.partition(END)[2]}")
 
 
 def published() -> list[str]:

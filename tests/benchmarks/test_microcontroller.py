@@ -36,6 +36,34 @@ def test_the_figures_are_of_the_published_checkpoints(kept):
         assert network["sha256"] == sha256_of(weights), remedy
 
 
+def test_figures_of_one_checkpoint_are_kept_beside_those_of_the_others(kept, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(microcontroller, "HERE", tmp_path)
+    monkeypatch.setattr(microcontroller, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(microcontroller.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(microcontroller, "_first_line", lambda compiler: f"{compiler} 12")
+    first, second = (network["name"] for network in kept["networks"][:2])
+    old = {"compilers": ["gcc 12", "arm-none-eabi-gcc 12"]}
+    old["networks"] = [kept["networks"][0], kept["networks"][1], kept["networks"][0] | {"name": "quant_gone.mnist"}]
+    (tmp_path / microcontroller.KEPT).write_text(json.dumps(old))
+    microcontroller.PAGE.write_text(f"before\n{microcontroller.START}\nold\n{microcontroller.END}\nafter\n")
+    new = kept["networks"][1] | {"flash": 123_456}
+    monkeypatch.setattr(microcontroller, "measured", lambda name: new | {"name": name})
+    assert microcontroller.main([second, "--keep"]) == 0
+    networks = json.loads((tmp_path / microcontroller.KEPT).read_text())["networks"]
+    assert [(network["name"], network["flash"]) for network in networks] == [
+        (first, kept["networks"][0]["flash"]), (second, 123_456),
+    ]  # fmt: skip
+    page = microcontroller.PAGE.read_text()
+    assert page.startswith("before\n")
+    assert page.endswith("after\n")
+    assert f"| {second} | 123,456 |" in page
+
+    monkeypatch.setattr(microcontroller, "_first_line", lambda compiler: f"{compiler} 13")
+    with pytest.raises(SystemExit):
+        microcontroller.main([second, "--keep"])
+    assert "measured with gcc 12, arm-none-eabi-gcc 12: name none" in capsys.readouterr().err
+
+
 def test_every_network_has_the_scores_of_onnxruntime_and_fits(kept):
     """A CNV of 2 bits in 380,000 bytes of flash and 70,000 of RAM, and half as fast as ONNX Runtime or faster.
 
