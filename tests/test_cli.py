@@ -21,6 +21,7 @@ from PIL import Image
 from cnvzoo.checkpoints.index import list_checkpoints
 from cnvzoo.checkpoints.publish import write_card
 from cnvzoo.cli import main
+from cnvzoo.data.published import list_datasets
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import sha256_of
 from cnvzoo.models.registry import unregister_model
@@ -265,8 +266,8 @@ class TestCompletion:
     @pytest.mark.parametrize(
         ("typed", "completed"),
         [
-            ("info quant_cnv_w4", {f"quant_cnv_w4a4.{name}" for name in ("cifar10", "fashion_mnist", "mnist")}),
-            ("info resnet11", {"resnet110", "resnet110.cifar10"}),
+            ("info quant_cnv_w4", {f"quant_cnv_w4a4.{name}" for name in list_datasets()}),
+            ("info resnet11", {"resnet110", "resnet110.cifar10", "resnet110.cifar100"}),
             ("eval cnv.m", {"cnv.mnist"}),
             ("predict photo.png --checkpoint cnv.m", {"cnv.mnist"}),
             ("train mnist_quant_cnv_w4", {"mnist_quant_cnv_w4a4"}),
