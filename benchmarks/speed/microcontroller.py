@@ -51,18 +51,19 @@ def main(argv: list[str] | None = None) -> int:
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
         parser.error(f"not installed: {', '.join(missing)}")
     compilers = [_first_line("gcc"), _first_line("arm-none-eabi-gcc")]
-    kept: dict[str, Any] = {"compilers": compilers, "networks": []}
+    others: list[dict[str, Any]] = []
     if arguments.checkpoints and arguments.keep:
         kept = json.loads((HERE / KEPT).read_text())
         if kept["compilers"] != compilers:
             parser.error(f"the figures of the others were measured with {', '.join(kept['compilers'])}: name none")
+        others = kept["networks"]
     result = {"compilers": compilers, "networks": []}
     for name in arguments.checkpoints or published():
         result["networks"].append(measured(name))
         print(json.dumps(result["networks"][-1]), flush=True)
     print(table(result))
     if arguments.keep:
-        keep(result, kept["networks"])
+        keep(result, others)
     return 0
 
 

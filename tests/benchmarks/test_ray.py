@@ -34,8 +34,8 @@ ray = pytest.importorskip("ray", reason="the package ray is not installed")
 TEACHER, STUDENT = "mnist_resnet20", "mnist_resnet32"
 SEEDS = (0, 1, 2)
 TIMEOUT = 120
-# a node that is killed is dead to the cluster within some 5 seconds; by default it takes 15 to 20
-QUICK_TO_MISS_A_NODE = {
+# with these the cluster declares a killed node dead after about 5 seconds, and with Ray's defaults after more than 15
+HEALTH_CHECKS = {
     "health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 4
 }  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +56,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         made = Cluster()
         made.add_node(
-            num_cpus=2, include_dashboard=False, env_vars={"TINY_NODE": "first"}, _system_config=QUICK_TO_MISS_A_NODE
+            num_cpus=2, include_dashboard=False, env_vars={"TINY_NODE": "first"}, _system_config=HEALTH_CHECKS
         )
         made.add_node(num_cpus=1, env_vars={"TINY_NODE": "second"})
         patch.setenv("CNVZOO_DATA", str(here))

@@ -56,16 +56,16 @@ def test_the_gradient_of_the_loss_is_the_difference_of_probabilities() -> None:
 STANDARDIZED = Distillation(temperature=2, weight=0.25, standardize=True)
 
 
-def standardized_loss(teacher: list[float], logits: Tensor, settings: Distillation = STANDARDIZED) -> Tensor:
+def standardized_loss(teacher: list[float], logits: Tensor) -> Tensor:
     images = torch.zeros(len(logits), 3, 32, 32)
     nets = [(Constant(*teacher), PIXELS)]
-    return Teacher(nets, PIXELS, settings).loss(images, torch.arange(len(logits)), logits, torch.tensor(2.0))
+    return Teacher(nets, PIXELS, STANDARDIZED).loss(images, torch.arange(len(logits)), logits, torch.tensor(2.0))
 
 
 def test_the_loss_of_standardized_logits_done_by_hand() -> None:
     """The teacher's logits 6 and 0 have a standard deviation of 3; both pairs become 1 and -1, the student's reversed.
 
-    Halved by the temperature they are half an odd of e apart: probabilities e/(e + 1) and 1/(e + 1), and the reverse.
+    Divided by the temperature of 2 they are 1 apart: the probabilities are e/(e + 1) and 1/(e + 1), and the reverse.
     """
     p = math.e / (math.e + 1)
     divergence = p * math.log(p / (1 - p)) + (1 - p) * math.log((1 - p) / p)

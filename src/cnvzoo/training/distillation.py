@@ -106,9 +106,10 @@ class Teacher:
         """The student's loss: weighted sum of `label_loss` and the divergence from the teacher.
 
         The divergence is the mean Kullback-Leibler divergence of the softened probabilities, times the squared
-        temperature so that its gradients do not shrink as the temperature grows. Standardizing divides logits as a
-        temperature does, by the teacher's standard deviation, whose square, the mean over the batch, is a factor too.
-        For a standard deviation of 3 that is the factor of 9 (`--kd-weight`) of Sun et al. 2024 (arXiv:2403.01693).
+        temperature so that its gradients do not shrink as the temperature grows. With `standardize`, logits are divided
+        by their standard deviation too, so the divergence is also multiplied by the square of the teacher's mean
+        standard deviation in the batch. For a mean of 3 that is the factor of 9 (`--kd-weight`) of Sun et al. 2024
+        (arXiv:2403.01693).
 
         Args:
             images: [B, C, H, W] in the student's preprocessing.

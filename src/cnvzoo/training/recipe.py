@@ -268,10 +268,10 @@ class Recipe(_Section):
         if not spec.min_size <= crops.side < own:
             raise error_at("early_crops.side", f"{crops.side}: must be {spec.min_size} to {own - 1} for {self.model}")
         for teacher in self.teacher_models:
-            taught_by = model_spec(teacher)
-            if taught_by.input_size:
+            teacher_spec = model_spec(teacher)
+            if teacher_spec.input_size:
                 raise error_at("early_crops", f"the teacher {teacher} takes whole images only: leave one out")
-            if crops.side < (least := taught_by.min_size):
+            if crops.side < (least := teacher_spec.min_size):
                 raise error_at("early_crops.side", f"{crops.side}: must be at least {least} for the teacher {teacher}")
 
     def _check_teacher(self, teacher: str) -> None:
