@@ -15,10 +15,10 @@ of its own. A run's bits do not depend on what runs beside it. To merge the work
 into benchmarks/results/: the tables, printed and written to benchmarks/RESULTS.md and README.md, are made of these and
 of benchmarks/retired.json, which keeps the results of replaced records.
 
-When nothing is left to train, and before the time limit, the published checkpoints of the selected entries are measured
-as integer graphs, if they are quantized and have not been measured, and verified as `cnvzoo verify` does it: a minute
-and some seconds each. Then, with --publish, they are sent to a directory or to the Hugging Face Hub, unless one of them
-fails its verification.
+When nothing is left to train, and before the time limit, the checkpoints of the selected entries are measured as integer
+graphs, if they are quantized and have not been measured, and verified as `cnvzoo verify` does it: a minute and some
+seconds each. With --publish they are verified after the time limit too, and then sent to a directory or to the Hugging
+Face Hub, unless one of them fails its verification.
 
 Several of these commands may share their folders: each leaves alone what another is training, and does not train again
 what another has finished. A run that fails does not stop the others, and tables that cannot be written are still
@@ -107,18 +107,17 @@ def _reproduce(
     seeds = tuple(dict.fromkeys(arguments.seeds))
     records = Records(entries, layout)
     if arguments.list:
-        print_listing(Console(), selected, records.survey())
+        print_listing(Console(), selected, records.survey(), seeds)
         return 0
+    _check_publish(arguments)
     if arguments.dry_run:
-        if arguments.publish is None:
-            raise HarnessError("--dry-run shows what --publish would send: give both")
         publish_checkpoints(selected, layout, arguments.publish, tag=arguments.tag, dry_run=True, say=print)
         return 0
 
     references = load_references(layout.references, entries)
     load_retired(layout.retired)  # reports a problem in it before anything is trained
     on_ray = arguments.on == "ray"
-    device = None if on_ray else resolve_device(arguments.device)
+    device = None if on_ray else _device(arguments.device)
     deadline = None if arguments.time_limit is None else time.monotonic() + arguments.time_limit
     outputs = Outputs(selected, records, references, verify, _say)
     outputs.collect_records(seeds)
@@ -129,14 +128,17 @@ def _reproduce(
     outcome = _train(runs, arguments, device, deadline, train, outputs)
     outputs.update()
     verified: list[Verification] = []
+    publishes = arguments.publish is not None and outcome.stopped in (None, "time limit")
     in_time = outcome.stopped is None and (deadline is None or time.monotonic() < deadline)
-    if in_time and arguments.epochs is None and PUBLISHED_SEED in seeds:
+    complete = in_time and arguments.epochs is None and PUBLISHED_SEED in seeds
+    if complete:
         outputs.measure(measure)
+    if complete or publishes:
         names = [folder.name for entry in selected if (folder := layout.checkpoint(entry.recipe)).is_dir()]
         verified = verify(names, hub=layout.hub, device="auto" if on_ray else arguments.device)
 
     _print_tables(arguments, selected, seeds, outputs)
-    if arguments.publish is not None and outcome.stopped in (None, "time limit"):
+    if publishes:
         if any(result.problem for result in verified):
             _say("nothing is published: a checkpoint is not as published, see below")
         else:
@@ -145,6 +147,23 @@ def _reproduce(
         _say(f"not written, see above: {', '.join(sorted(outputs.out_of_date))}")
     status = _conclude(outcome, verified, arguments.retrain)
     return 1 if outputs.out_of_date and status in (0, _EXIT["time limit"], _EXIT_LEFT_TO_OTHERS) else status
+
+
+def _check_publish(arguments: argparse.Namespace) -> None:
+    """Raise HarnessError for options that contradict or need --publish."""
+    if arguments.publish is None:
+        for given, option in ((arguments.dry_run, "--dry-run shows"), (arguments.tag is not None, "--tag marks")):
+            if given:
+                raise HarnessError(f"{option} what --publish would send: give both")
+    elif arguments.epochs is not None:
+        raise HarnessError("--publish sends the checkpoints of full runs: leave --epochs out")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return resolve_device(name)
+    except CnvzooError as error:
+        raise HarnessError(f"--device {name}: {error}") from None
 
 
 def _train(
@@ -207,7 +226,7 @@ def _conclude(outcome: Outcome, verified: Sequence[Verification], retrain: bool)
         _say(f"  {run}: {_progress(run, outcome)}")
     if len(outcome.left) > _LEFT_SHOWN:
         _say(f"  and {len(outcome.left) - _LEFT_SHOWN} more")
-    if outcome.stopped is not None:
+    if outcome.stopped is not None and not different:
         return _EXIT[outcome.stopped]
     if outcome.failed or different:
         return 1
@@ -260,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--threads",
-        type=_whole("threads"),
+        type=_whole("threads", most=1024),
         default=1,
         metavar="N",
         help="threads of one run on a CPU (default: 1). The bits of a run depend on it, so it is the same on every "
@@ -284,11 +303,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _whole(what: str) -> Callable[[str], int]:
+def _whole(what: str, most: int | None = None) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) == 0:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what}: a whole number, 1 or more")
-        return int(text)
+        number = int(text) if text.isascii() and text.isdigit() else 0
+        if number < 1 or (most is not None and number > most):
+            allowed = "1 or more" if most is None else f"from 1 to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what}: a whole number, {allowed}")
+        return number
 
     return parse
 

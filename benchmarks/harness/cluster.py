@@ -29,7 +29,7 @@ from cnvzoo.training.state import RECORD, STATE, TEACHER_LOGITS, WEIGHTS, RunErr
 from harness.cluster_worker import Assignment, Known, Outcome, UnfitNode, Worker, installed_versions, refusal
 from harness.entries import HarnessError
 from harness.schedule import Run
-from harness.workers import AT_ONCE_ON_A_GPU, Stop, Train, Weights, WorkerEnded
+from harness.workers import AT_ONCE_ON_A_GPU, Stop, Train, Weights, WorkerEnded, usable_cores
 
 _POLL_SECONDS = 0.2
 _LINES_SECONDS = 1.0
@@ -65,7 +65,7 @@ def joined_cluster() -> Iterator[None]:
     ray = _ray()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     address = os.environ.get("RAY_ADDRESS", "")
-    new = {"address": "local", "num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+    new = {"address": "local", "num_cpus": usable_cores(), "include_dashboard": False}
     code = [str(Path(cnvzoo.__file__).parent), str(Path(__file__).parent)]
     settings = {name: os.environ[name] for name in _SETTINGS if name in os.environ}
     environment = {"py_modules": code, "env_vars": settings}

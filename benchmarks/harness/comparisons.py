@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,18 +77,6 @@ class Comparison(_Section):
         if self.chosen is not None and self.chosen not in names:
             raise error_at("chosen", f"{self.chosen!r}: no variant: {nearest(self.chosen, names)}")
         return self
-
-    def correct(self, variant: Variant) -> int:
-        """Held-out images that the variant classifies correctly."""
-        return round((variant.accuracy or 0) * self.holdout / 100) if variant.correct is None else variant.correct
-
-    def standard_error(self, variant: Variant) -> float:
-        """Standard error of the variant's accuracy in percentage points, sqrt(p (1 - p) / n) for n held-out images.
-
-        It covers the choice of the images, but not the variation between seeds.
-        """
-        share = self.correct(variant) / self.holdout
-        return 100 * math.sqrt(share * (1 - share) / self.holdout)
 
 
 def load_comparisons(path: Path, configs: Path) -> list[Comparison]:

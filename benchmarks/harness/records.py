@@ -248,11 +248,11 @@ class Records:
             known.append(RunRecord.read(self.layout.record(name, seed)))
         return known
 
-    def survey(self, seeds: Sequence[int] = SEEDS) -> dict[tuple[str, int], RunStatus]:
+    def survey(self) -> dict[tuple[str, int], RunStatus]:
         """The status of every run of the tables, by entry name and seed."""
         found = {}
         for entry in self.entries.values():
-            for seed in seeds:
+            for seed in SEEDS:
                 run_status = self.status(entry, seed)
                 if run_status.status is Status.MISSING and (self.layout.run_dir(entry.name, seed) / STATE).exists():
                     run_status = RunStatus(Status.STARTED)

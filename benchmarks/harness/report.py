@@ -111,11 +111,12 @@ def page(rows: Sequence[Row], survey: Survey, pictured: Collection[str]) -> str:
         "links to its recipe. If an entry starts or learns from the weights of another, all of its runs use the "
         f"published ones, of seed {PUBLISHED_SEED}: their variation is not part of its deviation.\n",
         "The difference is our mean minus the reference's, in percentage points, ± its standard error, "
-        "√(s₁²/n₁ + s₂²/n₂) with the sample standard deviation s and the number n of runs of each side, at least two; "
-        "a difference within two standard errors is shown as none.\n",
+        "√(s₁²/n₁ + s₂²/n₂) with the sample standard deviation s and the number n of runs of each side; a difference "
+        "within two standard errors is shown as none. Where a side has one run, there is no standard error.\n",
         "Each run reads the test set once, at its end. The last column counts the recipes of an entry that were ever "
         "scored on it, replaced ones included ([retired.json](retired.json)): if they are several, the choice of the "
-        "recipe has seen the test set. Recipes are now chosen on held-out training images.\n",
+        "recipe has seen the test set. Recipes are now chosen on held-out training images "
+        "([comparisons.yaml](comparisons.yaml)) or from the literature; the comments in a recipe say which.\n",
         f"The arithmetic of training has a version, now {NUMERICS} ([numerics](../docs/numerics.md)). Runs marked "
         f"{_OLDER} are of an older one, or start or learn from weights that are: today's code gives other bits, and "
         "they are due again.\n",
@@ -182,18 +183,18 @@ def print_trials(console: Console, trials: Iterable[tuple[Entry, RunRecord]]) ->
         _print(console, "trials: fewer epochs than the recipe's, in no table", _TRIAL_HEADER, lines)
 
 
-def print_listing(console: Console, entries: Sequence[Entry], survey: Survey) -> None:
+def print_listing(console: Console, entries: Sequence[Entry], survey: Survey, seeds: Sequence[int]) -> None:
     """The status of every run: a table on a terminal, else tab-separated lines of entry, seed, status and accuracy."""
-    runs = [(entry.name, seed, survey[entry.name, seed]) for entry in entries for seed in SEEDS]
+    runs = [(entry.name, seed, survey[entry.name, seed]) for entry in entries for seed in seeds]
     counts = Counter(run_status.status for _, _, run_status in runs)
     if not console.is_terminal:
         for name, seed, run_status in runs:
             accuracy = _number(run_status.record.accuracy if run_status.record else None)
             print(f"{name}\t{seed}\t{run_status.status.value}\t{accuracy}", file=console.file)
         return
-    lines = [(entry.name, *(_listed(survey[entry.name, seed]) for seed in SEEDS)) for entry in entries]
+    lines = [(entry.name, *(_listed(survey[entry.name, seed]) for seed in seeds)) for entry in entries]
     summary = ", ".join(f"{count} {status.value}" for status in Status if (count := counts[status]))
-    _print(console, f"{len(runs)} runs: {summary}", ("entry", *(f"seed {seed}" for seed in SEEDS)), lines)
+    _print(console, f"{len(runs)} runs: {summary}", ("entry", *(f"seed {seed}" for seed in seeds)), lines)
 
 
 def _listed(run_status: RunStatus) -> str:
@@ -233,12 +234,12 @@ def _run(row: Row, seed: int) -> str:
 
 
 def _difference(row: Row) -> str:
-    """`+0.62 ± 0.19`, `none (+0.17 ± 0.10)` within two standard errors, or `+0.30 (no error)`."""
+    """`+0.62 ± 0.19`, `none (+0.17 ± 0.10)` within two standard errors, or `+0.30 (no standard error)`."""
     difference = _number(row.difference, sign="+")
     if row.difference is None:
         return difference
     if row.error is None:
-        return f"{difference} (no error)"
+        return f"{difference} (no standard error)"
     with_error = f"{difference} ± {row.error:.2f}"
     return f"none ({with_error})" if abs(row.difference) <= 2 * row.error else with_error
 

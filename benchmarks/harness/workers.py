@@ -100,10 +100,12 @@ class LocalRunner:
 
 def default_runs_at_once(device: torch.device, threads: int) -> int:
     """How many runs keep the device busy: three on a GPU, one for every `threads` usable cores on a CPU."""
-    if device.type == "cuda":
-        return AT_ONCE_ON_A_GPU
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, usable // threads)
+    return AT_ONCE_ON_A_GPU if device.type == "cuda" else max(1, usable_cores() // threads)
+
+
+def usable_cores() -> int:
+    """How many cores this process may use; where the system does not say, as on macOS, all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

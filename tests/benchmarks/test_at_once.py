@@ -322,10 +322,31 @@ def test_the_default_number_of_runs_follows_from_the_cores_and_threads(monkeypat
     assert default_runs_at_once(torch.device("cuda"), threads) == 3
 
 
-@pytest.mark.parametrize("wrong", [["--at-once", "0"], ["--threads", "1.5"]])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--at-once", "0"], "'0' is not a number of runs: a whole number, 1 or more"),
+        (["--threads", "1.5"], "'1.5' is not a number of threads: a whole number, from 1 to 1024"),
+        (["--threads", "1025"], "'1025' is not a number of threads: a whole number, from 1 to 1024"),
+    ],
+)
 def test_numbers_of_runs_and_threads_out_of_range_are_refused(
-    bench: Bench, wrong: list[str], capsys: pytest.CaptureFixture[str]
+    bench: Bench, wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
         bench.run("--table", "mnist", *wrong)
-    assert "a whole number, 1 or more" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_missing_is_an_invalid_request(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_cuda(*_: object, **__: object) -> None:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    bench.recipe("mnist_cnv")
+    monkeypatch.setattr(torch, "empty", no_cuda)
+    assert bench.run("--table", "mnist", "--device", "cuda") == 2
+    error = "error: --device cuda: device 'cuda' cannot be used (Torch not compiled with CUDA enabled)"
+    assert error in capsys.readouterr().err
+    assert bench.training.calls == []

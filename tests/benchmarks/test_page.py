@@ -57,7 +57,7 @@ def test_two_of_three_seeds(cnv):
 def test_one_run_has_no_deviation_and_its_difference_no_error(cnv):
     cnv.put("cifar10_cnv", 1, accuracy=91.0)
     assert row(show(cnv), "cifar10_cnv") == [
-        "91.00 (1 of 3 seeds)", "-", "-, 91.00, -", "91.09", "-0.09 (no error)", "1",
+        "91.00 (1 of 3 seeds)", "-", "-, 91.00, -", "91.09", "-0.09 (no standard error)", "1",
     ]  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def test_a_reference_without_several_runs_gives_no_error(cnv, figures):
     cnv.write_references(f"{SOURCES}  cifar10_cnv: {{source: us, {figures}}}\n")
     for seed, accuracy in enumerate((91.5, 91.3, 91.7)):
         cnv.put("cifar10_cnv", seed, accuracy=accuracy)
-    assert row(show(cnv), "cifar10_cnv")[3:5] == ["91.00", "+0.50 (no error)"]
+    assert row(show(cnv), "cifar10_cnv")[3:5] == ["91.00", "+0.50 (no standard error)"]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +193,8 @@ def test_the_list_without_a_terminal_is_a_line_for_each_run_and_writes_nothing(b
         "mnist_resnet20\t0\tmissing\t-\nmnist_resnet20\t1\tmissing\t-\nmnist_resnet20\t2\tout of date\t-\n"
         "mnist_cnv\t0\tdone\t99.50\nmnist_cnv\t1\tdone by older arithmetic\t99.25\nmnist_cnv\t2\tmissing\t-\n"
     )
+    assert bench.run("--table", "mnist", "--entry", "mnist_cnv", "--seeds", "1", "--list") == 0
+    assert capsys.readouterr().out == "mnist_cnv\t1\tdone by older arithmetic\t99.25\n"
     assert not (bench.home / "RESULTS.md").exists()
 
 

@@ -62,15 +62,35 @@ def test_a_folder_without_a_config_is_not_published(trained, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0] == "no checkpoint to publish yet: mnist_resnet20"
 
 
-def test_a_dry_run_without_publish_is_refused(trained, capsys):
-    assert trained.run("--table", "mnist", "--dry-run") == 2
-    assert "--dry-run shows what --publish would send: give both" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dry-run"], "--dry-run shows what --publish would send: give both"),
+        (["--tag", "v1"], "--tag marks what --publish would send: give both"),
+        (["--epochs", "1", "--publish", "store"], "--publish sends the checkpoints of full runs: leave --epochs out"),
+    ],
+)
+def test_options_that_need_or_contradict_publish_are_refused_before_training(trained, options, message, capsys):
+    calls = len(trained.training.calls)
+    assert trained.run("--table", "mnist", *options) == 2
+    assert message in capsys.readouterr().err
+    assert len(trained.training.calls) == calls
 
 
-def test_with_a_time_limit_of_0_it_publishes_existing_checkpoints(trained, tmp_path, capsys):
-    store = tmp_path / "store"
-    assert trained.run("--table", "mnist", "--time-limit", "0", "--publish", str(store)) == 3
+@pytest.mark.parametrize(("options", "status"), [(["--time-limit", "0"], 3), (["--seeds", "1"], 0)])
+def test_checkpoints_that_this_command_did_not_train_are_verified_and_published(
+    trained, tmp_path, options, status, capsys
+):
+    store, command = tmp_path / "store", ("--table", "mnist", "--entry", "mnist_cnv", *options, "--publish")
+    trained.verified.clear()
+    trained.problem = "17 images right, published 9000"
+    assert trained.run(*command, str(store)) == 1
+    assert not store.exists()
+    assert "nothing is published" in capsys.readouterr().err
+    trained.problem = None
+    assert trained.run(*command, str(store)) == status
     assert f"cnv.mnist to {store}: published new {FILES}" in capsys.readouterr().out
+    assert trained.verified == [["cnv.mnist"]] * 2
 
 
 def test_nothing_is_published_after_an_interrupt_or_a_failed_verification(trained, tmp_path, capsys):
