@@ -15,10 +15,10 @@ of its own. A run's bits do not depend on what runs beside it. To merge the work
 into benchmarks/results/: the tables, printed and written to benchmarks/RESULTS.md and README.md, are made of these and
 of benchmarks/retired.json, which keeps the results of replaced records.
 
-When nothing is left to train, and before the time limit, the checkpoints of the selected entries are measured as integer
-graphs, if they are quantized and have not been measured, and verified as `cnvzoo verify` does it: a minute and some
-seconds each. With --publish they are verified after the time limit too, and then sent to a directory or to the Hugging
-Face Hub, unless one of them fails its verification.
+When nothing is left to train, and before the time limit, the checkpoints of the selected entries are measured as
+integer graphs, if they are quantized and have not been measured, and verified as `cnvzoo verify` does it: a minute and
+some seconds each. With --publish they are verified after the time limit too, and then sent to a directory or to the
+Hugging Face Hub, unless one of them fails its verification.
 
 Several of these commands may share their folders: each leaves alone what another is training, and does not train again
 what another has finished. A run that fails does not stop the others, and tables that cannot be written are still
