@@ -128,21 +128,21 @@ def _reproduce(
     outcome = _train(runs, arguments, device, deadline, train, outputs)
     outputs.update()
     verified: list[Verification] = []
-    publishes = arguments.publish is not None and outcome.stopped in (None, "time limit")
+    publish_to: str | None = arguments.publish if outcome.stopped in (None, "time limit") else None
     in_time = outcome.stopped is None and (deadline is None or time.monotonic() < deadline)
     complete = in_time and arguments.epochs is None and PUBLISHED_SEED in seeds
     if complete:
         outputs.measure(measure)
-    if complete or publishes:
+    if complete or publish_to is not None:
         names = [folder.name for entry in selected if (folder := layout.checkpoint(entry.recipe)).is_dir()]
         verified = verify(names, hub=layout.hub, device="auto" if on_ray else arguments.device)
 
     _print_tables(arguments, selected, seeds, outputs)
-    if publishes:
+    if publish_to is not None:
         if any(result.problem for result in verified):
             _say("nothing is published: a checkpoint is not as published, see below")
         else:
-            publish_checkpoints(selected, layout, arguments.publish, tag=arguments.tag, dry_run=False, say=_say)
+            publish_checkpoints(selected, layout, publish_to, tag=arguments.tag, dry_run=False, say=_say)
     if outputs.out_of_date:
         _say(f"not written, see above: {', '.join(sorted(outputs.out_of_date))}")
     status = _conclude(outcome, verified, arguments.retrain)
