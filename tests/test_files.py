@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import os
+import pickle
 import re
 import stat
 import tempfile
@@ -238,6 +240,13 @@ def test_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileError) as caught:
         expanded("~no-such-user/runs")
     assert str(caught.value) == "~no-such-user/runs: ~no-such-user is not a known home folder: write the path without ~"
+
+
+def test_an_error_is_the_same_in_another_process(tmp_path: Path) -> None:
+    with pytest.raises(FileError) as caught:
+        write_text(tmp_path, "")
+    for error in (pickle.loads(pickle.dumps(caught.value)), copy.copy(caught.value)):
+        assert (str(error), error.path, error.errno) == (str(caught.value), tmp_path, errno.EISDIR)
 
 
 class TestSpecialFiles:

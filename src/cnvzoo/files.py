@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -61,11 +62,15 @@ class FileError(CnvzooError, OSError):
 
     def __init__(self, path: Path, problem: str, remedy: str, code: int) -> None:
         super().__init__(code, os.strerror(code))
-        self.path = path
+        self.path, self._problem, self._remedy = path, problem, remedy
         self._message = f"{path}: {problem}: {remedy}"
 
     def __str__(self) -> str:
         return self._message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Worker processes send this error to the process that started them."""
+        return FileError, (self.path, self._problem, self._remedy, self.errno)
 
 
 @contextmanager

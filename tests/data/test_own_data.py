@@ -116,6 +116,23 @@ def test_arrays(tmp_path: Path) -> None:
     assert load_dataset(str(tmp_path / "digits.safetensors")).info.classes == ("even", "odd")
 
 
+def test_arrays_that_torch_does_not_take_as_they_are(tmp_path: Path) -> None:
+    """Colours in reverse, unsigned labels, read-only memory, and test images that are the training images."""
+    images = np.random.default_rng(0).integers(256, size=(6, 8, 8, 3), dtype=np.uint8)
+    expected = Dataset.from_arrays(torch.from_numpy(images.copy()), [0, 1] * 3, "ab")
+    images.flags.writeable = False
+    for dtype in (np.uint16, np.uint32, np.uint64):
+        data = Dataset.from_arrays(images[..., ::-1][..., ::-1], np.array([0, 1] * 3, dtype), "ab")
+        assert data.sha256 == expected.sha256
+    backwards = Dataset.from_arrays(images[..., ::-1], [0, 1] * 3, "ab")
+    assert torch.equal(backwards.train_images, expected.train_images.flip(3))
+
+    pixels, labels = torch.from_numpy(images.copy()), torch.tensor([0, 1] * 3)
+    data = Dataset.from_arrays(pixels, labels, "ab", test_images=pixels, test_labels=labels)
+    data.save(tmp_path / "same.safetensors")
+    assert load_dataset(tmp_path / "same.safetensors").sha256 == data.sha256
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -117,7 +117,10 @@ class Dataset:
         """
         facts = {"name": self.info.name, "title": self.info.title, "classes": list(self.info.classes)}
         facts |= {"mean": list(self.info.mean), "std": list(self.info.std)}
-        content = save({key: getattr(self, key).contiguous() for key in ARRAYS}, {_FACTS: json.dumps(facts)})
+        arrays = {key: getattr(self, key).contiguous() for key in ARRAYS}
+        # test images may be some of the training images, and safetensors refuses tensors that share memory
+        arrays |= {key: arrays[key].clone() for key in ("test_images", "test_labels")}
+        content = save(arrays, {_FACTS: json.dumps(facts)})
         with replacing(expanded(path)) as temporary:
             temporary.write_bytes(content)
 
@@ -170,16 +173,16 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", re.ASCII)
 
 def _own_split(name: str, prefix: str, images: Any, labels: Any, num_classes: int) -> tuple[Tensor, Tensor]:
     """Images [N, H, W, C] and labels [N] as uint8 tensors, after checks."""
-    pixels = torch.as_tensor(images)
+    pixels = _as_tensor(images)
     if pixels.dtype != torch.uint8:
         raise DatasetError(f"{name}: {prefix}images must be uint8 (0 to 255), got {pixels.dtype}")
     pixels = pixels.unsqueeze(-1) if pixels.ndim == 3 else pixels
     if pixels.ndim != 4 or pixels.shape[1] != pixels.shape[2] or pixels.shape[3] not in (1, 3) or 0 in pixels.shape:
         raise DatasetError(
             f"{name}: {prefix}images must be square, [N, H, W, C] with C 1 or 3, or [N, H, W], got shape "
-            f"{list(torch.as_tensor(images).shape)}"
+            f"{list(_as_tensor(images).shape)}"
         )
-    numbers = torch.as_tensor(labels)
+    numbers = _as_tensor(labels)
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
         raise DatasetError(f"{name}: {prefix}labels must be whole numbers, got {numbers.dtype}")
     if numbers.shape != (len(pixels),):
@@ -188,6 +191,15 @@ def _own_split(name: str, prefix: str, images: Any, labels: Any, num_classes: in
     if low < 0 or high >= num_classes:
         raise DatasetError(f"{name}: {prefix}labels are {low} to {high}, and {num_classes} classes were given")
     return pixels.contiguous(), numbers.to(torch.uint8)
+
+
+def _as_tensor(values: Any) -> Tensor:
+    if isinstance(values, np.ndarray):
+        if values.dtype in (np.uint16, np.uint32, np.uint64):  # torch has few operations for these
+            values = values.astype(np.int64)
+        if not values.flags.writeable or min(values.strides, default=0) < 0:  # torch takes neither
+            values = values.copy()
+    return torch.as_tensor(values)
 
 
 def _own_info(name: str, classes: tuple[str, ...], images: Tensor, test_size: int) -> DatasetInfo:

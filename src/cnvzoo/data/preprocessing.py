@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cnvzoo.data.published import DatasetInfo, dataset_info
+from cnvzoo.errors import DatasetError
 from cnvzoo_runtime.images import ImageError, prepare
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Preprocessing:
     def _padding(self, side: int) -> int:
         margin = self.size - side
         if side < 1 or margin < 0 or margin % 2:
-            raise ValueError(
+            raise DatasetError(
                 f"Images of side {side} cannot be padded symmetrically to {self.size}: expected {self.size}, "
                 f"or smaller by an even number of pixels. Resize them first (cnvzoo.transforms does)."
             )
@@ -108,7 +109,8 @@ class Preprocessing:
 
         Raises:
             TypeError: images that are not uint8.
-            ValueError: another shape or number of channels, or a size that cannot be padded equally on all sides.
+            ValueError: another shape or number of channels.
+            DatasetError: a size that cannot be padded equally on all sides; it is a ValueError too.
         """
         if images.dtype != torch.uint8:
             raise TypeError(f"Images must be uint8 (0 to 255), got {images.dtype}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,7 +59,7 @@ class Evaluation:
         predictions: class with the largest logit of each image, int64 [N].
         labels: the right classes, int64 [N].
         top5_correct: number of images whose class is among the five of the largest logits; of equal logits, the one of
-            the lower class counts as larger.
+            the lower class counts as larger. A logit that is not a number counts as the largest.
         num_classes: K.
     """
 
@@ -71,10 +72,12 @@ class Evaluation:
     def of_logits(cls, logits: Tensor, labels: Tensor) -> Evaluation:
         """From logits [N, K] and labels [N]."""
         labels = labels.long()
+        predictions = logits.argmax(1)
+        logits = logits.nan_to_num(math.inf, math.inf, -math.inf)  # argmax takes NaN for the largest too
         own = logits.gather(1, labels[:, None])
         lower = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
         rank = ((logits > own) | ((logits == own) & lower)).sum(1)
-        return cls(logits.argmax(1), labels, int((rank < 5).sum()), logits.shape[1])
+        return cls(predictions, labels, int((rank < 5).sum()), logits.shape[1])
 
     @property
     def correct(self) -> int:
@@ -122,6 +125,7 @@ def evaluate(
     Raises:
         ModelError: the model is not from this library and no preprocessing was given, or it has another number of
             classes or channels than the dataset.
+        DatasetError: the dataset cannot be loaded, or its images cannot be padded to the size that the model takes.
         CnvzooError: the device is not available.
     """
     model = unwrapped(model)
