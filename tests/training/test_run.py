@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from synthetic import CNV_BITS, EVERY_AUGMENTATION, StepHook, coloured, interrupted, noise, recipe, run
 
-from cnvzoo.data import published_sha256
+from cnvzoo.data import Dataset, published_sha256
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import FileError, sha256_of
 from cnvzoo.models import build_model
@@ -28,6 +29,7 @@ from cnvzoo.models.compiled import compiles
 from cnvzoo.models.integers import quantize_bias
 from cnvzoo.training import (
     NUMERICS,
+    RecipeError,
     RunError,
     RunInterrupted,
     RunRecord,
@@ -145,7 +147,7 @@ def test_a_holdout_leaves_other_weights_than_the_whole_set(whole: RunRecord, tmp
 
 @pytest.mark.parametrize("n", [-1, 48])
 def test_an_impossible_holdout_is_refused(tmp_path: Path, n: int) -> None:
-    with pytest.raises(ValueError, match="holdout"):
+    with pytest.raises(CnvzooError, match=rf"holdout\D{{1,2}}{n}\b"):
         run(recipe(), tmp_path, holdout=n)
 
 
@@ -597,9 +599,11 @@ def test_a_loss_of_either_infinity_stops_the_run(loss: float, tmp_path: Path, mo
 
 
 def test_a_batch_larger_than_the_training_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"^mnist_resnet20, seed 0: batch_size must be 1 to 48") as caught:
+    says = "mnist_resnet20: batch_size: 49: must be at most 48, the training images of mnist"
+    with pytest.raises(RecipeError, match=f"^{says}$"):
         run(recipe(batch_size=49), tmp_path)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(RunError, match=r"^mnist_resnet20, seed 0: batch_size must be 1 to 40[^\n]*$"):
+        run(recipe(batch_size=48), tmp_path, holdout=8)
 
 
 @pytest.mark.parametrize("seed", [-3, 2**63, 2**64, True, 1.0, "1"])
@@ -610,6 +614,39 @@ def test_an_impossible_seed_is_refused_before_anything_is_made(tmp_path: Path, s
     with pytest.raises(RunError, match=f"^{re.escape(says)}$"):
         run(wanted, tmp_path / "run", **({"seed": seed} if place == "argument" else {}))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "says"),
+    [
+        ("epochs", 1.5, "a run has at least 1"),
+        ("epochs", True, "a run has at least 1"),
+        ("epochs", 0, "a run has at least 1"),
+        ("holdout", 8.0, "a number of training images, 0 for none"),
+        ("validate", "3", "a number of held-out images, 0 for no validation"),
+    ],
+)
+def test_an_impossible_count_is_refused_before_anything_is_made(
+    tmp_path: Path, argument: str, value: Any, says: str
+) -> None:
+    with pytest.raises(RunError, match=f"^mnist_resnet20: {argument}={value!r}: {says}$"):
+        run(recipe(), tmp_path / "run", **{argument: value})
+    assert not (tmp_path / "run").exists()
+
+
+def test_counts_of_numpy_are_those_of_python(tmp_path: Path) -> None:
+    counts: dict[str, Any] = {
+        "seed": np.int64(1), "epochs": np.int64(1), "holdout": np.uint8(8), "validate": np.int32(4)
+    }  # fmt: skip
+    record = run(recipe(), tmp_path / "numpy", **counts)
+    assert record == run(recipe(), tmp_path / "numpy", seed=1, epochs=1, holdout=8, validate=4)
+
+
+def test_images_that_the_recipe_does_not_fit_are_refused(tmp_path: Path) -> None:
+    images = torch.zeros(48, 16, 16, 1, dtype=torch.uint8)
+    small = Dataset.from_arrays(images, [0, 1] * 24, ["a", "b"], test_images=images, test_labels=[0, 1] * 24)
+    with pytest.raises(RecipeError, match=r"^mnist_resnet20: early_crops\.side: 24: must be 8 to 15 for resnet20$"):
+        run(recipe(early_crops={"side": 24, "epochs": 1}), tmp_path / "run", small)
 
 
 def test_the_largest_seed_trains(tmp_path: Path) -> None:

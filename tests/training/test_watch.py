@@ -14,6 +14,7 @@ import pytest
 from synthetic import CNV_BITS, StepHook, noise, recipe, run
 
 import cnvzoo
+from cnvzoo.files import FileError
 from cnvzoo.training import RunError, RunInterrupted, RunRecord, run_recipe
 
 HELD: dict[str, Any] = {"holdout": 8}
@@ -139,6 +140,16 @@ def test_a_csv_log_replaces_no_other_file(content, says, tmp_path) -> None:
     with pytest.raises(RunError, match=says):
         run(recipe(), tmp_path / "run", log=log)
     assert log.read_bytes() == before
+
+
+def test_a_csv_log_at_an_impossible_path_is_refused_with_a_remedy(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    for log, says in (
+        ("", "Is a directory: give the path of a file"),
+        ("file/log.csv", "file is a file, not a folder"),
+    ):
+        with pytest.raises(FileError, match=says):
+            run(recipe(), tmp_path / "run", log=tmp_path / log)
 
 
 class FakeWriter:

@@ -156,7 +156,7 @@ class Recipe(_Section):
         seed: seed of initialisation, shuffling and augmentation; 0 to 2**63 - 1.
     """
 
-    name: str
+    name: str = Field(min_length=1, max_length=200)
     model: str
     dataset: str
     w_bits: int | None = Field(default=None, ge=1, le=8)

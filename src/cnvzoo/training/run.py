@@ -23,6 +23,7 @@ from cnvzoo.data.batches import TrainBatches
 from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
 from cnvzoo.data.published import published_sha256
 from cnvzoo.files import FileError, expanded, replacing, sha256_of
+from cnvzoo.models.classifier import whole_number
 from cnvzoo.models.registry import model_spec
 from cnvzoo.progress import TrainingProgress
 from cnvzoo.training.device import deterministic, keep_freed_memory, resolve_device
@@ -108,17 +109,18 @@ def run_recipe(
         RunError: an argument or a key of the recipe is impossible with this dataset, the float start or a teacher is
             missing or does not fit, the saved state cannot be read, `run_dir` holds another finished run, `log` another
             file, or TensorBoard is not installed.
+        RecipeError: a key of the recipe is impossible with the images of `dataset`.
+        DatasetError: the dataset cannot be loaded, or `holdout` is not below its number of training images.
         RunUnderWay: another process is training in `run_dir`.
         FileError: a file of the run cannot be written; the state that was saved before is kept.
         TrainingDiverged: the loss or a weight is not finite, or a weight is beyond a million. No record is written, and
             the saved state is kept.
     """
     run_dir = expanded(run_dir)
-    recipe = recipe if seed is None else recipe.model_copy(update={"seed": seed})
-    epochs = recipe.epochs if epochs is None else epochs
-    if epochs < 1:
-        raise RunError(f"{recipe.name}: epochs={epochs}: a run has at least 1")
-    _check_seed(recipe)
+    recipe = recipe.model_copy(update={"seed": _checked_seed(recipe, recipe.seed if seed is None else seed)})
+    epochs = _whole(recipe, "epochs", recipe.epochs if epochs is None else epochs, "a run has at least 1", least=1)
+    holdout = _whole(recipe, "holdout", holdout, "a number of training images, 0 for none")
+    validate = _whole(recipe, "validate", validate, "a number of held-out images, 0 for no validation")
     check_validation(recipe, validate, holdout)
     watch = Watch.of(recipe, epochs, on_epoch, log, tensorboard)
     target = resolve_device(device)
@@ -127,10 +129,10 @@ def run_recipe(
     taught_by = describe_inputs(recipe, "teacher", teachers)
     if recipe.start != (start.checkpoint if start else None):
         raise RunError(f"{recipe.name}: starts from {recipe.start}, and was given {start and start.checkpoint}")
-    if is_dataset_path(recipe.dataset):
-        if dataset is None:
-            raise RunError(f"{recipe.name}: trains on own images: give them, dataset=load_dataset({recipe.dataset!r})")
+    if dataset is not None:
         recipe.check_fits(dataset.info)
+    elif is_dataset_path(recipe.dataset):
+        raise RunError(f"{recipe.name}: trains on own images: give them, dataset=load_dataset({recipe.dataset!r})")
     data_sha256 = published_sha256(recipe.dataset) if dataset is None else dataset.sha256
     identity = RunIdentity(
         recipe=recipe.fingerprint(data_sha256),
@@ -219,11 +221,20 @@ def run_recipe(
         return record
 
 
-def _check_seed(recipe: Recipe) -> None:
-    """Raise RunError for a seed out of range: `model_copy` does not validate."""
-    seed: Any = recipe.seed
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
-        raise RunError(f"{recipe.name}: seed={seed!r}: a seed is a whole number from 0 to {LARGEST_SEED} (2**63 - 1)")
+def _whole(recipe: Recipe, argument: str, value: Any, meaning: str, least: int = 0) -> int:
+    """The value as an int, which JSON takes; RunError unless it is a whole number of any type, numpy's too."""
+    number = whole_number(value)
+    if number is None or number < least:
+        raise RunError(f"{recipe.name}: {argument}={value!r}: {meaning}")
+    return number
+
+
+def _checked_seed(recipe: Recipe, seed: Any) -> int:
+    meaning = f"a seed is a whole number from 0 to {LARGEST_SEED} (2**63 - 1)"
+    number = _whole(recipe, "seed", seed, meaning)
+    if number > LARGEST_SEED:
+        raise RunError(f"{recipe.name}: seed={number}: {meaning}")
+    return number
 
 
 def _finished_record(run_dir: Path, identity: RunIdentity) -> RunRecord | None:
@@ -256,7 +267,7 @@ def _train_batches(recipe: Recipe, data: Dataset, device: torch.device) -> Train
             device=device,
             views=recipe.distillation.views,
         )
-    except ValueError as error:  # the recipe was checked against the published dataset, not against this one
+    except ValueError as error:  # the recipe was checked against the whole dataset, and images may be held out
         raise RunError(f"{recipe.run_name}: {error}") from None
 
 

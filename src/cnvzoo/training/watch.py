@@ -83,15 +83,16 @@ class CsvLog:
         self._check_existing({**self._run, "epochs": epochs})
 
     def _check_existing(self, run: Mapping[str, Any]) -> None:
-        try:
-            with self._path.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                columns = reader.fieldnames
-                found = next(reader, None)
-        except FileNotFoundError:
-            return
-        except (UnicodeDecodeError, csv.Error):
-            columns, found = [], None
+        with writing(self._path):
+            try:
+                with self._path.open(newline="", encoding="utf-8") as file:
+                    reader = csv.DictReader(file)
+                    columns = reader.fieldnames
+                    found = next(reader, None)
+            except FileNotFoundError:
+                return
+            except (UnicodeDecodeError, csv.Error):
+                columns, found = [], None
         remedy = "give another file, or move that one away"
         if columns is not None and tuple(columns) != self.COLUMNS:
             raise RunError(f"{self._path}: exists, and is not a log of epochs: {remedy}")
