@@ -119,6 +119,37 @@ def test_initialized_from_gives_the_weights_of_manual_seed(name: str, bits: dict
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: torch.randn(4),
+        lambda: torch.rand(2, 2),
+        lambda: torch.randint(9, (4,)),
+        lambda: torch.randperm(4),
+        lambda: torch.normal(0.0, 1.0, (4,)),
+        lambda: torch.bernoulli(torch.full((9,), 0.5)),
+        lambda: torch.multinomial(torch.ones(9), 4),
+        lambda: torch.empty(4).exponential_(),
+        lambda: torch.empty(4).cauchy_(),
+        lambda: torch.empty(4).log_normal_(),
+        lambda: torch.empty(4).geometric_(0.5),
+        lambda: nn.init.orthogonal_(torch.empty(4, 4)),
+        lambda: nn.init.trunc_normal_(torch.empty(4)),
+    ],
+)
+def test_other_random_numbers_of_registered_models_have_the_seed_too(
+    draw: Callable[[], torch.Tensor], seeded: None
+) -> None:
+    before = torch.get_rng_state()
+    expected = draw()
+    torch.set_rng_state(before)
+    with initialized_from(5):
+        assert torch.equal(draw(), expected)
+    with without_initialization():
+        assert draw().shape == expected.shape
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_model_info_before_create_model_does_not_change_the_weights(seeded: None) -> None:
     expected = cnvzoo.create_model("resnet20")
     torch.manual_seed(5)

@@ -79,6 +79,13 @@ def test_integer_weights_times_their_scales_are_what_the_layers_compute_with(dty
     assert torch.equal(last(x), (values * scale).T.to(dtype))
 
 
+def test_integer_weights_of_a_wrapped_model_have_the_names_of_the_model() -> None:
+    model = nn.Sequential(linear(4))
+    wrappers: list[Any] = [torch.compile(model), nn.DataParallel(model)]
+    for wrapped in wrappers:
+        assert list(cnvzoo.integer_weights(wrapped)) == ["0"]
+
+
 def test_integer_weights_are_copies() -> None:
     layer = linear(4)
     (found,) = cnvzoo.integer_weights(layer).values()

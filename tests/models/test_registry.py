@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from cnvzoo.errors import CnvzooError, ModelError
-from cnvzoo.models import build_model, model_names, model_spec, register_model, unregister_model
+from cnvzoo.models import build_model, model_info, model_names, model_spec, register_model, unregister_model
 
 
 def refusal(name: str, **arguments: Any) -> str:
@@ -149,3 +150,56 @@ def test_a_registered_name_is_refused_until_it_is_unregistered() -> None:
         assert built.out_features == classes
     with pytest.raises(ModelError, match="unknown model 'fixed'"):
         unregister_model("fixed")
+
+
+class Builder:
+    def __call__(self, num_classes: int, in_chans: int) -> nn.Module:
+        return nn.Linear(in_chans, num_classes)
+
+
+def test_builders_of_any_kind_are_registered_if_their_options_have_names() -> None:
+    for _ in range(2):  # a cell of a notebook may run twice
+        register_model("object", summary="of tests")(Builder())
+    built = build_model("object", num_classes=3)
+    unregister_model("object")
+    for copied in (copy.deepcopy(built), copy.copy(built)):  # after it
+        assert copied.spec.name == "object"
+    with pytest.raises(ValueError, match=r"model 'loose': the builder takes \*\*options: name each of its options"):
+        register_model("loose", summary="of tests")(lambda num_classes, in_chans, **options: nn.Identity())
+
+
+class Tokens(nn.Module):
+    """A linear layer on 16 tokens, and a convolution that is called twice."""
+
+    def __init__(self, num_classes: int, in_chans: int) -> None:
+        super().__init__()
+        self.patches, self.mix = nn.Conv2d(in_chans, 6, 8, 8, bias=False), nn.Linear(6, 6, bias=False)
+        self.twice, self.head = nn.Conv2d(6, 6, 1, bias=False), nn.Linear(6, num_classes, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.mix(self.patches(x).flatten(2).transpose(1, 2))
+        x = x.transpose(1, 2).unflatten(2, (4, 4))
+        return self.head(self.twice(self.twice(x)).mean((2, 3)))
+
+
+def test_costs_of_a_registered_model() -> None:
+    register_model("tokens", summary="of tests")(Tokens)
+    try:
+        info = model_info("tokens")
+    finally:
+        unregister_model("tokens")
+    # by hand, at 16 positions: 3*6*64 + 6*6 + twice 6*6; the head has one
+    assert info.macs == 16 * (1152 + 36 + 2 * 36) + 60
+    assert info.weight_bytes == 4 * info.parameters == 4 * (1152 + 36 + 36 + 60)
+
+
+def test_counts_that_are_not_possible_are_explained() -> None:
+    for name, remedy in (
+        ("cnv", "a classifier needs at least 1 class, and a model without its last layer has 0"),
+        ("tokens", "a classifier needs at least 1 class"),
+    ):
+        if name == "tokens":
+            register_model("tokens", summary="of tests")(Tokens)
+        with pytest.raises(ModelError, match=f"^num_classes=-1: {remedy}$"):
+            build_model(name, num_classes=-1)
+    unregister_model("tokens")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BITS = range(1, 9)
 LayerBits: TypeAlias = Mapping[str, Sequence[int | None]]  # (w_bits, a_bits) by name of a layer, as of `create_model`
 NEEDS_A_CLASS = "a classifier needs at least 1 class"
+OR_NO_HEAD = f"{NEEDS_A_CLASS}, and a model without its last layer has 0"
 
 
 class Classifier(nn.Module):
@@ -105,7 +106,7 @@ class Classifier(nn.Module):
         Raises:
             ModelError: not a whole number, or negative.
         """
-        num_classes = check_count("num_classes", num_classes, NEEDS_A_CLASS, least=0)
+        num_classes = check_count("num_classes", num_classes, OR_NO_HEAD, least=0)
         like = next(self.parameters())
         layer = self.new_classifier(num_classes).to(like.device, like.dtype).train(self.training)
         self.set_classifier(layer)

@@ -69,7 +69,10 @@ def _version_of(command: str) -> str:
 def _compiler(named: str | None) -> str | None:
     """The command of a C++ compiler that exists: `named`, which may have arguments, or g++ or clang++ by default."""
     candidates = [named] if named and named.strip() else ["g++", "clang++"]
-    return next((command for command in candidates if shutil.which(shlex.split(command)[0])), None)
+    try:
+        return next((command for command in candidates if shutil.which(shlex.split(command)[0])), None)
+    except ValueError:  # a quotation mark without its pair
+        return None
 
 
 @functools.cache

@@ -52,6 +52,7 @@ def integer_weights(model: nn.Module) -> dict[str, IntegerWeight]:
         ModelError: the model has no quantized layer, or a weight or scale is not a finite number.
     """
     found = {}
+    model = unwrapped(model)
     for name, layer in _in_order(model):
         quantizer = quantizer_of(layer)
         scale = quantizer.effective_scale().detach().clone()

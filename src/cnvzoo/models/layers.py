@@ -33,14 +33,32 @@ _RANDOM_FILLS = {
     torch.Tensor.normal_,
     torch.Tensor.bernoulli_,
     torch.Tensor.random_,
+    torch.Tensor.cauchy_,
+    torch.Tensor.exponential_,
+    torch.Tensor.geometric_,
+    torch.Tensor.log_normal_,
     init.uniform_,
     init.normal_,
     init.kaiming_uniform_,
 }
 
+# Those that make a tensor of random numbers. No model of this library calls them; registered ones may.
+_RANDOM_TENSORS = {
+    torch.rand,
+    torch.randn,
+    torch.randint,
+    torch.randperm,
+    torch.normal,
+    torch.bernoulli,
+    torch.multinomial,
+}
+
 
 class _RandomFillsFrom(TorchFunctionMode):
-    """Random fills in this thread use `generator`; None skips them, so tensors keep the values that they have."""
+    """Random numbers in this thread come from `generator`; with None, tensors keep the values that they have.
+
+    New tensors have random numbers with None too, from a generator of their own.
+    """
 
     def __init__(self, generator: torch.Generator | None) -> None:
         super().__init__()
@@ -50,6 +68,8 @@ class _RandomFillsFrom(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _RANDOM_TENSORS:
+            return func(*args, **{"generator": self._generator or torch.Generator(), **kwargs})
         if func not in _RANDOM_FILLS:
             return func(*args, **kwargs)
         if self._generator is None:

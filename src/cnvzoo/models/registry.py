@@ -8,7 +8,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cnvzoo.errors import ModelError, nearest
 from cnvzoo.models.classifier import (
     NEEDS_A_CLASS,
+    OR_NO_HEAD,
     Classifier,
     check_bits,
     check_count,
@@ -56,8 +57,15 @@ class ModelSpec:
     options: tuple[str, ...] = field(default=())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled by name, since a builder may be of any kind; a copy is the registered object itself."""
+        """Pickled by name, since a builder may be of any kind: reading it needs the registered model."""
         return model_spec, (self.name,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelSpec:
+        """The object itself, which cannot be changed: a model can be copied when its name is registered no more."""
+        return self
+
+    def __copy__(self) -> ModelSpec:
+        return self
 
 
 _REGISTRY: dict[str, ModelSpec] = {}
@@ -83,8 +91,12 @@ def register_model(
     The builder may return any module; with a `Classifier` the functions for features and head work too. Registering a
     builder of the same module and name again replaces it, so a notebook's cell may run twice.
 
+    A run is reproducible if the builder draws its random numbers from torch's default generator, as the layers and
+    initialisers of torch do, and the forward pass draws none: `nn.Dropout` does, from the generator of the program.
+
     Raises:
-        ValueError: another builder has the name; `unregister_model` frees it.
+        ValueError: another builder has the name, which `unregister_model` frees; or the builder takes `*args` or
+            `**kwargs`, so that its options are not known.
     """
 
     def register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -92,7 +104,10 @@ def register_model(
             raise ValueError(
                 f"model {name!r} is registered already: choose another name, or call unregister_model({name!r}) first"
             )
-        options = tuple(p for p in inspect.signature(build).parameters if p not in _COMMON)
+        parameters = inspect.signature(build).parameters
+        if unnamed := [str(p) for p in parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]:
+            raise ValueError(f"model {name!r}: the builder takes {unnamed[0]}: name each of its options")
+        options = tuple(p for p in parameters if p not in _COMMON)
         _REGISTRY[name] = ModelSpec(
             name,
             build,
@@ -123,7 +138,8 @@ def _origin(build: Callable[..., nn.Module]) -> tuple[Any, ...]:
     bound: tuple[Any, ...] = ()
     while isinstance(build, functools.partial):
         bound, build = (*build.args, *sorted(build.keywords.items()), *bound), build.func
-    return build.__module__, build.__qualname__, bound
+    named = build if hasattr(build, "__qualname__") else type(build)  # an object with __call__
+    return named.__module__, named.__qualname__, bound
 
 
 def model_names(pattern: str = "*") -> list[str]:
@@ -137,6 +153,12 @@ def model_spec(name: str) -> ModelSpec:
         return _REGISTRY[name]
     except KeyError:
         raise ModelError(f"unknown model {name!r}: {nearest(name, _REGISTRY)}") from None
+
+
+def with_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that build a model, `name` included, and the defaults of its builder for those left out."""
+    parameters = inspect.signature(model_spec(arguments["name"]).build).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(arguments)
 
 
 def quantized_twin(spec: ModelSpec) -> ModelSpec | None:
@@ -157,7 +179,8 @@ def build_model(
 ) -> Classifier:
     """Build a freshly initialised model; see `cnvzoo.create_model` for the arguments and errors."""
     spec = model_spec(name)
-    num_classes = check_count("num_classes", num_classes, NEEDS_A_CLASS, least=0 if spec.headless else 1)
+    least, needs = (0, OR_NO_HEAD) if spec.headless else (1, NEEDS_A_CLASS)
+    num_classes = check_count("num_classes", num_classes, needs, least=least)
     in_chans = check_count("in_chans", in_chans, "an image has at least 1 channel")
     unknown = [key for key in kwargs if key not in spec.options]
     if unknown:
@@ -226,12 +249,12 @@ def model_info(
 
     Args:
         name: a model of `list_models()`.
-        num_classes: number of outputs, at least 1.
+        num_classes: number of outputs, at least 1, or 0 for a `headless` model without its last layer.
         in_chans: number of image channels, at least 1.
         w_bits, a_bits: bit widths of weights and activations, 1 to 8; quantized models need both, float models take
             neither.
         input_size: height and width in pixels to count for; by default the only one that the model takes, else 32.
-        **kwargs: options of one model: `first_w_bits` and `bits` of quantized ones.
+        **kwargs: options of the model, as for `create_model`.
 
     Raises:
         ModelError: as `create_model` does, and for an input size that the model does not take.
@@ -242,17 +265,20 @@ def model_info(
             name, num_classes=num_classes, in_chans=in_chans, w_bits=w_bits, a_bits=a_bits, **kwargs
         ).eval()
     if input_size is not None:
-        input_size = check_count("input_size", input_size, "height and width in pixels")
+        input_size = check_count("input_size", input_size, "height and width, at least 1 pixel")
     size, channels = input_size or spec.input_size or 32, model.arguments["in_chans"]
     macs = weight_bits = 0
 
     def count(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
         nonlocal macs, weight_bits
         assert isinstance(layer.weight, Tensor)
-        positions = output[0, 0].numel()  # pixels of the output map; 1 for linear layers
+        positions = output[0].numel() // len(layer.weight)  # of the output map; 1 for most linear layers
         macs += layer.weight.numel() * positions
-        weight_bits += layer.weight.numel() * _weight_bits(layer)
+        if id(layer) not in counted:  # a layer that is called twice has one weight
+            counted.add(id(layer))
+            weight_bits += layer.weight.numel() * _weight_bits(layer)
 
+    counted: set[int] = set()
     for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             layer.register_forward_hook(count)
