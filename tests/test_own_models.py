@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,49 @@ def test_a_start_of_another_model_is_refused(photos: Path) -> None:
     recipe = recipe_from_dict(recipe_text(dataset=str(photos), start="resnet20.cifar10"), "test")
     with pytest.raises(cnvzoo.ModelError, match="is a resnet20, and the recipe trains quant_cnv_w2a2"):
         cnvzoo.train(recipe, quiet=True)
+
+
+def test_a_start_with_other_bits_in_the_first_layer_is_quantized_anew(photos: Path, tmp_path: Path) -> None:
+    model = cnvzoo.create_model("quant_resnet20", num_classes=3, w_bits=2, a_bits=2, first_w_bits=2)
+    cnvzoo.save_checkpoint(model, tmp_path / "mine", preprocessing=cnvzoo.Preprocessing(32, (0.0,) * 3, (1.0,) * 3))
+    changes = {"model": "quant_resnet20", "dataset": str(photos), "epochs": 1, "start": str(tmp_path / "mine")}
+    recipe = recipe_from_dict(recipe_text(**changes), "test")
+    result = cnvzoo.train(recipe, run_dir=tmp_path / "run", device="cpu", quiet=True)
+    first = next(iter(cnvzoo.integer_weights(result.model).values()))
+    assert (first.bits, first.values.abs().max().item()) == (8, 127)
+    assert cnvzoo.evaluate(result.model, photos, device="cpu").correct == result.record.correct
+
+
+def test_a_start_with_other_options_is_refused(photos: Path, tmp_path: Path) -> None:
+    @cnvzoo.register_model("wide", summary="of tests")
+    def wide(num_classes: int, in_chans: int, width: int = 4) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(in_chans, width, 36), nn.Flatten(), nn.Linear(width, num_classes))
+
+    try:
+        model = cnvzoo.create_model("wide", num_classes=3, width=8)
+        cnvzoo.save_checkpoint(model, tmp_path / "mine", preprocessing=cnvzoo.Preprocessing(36, (0.0,) * 3, (1.0,) * 3))
+        changes = {"model": "wide", "w_bits": None, "a_bits": None, "dataset": str(photos)}
+        recipe = recipe_from_dict(recipe_text(**changes, start=str(tmp_path / "mine")), "test")
+        with pytest.raises(cnvzoo.ModelError, match=r"mine is a wide with width=8, and the recipe trains wide: name"):
+            cnvzoo.train(recipe, quiet=True)
+    finally:
+        cnvzoo.unregister_model("wide")
+
+
+def test_paths_are_paths_wherever_they_lead(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncompiled: None
+) -> None:
+    """In the home folder for one, and without a separator: `mnist` is a folder here if it is given as a Path."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(photos.rename(tmp_path / "mnist").parent)
+    model = cnvzoo.create_model("quant_cnv", num_classes=3, w_bits=2, a_bits=2)
+    cnvzoo.save_checkpoint(model, Path("cnv"), preprocessing=cnvzoo.Preprocessing(32, (0.0,) * 3, (1.0,) * 3))
+    recipe = recipe_from_dict(recipe_text(epochs=1), "test")
+    result = cnvzoo.train(recipe, dataset=Path("mnist"), start=Path("cnv"), run_dir="~/runs", device="cpu", quiet=True)
+    assert result.model.classes == ("blue", "green", "red")
+    assert result.record.start is not None
+    assert result.record.start["checkpoint"] == "./cnv"
+    assert (tmp_path / "runs" / "weights.safetensors").is_file()
 
 
 def test_a_damaged_start_is_refused_before_the_run(photos: Path, tmp_path: Path) -> None:
@@ -263,3 +307,15 @@ def test_evaluation_has_top5_confusion_and_predictions() -> None:
     assert matrix[0].tolist() == [1, 0, 0, 0, 0, 0, 0]
     assert matrix[5].tolist() == [2, 0, 0, 0, 0, 0, 1]
     assert matrix.sum() == 4
+
+
+def test_logits_that_are_not_numbers_are_no_top5() -> None:
+    """As for argmax, NaN is larger than all numbers."""
+    labels = torch.arange(10)
+    lost = cnvzoo.Evaluation.of_logits(torch.full((10, 10), math.nan), labels)
+    assert (lost.accuracy, lost.top5_accuracy) == (10.0, 50.0)  # classes 0 to 4, as for equal logits
+    partly = torch.eye(10)
+    partly[:, 4:] = math.nan
+    found = cnvzoo.Evaluation.of_logits(partly, labels)
+    assert found.predictions.tolist() == [4] * 10
+    assert found.top5_correct == 5  # 4 to 8: six are NaN

@@ -102,7 +102,7 @@ def test_info_refuses_the_arguments_that_create_refuses() -> None:
     with pytest.raises(ModelError, match="32x32"):
         cnvzoo.model_info("cnv", input_size=28)
     for size in (0, -8, True, np.bool_(True), 8.0):
-        with pytest.raises(ModelError, match=r"input_size=.*height and width in pixels"):
+        with pytest.raises(ModelError, match=r"input_size=.*height and width, at least 1 pixel"):
             cnvzoo.model_info("resnet20", input_size=size)  # type: ignore[arg-type]
 
 
@@ -217,6 +217,13 @@ def test_evaluate_pads_small_images_for_cnv() -> None:
     assert not fed[0][:, :, :2].any()
 
 
+def test_evaluate_refuses_images_that_cannot_be_padded() -> None:
+    images = torch.zeros(2, 31, 31, 3, dtype=torch.uint8)
+    data = Dataset.from_arrays(images, [0, 1], ["a", "b"], test_images=images, test_labels=[0, 1])
+    with pytest.raises(cnvzoo.DatasetError, match="Images of side 31 cannot be padded symmetrically to 32"):
+        cnvzoo.evaluate(cnvzoo.create_model("cnv", num_classes=2), data, device="cpu")
+
+
 def test_evaluate_needs_the_preprocessing_of_other_modules() -> None:
     with pytest.raises(ModelError, match=r"Brightest is not a model of cnvzoo.*preprocessing="):
         cnvzoo.evaluate(Brightest(), colours(3, 3))
@@ -291,6 +298,33 @@ def test_quantize_refuses_other_models_and_a_missing_dataset() -> None:
         cnvzoo.quantize(changed, w_bits=4, a_bits=4, dataset="cifar10")
     with pytest.raises(cnvzoo.CnvzooError, match="checkpoint folder"):
         cnvzoo.quantize("no/such/folder", w_bits=4, a_bits=4)
+
+
+def test_quantize_refuses_an_unknown_dataset_for_quantized_models_too() -> None:
+    for model in (cnvzoo.create_model("cnv"), cnvzoo.create_model("quant_cnv", w_bits=4, a_bits=4)):
+        with pytest.raises(cnvzoo.DatasetError, match="unknown dataset 'cifar11': did you mean 'cifar10'"):
+            cnvzoo.quantize(model, w_bits=2, a_bits=2, dataset="cifar11")
+
+
+def test_quantize_takes_a_registered_twin_without_bits_of_its_own_for_the_first_layer() -> None:
+    @cnvzoo.register_model("mine", summary="of tests")
+    def mine(num_classes: int, in_chans: int) -> nn.Module:
+        return cnvzoo.create_model("cnv", num_classes=num_classes, in_chans=in_chans)
+
+    @cnvzoo.register_model("quant_mine", summary="of tests", quantized=True, float_twin="mine")
+    def quant_mine(num_classes: int, in_chans: int, w_bits: int, a_bits: int) -> nn.Module:
+        return cnvzoo.create_model(
+            "quant_cnv", num_classes=num_classes, in_chans=in_chans, w_bits=w_bits, a_bits=a_bits
+        )
+
+    try:
+        model = cnvzoo.quantize(cnvzoo.create_model("mine"), w_bits=2, a_bits=2, dataset="cifar10")
+        assert model.arguments == {"name": "quant_mine", "num_classes": 10, "in_chans": 3, "w_bits": 2, "a_bits": 2}
+        with pytest.raises(ModelError, match="quant_mine has no option 'first_w_bits'"):
+            cnvzoo.quantize(cnvzoo.create_model("mine"), w_bits=2, a_bits=2, first_w_bits=4, dataset="cifar10")
+    finally:
+        cnvzoo.unregister_model("mine")
+        cnvzoo.unregister_model("quant_mine")
 
 
 @pytest.mark.parametrize(("in_chans", "dataset"), [(3, "mnist"), (1, "cifar10")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,11 +25,12 @@ from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo.errors import ModelError
+from cnvzoo.files import expanded
 from cnvzoo.inference import known_preprocessing
 from cnvzoo.models.classifier import Classifier, LayerBits, check_layer_bits
 from cnvzoo.models.layers import without_initialization
 from cnvzoo.models.modes import unwrapped
-from cnvzoo.models.registry import build_model, model_names, model_spec, quantized_twin
+from cnvzoo.models.registry import build_model, model_names, model_spec, quantized_twin, with_defaults
 from cnvzoo.training.evaluation import preprocessing_for, preprocessing_of
 from cnvzoo.training.inputs import StartingModel
 from cnvzoo.training.recipe import PUBLISHED_SEED, Recipe
@@ -72,16 +74,18 @@ def create_model(
             checkpoint's folder: a Path, or text with a separator.
         pretrained: True loads the checkpoint that `name` says, or the only one that fits; the name of a dataset loads
             the checkpoint trained on it.
-        num_classes: number of outputs, at least 1; default that of the checkpoint or of the dataset in `name`, else 10.
-            If it differs from that of a named checkpoint, the head is new and untrained, with a warning.
+        num_classes: number of outputs, at least 1, or 0 for a model of this library without its last layer; default
+            that of the checkpoint or of the dataset in `name`, else 10. If it differs from that of a named checkpoint,
+            the head is new and untrained, with a warning.
         in_chans: number of image channels, at least 1; default that of the checkpoint or of the dataset in `name`,
             else 3. If it differs from that of a named checkpoint, the first convolution is adapted, with a warning.
         w_bits, a_bits: bit widths of weights and activations, 1 to 8; quantized models need both, float models take
             neither.
         hub: store of the checkpoints, see `load_checkpoint`.
-        **kwargs: options of quantized models: `first_w_bits`, of the first convolution's weights, 8 by default; `bits`,
-            other (w_bits, a_bits) of single layers, by the name of a layer or of a module around layers, or a shell
-            pattern of names: `{"stages.2": (2, 4), "fc": (8, None)}`, where None is the model's own.
+        **kwargs: options of the model. Quantized ones have `first_w_bits`, of the first convolution's weights, 8 by
+            default; and `bits`, other (w_bits, a_bits) of single layers, by the name of a layer or of a module around
+            layers, or a shell pattern of names: `{"stages.2": (2, 4), "fc": (8, None)}`, where None is the model's own.
+            Those of a registered model are further arguments of its builder.
 
     Returns:
         A module from images [N, in_chans, H, W] to logits [N, num_classes]. Float models take images normalised by
@@ -92,6 +96,7 @@ def create_model(
     Raises:
         ModelError: unknown name or option; bit widths out of range, missing, or given to a float model; no checkpoint
             fits, or several do.
+        DatasetError: no such dataset as the one in the name.
         CheckpointError: a file of the checkpoint is missing or damaged.
     """
     if kwargs.get("bits") is not None:
@@ -199,8 +204,8 @@ def train(
         another model than the recipe's, for a float start or a teacher also of another dataset or seed.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    changes = {} if dataset is None or isinstance(dataset, Dataset) else {"dataset": str(dataset)}
-    changes |= {} if start is None else {"start": str(start)}
+    changes = {} if dataset is None or isinstance(dataset, Dataset) else {"dataset": _name_or_path(dataset)}
+    changes |= {} if start is None else {"start": _name_or_path(start)}
     if changes:
         recipe = recipe_from_dict(recipe.model_dump(mode="json") | changes, recipe.name)
     data = dataset if isinstance(dataset, Dataset) else None
@@ -210,7 +215,7 @@ def train(
     teachers = [teacher] if isinstance(teacher, (str, Path)) else teacher or []
     teacher_files = _weights_files(recipe, "teacher", teachers, hub)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(run_dir or temporary)
+        folder = expanded(run_dir or temporary)
         record = run_recipe(
             recipe, run_dir=folder, seed=seed, device=device, epochs=epochs, holdout=holdout, deadline=deadline,
             dataset=data, data_root=data_root,
@@ -225,6 +230,12 @@ def train(
     model.load_state_dict(state, strict=True)
     model.classes, model.preprocessing = info.classes, preprocessing_for(model.spec, info)
     return TrainResult(model.eval(), record)
+
+
+def _name_or_path(source: str | Path) -> str:
+    """As text; that of a Path has a separator, since `mnist` alone is a name."""
+    text = str(source)
+    return text if isinstance(source, str) or os.sep in text else os.path.join(os.curdir, text)
 
 
 def _weights_files(recipe: Recipe, purpose: str, given: Sequence[str | Path], hub: str | Path | None) -> list[Path]:
@@ -261,11 +272,17 @@ def _starting_model(recipe: Recipe, hub: str | Path | None) -> StartingModel:
     checkpoint = str(recipe.start)
     folder, config = _folder_and_config(checkpoint, hub)
     spec = model_spec(recipe.model)
-    wanted = {"name": recipe.model, **recipe.bit_widths}
-    is_same = all(config.model.get(key) == wanted.get(key) for key in ("name", "w_bits", "a_bits", "bits"))
-    if not is_same and (not spec.quantized or config.model["name"] not in (recipe.model, spec.float_twin)):
+    wanted = with_defaults({"name": recipe.model, **recipe.bit_widths})
+    differing = {
+        key: value
+        for key, value in with_defaults(config.model).items()
+        if key not in ("num_classes", "in_chans") and value != wanted.get(key)
+    }
+    if differing and (not spec.quantized or config.model["name"] not in (recipe.model, spec.float_twin)):
+        options = ", ".join(f"{key}={value!r}" for key, value in differing.items() if key != "name")
+        found = f"a {config.model['name']}" + (f" with {options}" if options and "name" not in differing else "")
         raise ModelError(
-            f"{recipe.name}: start: {checkpoint} is a {config.model['name']}, and the recipe trains {recipe.tag}: name "
+            f"{recipe.name}: start: {checkpoint} is {found}, and the recipe trains {recipe.tag}: name "
             "a checkpoint of the same model"
         )
     check_weights(folder, config)
@@ -274,9 +291,7 @@ def _starting_model(recipe: Recipe, hub: str | Path | None) -> StartingModel:
         with warnings.catch_warnings():  # the warning of an untrained head: the run trains it
             warnings.simplefilter("ignore")
             model, _ = load_checkpoint(checkpoint, hub=hub, num_classes=info.num_classes, in_chans=info.in_chans)
-        if is_same:
-            return model
-        return quantize(model, **recipe.bit_widths)
+        return quantize(model, **recipe.bit_widths) if differing else model
 
     return StartingModel(checkpoint, config.file.sha256, build)
 
@@ -353,24 +368,26 @@ def quantize(
             f"{type(source).__name__} has no quantized twin: a model registered with quantized=True and float_twin="
         )
     channels, like = source.in_chans, next(source.parameters())
+    if isinstance(preprocessing, str):
+        preprocessing = preprocessing_of(source.spec.name, preprocessing)
     if source.spec.quantized:  # it takes images without normalisation
         mean, std = (0.0,) * channels, (1.0,) * channels
     elif preprocessing is None:
         raise ModelError("quantize needs dataset=: its mean and std become part of the first layer")
     else:
-        if isinstance(preprocessing, str):
-            preprocessing = preprocessing_of(source.spec.name, preprocessing)
         mean, std = preprocessing.mean, preprocessing.std
     if len(mean) != channels:
         raise ModelError(
             f"the model takes {channels} channel(s) and the preprocessing has {len(mean)}: "
             "give the dataset that the model was trained on"
         )
+    options: dict[str, Any] = {} if bits is None else {"bits": bits}
+    if first_w_bits != 8 or "first_w_bits" in twin.options:  # a model registered by the user may not have it
+        options["first_w_bits"] = first_w_bits
     with without_initialization():
         quantized = build_model(
-            twin.name, num_classes=source.num_classes, in_chans=channels,
-            w_bits=w_bits, a_bits=a_bits, first_w_bits=first_w_bits, bits=bits,
-        ).to(like.device, torch.float32)  # fmt: skip
+            twin.name, num_classes=source.num_classes, in_chans=channels, w_bits=w_bits, a_bits=a_bits, **options
+        ).to(like.device, torch.float32)
     state = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith(".scale")}
     try:
         start_from_float(quantized, state, mean, std)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import warnings
@@ -18,7 +17,7 @@ from cnvzoo.checkpoints.retry import RetryPolicy, redacted
 from cnvzoo.checkpoints.store import DirectoryStore, Store
 from cnvzoo.errors import ModelError, nearest
 from cnvzoo.files import expanded
-from cnvzoo.models.registry import model_spec
+from cnvzoo.models.registry import model_spec, with_defaults
 
 HUB_SCHEME = "hf://"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(/|$)")  # one letter is a drive
@@ -156,16 +155,16 @@ def choose_checkpoint(
     A checkpoint whose config cannot be read is left out with a warning.
 
     Raises:
-        ModelError: no checkpoint fits, or more than one; the message lists the choices.
+        ModelError: no such model, no checkpoint fits, or more than one; the message lists the choices.
     """
-    defaults = {name: option.default for name, option in inspect.signature(model_spec(model).build).parameters.items()}
+    model_spec(model)  # refuses an unknown name
     known, unreadable = _known(hub)
     candidates = {name: arguments for name, arguments in known.items() if arguments["name"] == model}
     fitting = [
         name
         for name, arguments in candidates.items()
         if dataset in (None, name.rpartition(".")[2])
-        and all((defaults | arguments).get(key) == value for key, value in wanted.items())
+        and all(with_defaults(arguments).get(key) == value for key, value in wanted.items())
     ]
     left_out = "; ".join(f"{name} is left out: {error}" for name, error in unreadable.items())
     if len(fitting) == 1:
