@@ -44,7 +44,7 @@ def test_the_first_held_out_images_are_validated(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"validate": 5}, "validate=5 needs held-out images: the run trains on all others, and reads the test set"),
+        ({"validate": 5}, "validate=5 needs held-out images: without them a run trains on all training images"),
         ({"validate": 9, "holdout": 8}, "validate=9: only 8 images are held out: validate those"),
         ({"validate": -1, "holdout": 8}, "validate=-1: a number of held-out images"),
         ({"validate": True, "holdout": 8}, "validate=True: a number of held-out images"),

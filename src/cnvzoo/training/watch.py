@@ -210,7 +210,8 @@ class Watch:
 def check_validation(recipe: Recipe, validate: int, holdout: int) -> None:
     """Raise RunError where a run cannot score `validate` images after each epoch.
 
-    Only held-out images can be: the run trains on the others, and reads the test set once, at its end.
+    Only held-out images can be: a run without them trains on all training images, and reads the test set once, at its
+    end.
     """
     if isinstance(validate, bool) or not isinstance(validate, int) or validate < 0:
         raise RunError(f"{recipe.name}: validate={validate!r}: a number of held-out images, 0 for no validation")
@@ -218,8 +219,8 @@ def check_validation(recipe: Recipe, validate: int, holdout: int) -> None:
         return  # a holdout that is impossible is refused elsewhere
     if not holdout:
         raise RunError(
-            f"{recipe.name}: validate={validate} needs held-out images: the run trains on all others, and reads the "
-            f"test set once, at its end: give holdout={validate} too, or more"
+            f"{recipe.name}: validate={validate} needs held-out images: without them a run trains on all training "
+            f"images, and reads the test set once, at its end: give holdout={validate} too, or more"
         )
     if validate > holdout > 0:
         raise RunError(f"{recipe.name}: validate={validate}: only {holdout} images are held out: validate those")
