@@ -1,4 +1,4 @@
-"""How long all runs of the reference's tables take on so many cores: a simulation with the measured seconds of each.
+"""How long all runs of the datasets' tables take on so many cores: a simulation with the measured seconds of each.
 
 A run that has no record of one thread of a CPU is estimated from those that have one, by multiply-accumulates.
 """
@@ -25,7 +25,7 @@ CORES = (1, 8, 64, 512)
 _PASSES = 3  # of the net in a step: forward, and backward to the inputs and to the weights
 MEASURED = "measured"
 # how a run is estimated: by the mean of the closest runs that are measured
-_KINDS = ("another seed", "another dataset", "another net of its family", "nets of other families")
+_KINDS = ("another seed", "another dataset", "another net of the same family", "nets of other families")
 
 
 @dataclass(frozen=True)
@@ -163,4 +163,4 @@ def _sources(costs: Mapping[tuple[str, int], Cost]) -> str:
     counts = Counter(cost.source for cost in costs.values())
     others = [f"{counts[kind]} from {kind}" for kind in _KINDS if counts[kind]]
     text = f"{counts[MEASURED]} runs are measured, on one core of the machines named in the records"
-    return f"{text}; by multiply-accumulates, {', '.join(others)} are estimated." if others else f"{text}."
+    return f"{text}; the others are estimated by multiply-accumulates: {', '.join(others)}." if others else f"{text}."

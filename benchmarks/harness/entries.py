@@ -132,7 +132,7 @@ class Layout:
         return self.runs / "trials" / entry / f"seed{seed}-{trial_epochs}epochs"
 
 
-# The models of the reference's tables, in their order; quantized ones come last, most bits first.
+# The models of the tables of giovannipollo/fat, in their order; quantized ones come last, most bits first.
 _CIFAR_MODELS = ("mobilenet_v1", "cnv", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "quant_cnv")
 _MODELS = {
     "mnist": ("resnet18", "resnet20", "mobilenet_v1", "cnv", "quant_cnv"),
@@ -224,4 +224,4 @@ def _order(entry: Entry) -> tuple[int, int, bool, int, list[str | int], int, int
 
 def table_title(table: str) -> str:
     """The heading of a table."""
-    return "Beyond the reference" if table == EXTRA else dataset_info(table).title
+    return f"Other entries (`--table {EXTRA}`)" if table == EXTRA else dataset_info(table).title

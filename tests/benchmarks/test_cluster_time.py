@@ -66,7 +66,7 @@ def test_a_run_without_a_measurement_is_estimated_from_the_closest_one(bench):
     assert costs["mnist_resnet20", 2] == Cost(200, "another seed")
     # the same graph on as many images of the same size
     assert costs["fashion_mnist_resnet20", 0] == Cost(200, "another dataset")
-    assert costs["mnist_resnet18", 0].source == "another net of its family"
+    assert costs["mnist_resnet18", 0].source == "another net of the same family"
     assert costs["fashion_mnist_mobilenet_v1", 2].source == "nets of other families"
 
 

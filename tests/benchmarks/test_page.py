@@ -115,7 +115,7 @@ def test_the_page_has_every_table_with_any_choice_of_table(bench, capsys):
     bench.put("cifar10_cnv", accuracy=91.2)
     bench.run("--table", "mnist", "--time-limit", "0")
     assert [line for line in bench.page.splitlines() if line.startswith("## ")] == [
-        "## MNIST", "## Fashion-MNIST", "## CIFAR-10", "## CIFAR-100", "## Beyond the reference",
+        "## MNIST", "## Fashion-MNIST", "## CIFAR-10", "## CIFAR-100", "## Other entries (`--table extra`)",
         "## Hardware and versions",
     ]  # fmt: skip
     assert "91.20" in bench.page
