@@ -2,7 +2,7 @@
 """From a machine with nothing but Python 3.10 or newer to tests, checks and reproduced numbers, in one command.
 
     python3 dev.py reproduce --table mnist --entry mnist_cnv --seeds 0    as benchmarks/reproduce.py
-    python3 dev.py test                                                   every test, on all cores
+    python3 dev.py test                                                   every test, on up to 8 cores
     python3 dev.py test ARGUMENT ...                                      as pytest
     python3 dev.py lint                                                   ruff and pyright, of the pages' Python too
     python3 dev.py docs                                                   the site, in build/site, warnings as errors
@@ -30,13 +30,13 @@ VENV = ROOT / ".venv"
 CONSTRAINTS = ROOT / "constraints.txt"
 STAMP = VENV / "installed.sha256"
 OLDEST = (3, 10)
-# all tests: a worker process on each core; selected tests run in one process, which starts faster
+# all tests: a worker process on each of up to 8 cores; selected tests run in one process, which starts faster
 EVERY_TEST = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")
 DATASETS = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 
 
 def main(argv: list[str]) -> int:
-    """Run one command and return its exit status; on POSIX, test and reproduce replace this process."""
+    """Run one command and return its exit status; on POSIX, test, docs and reproduce replace this process."""
     if sys.version_info < OLDEST:
         return fail(f"Python {OLDEST[0]}.{OLDEST[1]} or newer is needed, and this is {sys.version.split()[0]}")
     command, arguments = (argv[0], argv[1:]) if argv else ("", [])
@@ -170,13 +170,22 @@ def write_snippets(folder: Path) -> None:
 
 
 def datasets_of(arguments: list[str]) -> list[str]:
-    """The datasets that reproduce.py with these arguments trains on; none if the arguments are invalid."""
-    if {"-h", "--help", "--list"} & set(arguments):
+    """The datasets of the entries that reproduce.py selects by these arguments.
+
+    None if it trains nothing, because they ask for a list, help or a dry run or are invalid. Of the tables `extra` and
+    `all` without entries, all datasets.
+    """
+    if {"-h", "--help", "--list", "--dry-run"} & set(arguments):
         return []
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--table", nargs="?")
-    table = parser.parse_known_args(arguments)[0].table
-    return [name for name in DATASETS if table in (name, "all")]
+    parser.add_argument("--entry", nargs="*", action="extend")
+    given = parser.parse_known_args(arguments)[0]
+    if given.table not in (*DATASETS, "extra", "all"):
+        return []
+    if given.entry is None:
+        return [name for name in DATASETS if given.table in (name, "extra", "all")]
+    return [name for name in DATASETS if any(entry.startswith(f"{name}_") for entry in given.entry)]
 
 
 def fill_dataset(name: str, interpreter: str) -> str | None:
