@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 OURS_AUTO, ONNXRUNTIME, OPENVINO = "auto", "onnxruntime", "openvino"
+MEMORY_BATCHES = (1, 64)  # images at a time, of which infer.py measures the memory
 _STATUS = Path("/proc/self/status")
 _RUNS = 3  # some memory is allocated at the second run
 

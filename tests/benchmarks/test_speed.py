@@ -31,6 +31,7 @@ sys.path.insert(0, str(SPEED))
 import baseline  # noqa: E402
 import contenders  # noqa: E402
 import infer  # noqa: E402
+import infer_page  # noqa: E402
 import memory  # noqa: E402
 import shared  # noqa: E402
 import train  # noqa: E402
@@ -134,14 +135,14 @@ def test_inference_ratios() -> None:
             row("quant_cnv_w4a4", "ours, ONNX Runtime", 0.5, 8.0),
         ],
     }
-    assert infer.columns(result)[3:] == (
+    assert infer_page.columns(result)[3:] == (
         "top-1, %", "same class", "one image, ms", "images/s, batch 64", "/ PyTorch float32"
     )  # fmt: skip
-    assert infer.rows(result) == [
+    assert infer_page.rows(result) == [
         ("cnv", "PyTorch float32", "1,000", "91.41", "9,998", "2.00", "1,600", "1.00"),
         ("quant_cnv_w4a4", "ours, ONNX Runtime", "1,000", "91.41", "9,998", "0.50", "8,000", "5.00"),
     ]
-    assert "A CPU, 2 threads, AVX512; onnxruntime 1.32.0" in infer.section(result)
+    assert "A CPU, 2 threads, AVX512; onnxruntime 1.32.0" in infer_page.section(result)
 
 
 def test_the_table_to_choose_from() -> None:
@@ -164,17 +165,17 @@ def test_the_table_to_choose_from() -> None:
             row("quant_resnet20_w4a4", "ours, ONNX Runtime", 0.5, 8.0),
         ],
     }
-    assert infer.choice_columns(result) == (
+    assert infer_page.choice_columns(result) == (
         "net", "in", "top-1, %", "file bytes", "MMACs", "one image, ms", "images/s, batch 64", "RAM, MiB, batch 1",
         "RAM, MiB, batch 64", "speed / OpenVINO NNCF PTQ int8, batch 1, 64",
     )  # fmt: skip
-    assert infer.choice_rows(result) == [
+    assert infer_page.choice_rows(result) == [
         ("cnv", "OpenVINO NNCF PTQ int8", "91.41", "1,000", "59.5", "0.30", "6,400", "10", "21", "1.00, 1.00"),
         ("quant_cnv_w4a4", "ours QDQ, auto", "91.41", "1,000", "59.5", "0.20", "8,000", "10", "", "1.50, 1.25"),
         ("quant_resnet20_w4a4", "ours, ONNX Runtime", "91.41", "1,000", "40.8", "0.50", "8,000", "", "", ""),
     ]
-    assert [line[0] for line in infer.rows(result)] == ["cnv", "cnv", "quant_cnv_w4a4", "quant_cnv_w4a4"]
-    assert "Inference" in infer.section(result)
+    assert [line[0] for line in infer_page.rows(result)] == ["cnv", "cnv", "quant_cnv_w4a4", "quant_cnv_w4a4"]
+    assert "Inference" in infer_page.section(result)
 
 
 def test_memory_is_that_of_a_process_which_loads_the_file(tmp_path: Path) -> None:
@@ -198,9 +199,9 @@ def test_memory_is_that_of_a_process_which_loads_the_file(tmp_path: Path) -> Non
 def test_the_page_and_the_plots_of_this_repository_show_the_figures(tmp_path: Path) -> None:
     training, inference = shared.kept("train"), shared.kept("infer")
     title = "# What training and inference cost\n\n"
-    assert (SPEED / "README.md").read_text() == f"{title}{train.section(training)}\n{infer.section(inference)}"
+    assert (SPEED / "README.md").read_text() == f"{title}{train.section(training)}\n{infer_page.section(inference)}"
     train.plot(training, tmp_path / "train.svg")
-    infer.plot(inference, tmp_path / "infer.svg")
+    infer_page.plot(inference, tmp_path / "infer.svg")
     assert all(name in (tmp_path / "train.svg").read_text() for name in training["models"])
     drawn = (tmp_path / "infer.svg").read_text()
     assert all(f"{row['net']}, {row['runtime']}" in drawn for row in inference["contenders"])
