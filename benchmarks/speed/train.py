@@ -10,13 +10,13 @@ net's recipe:
 baseline        torchvision transforms on PIL images in a DataLoader with workers, float32, contiguous tensors, plain
                 layers of torch.nn and Brevitas
 tuned baseline  the same with bfloat16 autocast and channels_last
-ours            the trainer of this library, as reproduce.py runs it
+ours            the trainer of this library
 
-Each program is a process of its own. The processes take turns of a few seconds, together with the float twin of a
-quantized net, the early crops of a recipe, and a large bfloat16 matrix product, so that changes of the machine's speed
-affect all of them; a figure is the median over the turns. The operations of a step are
-counted as six for each multiply-accumulate of its forward pass, and compared with those of the matrix product.
-About a quarter of the time goes into starting the processes, where the trainer compiles its loops.
+Each program is a process of its own, with PyTorch's default number of threads. The processes take turns of one second
+(--seconds), together with the float twin of a quantized net, the early crops of a recipe, and a large bfloat16 matrix
+product, so that changes of the machine's speed affect all of them; a figure is the median over the turns. The
+operations of a step are counted as six for each multiply-accumulate of its forward pass, and compared with those of the
+matrix product. About a quarter of the time goes into starting the processes, where the trainer compiles its loops.
 """
 
 from __future__ import annotations
