@@ -25,6 +25,7 @@ from rich.console import Console
 CHOICES = (ONNXRUNTIME_FLOAT, ONNXRUNTIME_INT8, OPENVINO_FLOAT, OPENVINO_INT8, OURS, FASTEST)
 AGREEING = "same class"
 _COMPARED = "64"  # images at a time, for ratios
+_RATIO = f"/ {PYTORCH}, batch {_COMPARED}"
 
 Result = dict[str, Any]
 
@@ -33,10 +34,10 @@ def columns(result: Result) -> tuple[str, ...]:
     """The names of the columns for the batch sizes that were measured."""
     batches = result["contenders"][0]["milliseconds"]
     images = [f"images/s, batch {batch}" for batch in batches if batch != "1"]
-    ratio = [f"/ {PYTORCH}"] if _COMPARED in batches else []
+    ratio = [_RATIO] if _COMPARED in batches else []
     return (
         "net",
-        "in",
+        "runtime",
         "file bytes",
         "top-1, %",
         AGREEING,
@@ -70,7 +71,7 @@ def choice_columns(result: Result) -> tuple[str, ...]:
     times = [*(["one image, ms"] if "1" in batches else []), *(f"images/s, batch {n}" for n in batches if n != "1")]
     memory = [f"RAM, MiB, batch {n}" for n in MEMORY_BATCHES]
     ratio = f"speed / {OPENVINO_INT8}, batch {', '.join(batches)}"
-    return ("net", "in", "top-1, %", "file bytes", "MMACs", *times, *memory, ratio)
+    return ("net", "runtime", "top-1, %", "file bytes", "MMACs", *times, *memory, ratio)
 
 
 def choice_rows(result: Result) -> list[tuple[str, ...]]:
@@ -115,6 +116,9 @@ def section(result: Result) -> str:
     runtimes = {row["runtime"] for row in result["contenders"]}
     total = result["contenders"][0]["total"]
     choices = shared.without_empty(choice_columns(result), choice_rows(result))
+    ratio = f"""
+- *{_RATIO}*: images a second at this batch size, divided by those of the float net of the same
+  graph in PyTorch, in float32 and without channels_last."""
     fastest = f"""
 - *{FASTEST}*: the QDQ graph as `cnvzoo.deploy.load(path)` runs it: one image in ONNX Runtime, 16 or more in OpenVINO
   where it is installed."""
@@ -131,7 +135,7 @@ Trained nets on CIFAR-10 images, in one process, where all runtimes take turns w
 figure is the median over the runs of all turns. `python benchmarks/speed/infer.py --keep` measures again and writes
 this part; [infer.json](infer.json) has the sha256 of the checkpoints that were measured.
 
-### What each checkpoint buys
+### Accuracy, size and speed
 
 {shared.markdown(*choices, left=2)}
 
@@ -150,7 +154,9 @@ this part; [infer.json](infer.json) has the sha256 of the checkpoints that were 
 Machine: {machine_text(result)}.
 
 - *file bytes*: of the ONNX file, or of the published `model.safetensors` where PyTorch runs it.
-- *{AGREEING}*: how many of the {total:,} test images get the class that they have in PyTorch.
+- *{AGREEING}*: how many of the {total:,} test images get the class that they have in PyTorch.{
+        ratio if _RATIO in columns(result) else ""
+    }
 - *PyTorch*: in inference mode; *static PTQ int8*: ONNX Runtime's own quantization of the float net without training,
   per channel, calibrated on {CALIBRATION_IMAGES} training images; *QCDQ*: Brevitas' export for runtimes.{
         nncf if OPENVINO_INT8 in runtimes else ""

@@ -136,7 +136,7 @@ def test_inference_ratios() -> None:
         ],
     }
     assert infer_page.columns(result)[3:] == (
-        "top-1, %", "same class", "one image, ms", "images/s, batch 64", "/ PyTorch float32"
+        "top-1, %", "same class", "one image, ms", "images/s, batch 64", "/ PyTorch float32, batch 64"
     )  # fmt: skip
     assert infer_page.rows(result) == [
         ("cnv", "PyTorch float32", "1,000", "91.41", "9,998", "2.00", "1,600", "1.00"),
@@ -166,7 +166,7 @@ def test_the_table_to_choose_from() -> None:
         ],
     }
     assert infer_page.choice_columns(result) == (
-        "net", "in", "top-1, %", "file bytes", "MMACs", "one image, ms", "images/s, batch 64", "RAM, MiB, batch 1",
+        "net", "runtime", "top-1, %", "file bytes", "MMACs", "one image, ms", "images/s, batch 64", "RAM, MiB, batch 1",
         "RAM, MiB, batch 64", "speed / OpenVINO NNCF PTQ int8, batch 1, 64",
     )  # fmt: skip
     assert infer_page.choice_rows(result) == [
