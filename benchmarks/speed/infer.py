@@ -86,10 +86,10 @@ def main(argv: list[str] | None = None) -> int:
             seconds=arguments.seconds,
             others=arguments.others,
         )
+        shared.deliver(arguments, "infer", REPORT, result)
     except CnvzooError as error:
         print(f"infer.py: error: {error}", file=sys.stderr)
         return 1
-    shared.deliver(arguments, "infer", REPORT, result)
     return 0
 
 

@@ -32,12 +32,20 @@ def peak_growth(loader: str, path: Path, batch: int, threads: int) -> float | No
         path: the file.
         batch: images at a time.
         threads: of the runtime.
+
+    Raises:
+        CnvzooError: the process ended with an error.
     """
     if not _STATUS.exists():
         return None
     command = [sys.executable, str(Path(__file__).resolve()), loader, str(path), str(batch), str(threads)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        from cnvzoo.errors import CnvzooError  # the process that is measured does without it
+
+        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise CnvzooError(f"memory of {path.name} with {loader}: its process ended: {last}")
     return float(done.stdout.split()[-1])
 
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 import cnvzoo
 import cnvzoo.deploy
+from cnvzoo.errors import CnvzooError
 from cnvzoo.files import sha256_of, write_text
 
 HERE = Path(__file__).resolve().parent
@@ -58,9 +59,13 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"the figures of the others were measured with {', '.join(kept['compilers'])}: name none")
         others = kept["networks"]
     result = {"compilers": compilers, "networks": []}
-    for name in arguments.checkpoints or published():
-        result["networks"].append(measured(name))
-        print(json.dumps(result["networks"][-1]), flush=True)
+    try:
+        for name in arguments.checkpoints or published():
+            result["networks"].append(measured(name))
+            print(json.dumps(result["networks"][-1]), flush=True)
+    except CnvzooError as error:
+        print(f"microcontroller.py: error: {error}", file=sys.stderr)
+        return 1
     print(table(result))
     if arguments.keep:
         keep(result, others)

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cnvzoo.files import replacing, write_text
+from cnvzoo.files import FileError, replacing, write_text
 from cnvzoo.training.device import describe_device
 
 HERE = Path(__file__).resolve().parent
@@ -53,7 +53,7 @@ def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def convert(text: str) -> Any:
         value = kind(text)
         if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+            raise argparse.ArgumentTypeError(f"{text}: must be a {'whole' if kind is int else 'finite'} number above 0")
         return value
 
     convert.__name__ = kind.__name__  # what argparse calls the type in its messages
@@ -61,11 +61,27 @@ def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The arguments; exits before anything is measured if --keep could not draw its plot."""
+    """The arguments; exits before anything is measured if what --json or --keep ask for could not be written."""
     arguments = parser.parse_args(argv)
     if arguments.keep and importlib.util.find_spec("matplotlib") is None:
         parser.error("--keep draws with matplotlib, which is not installed: install it, or give --json instead")
+    for option, path in (("--json", arguments.json), ("--keep", HERE / "README.md" if arguments.keep else None)):
+        try:
+            if path is not None:
+                _check_writable(path)
+        except FileError as error:
+            parser.error(f"{option} {error}")
     return arguments
+
+
+def _check_writable(path: Path) -> None:
+    """Raise FileError if a file cannot be written; the one that is there is left as it is."""
+
+    class _Enough(Exception):
+        pass
+
+    with suppress(_Enough), replacing(path):
+        raise _Enough
 
 
 @dataclass(frozen=True)

@@ -71,10 +71,10 @@ def main(argv: list[str] | None = None) -> int:
             turns=arguments.turns,
             seconds=arguments.seconds,
         )
+        shared.deliver(arguments, "train", REPORT, result)
     except CnvzooError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 1
-    shared.deliver(arguments, "train", REPORT, result)
     return 0
 
 

@@ -64,6 +64,16 @@ def test_figures_of_one_checkpoint_are_kept_beside_those_of_the_others(kept, tmp
     assert "measured with gcc 12, arm-none-eabi-gcc 12: name none" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "problem"), [("quant_gone.mnist", "quant_gone.mnist"), ("cnv.mnist", "quantized")])
+def test_a_checkpoint_that_cannot_be_measured_is_an_error_of_one_line(monkeypatch, capsys, name, problem):
+    monkeypatch.setattr(microcontroller.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(microcontroller, "_first_line", lambda compiler: f"{compiler} 12")
+    assert microcontroller.main([name]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("microcontroller.py: error: ")
+    assert problem in line
+
+
 def test_every_network_has_the_scores_of_onnxruntime_and_fits(kept):
     """A CNV of 2 bits in 380,000 bytes of flash and 70,000 of RAM, and half as fast as ONNX Runtime or faster.
 

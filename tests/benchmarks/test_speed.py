@@ -196,6 +196,12 @@ def test_memory_is_that_of_a_process_which_loads_the_file(tmp_path: Path) -> Non
     assert 25 < grown[32] - grown[1] < 150, grown
 
 
+def test_a_file_that_cannot_be_loaded_is_an_error_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"no model")
+    with pytest.raises(CnvzooError, match=r"memory of m\.onnx with onnxruntime: its process ended: .*(?i:protobuf)"):
+        memory.peak_growth("onnxruntime", tmp_path / "m.onnx", 1, 1)
+
+
 def test_the_page_and_the_plots_of_this_repository_show_the_figures(tmp_path: Path) -> None:
     training, inference = shared.kept("train"), shared.kept("infer")
     title = "# What training and inference cost\n\n"
@@ -360,9 +366,9 @@ def test_figures_page_and_plot_are_replaced_only_with_keep(
 @pytest.mark.parametrize(
     ("name", "arguments", "problem"),
     [
-        ("train", ["--turns", "0"], "argument --turns: 0: must be above 0"),
-        ("train", ["--seconds", "nan"], "argument --seconds: nan: must be above 0"),
-        ("infer", ["--batches", "64", "-1"], "argument --batches: -1: must be above 0"),
+        ("train", ["--turns", "0"], "argument --turns: 0: must be a whole number above 0"),
+        ("train", ["--seconds", "inf"], "argument --seconds: inf: must be a finite number above 0"),
+        ("infer", ["--batches", "64", "-1"], "argument --batches: -1: must be a whole number above 0"),
         ("infer", ["--threads", "two"], "argument --threads: invalid int value: 'two'"),
     ],
 )
@@ -372,6 +378,34 @@ def test_invalid_arguments_are_errors(
     with pytest.raises(SystemExit, match="2"):
         SCRIPTS[name].main(arguments)
     assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train", "infer"])
+def test_a_path_that_cannot_be_written_is_an_error_before_anything_is_measured(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(SCRIPTS[name], "measure", lambda *_, **__: pytest.fail("it was measured"))
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(SystemExit, match="2"):
+        SCRIPTS[name].main(["--json", str(tmp_path / "file" / "figures.json")])
+    assert f"--json {tmp_path / 'file' / 'figures.json'}: cannot be written: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["train", "infer"])
+def test_a_failure_to_write_the_figures_is_one_line(
+    name: str, tmp_path: Path, small_datasets, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_datasets(train=10, test=10)
+
+    def measure(*_: object, **__: object) -> dict[str, Any]:
+        (tmp_path / "figures.json").mkdir()  # meanwhile
+        return shared.kept(name)
+
+    monkeypatch.setattr(SCRIPTS[name], "measure", measure)
+    assert SCRIPTS[name].main(["--json", str(tmp_path / "figures.json")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{name}.py: error: {tmp_path / 'figures.json'}: cannot be written: ")
 
 
 @pytest.fixture
