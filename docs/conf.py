@@ -108,7 +108,12 @@ def _contents(caption: str, pages: tuple[str, ...]) -> str:
 
 def _reference(module: str) -> str:
     """The directives for all public names of a module, but those that the page has under another module already."""
-    owners = {"cnvzoo.training": "cnvzoo", "cnvzoo.deploy": "cnvzoo_runtime", "cnvzoo": "cnvzoo_runtime"}
+    owners = {
+        "cnvzoo.data": "cnvzoo",
+        "cnvzoo.training": "cnvzoo",
+        "cnvzoo.deploy": "cnvzoo_runtime",
+        "cnvzoo": "cnvzoo_runtime",
+    }
     public = importlib.import_module(module)
     owner = importlib.import_module(owners[module]) if module in owners else None
     lines = []

@@ -124,7 +124,7 @@ def test_npm_is_asked_again_only_after_a_failure_or_for_another_lock_file(build,
     assert capsys.readouterr().out.count("npm failed, see above") == 2
 
 
-@pytest.mark.parametrize("module", ["cnvzoo", "cnvzoo.training", "cnvzoo.deploy", "cnvzoo_runtime"])
+@pytest.mark.parametrize("module", ["cnvzoo", "cnvzoo.data", "cnvzoo.training", "cnvzoo.deploy", "cnvzoo_runtime"])
 def test_every_public_name_is_on_the_page_of_the_api(site, module):
     page = (site / "docs" / "api.html").read_text(encoding="utf-8")
     described = {name.rpartition(".")[2] for name in re.findall(r'id="((?:cnvzoo|cnvzoo_runtime)\.[\w.]+)"', page)}
