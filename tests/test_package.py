@@ -120,6 +120,7 @@ def test_public_names_are_listed_imported_for_types_and_defined(package: ModuleT
     }
     assert typed == {public: f"{name}.{module}" for public, module in package._DEFINED_IN.items()}
     assert sorted(typed) == sorted(package.__all__)
+    assert sorted(public for names in package._MODULES.values() for public in names) == sorted(typed)
     for public in package.__all__:
         module = getattr(package, public).__module__
         assert module in (typed[public], "typing") or module.startswith("cnvzoo_runtime.")

@@ -139,7 +139,6 @@ _MODULES = {  # with the public names that each defines
         "ModelInfo",
         "model_info",
         "register_model",
-        "save_checkpoint",
         "unregister_model",
     ),
     "recipe_folder": ("list_recipes",),
