@@ -12,7 +12,7 @@ import argparse
 from torch import Tensor, nn
 
 import cnvzoo
-from cnvzoo.data import Augmentation
+from cnvzoo.data import Augmentation, dataset_info
 from cnvzoo.training import Optimizer, Schedule
 
 
@@ -37,7 +37,10 @@ def main() -> None:
     parser.add_argument("--holdout", type=int, default=5000, help="number of training images to score on")
     arguments = parser.parse_args()
 
-    info = cnvzoo.model_info("patchnet", input_size=28, in_chans=1)
+    data = dataset_info(arguments.dataset)
+    info = cnvzoo.model_info(
+        "patchnet", input_size=data.image_size, in_chans=data.in_chans, num_classes=data.num_classes
+    )
     print(f"patchnet: {info.parameters:,} parameters, {info.macs:,} multiply-accumulates")
 
     recipe = cnvzoo.Recipe(

@@ -83,6 +83,13 @@ def test_own_model(run, small_datasets, uncompiled):
     assert "of 300 held-out images" in out
 
 
+def test_own_model_is_counted_for_the_dataset(run, small_datasets, uncompiled):
+    small_datasets(train=400)
+    out = run("own_model.py", "--dataset", "cifar100", "--holdout", 100)
+    # parameters 3*4*4*64 + 2*64, 9*64*64 + 2*64, 64*100 + 100; MACs 64 positions of 3*4*4*64 and 9*64*64, then 64*100
+    assert "46,692 parameters, 2,562,304 multiply-accumulates" in out
+
+
 def test_the_model_of_an_example_is_not_registered_afterwards():
     assert "patchnet" not in model_names()
 
