@@ -289,7 +289,10 @@ def _work(
 
 
 def _receive_stop(connection: Connection, reasons: list[str]) -> None:
-    """Collect requests to stop; the end of the parent process is one too, and ends this process after another."""
+    """Collect requests to stop.
+
+    The end of the parent process counts as SIGTERM. If there was a request before, this process ends at once.
+    """
     with suppress(EOFError, OSError):
         while True:
             reasons.append(connection.recv())
