@@ -1,4 +1,4 @@
-"""cnvzoo: small image classifiers, float and quantized, with the recipe and the weights behind every number.
+"""cnvzoo: small image classifiers, float and quantized, with recipes, records of runs, and weights.
 
 Public names are imported when they are first used (PEP 562): `cnvzoo.deploy` runs exported models on machines without
 PyTorch, and the command line lists checkpoints without importing it.
