@@ -229,12 +229,70 @@ def test_saving_says_only_what_is_known(tmp_path: Path) -> None:
     card = (tmp_path / "mine" / "README.md").read_text()
     assert "## Accuracy" not in card
     assert "## Reproduce" not in card
+    limits = card.partition("## Limits")[2]
+    assert "It knows only its 2 classes." in limits
+    assert "Its accuracy on a test set is not known." in limits
+    assert not any(claim in limits for claim in ("top-1", "tested", "unknown dataset", "licence"))
     loaded = cnvzoo.create_model(tmp_path / "mine", pretrained=True)
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(loaded(images), model.eval()(images))
     assert loaded.classes == ("cat", "dog")
     with pytest.raises(cnvzoo.CheckpointError, match="not the name of a checkpoint"):
         cnvzoo.save_checkpoint(model, tmp_path / "my model", preprocessing=preprocessing)
+
+
+RECORD = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "mnist_cnv" / "seed0.json"
+
+
+def card_of_a_run(folder: Path, **changes: Any) -> tuple[cnvzoo.CheckpointConfig, str]:
+    """Config and card of a model of a published recipe's run, with other facts in its record."""
+    values = json.loads(RECORD.read_text()) | changes
+    if values["epochs"] != len(values["history"]):
+        values["history"] = values["history"][: values["epochs"]]
+    if "data_sha256" in changes:
+        recipe = recipe_from_dict(values["recipe"], "test")
+        values["recipe_sha256"] = recipe.fingerprint(values["data_sha256"])
+    record = cnvzoo.RunRecord.model_validate(values)
+    model = cnvzoo.create_model("cnv.mnist")
+    config = cnvzoo.save_checkpoint(cnvzoo.TrainResult(model, record), folder)
+    return config, (folder / "README.md").read_text()
+
+
+def test_the_card_of_an_own_run_promises_no_reproduction(tmp_path: Path) -> None:
+    config, card = card_of_a_run(tmp_path / "full")
+    assert (config.dataset, config.total, config.trial) == ("mnist", 10_000, None)
+    assert "trial" not in json.loads((tmp_path / "full" / "config.json").read_text())
+    assert "on the test set of MNIST: 9,966 of 10,000 images" in card
+    assert "This run is in no table of cnvzoo, so no command trains it again." in card
+    assert "reproduce.py" not in card
+    assert "None" not in card
+    assert "trial" not in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epochs": 2}, "a trial of the recipe: 2 of its 8 epochs."),
+        (
+            {"holdout": 5000, "total": 5000, "correct": 4975, "accuracy": 99.5},
+            "a trial of the recipe: 8 of its 8 epochs, scored on 5,000 held-out training images and not on the test",
+        ),
+    ],
+    ids=["fewer epochs", "held-out images"],
+)
+def test_the_card_of_a_trial_says_so(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    config, card = card_of_a_run(tmp_path / "trial", trial=True, **changes)
+    assert said in card
+    assert ("## Accuracy" in card) == ("holdout" not in changes)
+    assert cnvzoo.load_checkpoint(tmp_path / "trial")[1] == config
+
+
+def test_a_run_on_other_images_than_its_recipe_names_says_nothing_of_the_dataset(tmp_path: Path) -> None:
+    config, card = card_of_a_run(tmp_path / "own", data_sha256="0" * 64)
+    assert (config.dataset, config.accuracy, "dataset" in config.recipe) == (None, None, False)
+    assert "MNIST" not in card
+    assert "ylecun" not in card
+    assert "## Accuracy" not in card
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -193,7 +193,7 @@ def test_a_commit_that_cannot_be_checked_out(folder: Path) -> None:
 def test_an_entry_without_a_table_has_no_command(folder: Path) -> None:
     for changes in ({"dataset": "svhn"}, {"recipe": {"epochs": 3}}):
         card = card_with(folder, **{"dataset": "cifar10", "recipe": RECIPE} | changes)
-        assert "This entry is not in a table of cnvzoo" in card
+        assert "This run is in no table of cnvzoo" in card
         assert "```sh" not in card
 
 

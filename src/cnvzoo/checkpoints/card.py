@@ -89,7 +89,7 @@ def _opening(config: CheckpointConfig, summary: str) -> str:
         )
         others = [f"{_escaped(layer)} {_widths(pair)}" for layer, pair in bits.get("bits", {}).items()]
         kind += f" (other weight / activation bits: {', '.join(others)})" if others else ""
-    return f"# {config.name}\n\n{summary.rstrip('.')}. {kind}{_trained_on(config)}.\n"
+    return f"# {config.name}\n\n{summary.rstrip('.')}. {kind}{_trained_on(config)}.{_trial(config)}\n"
 
 
 def _widths(pair: Sequence[int | None]) -> str:
@@ -98,6 +98,17 @@ def _widths(pair: Sequence[int | None]) -> str:
 
 def _trained_on(config: CheckpointConfig) -> str:
     return f", trained on {_title(config)} with cnvzoo" if config.dataset else ", saved with cnvzoo"
+
+
+def _trial(config: CheckpointConfig) -> str:
+    """What was not as in a full run of the recipe, for the run of a trial."""
+    if config.trial is None:
+        return ""
+    trial, full = config.trial, _escaped(str(config.recipe.get("epochs")))
+    text = f" The run was a trial of the recipe: {trial.epochs:,} of its {full} epochs"
+    if trial.holdout:
+        text += f", scored on {trial.holdout:,} held-out training images and not on the test set"
+    return f"{text}."
 
 
 def _accuracy(config: CheckpointConfig) -> str:
@@ -211,9 +222,9 @@ def _reproduce(config: CheckpointConfig) -> str:
     facts = f"- {_listed(config.device)}\n- {_listed(config.versions)}\n"
     if config.numerics is not None:
         facts += f"- arithmetic version {config.numerics} (docs/numerics.md)\n"
-    if _dataset_info(config) is None or not entry:
+    if not config.results or _dataset_info(config) is None or not entry:
         return (
-            "## Reproduce\n\nThis entry is not in a table of cnvzoo, so no command trains it again. "
+            "## Reproduce\n\nThis run is in no table of cnvzoo, so no command trains it again. "
             + (f"The weights of the run have the sha256 `{config.weights_sha256}`. " if config.weights_sha256 else "")
             + f"Its machine and versions:\n\n{facts}"
         )
@@ -258,18 +269,23 @@ def _command(config: CheckpointConfig, entry: str) -> str:
 
 
 def _limits(config: CheckpointConfig) -> str:
+    measured, classes = config.accuracy is not None, f"{len(config.classes)} classes"
+    known = f"the {classes} of {_title(config)}" if config.dataset else f"its {classes}"
     lines = [
-        f"It knows only the {len(config.classes)} classes of {_title(config)}. Any other image gets one of these "
-        "labels too, often with high confidence.",
+        f"It knows only {known}. Any other image gets one of these labels too, often with high confidence.",
         "The probabilities are not calibrated.",
         "It was tested only on the test set of its dataset: not for other light, cameras or styles, and not against "
-        "adversarial attacks.",
-        f"{_title(config)} has its own licence terms and biases.",
+        "adversarial attacks."
+        if measured
+        else "Its accuracy on a test set is not known.",
     ]
+    if config.dataset:
+        lines.append(f"{_title(config)} has its own licence terms and biases.")
     if _is_quantized(config):
+        what = "The top-1 above was measured" if measured else "PyTorch computes it"
         lines.append(
-            "The top-1 above was measured with fake quantization in float32. Integer hardware may round differently: "
-            "measure the accuracy there."
+            f"{what} with fake quantization in float32. Integer hardware may round differently: measure the accuracy "
+            "there."
         )
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
 

@@ -173,7 +173,10 @@ def write_content(folder: str | Path, facts: CheckpointFacts, content: bytes, so
 
 def write_config(folder: str | Path, config: CheckpointConfig) -> None:
     """Write config.json of a checkpoint, after its weights."""
-    write_text(Path(folder) / CONFIG, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    values = config.model_dump(mode="json")
+    if config.trial is None:
+        del values["trial"]  # published configs, whose sha256 the index has, were written before there was this key
+    write_text(Path(folder) / CONFIG, json.dumps(values, indent=1) + "\n")
 
 
 def read_config(folder: str | Path, facts: FileFacts | None = None) -> CheckpointConfig:

@@ -237,6 +237,18 @@ class SeedResult(_Section):
     numerics: Ordinal | None = None
 
 
+class Trial(_Section):
+    """A run that is a trial: it trained another number of epochs than the recipe has, or held images out, or both.
+
+    Attributes:
+        epochs: number of epochs trained.
+        holdout: number of training images held out and scored instead of the test set; 0 for none.
+    """
+
+    epochs: Ordinal
+    holdout: Count
+
+
 class CheckpointFacts(_Section):
     """Everything in a config that is known before the weights file is written.
 
@@ -257,6 +269,7 @@ class CheckpointFacts(_Section):
         recipes_scored: how many recipes of this entry were ever scored on the test set, this one included; None where
             that is not known.
         numerics: version of the training arithmetic of the run; None where its record has none.
+        trial: what made the run a trial; None for a full one.
     """
 
     name: Name
@@ -275,6 +288,7 @@ class CheckpointFacts(_Section):
     commit: Commit | None = None
     recipes_scored: Ordinal | None = None
     numerics: Ordinal | None = None
+    trial: Trial | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> CheckpointFacts:

@@ -118,7 +118,8 @@ def _adapted_config(config: CheckpointConfig, changes: Mapping[str, int]) -> Che
         )
         preprocessing = {**preprocessing, "mean": mean, "std": std}
     unknown = {"seed": None, "correct": None, "total": None, "weights_sha256": None, "commit": None, "numerics": None}
-    unknown |= {"recipes_scored": None, "integer": None, "results": [], "recipe": {}, "versions": {}, "device": {}}
+    unknown |= {"recipes_scored": None, "trial": None, "integer": None, "results": []}
+    unknown |= {"recipe": {}, "versions": {}, "device": {}}
     name = config.name.partition(".")[0]
     return config.model_copy(
         update={"name": name, "model": arguments, "preprocessing": preprocessing} | known | unknown

@@ -12,11 +12,20 @@ from torch import nn
 
 from cnvzoo.checkpoints.card import render_card
 from cnvzoo.checkpoints.folder import checkpoint_folders, read_config, read_model, write_content
-from cnvzoo.checkpoints.format import CARD, CheckpointConfig, CheckpointError, CheckpointFacts, SeedResult, checked_name
+from cnvzoo.checkpoints.format import (
+    CARD,
+    CheckpointConfig,
+    CheckpointError,
+    CheckpointFacts,
+    SeedResult,
+    Trial,
+    checked_name,
+)
 from cnvzoo.checkpoints.locations import is_path, open_store, printable, store_location
 from cnvzoo.checkpoints.store import Publication, Store
+from cnvzoo.data.datasets import is_dataset_path
 from cnvzoo.data.preprocessing import Preprocessing
-from cnvzoo.data.published import dataset_info
+from cnvzoo.data.published import dataset_info, list_datasets, published_sha256
 from cnvzoo.errors import ModelError, explain, nearest
 from cnvzoo.files import expanded, update_text
 from cnvzoo.models.classifier import class_names
@@ -93,7 +102,8 @@ def write_model(
 
     Args:
         record: the record of the run that the model comes from. Without one, or where held-out images were scored, the
-            checkpoint has no accuracy.
+            checkpoint has no accuracy. Where the run had other images than the published dataset of this name has,
+            the checkpoint has no dataset and no accuracy either.
     """
     folder = expanded(folder)
     arguments, outputs = getattr(model, "arguments", None), getattr(model, "num_classes", 0)
@@ -104,14 +114,7 @@ def write_model(
         raise ModelError(f"{len(names)} classes were given, and the model has {outputs}")
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     content = save({n: (t.float() if t.is_floating_point() else t).contiguous() for n, t in state.items()})
-    known: dict[str, Any] = {}
-    if record is not None:
-        known = {
-            "dataset": record.parsed_recipe().dataset_name, "seed": record.seed, "recipe": record.recipe,
-            "versions": record.versions, "device": record.device, "commit": record.commit, "numerics": record.numerics,
-        }  # fmt: skip
-        if not record.holdout:
-            known |= {"correct": record.correct, "total": record.total}
+    known = {} if record is None else _known_of(record)
     try:
         facts = CheckpointFacts(
             name=checked_name(folder.name),
@@ -127,6 +130,24 @@ def write_model(
     config = write_content(folder, facts, content, type(model).__name__)
     write_card(folder)
     return config
+
+
+def _known_of(record: RunRecord) -> dict[str, Any]:
+    """The facts that a record has about the checkpoint of a user's own run."""
+    recipe, values = record.parsed_recipe(), record.recipe
+    trial = Trial(epochs=record.epochs, holdout=record.holdout) if record.trial else None
+    known: dict[str, Any] = {
+        "seed": record.seed, "versions": record.versions, "device": record.device, "commit": record.commit,
+        "numerics": record.numerics, "trial": trial,
+    }  # fmt: skip
+    name = recipe.dataset_name
+    if name not in list_datasets() or record.data_sha256 == published_sha256(name):
+        known["dataset"] = name
+        if not record.holdout:
+            known |= {"correct": record.correct, "total": record.total}
+    elif not is_dataset_path(recipe.dataset):  # images were given in place of those that the recipe names
+        values = {key: value for key, value in values.items() if key != "dataset"}
+    return known | {"recipe": values}
 
 
 def _folder(checkpoint: str | Path, hub: str | Path | None) -> Path:
