@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 import cnvzoo
 from cnvzoo.data import Preprocessing, dataset_info
+from cnvzoo.data.image_folders import read_image_folder
 from cnvzoo_runtime.images import ImageError, normalize, prepare, read_image
 
 MODES = ["RGB", "L", "RGBA", "P", "LA", "CMYK", "1"]
@@ -95,14 +96,23 @@ def test_images_of_other_than_8_bits_are_refused(image: Any, message: str) -> No
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_upright_as_their_exif_data_says(tmp_path: Path, orientation: int) -> None:
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_images_are_turned_upright_as_their_exif_data_says(tmp_path: Path, suffix: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    noise(40, 30).save(tmp_path / "photo.png", exif=exif)
-    image = read_image(tmp_path / "photo.png")
-    upright = ImageOps.exif_transpose(image)
-    assert np.array_equal(prepare(image, 3, 32, 32), prepare(upright, 3, 32, 32))
-    assert np.array_equal(prepare(image, 3, 32, 32), prepare(np.asarray(upright), 3, 32, 32))
+    path = tmp_path / "photos" / "a" / f"photo.{suffix}"
+    path.parent.mkdir(parents=True)
+    noise(40, 30).save(path, exif=exif)
+    stored = noise(40, 30)
+    stored.getexif()[0x0112] = orientation
+    expected = prepare(np.asarray(ImageOps.exif_transpose(stored)), 3, 32, 32)
+    assert np.array_equal(prepare(read_image(path), 3, 32, 32), expected)
+    transformed = cnvzoo.transforms(Preprocessing(32, (0.0,) * 3, (1.0,) * 3))(Image.open(path))  # not loaded yet
+    assert np.array_equal((transformed.numpy() * 255).round(), expected)
+    (tmp_path / "photos" / "b").mkdir()
+    noise(32, 32).save(tmp_path / "photos" / "b" / "other.png")
+    read = read_image_folder(tmp_path / "photos", size=32)
+    assert np.array_equal(read.images["train"][0].transpose(2, 0, 1), expected)
 
 
 def test_damaged_exif_data_is_ignored() -> None:

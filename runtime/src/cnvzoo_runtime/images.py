@@ -111,6 +111,7 @@ def _pil_image(image: Any) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     """The image turned and mirrored as its EXIF orientation says."""
+    image.load()  # Pillow turns a TIFF when it loads it, and then removes the orientation
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Pillow raises SyntaxError, struct.error and others for damaged EXIF data, which is ignored
