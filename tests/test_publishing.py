@@ -71,10 +71,14 @@ def test_a_published_checkpoint_loads_from_the_store(hub: Path, tmp_path: Path) 
     assert model.state_dict().keys() == cnvzoo.create_model("cnv.mnist", pretrained=True).state_dict().keys()
 
 
-def test_with_a_damaged_checkpoint_nothing_is_published(hub: Path, tmp_path: Path) -> None:
-    (hub / "cnv.mnist" / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match=r"cnv.mnist/model.safetensors"):
-        cnvzoo.publish(["resnet20.mnist", "cnv.mnist"], tmp_path / "store")
+@pytest.mark.parametrize("message", [None, "A message"])
+@pytest.mark.parametrize("file", ["model.safetensors", "README.md"])
+def test_with_a_damaged_checkpoint_nothing_is_published(
+    hub: Path, tmp_path: Path, file: str, message: str | None
+) -> None:
+    (hub / "cnv.mnist" / file).unlink() if file == "README.md" else (hub / "cnv.mnist" / file).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=rf"cnv\.mnist.*{file}"):
+        cnvzoo.publish(["resnet20.mnist", "cnv.mnist"], tmp_path / "store", message=message)
     assert not (tmp_path / "store").exists()
 
 
@@ -84,7 +88,8 @@ def test_damaged_checkpoints_that_are_not_published_are_ignored(hub: Path, tmp_p
     assert published.new == FILES
 
 
-def test_weights_that_do_not_fit_the_model_are_not_published(hub: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("message", [None, "A message"])
+def test_weights_that_do_not_fit_the_model_are_not_published(hub: Path, tmp_path: Path, message: str | None) -> None:
     folder = hub / "resnet20.mnist"
     tensors = load_file(folder / "model.safetensors")
     name = next(iter(tensors))
@@ -92,7 +97,7 @@ def test_weights_that_do_not_fit_the_model_are_not_published(hub: Path, tmp_path
     facts = FileFacts.of((folder / "model.safetensors").read_bytes())
     write_config(folder, read_config(folder).model_copy(update={"file": facts}))
     with pytest.raises(CheckpointError, match=name):
-        cnvzoo.publish("resnet20.mnist", tmp_path / "store")
+        cnvzoo.publish("resnet20.mnist", tmp_path / "store", message=message)
     assert not (tmp_path / "store").exists()
 
 

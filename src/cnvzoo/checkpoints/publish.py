@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import nn
 
 from cnvzoo.checkpoints.card import render_card
-from cnvzoo.checkpoints.folder import checkpoint_folders, read_config, read_model, write_content
+from cnvzoo.checkpoints.folder import checkpoint_files, checkpoint_folders, read_config, read_model, write_content
 from cnvzoo.checkpoints.format import (
     CARD,
     CheckpointConfig,
@@ -67,11 +67,11 @@ def publish(
     if isinstance(checkpoints, (str, Path)):
         checkpoints = [checkpoints]
     folders = [_folder(checkpoint, hub) for checkpoint in checkpoints]
-    messages = {folder: message or _message(folder) for folder in folders}  # checks all before the first is sent
+    scored = [_checked(folder) for folder in folders]  # all of them, before the first is sent
     store = open_store(to) if isinstance(to, (str, Path)) else to
     publications = []
-    for folder in folders:
-        publications.append(store.publish(folder, message=messages[folder], tag=tag, dry_run=dry_run))
+    for folder, default in zip(folders, scored, strict=True):
+        publications.append(store.publish(folder, message=message or default, tag=tag, dry_run=dry_run))
         on_published(publications[-1])
     return publications
 
@@ -166,8 +166,9 @@ def _folder(checkpoint: str | Path, hub: str | Path | None) -> Path:
     return root / checkpoint
 
 
-def _message(folder: Path) -> str:
-    """The commit message. A checkpoint that cannot be loaded is refused here."""
+def _checked(folder: Path) -> str:
+    """Name and score of a checkpoint. One that is not whole, or cannot be loaded, is refused here."""
+    checkpoint_files(folder)
     _, config = read_model(folder)
     score = "" if config.accuracy is None else f": {config.accuracy:.2f} % top-1 ({config.correct} of {config.total})"
     return f"{config.name}{score}"
