@@ -25,7 +25,7 @@ from cnvzoo.checkpoints.locations import is_path, open_store, printable, store_l
 from cnvzoo.checkpoints.store import Publication, Store
 from cnvzoo.data.datasets import is_dataset_path
 from cnvzoo.data.preprocessing import Preprocessing
-from cnvzoo.data.published import dataset_info, list_datasets, published_sha256
+from cnvzoo.data.published import dataset_info, published_sha256
 from cnvzoo.errors import ModelError, explain, nearest
 from cnvzoo.files import expanded, update_text
 from cnvzoo.models.classifier import class_names
@@ -102,8 +102,8 @@ def write_model(
 
     Args:
         record: the record of the run that the model comes from. Without one, or where held-out images were scored, the
-            checkpoint has no accuracy. Where the run had other images than the published dataset of this name has,
-            the checkpoint has no dataset and no accuracy either.
+            checkpoint has no accuracy. Where the run had other images than the dataset that its recipe names has, the
+            checkpoint has no dataset and no accuracy either.
     """
     folder = expanded(folder)
     arguments, outputs = getattr(model, "arguments", None), getattr(model, "num_classes", 0)
@@ -140,12 +140,11 @@ def _known_of(record: RunRecord) -> dict[str, Any]:
         "seed": record.seed, "versions": record.versions, "device": record.device, "commit": record.commit,
         "numerics": record.numerics, "trial": trial,
     }  # fmt: skip
-    name = recipe.dataset_name
-    if name not in list_datasets() or record.data_sha256 == published_sha256(name):
-        known["dataset"] = name
+    if is_dataset_path(recipe.dataset) or record.data_sha256 == published_sha256(recipe.dataset):
+        known["dataset"] = recipe.dataset_name
         if not record.holdout:
             known |= {"correct": record.correct, "total": record.total}
-    elif not is_dataset_path(recipe.dataset):  # images were given in place of those that the recipe names
+    else:  # images were given in place of those that the recipe names
         values = {key: value for key, value in values.items() if key != "dataset"}
     return known | {"recipe": values}
 
