@@ -20,13 +20,15 @@ from PIL import Image
 
 from cnvzoo.checkpoints.index import list_checkpoints
 from cnvzoo.checkpoints.publish import write_card
+from cnvzoo.checkpoints.verify import verify
 from cnvzoo.cli import main
+from cnvzoo.data import Preprocessing
 from cnvzoo.data.published import list_datasets
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import sha256_of
 from cnvzoo.models.registry import unregister_model
 from cnvzoo.training import RunRecord
-from cnvzoo.zoo import create_model, list_models
+from cnvzoo.zoo import create_model, list_models, save_checkpoint
 
 RECIPE = """
 model: {model}
@@ -654,6 +656,39 @@ class TestEval:
         monkeypatch.delenv("CNVZOO_HUB")
         assert cnvzoo("eval", hub / "resnet20.mnist", "--device", "cpu").out == named.out
 
+    @pytest.fixture
+    def mine(self, tmp_path) -> Path:
+        """A checkpoint for images of 48x48 pixels of cats and dogs; folders of such images, and of other classes."""
+        preprocessing = Preprocessing(48, (0.5,) * 3, (0.25,) * 3)
+        model = create_model("resnet20", num_classes=2)
+        save_checkpoint(model, tmp_path / "mine", classes=["cat", "dog"], preprocessing=preprocessing)
+        for folder, names in (("pets", "cat dog"), ("letters", "a b")):
+            for name in names.split():
+                (tmp_path / folder / name).mkdir(parents=True)
+                for n in range(5):
+                    Image.new("L", (60, 50 + n), 40 * n).save(tmp_path / folder / name / f"{n}.png")
+        return tmp_path / "mine"
+
+    def test_own_images_are_prepared_as_the_checkpoint_takes_them(self, cnvzoo, mine, monkeypatch):
+        seen = []
+        monkeypatch.setattr(
+            "cnvzoo.training.evaluation._check_classes", lambda outputs, info: seen.append((info, outputs))
+        )
+        result = cnvzoo("eval", "./mine", "--dataset", "./pets", "--device", "cpu")
+        assert (result.status, result.err) == (0, "")
+        assert [(info.image_size, info.in_chans) for info, _ in seen] == [(48, 3)] * 2
+        (verified,) = verify(mine, dataset=mine.parent / "pets", device="cpu")
+        assert (verified.problem, verified.total) == (None, 2)
+
+    def test_images_of_other_classes_or_another_size_are_refused(self, cnvzoo, mine):
+        for command in (("eval", "./mine", "--dataset"), ("verify", "./mine", "--dataset")):
+            result = cnvzoo(*command, "./letters", "--device", "cpu")
+            assert result.status == 1
+            assert "is for the classes cat, dog; letters has a, b\n" in result.err
+        result = cnvzoo("eval", "./mine", "--dataset", "cifar10")
+        says = "mine is for images of 48x48 pixels, 3 channel(s) and 2 classes, and cifar10 has images of 32x32"
+        assert result.err.startswith(f"error: {says}")
+
     def test_unknown_checkpoint(self, cnvzoo, hub):
         result = cnvzoo("eval", "quant_cnv_w4a4.cifar100")
         assert result.status == 1
@@ -770,6 +805,24 @@ class TestVerify:
         assert (result.status, result.out) == (1, "")
         assert "error: no checkpoint 'resnet20.mnits'" in result.err
         assert "did you mean 'resnet20.mnist'" in result.err
+
+    def test_checkpoints_without_a_number_or_images_to_compare(self, cnvzoo, tmp_path):
+        for name in ("unknown", "damaged"):
+            model, preprocessing = create_model("resnet20", in_chans=1), Preprocessing(28, (0.5,), (0.25,))
+            save_checkpoint(model, tmp_path / name, preprocessing=preprocessing)
+        result = cnvzoo("verify", "./unknown")
+        assert (result.status, result.out.splitlines()[-1].split(maxsplit=5)[5]) == (0, "nothing published to compare")
+        config = json.loads((tmp_path / "unknown" / "config.json").read_text())
+        config |= {"correct": 3, "total": 5, "dataset": "photos"}
+        (tmp_path / "unknown" / "config.json").write_text(json.dumps(config))
+        assert "not scored: give --dataset" in cnvzoo("verify", "./unknown").out
+        for name in ("unknown", "damaged"):
+            (tmp_path / name / "model.safetensors").write_bytes(b"")
+        result = cnvzoo("verify", "./unknown", "./damaged")
+        assert result.status == 1
+        assert len(result.err.splitlines()) == 1
+        assert "unknown/model.safetensors" in result.err
+        assert "damaged/model.safetensors" in result.err
 
     @pytest.mark.parametrize("arguments", [(), ("resnet20.mnist", "--all")])
     def test_either_names_or_all(self, cnvzoo, hub, arguments):

@@ -58,8 +58,9 @@ def test_an_unchanged_checkpoint_passes(published) -> None:
     assert result.name == folder.name
     assert result.published == result.found
     assert (result.total, result.allowed) == (60, 0)
-    (by_path,) = cnvzoo.verify([folder], device="cpu")
-    assert (by_path.problem, by_path.found) == (None, result.found)
+    for alone in (folder, str(folder)):
+        (by_path,) = cnvzoo.verify(alone, device="cpu")
+        assert (by_path.problem, by_path.found) == (None, result.found)
 
 
 def test_a_difference_of_one_image_fails_on_the_same_kind_of_machine(published) -> None:

@@ -16,6 +16,7 @@ import cnvzoo.deploy
 from cnvzoo.cli.app import app
 from cnvzoo.deploy.export import evaluate_file
 from cnvzoo.errors import ModelError
+from cnvzoo_runtime import runner
 
 HUB = Path(__file__).resolve().parents[2] / "hub"
 
@@ -48,15 +49,33 @@ def test_export_eval_and_predict_on_the_command_line(make_checkpoint, small_data
     assert status == 0, error
     assert output.startswith(f"{tmp_path / 'photo.png'}: ")
     assert output.count("%") == 2
+    for letter in "abcdefghij":
+        (tmp_path / "photos" / letter).mkdir(parents=True)
+        Image.new("RGB", (40, 50), (len(letter), 2, 3)).save(tmp_path / "photos" / letter / "0.png")
+    threads = []
+    monkeypatch.setattr(runner, "load", lambda path, **options: threads.append(options) or cnvzoo.deploy.load(path))
     for arguments, message in (
+        (
+            ("eval", path, "--threads", 1, "--dataset", tmp_path / "photos"),
+            "classes airplane, automobile, bird, cat, deer",
+        ),
         (("predict", path), "no image after"),
         (("predict", tmp_path / "photo.png"), "either --checkpoint or"),
-        (("eval", "quant_cnv_w2a2.cifar10", "--dataset", "mnist"), "the model takes 3 channel(s)"),
-        (("eval", path, "--dataset", "mnist"), "cannot be scored on mnist"),
+        (("eval", "quant_cnv_w2a2.cifar10", "--dataset", "mnist"), "3 channel(s) and 10 classes, and mnist"),
+        (("eval", path, "--dataset", "mnist"), "3 channel(s) and 10 classes, and mnist has images of 28x28 pixels"),
     ):
         status, _, error = call(*arguments)
         assert status == 1
         assert message in str(error)
+    assert threads[0] == {"threads": 1}
+    for arguments in (
+        ("eval", path, "--device", "cuda:7"),
+        ("eval", path, "--hub", tmp_path),
+        ("predict", path, tmp_path / "photo.png", "--hub", tmp_path),
+    ):
+        status, output, _ = call(*arguments)
+        assert status == 2
+        assert f"{arguments[-2]} is for checkpoints" in output
 
 
 def test_the_dataset_must_be_known_and_fit_the_model(make_net, tmp_path):

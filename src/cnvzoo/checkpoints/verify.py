@@ -12,9 +12,11 @@ from cnvzoo.checkpoints.folder import preprocessing_from, read_model
 from cnvzoo.checkpoints.format import CheckpointConfig
 from cnvzoo.checkpoints.index import list_checkpoints
 from cnvzoo.checkpoints.locations import check_exists, find_checkpoint
-from cnvzoo.data.datasets import Dataset, load_dataset
+from cnvzoo.checkpoints.scoring import load_test_set
+from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
 from cnvzoo.data.published import list_datasets
 from cnvzoo.errors import CnvzooError
+from cnvzoo.files import expanded
 from cnvzoo.training.device import describe_device, keep_freed_memory, resolve_device
 from cnvzoo.training.evaluation import evaluate
 
@@ -43,7 +45,7 @@ class Verification:
 
 @keep_freed_memory()  # otherwise most of the time goes to page faults
 def verify(
-    checkpoints: Iterable[str | Path] | None = None,
+    checkpoints: str | Path | Iterable[str | Path] | None = None,
     *,
     hub: str | Path | None = None,
     device: str | torch.device = "auto",
@@ -56,12 +58,12 @@ def verify(
     torch) the number of correct images must be the same, elsewhere it may differ by `ELSEWHERE` images.
 
     Args:
-        checkpoints: names, or paths of folders; None for all published ones.
+        checkpoints: one or several names, or paths of folders; None for all published ones.
         hub: the store of named checkpoints, see `cnvzoo.load_checkpoint`.
         device: `auto`, or anything that torch.device takes.
         data_root: folder of the cached datasets.
-        dataset: the dataset of checkpoints that were trained on own images, as for `cnvzoo.load_dataset`. Without it,
-            only the files of these are compared.
+        dataset: the dataset of checkpoints that were trained on own images, as for `cnvzoo.load_dataset`; images of a
+            folder are resized to what each checkpoint takes. Without it, only the files of these are compared.
 
     Returns:
         One result for each, in order. A problem of a checkpoint is returned, not raised.
@@ -71,12 +73,17 @@ def verify(
     """
     if checkpoints is None:
         checkpoints = [found["name"] for found in list_checkpoints()]
-    checkpoints = list(checkpoints)
+    checkpoints = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
     for checkpoint in checkpoints:
         check_exists(checkpoint, hub)
-    target, datasets = resolve_device(device), {}
-    own = load_dataset(dataset, root=data_root) if isinstance(dataset, (str, Path)) else dataset
-    return [_verify(checkpoint, hub, target, data_root, datasets, own) for checkpoint in checkpoints]
+    target, loaded = resolve_device(device), {}
+    if dataset is not None and not isinstance(dataset, Dataset) and not _is_folder(dataset):
+        dataset = load_dataset(dataset, root=data_root)
+    return [_verify(checkpoint, hub, target, data_root, loaded, dataset) for checkpoint in checkpoints]
+
+
+def _is_folder(dataset: str | Path) -> bool:
+    return is_dataset_path(dataset) and expanded(dataset).is_dir()
 
 
 def _verify(
@@ -84,26 +91,23 @@ def _verify(
     hub: str | Path | None,
     device: torch.device,
     data_root: str | Path | None,
-    datasets: dict[str, Dataset],
-    own: Dataset | None,
+    loaded: dict[tuple[str | None, int, int], Dataset],
+    own: str | Path | Dataset | None,
 ) -> Verification:
     name = str(checkpoint)
     try:
         local = find_checkpoint(checkpoint, hub, every_file=True)
         model, config = read_model(local.folder, local.files)
-        if config.dataset in list_datasets():
-            if config.dataset not in datasets:
-                datasets[config.dataset] = load_dataset(config.dataset, root=data_root)
-            data = datasets[config.dataset]
-        elif own is not None:
-            data = own
-        else:
+        source = config.dataset if config.dataset in list_datasets() else own
+        if source is None:
             return Verification(name, published=config.correct, total=config.total)
         preprocessing = preprocessing_from(config)
-        expected = _images(preprocessing.native_size, preprocessing.in_chans, len(config.classes))
-        found = _images(data.info.image_size, data.info.in_chans, data.info.num_classes)
-        if expected != found:
-            return Verification(name, problem=f"its config is for {expected}, and {data.info.name} has {found}")
+        side, channels = preprocessing.native_size, preprocessing.in_chans
+        key = (None if source is own else config.dataset, side, channels)
+        loaded[key] = data = load_test_set(
+            loaded.get(key, source), "its config", image_size=side, in_chans=channels, classes=config.classes,
+            data_root=data_root,
+        )  # fmt: skip
         result = evaluate(model, data, preprocessing=preprocessing, device=device)
     except CnvzooError as error:
         return Verification(name, problem=str(error))
@@ -116,10 +120,6 @@ def _verify(
     elif abs(result.correct - config.correct) > allowed:
         problem = f"{result.correct:,} correct images, published {config.correct:,}, allowed difference {allowed}"
     return Verification(name, config.correct, result.correct, config.total, allowed, problem)
-
-
-def _images(side: int, channels: int, classes: int) -> str:
-    return f"images of {side}x{side} pixels, {channels} channel(s) and {classes} classes"
 
 
 def is_kind_of_machine(config: CheckpointConfig, device: torch.device) -> bool:

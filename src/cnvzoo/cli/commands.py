@@ -167,7 +167,10 @@ def eval_(
         from cnvzoo.deploy.export import evaluate_file
         from cnvzoo_runtime.runner import load
 
-        exported = load(checkpoint)
+        if device != "auto" or hub is not None:
+            option = "--hub" if hub is not None else "--device"
+            raise typer.BadParameter(f"{option} is for checkpoints: {checkpoint} is a file, and runs on the CPU")
+        exported = load(checkpoint, threads=threads)
         scored = evaluate_file(exported, dataset, data_root=data_root)
         name = dataset or exported.metadata.dataset
         if as_json:
@@ -175,6 +178,8 @@ def eval_(
         else:
             typer.echo(f"{checkpoint}: {scored.accuracy:.2f} % ({scored.correct} of {scored.total}) on {name}")
         return
+    from cnvzoo.checkpoints.folder import preprocessing_from
+    from cnvzoo.checkpoints.scoring import load_test_set
     from cnvzoo.training.device import using_threads
 
     model, config = cnvzoo.load_checkpoint(checkpoint, hub=hub)
@@ -183,8 +188,13 @@ def eval_(
         raise CnvzooError(f"{config.name} was trained on {own}: give --dataset, a name or the path of images")
     source = dataset or config.dataset
     assert source is not None
+    preprocessing = preprocessing_from(config)
+    data = load_test_set(
+        source, config.name, image_size=preprocessing.native_size, in_chans=preprocessing.in_chans,
+        classes=config.classes, data_root=data_root,
+    )  # fmt: skip
     with using_threads(threads):
-        result = cnvzoo.evaluate(model, source, device=device, data_root=data_root)
+        result = cnvzoo.evaluate(model, data, preprocessing=preprocessing, device=device)
     is_own = dataset in (None, config.dataset)
     if as_json:
         _print_score(config.name, source, result, config if is_own else None)
@@ -243,7 +253,7 @@ def verify(
     else:
         _print_verifications(results)
     if problems := [f"{result.name}: {result.problem}" for result in results if result.problem]:
-        raise CnvzooError("not as published:\n" + "\n".join(problems))
+        raise CnvzooError(f"not as published: {'; '.join(problems)}")
 
 
 def _print_verifications(results: list[Verification]) -> None:
@@ -252,11 +262,19 @@ def _print_verifications(results: list[Verification]) -> None:
     for result in results:
         counts = (result.published, result.found, result.total, result.allowed)
         shown = ["-" if count is None else f"{count:,}" for count in counts]
-        rows.append((result.name, *shown, "differs" if result.problem else "as published"))
+        rows.append((result.name, *shown, _verdict(result)))
     numbers = (Column(title, is_number=True) for title in titles)
     print_table([Column("checkpoint"), *numbers, Column("verdict")], rows)
     if allowed := max((result.allowed for result in results), default=0):
         typer.echo(f"on another kind of machine than the publisher's, a difference of {allowed} images is allowed")
+
+
+def _verdict(result: Verification) -> str:
+    if result.problem:
+        return "differs"
+    if result.published is None:
+        return "nothing published to compare"
+    return "not scored: give --dataset" if result.found is None else "as published"
 
 
 @app.command()
@@ -347,6 +365,8 @@ def predict(
     exported = images[0] if _is_exported(str(images[0])) else None
     if (exported is None) == (checkpoint is None):
         raise CnvzooError("predict takes either --checkpoint or an exported .onnx file before the images")
+    if exported is not None and hub is not None:
+        raise typer.BadParameter(f"--hub is for checkpoints: {exported} is a file")
     if exported is not None and not images[1:]:
         raise CnvzooError(f"no image after {exported}: give the files to classify")
     classify = _classifier(exported, checkpoint, hub, top)

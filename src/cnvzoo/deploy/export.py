@@ -14,7 +14,8 @@ from torch import nn
 
 from cnvzoo.checkpoints.format import CheckpointConfig, IntegerResult
 from cnvzoo.checkpoints.load import load_checkpoint
-from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
+from cnvzoo.checkpoints.scoring import load_test_set
+from cnvzoo.data.datasets import Dataset, load_dataset
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import dataset_info, list_datasets
 from cnvzoo.errors import ModelError, nearest
@@ -191,14 +192,9 @@ def evaluate_file(
         raise ModelError(f"{m.name} does not say which dataset of cnvzoo it was trained on: give a dataset")
     source = m.dataset if dataset is None else dataset
     assert source is not None
-    if isinstance(source, Dataset) or is_dataset_path(source):
-        data = source if isinstance(source, Dataset) else load_dataset(source)
-        info = data.info
-    else:
-        data, info = None, dataset_info(str(source))  # refused below before its files are read or downloaded
-    if (info.in_chans, info.image_size, info.num_classes) != (m.in_chans, m.image_size, len(m.classes)):
-        raise ModelError(f"{m.name} cannot be scored on {info.name}, which has other images or classes")
-    data = data or load_dataset(info.name, root=data_root)
+    data = load_test_set(
+        source, m.name, image_size=m.image_size, in_chans=m.in_chans, classes=m.classes, data_root=data_root
+    )
     margin = (m.size - m.image_size) // 2
     images = nn.functional.pad(data.test_images, (0, 0, margin, margin, margin, margin)).permute(0, 3, 1, 2)
     logits = model.logits(images.contiguous().numpy())
