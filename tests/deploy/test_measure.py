@@ -25,7 +25,7 @@ def test_counts_are_those_of_the_exported_file_and_of_pytorch(published, tmp_pat
     result = measure_integer(published, data, quiet=True)
     cnvzoo.export(published, tmp_path / "m.onnx")
     runner = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1)
-    assert result.correct == runner.count_correct(data.test_images.numpy(), data.test_labels.numpy())
+    assert result.correct == evaluate_file(runner, data).correct
     assert result.bytes == (tmp_path / "m.onnx").stat().st_size
     images = torch.zeros(300, 1, 32, 32, dtype=torch.uint8)
     images[:, 0, 2:30, 2:30] = data.test_images[..., 0]

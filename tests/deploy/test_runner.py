@@ -65,6 +65,12 @@ def test_predict_is_the_softmax_of_the_logits(exported):
     assert model.predict([]) == []
 
 
+@pytest.mark.parametrize("threads", ["2", 0, -1, True, 2.0, 5000])
+def test_threads_are_a_whole_number_of_at_least_1(exported, threads):
+    with pytest.raises(DeployError, match=r"^threads=.*: a whole number, 1 to 4096, or None for one for each core$"):
+        cnvzoo.deploy.load(exported, threads=threads)
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
@@ -135,6 +141,30 @@ def _with_external_data(model):
     tensor.external_data.add(key="location", value="/etc/hostname")
 
 
+def _for_one_image(model):
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+
+
+def _with_a_missing_class(model):
+    """An eleventh of ten outputs is read when the graph runs."""
+    graph = model.graph
+    indices = helper.make_tensor("indices", TensorProto.INT64, [10], [*range(9), 10])
+    graph.initializer.append(indices)
+    name = graph.output[0].name
+    next(node for node in graph.node if name in node.output).output[0] = "all"
+    graph.node.append(helper.make_node("Gather", ["all", "indices"], [name], axis=1))
+
+
+def test_a_damaged_graph_is_an_error_of_one_line_when_it_runs(exported, tmp_path):
+    path = _rewrite(exported, tmp_path / "other.onnx", _with_a_missing_class)
+    model = cnvzoo.deploy.load(path, threads=1)
+    with pytest.raises(
+        DeployError, match=r"^[^\n]*other\.onnx: ONNX Runtime cannot run it: [^\n]*out of data bounds[^\n]*$"
+    ):
+        model.logits(np.zeros((1, 3, 32, 32), np.uint8))
+
+
 def test_every_field_of_onnx_that_holds_a_tensor_is_checked():
     """The fields are those that the onnx package has in ModelProto and the messages inside it."""
     named = {name: onnx.__dict__[f"{name}Proto"].DESCRIPTOR for name in MESSAGES if name != "TrainingInfo"}
@@ -172,11 +202,12 @@ def test_every_field_of_onnx_that_holds_a_tensor_is_checked():
         (_with_metadata(size=True, image_size=1), "size True is not a whole number"),
         (_with_metadata(image_size=31), "images of 31 pixels cannot be padded equally to 32"),
         (_with_metadata(classes="airplane"), "classes must be 1 to 10,000 printable names"),
-        (_with_metadata(classes=["a\x1b[2J"] * 10), "printable names"),
+        (_with_metadata(classes=["a\x1b[2J"] * 10), "class 0, .* must be a printable name"),
         (_with_metadata(mean=[0.0, 10**400, 0.0]), "must be finite"),
         (_with_metadata(w_bits=9), "w_bits 9 is not a bit width"),
         (_with_metadata(version=True), "version True"),
         (_with_external_data, "a tensor of it is in another file"),
+        (_for_one_image, "not for any number of images"),
     ],
 )
 def test_a_file_with_invalid_metadata_is_refused(exported, tmp_path, change, message):
@@ -189,8 +220,13 @@ def test_a_file_that_cnvzoo_did_not_export_is_refused(tmp_path):
     (tmp_path / "text.onnx").write_text("not a model")
     with pytest.raises(DeployError, match=r"text.onnx: not an ONNX file"):
         cnvzoo.deploy.load(tmp_path / "text.onnx")
-    with pytest.raises(DeployError, match=r"none.onnx: cannot be read"):
-        cnvzoo.deploy.load(tmp_path / "none.onnx")
+    for name, says in (
+        ("none.onnx", "none.onnx: cannot be read: No such file"),
+        ("a\0b.onnx", r"a\\x00b.onnx': cannot be read: embedded null byte"),
+        ("~no-such-user/m.onnx", "~no-such-user/m.onnx: cannot be read: Could not determine home directory"),
+    ):
+        with pytest.raises(DeployError, match=says):
+            cnvzoo.deploy.load(name if name.startswith("~") else tmp_path / name)
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
         [helper.make_node("Relu", ["x"], ["y"])], "g",

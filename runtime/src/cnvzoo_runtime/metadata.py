@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -62,6 +63,14 @@ class Metadata:
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
+    def check(self) -> None:
+        """Raise DeployError, naming the value, where `from_json` would refuse what `to_json` writes."""
+        try:
+            _checked({key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()})
+            _decoded(self.to_json())
+        except ValueError as error:
+            raise DeployError(f"{_quoted(self.name)} cannot be exported: {error}") from None
+
     @classmethod
     def from_json(cls, text: str, source: str) -> Metadata:
         """The inverse of `to_json`; error messages name `source`.
@@ -98,11 +107,15 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{_quoted(min(keys))} is {problem}")
     if values["format"] not in ONNX_FORMATS:
         raise ValueError(f"format {_quoted(values['format'])} is not one of {', '.join(ONNX_FORMATS)}")
-    if not _is_text(values["name"]) or not (values["dataset"] is None or _is_text(values["dataset"])):
-        raise ValueError("name and dataset must be printable text")
+    for key in ("name", "dataset"):
+        if not (_is_text(values[key]) or (key == "dataset" and values[key] is None)):
+            raise ValueError(f"{key} {_quoted(values[key])} must be printable text")
     classes, mean, std = (values[key] for key in ("classes", "mean", "std"))
-    if not isinstance(classes, list) or not 1 <= len(classes) <= _MOST_CLASSES or not all(map(_is_text, classes)):
+    if not isinstance(classes, list) or not 1 <= len(classes) <= _MOST_CLASSES:
         raise ValueError(f"classes must be 1 to {_MOST_CLASSES:,} printable names")
+    for number, name in enumerate(classes):
+        if not _is_text(name):
+            raise ValueError(f"class {number}, {_quoted(name)}, must be a printable name")
     if not (isinstance(mean, list) and isinstance(std, list) and len(mean) == len(std) and len(mean) in (1, 3)):
         raise ValueError("mean and std must have 1 or 3 values")
     numbers = {"mean": mean, "std": std, "scale": [values["scale"]]}
@@ -133,7 +146,12 @@ def _is_finite(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != "" and value.isprintable()
+    return isinstance(value, str) and value != "" and is_printable(value)
+
+
+def is_printable(text: str) -> bool:
+    """Whether text can be shown in a line: spaces of every kind can, line breaks and control characters cannot."""
+    return all(character.isprintable() or unicodedata.category(character) == "Zs" for character in text)
 
 
 def _quoted(value: Any) -> str:

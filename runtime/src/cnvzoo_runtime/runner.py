@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cnvzoo_runtime.images import normalize, prepare
-from cnvzoo_runtime.metadata import KEY, DeployError, Metadata
+from cnvzoo_runtime.metadata import KEY, DeployError, Metadata, is_printable
 from cnvzoo_runtime.onnx_file import read_properties
 from cnvzoo_runtime.sessions import Graphs
 
@@ -119,12 +119,6 @@ class DeployedModel:
             for row, order in zip(probabilities, best, strict=True)
         ]
 
-    def count_correct(self, images: NDArray[np.uint8], labels: NDArray[Any]) -> int:
-        """The number of uint8 images [N, H, W, C], of the dataset's image size, that are classified as `labels` [N]."""
-        margin = (self.metadata.size - self.metadata.image_size) // 2
-        images = np.pad(images.transpose(0, 3, 1, 2), ((0, 0), (0, 0), (margin, margin), (margin, margin)))
-        return int((self.logits(images).argmax(1) == labels).sum())
-
     def _check(self, images: Any) -> None:
         m = self.metadata
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
@@ -154,14 +148,14 @@ def load(path: str | Path, *, runtime: str = "auto", threads: int | None = None)
         runtime: `onnxruntime`; `openvino`, for `qdq` and `onnx` files; or `auto`, the faster of the two: OpenVINO for
             calls with at least 16 images to a `qdq` file, where it is installed and the CPU has VNNI or is not x86,
             else ONNX Runtime.
-        threads: number of threads of the runtime; default one for each core.
+        threads: number of threads of the runtime, 1 to 4096; default one for each core.
 
     Raises:
         DeployError: the file cannot be read, was not written by `cnvzoo.export`, has tensors in other files (external
-            data), or the runtime is unknown, not installed, or not for files of this format.
+            data), or the runtime is unknown, not installed, or not for files of this format; or `threads` is out of
+            range.
     """
-    path = Path(path)
-    content, metadata = _read(path)
+    path, content, metadata = _read(path)
     if metadata.format == "qonnx":
         raise DeployError(f"{path}: QONNX is for FINN and the qonnx package, not for ONNX Runtime")
     return DeployedModel(Graphs(content, path, metadata, runtime, threads), metadata)
@@ -173,15 +167,18 @@ def read_metadata(path: str | Path) -> Metadata:
     Raises:
         DeployError: as `load`.
     """
-    return _read(Path(path))[1]
+    return _read(path)[2]
 
 
-def _read(path: Path) -> tuple[bytes, Metadata]:
-    """The content of an exported file, and its metadata."""
+def _read(path: str | Path) -> tuple[Path, bytes, Metadata]:
+    """The path of an exported file with the home folder in place of `~`, its content, and its metadata."""
     try:
+        path = Path(path).expanduser()
         content = path.read_bytes()
-    except OSError as error:
-        raise DeployError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, RuntimeError, ValueError) as error:  # an unknown user's home folder, or a zero byte
+        reason = getattr(error, "strerror", None) or error
+        shown = path if is_printable(str(path)) else repr(str(path))
+        raise DeployError(f"{shown}: cannot be read: {reason}") from None
     if content.startswith(C_SOURCE):
         raise DeployError(
             f"{path}: C source of cnvzoo, to be compiled into a program; to run the model here, export it with "
@@ -190,4 +187,4 @@ def _read(path: Path) -> tuple[bytes, Metadata]:
     text = read_properties(content, str(path)).get(KEY)
     if text is None:
         raise DeployError(f"{path}: an ONNX file, but not one that cnvzoo exported: its metadata has no {KEY!r}")
-    return content, Metadata.from_json(text, str(path))
+    return path, content, Metadata.from_json(text, str(path))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import operator
 import platform
 import threading
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from cnvzoo_runtime.metadata import DeployError, Metadata
 RUNTIMES = ("auto", "onnxruntime", "openvino")
 OPENVINO_FORMATS = ("qdq", "onnx")
 LEAST_FOR_OPENVINO = 16  # images at a time, from which OpenVINO was measured to be faster with a `qdq` file
+_MOST_THREADS = 4096
 Run = Callable[[NDArray[Any]], NDArray[Any]]
 
 
@@ -35,7 +37,7 @@ class OnnxRuntimeGraph:
         session: the `onnxruntime.InferenceSession`.
 
     Raises:
-        DeployError: ONNX Runtime is not installed or cannot run the graph.
+        DeployError: ONNX Runtime is not installed, or cannot run the graph; also from `run`.
     """
 
     def __init__(self, content: bytes, path: Path, threads: int | None) -> None:
@@ -53,7 +55,8 @@ class OnnxRuntimeGraph:
         try:
             self.session: Any = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its error classes have no common base
-            raise DeployError(f"{path}: ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from None
+            raise _refused(path, "ONNX Runtime", error) from None
+        self._path = path
         self.inputs = [(value.type, value.shape) for value in self.session.get_inputs()]
         output = self.session.get_outputs()[0]
         self.output = output.type, output.shape
@@ -62,7 +65,10 @@ class OnnxRuntimeGraph:
     def run(self, images: NDArray[Any]) -> NDArray[Any]:
         """The first output for images [N, C, size, size]."""
         name, output = self._names
-        return self.session.run([output], {name: images})[0]
+        try:
+            return self.session.run([output], {name: images})[0]
+        except Exception as error:
+            raise _refused(self._path, "ONNX Runtime", error) from None
 
 
 class OpenVinoGraph:
@@ -83,7 +89,8 @@ class OpenVinoGraph:
         try:
             compiled = core.compile_model(core.read_model(content), "CPU", settings)
         except RuntimeError as error:
-            raise DeployError(f"{path}: OpenVINO cannot run it: {' '.join(str(error).split())}") from None
+            raise _refused(path, "OpenVINO", error) from None
+        self._path = path
         self.inputs = [_described(value) for value in compiled.inputs]
         self.output = _described(compiled.outputs[0])
         self._request = compiled.create_infer_request()
@@ -91,8 +98,15 @@ class OpenVinoGraph:
 
     def run(self, images: NDArray[Any]) -> NDArray[Any]:
         """The first output for images [N, C, size, size]."""
-        with self._lock:
-            return self._request.infer([images], share_inputs=True, share_outputs=False)[0]
+        try:
+            with self._lock:
+                return self._request.infer([images], share_inputs=True, share_outputs=False)[0]
+        except RuntimeError as error:
+            raise _refused(self._path, "OpenVINO", error) from None
+
+
+def _refused(path: Path, runtime: str, error: Exception) -> DeployError:
+    return DeployError(f"{path}: {runtime} cannot run it: {' '.join(str(error).split())}")
 
 
 @functools.cache
@@ -125,13 +139,14 @@ class Graphs:
         path: its name, for messages.
         metadata: that of the file.
         runtime: one of `RUNTIMES`.
-        threads: of each runtime; None for one for each core.
+        threads: of each runtime, 1 to 4096; None for one for each core.
 
     Attributes:
         onnxruntime: the graph in ONNX Runtime; None if `runtime` is `openvino`.
 
     Raises:
-        DeployError: unknown runtime, one that cannot run files of this format or is not installed, or an invalid graph.
+        DeployError: unknown runtime, one that cannot run files of this format or is not installed, a number of threads
+            out of range, or an invalid graph.
     """
 
     def __init__(
@@ -144,6 +159,8 @@ class Graphs:
                 f"{path}: a file of format {metadata.format!r} runs in ONNX Runtime only: export the model with "
                 "format='qdq' for OpenVINO"
             )
+        if threads is not None:
+            threads = _checked_threads(threads)
         self.onnxruntime = None if runtime == "openvino" else OnnxRuntimeGraph(content, path, threads)
         self._openvino = OpenVinoGraph(content, path, threads) if runtime == "openvino" else None
         _check(self.onnxruntime or self._openvino, metadata, path)
@@ -170,6 +187,13 @@ class Graphs:
             return self._openvino.run
 
 
+def _checked_threads(threads: Any) -> int:
+    is_whole = hasattr(threads, "__index__") and not isinstance(threads, bool)
+    if not is_whole or not 1 <= operator.index(threads) <= _MOST_THREADS:
+        raise DeployError(f"threads={threads!r}: a whole number, 1 to {_MOST_THREADS}, or None for one for each core")
+    return operator.index(threads)
+
+
 def _openvino_is_installed() -> bool:
     return importlib.util.find_spec("openvino") is not None
 
@@ -194,6 +218,9 @@ def _check(graph: OnnxRuntimeGraph | OpenVinoGraph | None, m: Metadata, path: Pa
     input_type = "tensor(float)" if m.format == "onnx" else "tensor(uint8)"
     output_type = "tensor(int32)" if m.format == "integer" else "tensor(float)"
     expected, (kind, shape) = [m.in_chans, m.size, m.size], graph.output
+    sizes = [*(shape for _, shape in graph.inputs), shape]
+    if any(not sides or isinstance(sides[0], int) for sides in sizes):
+        raise DeployError(f"{path}: its input or output is not for any number of images; export it again")
     if len(graph.inputs) != 1 or graph.inputs[0][0] != input_type or graph.inputs[0][1][1:] != expected:
         raise DeployError(
             f"{path}: its input is not {input_type} {['N', *expected]}, as its metadata says; export it again"
