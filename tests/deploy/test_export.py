@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,10 @@ from typer.testing import CliRunner
 import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.cli.app import app
+from cnvzoo.deploy import DeployError
 from cnvzoo.deploy.export import evaluate_file
 from cnvzoo.errors import ModelError
+from cnvzoo.files import FileError
 from cnvzoo_runtime import runner
 
 HUB = Path(__file__).resolve().parents[2] / "hub"
@@ -85,6 +89,92 @@ def test_the_dataset_must_be_known_and_fit_the_model(make_net, tmp_path):
         cnvzoo.export(make_net(2, 2), tmp_path / "m.onnx", dataset="mnist")
     with pytest.raises(ModelError, match="Sequential is not a model of cnvzoo"):
         cnvzoo.export(nn.Sequential(), tmp_path / "m.onnx", dataset="mnist")
+
+
+@pytest.mark.parametrize(
+    ("format", "module", "package"),
+    [
+        ("integer", "onnx", "onnx"),
+        ("onnx", "onnxscript", "onnxscript"),
+        ("qonnx", "onnxoptimizer", "onnxoptimizer"),
+        ("qonnx", "qonnx.util.cleanup", "qonnx"),
+    ],
+)
+def test_a_missing_package_is_named(tmp_path, monkeypatch, format, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DeployError, match=rf"^format '{format}' needs the {package} package: pip install 'cnvzoo\[exp"):
+        cnvzoo.export(nn.Identity(), tmp_path / "m.onnx", format=format)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"classes": range(10)}, "'quant_cnv.cifar10' cannot be exported: class 0, 0, must be a printable name"),
+        ({"classes": [*"abcdefghi", ""]}, r"class 9, '', must be a printable name"),
+        ({"name": "a\nb"}, r"'a\\nb' cannot be exported: name 'a\\nb' must be printable text"),
+        ({"classes": ["a" * 110_000] * 10}, r"1,100,.* characters, where 1,048,576 are allowed"),
+    ],
+)
+@pytest.mark.parametrize("file", ["m.onnx", "m.c"])
+def test_names_that_reading_would_refuse_are_not_written(make_net, tmp_path, file, changes, says):
+    format = "c" if file.endswith(".c") else "integer"
+    with pytest.raises(DeployError, match=says):
+        cnvzoo.export(make_net(2, 2), tmp_path / file, format=format, **({"dataset": "cifar10"} | changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_spaces_of_every_kind_are_allowed_in_names(make_net, tmp_path):
+    names = ["\u3000", "a\u00a0b", *"abcdefgh"]
+    cnvzoo.export(make_net(2, 2), tmp_path / "m.onnx", dataset="cifar10", classes=names, name="a\u00a0b")
+    assert cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1).metadata.classes == tuple(names)
+    preprocessing = cnvzoo.Preprocessing(32, (0.0,) * 3, (1.0,) * 3)
+    config = cnvzoo.save_checkpoint(make_net(2, 2), tmp_path / "net", classes=names, preprocessing=preprocessing)
+    assert cnvzoo.load_checkpoint(tmp_path / "net")[1].classes == config.classes == names
+
+
+def test_a_model_in_another_precision_is_exported_in_float32(make_net, tmp_path):
+    model = copy.deepcopy(make_net(2, 2)).half()
+    cnvzoo.export(model, tmp_path / "half.onnx", dataset="cifar10")
+    assert next(model.parameters()).dtype == torch.float16
+    cnvzoo.export(model.float(), tmp_path / "float.onnx", dataset="cifar10")
+    assert (tmp_path / "half.onnx").read_bytes() == (tmp_path / "float.onnx").read_bytes()
+
+
+class HeadFirst(nn.Module):
+    """Its head is defined before its convolutions, the first of which is grouped."""
+
+    def __init__(self, num_classes: int, in_chans: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, num_classes)
+        self.conv = nn.Conv2d(in_chans, 6, 3, groups=3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.conv(x).amax((2, 3)))
+
+
+def test_channels_and_classes_do_not_depend_on_the_order_of_layers(tmp_path):
+    cnvzoo.register_model("head_first", summary="Of a test.")(HeadFirst)
+    try:
+        model = cnvzoo.create_model("head_first", num_classes=10).half()  # which the float graph has to be free of
+        metadata = cnvzoo.export(model, tmp_path / "m.onnx", format="onnx", dataset="cifar10")
+    finally:
+        cnvzoo.unregister_model("head_first")
+    assert (metadata.in_chans, len(metadata.classes)) == (3, 10)
+    images = np.zeros((2, 3, 32, 32), np.uint8)
+    assert cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1).logits(images).shape == (2, 10)
+
+
+def test_a_c_source_that_cannot_be_written_leaves_no_header(make_net, tmp_path):
+    (tmp_path / "net.c").mkdir()
+    with pytest.raises(FileError, match=r"net\.c"):
+        cnvzoo.export(make_net(2, 2), tmp_path / "net.c", format="c", dataset="cifar10")
+    assert [path.name for path in tmp_path.iterdir()] == ["net.c"]
+
+
+def test_home_is_expanded_in_paths(make_net, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cnvzoo.export(make_net(2, 2), "~/m.onnx", dataset="cifar10")
+    assert cnvzoo.deploy.load("~/m.onnx", threads=1).metadata.name == "quant_cnv.cifar10"
 
 
 def test_a_published_checkpoint_classifies_real_images_as_pytorch_does(real_data, tmp_path):

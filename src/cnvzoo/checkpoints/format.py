@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from cnvzoo.errors import CnvzooError, explain
+from cnvzoo_runtime.metadata import is_printable
 
 
 class CheckpointError(CnvzooError):
@@ -79,7 +80,7 @@ _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 def _printable(text: str) -> str:
     if len(text) > _LONGEST_TEXT:
         raise ValueError(f"a text of {len(text):,} characters, where {_LONGEST_TEXT} are allowed")
-    if not text.isprintable():
+    if not is_printable(text):
         raise ValueError(f"{text!r} has a character that cannot be printed, such as a line break")
     return text
 

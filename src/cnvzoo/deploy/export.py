@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -19,8 +21,8 @@ from cnvzoo.data.datasets import Dataset, load_dataset
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import dataset_info, list_datasets
 from cnvzoo.errors import ModelError, nearest
-from cnvzoo.files import replacing
-from cnvzoo.models.classifier import class_names
+from cnvzoo.files import expanded, replacing
+from cnvzoo.models.classifier import Classifier, class_names
 from cnvzoo.models.modes import evaluating, unwrapped
 from cnvzoo.models.registry import ModelSpec
 from cnvzoo.progress import counted
@@ -31,6 +33,10 @@ from cnvzoo_runtime.runner import DeployedModel, load
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+_PACKAGES: dict[str, tuple[str, ...]] = {  # that each format needs, as modules
+    "integer": ("onnx",), "qdq": ("onnx",), "onnx": ("onnx", "onnxscript"), "c": (),
+    "qonnx": ("onnx", "onnxoptimizer", "qonnx.util.cleanup"),
+}  # fmt: skip
 _BATCH = 250  # images compared at a time by measure_integer
 
 
@@ -46,7 +52,8 @@ def export(
     """Write a model to an ONNX file, or to C source.
 
     Args:
-        model: a model of this library, which may be compiled, or the name or folder of a checkpoint.
+        model: a model of this library, which may be compiled, or the name or folder of a checkpoint. One in another
+            precision is exported in float32.
         path: the file to write. It is written whole, or left as it is if the export fails. A path that ends in .c for
             format `c`, which writes a header beside it too.
         format: `integer`, the integer graph of a quantized model, exact and fast in ONNX Runtime; `qdq`, the same with
@@ -54,39 +61,50 @@ def export(
             FINN; `onnx`, a float model in float32; `c`, the integer graph as C99 source for devices without an
             operating system.
         dataset: the dataset of the benchmark that the model was trained on, if the model does not know it.
-        classes: names of the classes; default those that the model or the dataset has, else "0", "1", and so on.
+        classes: names of the classes, printable text; default those that the model or the dataset has, else "0", "1",
+            and so on.
         name: name of the model in the file; default that of its checkpoint, else of its topology.
 
     Returns:
         The metadata of the file. `cnvzoo.deploy.load(path)` runs an ONNX file.
 
     Raises:
-        DeployError: unknown format, a model that it cannot express, a package is missing, or a path of another suffix
-            than .c for format `c`.
+        DeployError: unknown format, a model that it cannot express, a name or class that is not printable text, a
+            package is missing, or a path of another suffix than .c for format `c`.
         ModelError: unknown dataset, or its classes or channels are not the model's.
     """
     if format not in FORMATS:
         raise DeployError(f"unknown format {format!r}: {nearest(format, FORMATS)}")
+    path = expanded(path)
     if format == "c":
-        _check_c_path(Path(path))
-    else:
+        _check_c_path(path)
+    for package in _PACKAGES[format]:  # before the export, which can take a minute
         try:
-            import onnx  # noqa: F401  (checked before the export, which can take a minute)
+            import_module(package)
         except ImportError:
-            raise DeployError("exporting needs the onnx package: pip install 'cnvzoo[export]'") from None
+            needed = package.partition(".")[0]
+            raise DeployError(f"format {format!r} needs the {needed} package: pip install 'cnvzoo[export]'") from None
     if not isinstance(model, nn.Module):
         model = load_checkpoint(model)[0]
-    model = unwrapped(model)
+    model = _in_float32(unwrapped(model))
     metadata = _describe(model, dataset, classes, name, format)
+    (replace(metadata, format="integer") if format == "c" else metadata).check()  # no file holds the metadata of c
     with evaluating(model):
         if format == "c":
-            return _write_c(model, metadata, Path(path))
+            return _write_c(model, metadata, path)
         proto, metadata = _build_graph(model, metadata)
     entry = proto.metadata_props.add()
     entry.key, entry.value = KEY, metadata.to_json()
     with replacing(path) as temporary:
         temporary.write_bytes(proto.SerializeToString())
     return metadata
+
+
+def _in_float32(model: nn.Module) -> nn.Module:
+    """The model, or a copy in float32 of one in another precision."""
+    tensors = model.state_dict().values()
+    is_other = any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in tensors)
+    return copy.deepcopy(model).float() if is_other else model
 
 
 def _check_c_path(path: Path) -> None:
@@ -104,8 +122,8 @@ def _write_c(model: nn.Module, metadata: Metadata, path: Path) -> Metadata:
     net = integer_net(model, metadata.size)
     metadata = replace(metadata, scale=net.head.scale)
     written = c_source(net, metadata, path.stem)
-    for file, text in ((path.with_suffix(".h"), written.header), (path, written.source)):
-        with replacing(file) as temporary:
+    with replacing(path.with_suffix(".h")) as header, replacing(path) as source:  # both can be written, or neither is
+        for temporary, text in ((header, written.header), (source, written.source)):
             temporary.write_text(text, encoding="utf-8", newline="\n")
     return metadata
 
@@ -118,8 +136,8 @@ def _describe(
     preprocessing = getattr(model, "preprocessing", None)
     if not isinstance(spec, ModelSpec):
         raise ModelError(f"{type(model).__name__} is not a model of cnvzoo: only those can be exported")
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    channels, outputs = layers[0].weight.shape[1], layers[-1].weight.shape[0]
+    described = cast("Classifier", model)  # models of other classes have the attributes too
+    channels, outputs = described.in_chans, described.num_classes
     if dataset is not None:
         info = dataset_info(dataset)
         preprocessing, name = preprocessing_of(spec.name, dataset), name or f"{spec.name}.{dataset}"
@@ -138,23 +156,11 @@ def _describe(
             f"the model has {channels} channel(s) and {outputs} classes, and {source} has {preprocessing.in_chans} "
             f"and {len(names)}: give dataset=, the dataset that it was trained on, or classes="
         )
-    w_bits, a_bits = _bits(model) if spec.quantized else (None, None)
     return Metadata(
         format=format, name=name or spec.name, dataset=dataset, classes=names, size=preprocessing.size,
         image_size=preprocessing.native_size, mean=preprocessing.mean, std=preprocessing.std,
-        w_bits=w_bits, a_bits=a_bits,
+        w_bits=described.w_bits, a_bits=described.a_bits,
     )  # fmt: skip
-
-
-def _bits(model: nn.Module) -> tuple[int, int]:
-    """Bit widths of the last layer's weights, and of the last activation that is not the output of a block."""
-    from brevitas.nn import QuantLinear, QuantReLU
-
-    from cnvzoo.models.quant import ResidualQuantReLU, quantizer_of
-
-    weights = [m for m in model.modules() if isinstance(m, QuantLinear)]
-    activations = [m for m in model.modules() if isinstance(m, QuantReLU) and not isinstance(m, ResidualQuantReLU)]
-    return quantizer_of(weights[-1]).bits, quantizer_of(activations[-1]).bits
 
 
 def _build_graph(model: nn.Module, metadata: Metadata) -> tuple[ModelProto, Metadata]:

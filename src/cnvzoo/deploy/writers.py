@@ -44,17 +44,15 @@ def qonnx_graph(model: nn.Module, in_chans: int, size: int) -> onnx.ModelProto:
         logits [1, num_classes].
 
     Raises:
-        DeployError: a float model, a layer or bit width that QONNX has no node for, or qonnx is not installed.
+        DeployError: a float model, or a layer or bit width that QONNX has no node for.
     """
+    from qonnx.core import data_layout
+    from qonnx.core.datatype import DataType
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.util.cleanup import cleanup_model
+
     steps = quantized_steps(model, "QONNX")
     _check_layers(steps)
-    try:
-        from qonnx.core import data_layout
-        from qonnx.core.datatype import DataType
-        from qonnx.core.modelwrapper import ModelWrapper
-        from qonnx.util.cleanup import cleanup_model
-    except ImportError:
-        raise DeployError("exporting to QONNX needs the qonnx package: pip install 'cnvzoo[export]'") from None
     device = next(model.parameters()).device
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
