@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import struct
 from pathlib import Path
 from typing import Any, cast
 
@@ -120,6 +122,53 @@ def test_damaged_exif_data_is_ignored() -> None:
     expected = prepare(image, 3, 32, 32)
     image.info["exif"] = b"Exif\0\0not TIFF"
     assert np.array_equal(prepare(image, 3, 32, 32), expected)
+
+
+DAMAGED = {  # Pillow's errors for these are not of the usual classes, at opening and at loading
+    "a.dds": b"DDS " + struct.pack("<I", 124) + bytes(120),
+    "a.blp": b"BLP2" + struct.pack("<iBBBBII", 1, 7, 0, 0, 0, 8, 8) + bytes(2000),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_images_of_any_format_are_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "photos" / "a" / name
+    (tmp_path / "photos" / "b").mkdir(parents=True)
+    noise(32, 32).save(tmp_path / "photos" / "b" / "0.png")
+    path.parent.mkdir()
+    path.write_bytes(DAMAGED[name])
+    says = rf"{name}: cannot be read as an image: Unknown [^\n]*$"
+    with pytest.raises(ImageError, match=says):
+        read_image(path)
+    with pytest.raises(cnvzoo.DatasetError, match=rf"{name}: cannot be read as an image: Unknown .*: repair or remove"):
+        cnvzoo.load_dataset(tmp_path / "photos")
+
+
+def test_an_opened_image_that_cannot_be_decoded_is_refused() -> None:
+    without_palette = Image.new("P", (8, 8))
+    without_palette.palette = None
+    for image in (Image.open(io.BytesIO(DAMAGED["a.blp"])), without_palette):
+        with pytest.raises(ImageError, match=r"^damaged, or not an image: \w+[^\n]*$"):
+            prepare(image, 3, 32, 32)
+
+
+def test_transparency_that_is_multiplied_in() -> None:
+    image = Image.new("LA", (8, 8), (200, 51))
+    assert (prepare(image.convert("La"), 1, 8, 8) == prepare(image, 1, 8, 8)).all()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        ((2, 32, 32), "in_chans=2: 1 for grey or 3 for colour"),
+        ((3, 29, 32), "images of 29 pixels cannot be padded equally to 32"),
+        ((3, 32, 28), "images of 32 pixels cannot be padded equally to 28"),
+        ((3, 0, 0), "images of 0 pixels"),
+    ],
+)
+def test_channels_and_sizes_that_do_not_fit_are_refused(sizes: tuple[int, int, int], says: str) -> None:
+    with pytest.raises(ImageError, match=f"^{says}"):
+        prepare(noise(32, 32), *sizes)
 
 
 def ink(mode: str, color: int) -> Image.Image:

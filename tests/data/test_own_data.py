@@ -72,7 +72,7 @@ def test_one_level_is_split_by_class(tmp_path: Path) -> None:
 def test_bad_files_are_named(photos: Path) -> None:
     (photos / "train" / "red" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (photos / "test" / "blue" / "html.jpg").write_text("<html>")
-    with pytest.raises(DatasetError, match=r"red/cut\.png: cannot be read as an image .*: repair or remove"):
+    with pytest.raises(DatasetError, match=r"red/cut\.png: cannot be read as an image: .*: repair or remove"):
         load_dataset(photos)
 
 

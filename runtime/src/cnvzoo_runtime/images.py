@@ -56,8 +56,13 @@ def prepare(image: Any, in_chans: int, image_size: int, size: int) -> Pixels:
         uint8 [in_chans, size, size].
 
     Raises:
-        ImageError: not an image, not of 8 bits, not of 1 or 3 channels, or black where it is not transparent.
+        ImageError: not an image, damaged, not of 8 bits, not of 1 or 3 channels, or black where it is not transparent;
+            or channels and sizes that are impossible or do not fit together.
     """
+    if in_chans not in _MODES:
+        raise ImageError(f"in_chans={in_chans!r}: 1 for grey or 3 for colour")
+    if image_size < 1 or size < image_size or (size - image_size) % 2:
+        raise ImageError(f"images of {image_size} pixels cannot be padded equally to {size}")
     picture = _pil_image(image)
     if picture.mode != _MODES[in_chans]:
         picture = picture.convert(_MODES[in_chans])
@@ -76,9 +81,15 @@ def read_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ImageError(f"{path}: cannot be read as an image: {reason}") from None
+    except Exception as error:  # of many classes, one for each format, some without a message
+        raise ImageError(f"{path}: cannot be read as an image: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What was wrong with an image, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def normalize(pixels: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
@@ -94,10 +105,12 @@ def _pil_image(image: Any) -> Image.Image:
             raise ImageError(f"expected an 8-bit image, got one of PIL mode {image.mode!r}: scale it to 8 bits")
         if 0 in image.size:
             raise ImageError(f"expected an image with pixels, got one of {image.width}x{image.height}")
-        image = _upright(image)
-        if image.has_transparency_data:
-            return _on_black(image)
-        return image if image.mode in _MODES.values() else image.convert("RGB")
+        try:
+            return _decoded(image)
+        except ImageError:
+            raise
+        except Exception as error:  # as in read_image: an image that was only opened is decoded here
+            raise ImageError(f"damaged, or not an image: {_reason(error)}") from None
     if not isinstance(image, np.ndarray):
         raise ImageError(f"expected a PIL image or a uint8 array [H, W, C], got {type(image).__name__}")
     if image.dtype != np.uint8:
@@ -107,6 +120,13 @@ def _pil_image(image: Any) -> Image.Image:
     if image.ndim != 3 or image.shape[2] not in _MODES or 0 in image.shape:
         raise ImageError(f"an image has to be [H, W] or [H, W, C] with C 1 or 3, got shape {list(image.shape)}")
     return Image.fromarray(np.ascontiguousarray(image[:, :, 0] if image.shape[2] == 1 else image))
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    image = _upright(image)
+    if image.has_transparency_data:
+        return _on_black(image)
+    return image if image.mode in _MODES.values() else image.convert("RGB")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -121,7 +141,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _on_black(image: Image.Image) -> Image.Image:
     """The image composed on black, in mode RGB."""
-    image = image.convert("RGBA")
+    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # La has no direct way to RGBA
     composed = Image.alpha_composite(Image.new("RGBA", image.size, _BLACK), image).convert("RGB")
     alpha = np.asarray(image.getchannel("A"))
     if composed.getbbox() is None and alpha.any() and alpha.min() < _OPAQUE:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from cnvzoo.errors import DatasetError
 from cnvzoo.progress import counted
-from cnvzoo_runtime.images import ImageError, prepare
+from cnvzoo_runtime.images import ImageError, prepare, read_image
 
 DEFAULT_SIDE = 32  # pixels, of images that do not share one square size
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
@@ -131,7 +131,7 @@ def _format(paths: Sequence[Path]) -> tuple[int, int]:
             with Image.open(path) as image:
                 sizes.add(image.size)
                 grey = grey and image.mode in _GREY_MODES
-        except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
+        except Exception:  # Pillow's errors are of many classes, one for each format
             continue
     width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
     return (width if width == height else DEFAULT_SIDE), (1 if grey else 3)
@@ -143,12 +143,13 @@ def _read(paths: Sequence[Path], side: int, channels: int, name: str) -> NDArray
 
     def read(index: int) -> str | None:
         try:
-            with Image.open(paths[index]) as image:
-                images[index] = prepare(image, channels, side, side).transpose(1, 2, 0)
+            image = read_image(paths[index])
+        except ImageError as error:  # it names the file
+            return str(error)
+        try:
+            images[index] = prepare(image, channels, side, side).transpose(1, 2, 0)
         except ImageError as error:
             return f"{paths[index]}: {error}"
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return f"{paths[index]}: cannot be read as an image ({error})"
         return None
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes and resizes without the interpreter's lock
