@@ -243,6 +243,21 @@ def layers(inputs, outputs):
         assert (result.status, result.out, result.err) == (1, "", f"error: --import broken.py:{says}\n")
         assert "broken" not in sys.modules
 
+    @pytest.mark.parametrize(
+        ("lines", "says"),
+        [
+            (["", "raise RuntimeError('no GPU')"], "2: RuntimeError: no GPU"),
+            (["import sys", "sys.exit(3)"], "2: SystemExit: 3"),
+            (["def f(:"], "1: SyntaxError: invalid syntax"),
+            (["import no_such_module"], "1: ModuleNotFoundError: No module named 'no_such_module'"),
+        ],
+    )
+    def test_a_mistake_in_the_package_of_a_module(self, cnvzoo, lines, says):
+        Path("package").mkdir()
+        Path("package", "__init__.py").write_text("\n".join(lines) + "\n")
+        result = cnvzoo("list", "--import", "package.module")
+        assert (result.status, result.out, result.err) == (1, "", f"error: --import package/__init__.py:{says}\n")
+
     def test_a_mistake_that_shows_when_the_model_is_built(self, cnvzoo, own):
         own.write_text(self.OWN.replace("in_chans * 64", "undefined"))
         result = cnvzoo("info", "own_net", "--import", own)
@@ -862,6 +877,14 @@ class TestPredict:
         said = cnvzoo("predict", photo, "--checkpoint", "resnet20.mnist", "--top", 1).out
         best = first["predictions"][0]
         assert said == f"{photo}: {best['label']} {best['probability']:.1%}\n"
+
+    def test_a_file_name_that_is_not_utf8(self, cnvzoo, hub, photo):
+        other = photo.rename(os.fsdecode(os.fsencode(photo.parent) + b"/\xff.png"))
+        result = cnvzoo("predict", other, "--checkpoint", "resnet20.mnist", "--top", 1)
+        assert (result.status, result.err) == (0, "")
+        assert result.out.startswith(f"{photo.parent}/\\udcff.png: ")
+        (found,) = json.loads(cnvzoo("predict", other, "--checkpoint", "resnet20.mnist", "--json").out)
+        assert found["image"] == str(other)
 
     @pytest.mark.parametrize("content", [None, b"not an image", b"\x89PNG\r\n\x1a\n"])
     def test_a_file_that_is_not_an_image(self, cnvzoo, hub, tmp_path, content):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import cast
@@ -19,6 +20,7 @@ import cnvzoo.deploy
 from cnvzoo.data import dataset_info
 from cnvzoo.deploy import DeployError
 from cnvzoo_runtime import sessions
+from cnvzoo_runtime.cli import main
 from cnvzoo_runtime.images import ImageError
 from cnvzoo_runtime.onnx_file import DATA_LOCATION, EXTERNAL_DATA, MESSAGES
 
@@ -98,6 +100,13 @@ def test_predict_takes_one_image_or_a_list(exported):
     assert model.predict(image, top=3) == model.predict([image], top=3)[0]
     assert model.predict(np.asarray(image), top=3) == model.predict(image, top=3)
     assert model.predict([]) == []
+
+
+def test_the_command_prints_file_names_that_are_not_utf8(exported, tmp_path, capsys):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
+    Image.new("RGB", (8, 8)).save(path)
+    assert main(["predict", str(exported), path, "--top", "1"]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/\\udcff.png: ")
 
 
 def test_predict_takes_whole_numbers_of_classes_only(exported):

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import cnvzoo_runtime
-from cnvzoo_runtime.errors import CnvzooError, in_a_line
+from cnvzoo_runtime.errors import CnvzooError, in_a_line, show_every_character
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Errors of this package and of the operating system are printed in one line, and the status is 1.
     """
+    show_every_character()
     options = _parser().parse_args(arguments)
     try:
         options.run(options)

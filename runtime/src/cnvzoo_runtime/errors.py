@@ -1,7 +1,9 @@
-"""The base class of all errors of cnvzoo and of this package, and the line that commands print for an error."""
+"""The base class of all errors of cnvzoo and of this package, and how commands print errors and names."""
 
 from __future__ import annotations
 
+import io
+import sys
 import traceback
 from pathlib import Path
 
@@ -23,3 +25,9 @@ def in_a_line(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
+
+
+def show_every_character() -> None:
+    """Have the standard output print characters that it cannot encode as escapes, such as those of some file names."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

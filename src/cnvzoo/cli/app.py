@@ -10,6 +10,7 @@ import typer
 import cnvzoo
 from cnvzoo.cli.imports import in_imported_code
 from cnvzoo.errors import CnvzooError, in_a_line
+from cnvzoo_runtime.errors import show_every_character
 
 app = typer.Typer(
     help="Small image classifiers, float and quantized, with the recipe and the weights of every published number.",
@@ -40,6 +41,7 @@ def main() -> None:
 
     These are errors of cnvzoo, of the operating system, and of code that --import imported.
     """
+    show_every_character()
     try:
         app(prog_name="cnvzoo")
     except (CnvzooError, OSError) as error:

@@ -61,11 +61,22 @@ def _import_file(path: Path) -> None:
 def _import_module(name: str) -> None:
     sys.path.append(folder := os.getcwd())  # as `python -m` finds modules; last, so that it hides none
     try:
-        _execute(importlib.util.find_spec(name), name)
-    except (ImportError, ValueError) as error:  # of a package that the module is in
-        raise CnvzooError(f"--import {name}: {_mistake(error)}") from None
+        _execute(_found(name), name)
     finally:
         sys.path.remove(folder)
+
+
+def _found(name: str) -> ModuleSpec | None:
+    """The module, after the packages that it is in were imported."""
+    try:
+        return importlib.util.find_spec(name)
+    except SyntaxError as error:
+        raise _syntax_error(error, name) from None
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)[1:]  # without this one
+        own = next((frame for frame in frames if not frame.filename.startswith("<frozen")), None)
+        place = f"{_shown(own.filename)}:{own.lineno}" if own else name
+        raise CnvzooError(f"--import {place}: {_mistake(error)}") from None
 
 
 def _execute(spec: ModuleSpec | None, source: str) -> None:
@@ -81,11 +92,15 @@ def _execute(spec: ModuleSpec | None, source: str) -> None:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         del sys.modules[spec.name]
-        raise CnvzooError(f"--import {_shown(error.filename or source)}:{error.lineno}: {_mistake(error)}") from None
+        raise _syntax_error(error, source) from None
     except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         place = in_imported_code(error) or f"{source}: {_mistake(error)}"
         raise CnvzooError(f"--import {place}") from None
+
+
+def _syntax_error(error: SyntaxError, source: str) -> CnvzooError:
+    return CnvzooError(f"--import {_shown(error.filename or source)}:{error.lineno}: {_mistake(error)}")
 
 
 def _mistake(error: BaseException) -> str:
