@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,57 @@ def test_saving_says_only_what_is_known(tmp_path: Path) -> None:
     assert loaded.classes == ("cat", "dog")
     with pytest.raises(cnvzoo.CheckpointError, match="not the name of a checkpoint"):
         cnvzoo.save_checkpoint(model, tmp_path / "my model", preprocessing=preprocessing)
+
+
+class Own(nn.Module):
+    """A topology with options and, if asked for, one tensor under two names."""
+
+    def __init__(self, num_classes: int, in_chans: int, widths: Any = None, act: Any = nn.ReLU, tied: bool = False):
+        super().__init__()
+        self.stem, self.act = nn.Conv2d(in_chans, 4, 3, padding=1), act()
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.third = nn.Conv2d(4, 4, 3, padding=1)
+        if tied:
+            self.third.weight = self.second.weight
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.third(self.second(self.act(self.stem(x)))).mean((2, 3)))
+
+
+@pytest.fixture
+def own_net() -> Iterator[str]:
+    cnvzoo.register_model("own_net", summary="A net of a test.", min_size=16)(Own)
+    yield "own_net"
+    cnvzoo.unregister_model("own_net")
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "classes", "says"),
+    [
+        ({"widths": (8, 8)}, 32, "ab", r"cannot have these values: model: widths: nested too deep, or a collection"),
+        ({"act": nn.SiLU}, 32, "ab", r"model: act: <class '.*SiLU'> is not text, a number, true, false or null"),
+        ({}, 8, "ab", "own_net takes images of at least 16x16"),
+        ({}, 32, [f"{'a' * 190}{n}" for n in range(2000)], "a config of [0-9,]+ bytes, where 262,144 are read"),
+    ],
+    ids=["a tuple", "a class", "too small images", "too large a config"],
+)
+def test_what_cannot_be_read_again_is_not_saved(
+    tmp_path: Path, own_net: str, options: dict[str, Any], size: int, classes: Any, says: str
+) -> None:
+    model = cnvzoo.create_model(own_net, num_classes=len(classes), **options)
+    preprocessing = cnvzoo.Preprocessing(size, (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises((cnvzoo.CheckpointError, cnvzoo.ModelError), match=rf"^[^\n]*{says}[^\n]*$"):
+        cnvzoo.save_checkpoint(model, tmp_path / "mine", classes=list(classes), preprocessing=preprocessing)
+    assert not (tmp_path / "mine").exists()
+
+
+def test_tied_weights_are_saved(tmp_path: Path, own_net: str) -> None:
+    model = cnvzoo.create_model(own_net, num_classes=2, tied=True).eval()
+    preprocessing = cnvzoo.Preprocessing(32, (0.5,) * 3, (0.5,) * 3)
+    cnvzoo.save_checkpoint(model, tmp_path / "mine", preprocessing=preprocessing)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(cnvzoo.load_checkpoint(tmp_path / "mine")[0](images), model(images))
 
 
 RECORD = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "mnist_cnv" / "seed0.json"

@@ -151,12 +151,17 @@ def write_checkpoint(folder: str | Path, facts: CheckpointFacts, weights: str | 
     content = read_limited(weights, LARGEST_FILE, f"more than {LARGEST_FILE:,} bytes: too large for a checkpoint")
     if (found := FileFacts.of(content).sha256) != facts.weights_sha256:
         raise CheckpointError(f"{weights}: expected sha256 {str(facts.weights_sha256)[:16]}..., found {found[:16]}...")
-    return write_content(folder, facts, content, str(weights))
+    config, content = encoded(facts, content, str(weights))
+    write_encoded(folder, config, content)
+    return config
 
 
-def write_content(folder: str | Path, facts: CheckpointFacts, content: bytes, source: str) -> CheckpointConfig:
-    """As `write_checkpoint`, for the bytes of a safetensors file of the model's whole state; errors name `source`."""
-    folder = Path(folder)
+def encoded(facts: CheckpointFacts, content: bytes, source: str) -> tuple[CheckpointConfig, bytes]:
+    """The config and the content of model.safetensors for the safetensors file of a model's whole state.
+
+    Raises:
+        CheckpointError: the tensors are not exactly the model's, or too large; the message names `source`.
+    """
     try:
         model = build_empty(facts.model)
         model.load_state_dict(read_plain(content, model), strict=True)
@@ -164,19 +169,32 @@ def write_content(folder: str | Path, facts: CheckpointFacts, content: bytes, so
             content = packed_file(model.eval())
     except CheckpointError as error:
         raise CheckpointError(f"{source}: not the weights of {facts.name}: {error}") from None
-    config = CheckpointConfig(**dict(facts), format_version=FORMAT_VERSION, file=FileFacts.of(content))
-    with replacing(folder / WEIGHTS) as temporary:
+    if len(content) > LARGEST_FILE:
+        raise CheckpointError(f"{source}: weights of {len(content):,} bytes, where a checkpoint has {LARGEST_FILE:,}")
+    return CheckpointConfig(**dict(facts), format_version=FORMAT_VERSION, file=FileFacts.of(content)), content
+
+
+def write_encoded(folder: str | Path, config: CheckpointConfig, content: bytes) -> None:
+    """Write model.safetensors and config.json, in this order. Raises CheckpointError before for too large a config."""
+    text = _config_text(config)
+    with replacing(Path(folder) / WEIGHTS) as temporary:
         temporary.write_bytes(content)
-    write_config(folder, config)
-    return config
+    write_text(Path(folder) / CONFIG, text)
 
 
 def write_config(folder: str | Path, config: CheckpointConfig) -> None:
-    """Write config.json of a checkpoint, after its weights."""
+    """Write config.json of a checkpoint, after its weights. Raises CheckpointError for one that is too large."""
+    write_text(Path(folder) / CONFIG, _config_text(config))
+
+
+def _config_text(config: CheckpointConfig) -> str:
     values = config.model_dump(mode="json")
     if config.trial is None:
         del values["trial"]  # published configs, whose sha256 the index has, were written before there was this key
-    write_text(Path(folder) / CONFIG, json.dumps(values, indent=1) + "\n")
+    text = json.dumps(values, indent=1) + "\n"
+    if len(text) > _LARGEST_CONFIG:  # JSON is ASCII
+        raise CheckpointError(f"{config.name}: a config of {len(text):,} bytes, where {_LARGEST_CONFIG:,} are read")
+    return text
 
 
 def read_config(folder: str | Path, facts: FileFacts | None = None) -> CheckpointConfig:

@@ -124,8 +124,11 @@ def _plain(value: Any, key: str, levels: int) -> None:
             raise ValueError("not a finite number")
         elif isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
             raise ValueError("a whole number beyond 2^53")
-        elif isinstance(value, (dict, list)) and levels == 0:
+        elif isinstance(value, (dict, list, tuple)) and levels == 0:
             raise ValueError("nested too deep, or a collection where a single value is expected")
+        elif not (value is None or isinstance(value, (str, int, float, dict, list, tuple))):
+            shown = " ".join(repr(value).split())[:_LONGEST_TEXT]
+            raise ValueError(f"{shown} is not text, a number, true, false or null")
     except ValueError as error:
         raise ValueError(f"{key}: {error}" if key else str(error)) from None
     if isinstance(value, dict):
@@ -133,7 +136,7 @@ def _plain(value: Any, key: str, levels: int) -> None:
             if not isinstance(inner, str) or not _KEY.fullmatch(inner):
                 place = f"{key}: " if key else ""
                 raise ValueError(f"{place}{str(inner)[:_LONGEST_TEXT]!r} is not a key: letters, digits, _, - and .")
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     for inner, item in items:
         _plain(item, f"{key}.{inner}" if key else str(inner), levels - 1)
 

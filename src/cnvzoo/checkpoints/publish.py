@@ -6,12 +6,20 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from cnvzoo.checkpoints.card import render_card
-from cnvzoo.checkpoints.folder import checkpoint_files, checkpoint_folders, read_config, read_model, write_content
+from cnvzoo.checkpoints.folder import (
+    checkpoint_files,
+    checkpoint_folders,
+    encoded,
+    read_config,
+    read_model,
+    write_encoded,
+)
 from cnvzoo.checkpoints.format import (
     CARD,
     CheckpointConfig,
@@ -83,11 +91,13 @@ def write_card(folder: str | Path) -> bool:
         CheckpointError: the folder has no valid config.
         ModelError: no model has its arguments, or takes images of its size.
     """
-    folder = Path(folder)
-    config = read_config(folder)
+    folder = expanded(folder)
+    return update_text(folder / CARD, _card(read_config(folder)))
+
+
+def _card(config: CheckpointConfig) -> str:
     info = model_info(**config.model | {"input_size": config.preprocessing["size"]})
-    card = render_card(config, info.summary, info.parameters, info.macs)
-    return update_text(folder / CARD, card)
+    return render_card(config, info.summary, info.parameters, info.macs)
 
 
 def write_model(
@@ -112,8 +122,7 @@ def write_model(
     names = list(class_names(model, outputs) if classes is None else classes)
     if len(names) != outputs or not outputs:
         raise ModelError(f"{len(names)} classes were given, and the model has {outputs}")
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    content = save({n: (t.float() if t.is_floating_point() else t).contiguous() for n, t in state.items()})
+    content = _content(model)
     known = {} if record is None else _known_of(record)
     try:
         facts = CheckpointFacts(
@@ -127,9 +136,22 @@ def write_model(
         raise CheckpointError(f"{folder}: a checkpoint config cannot have these values: {explain(error)}") from None
     except ValueError as error:
         raise CheckpointError(str(error)) from None
-    config = write_content(folder, facts, content, type(model).__name__)
-    write_card(folder)
+    config, content = encoded(facts, content, type(model).__name__)
+    card = _card(config)  # before the first file is written: it may be refused too
+    write_encoded(folder, config, content)
+    update_text(folder / CARD, card)
     return config
+
+
+def _content(model: nn.Module) -> bytes:
+    """A safetensors file of the whole state, in float32."""
+    state = model.state_dict()
+    if other := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise CheckpointError(f"{type(model).__name__}: {', '.join(other)} is in its state and not a tensor")
+    tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    # copies, because safetensors refuses tensors that share memory, such as tied weights
+    form = torch.contiguous_format
+    return save({n: (t.float() if t.is_floating_point() else t).clone(memory_format=form) for n, t in tensors.items()})
 
 
 def _known_of(record: RunRecord) -> dict[str, Any]:

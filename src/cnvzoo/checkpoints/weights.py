@@ -177,8 +177,9 @@ def packed_file(model: nn.Module) -> bytes:
         packed = pack(integers.to(torch.int8).numpy(), quantizer.bits)
         state |= {f"{layer}.weight": torch.from_numpy(packed), _scale_of(model, quantizer): scale}
         descriptions[f"{layer}.weight"] = _description(quantizer, weight).model_dump()
-    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-    return save(contiguous, {_PACKED: json.dumps(descriptions, separators=(",", ":"))})
+    # copies, because safetensors refuses tensors that share memory, such as tied weights
+    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    return save(copies, {_PACKED: json.dumps(descriptions, separators=(",", ":"))})
 
 
 def read_plain(content: bytes, skeleton: nn.Module) -> dict[str, Tensor]:
