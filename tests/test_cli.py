@@ -355,10 +355,23 @@ class TestInfo:
             f"checkpoint resnet20.mnist accuracy 10.00 % (5 of 50 test images) bytes of the file {size:,}"
         )
         found = json.loads(cnvzoo("info", name, "--json").out)
-        assert (found["name"], found["input_shape"], found["w_bits"]) == ("resnet20", [1, 32, 32], None)
+        assert (found["name"], found["input_shape"], found["w_bits"]) == ("resnet20", [1, 28, 28], None)
+        (listed,) = json.loads(cnvzoo("list", "--checkpoints", "--json").out)
+        assert {key: found[key] for key in ("parameters", "macs")} == {
+            key: listed[key] for key in ("parameters", "macs")
+        }
+        assert json.loads(cnvzoo("info", name, "--input-size", 32, "--json").out)["input_shape"] == [1, 32, 32]
         assert found["checkpoint"] == {
             "name": "resnet20.mnist", "dataset": "mnist", "accuracy": 10.0, "correct": 5, "total": 50, "bytes": size,
         }  # fmt: skip
+
+    def test_a_checkpoint_of_ones_own_of_any_name(self, cnvzoo, tmp_path):
+        model, preprocessing = create_model("resnet20", in_chans=1), Preprocessing(20, (0.5,), (0.25,))
+        save_checkpoint(model, tmp_path / "hub" / "mine", preprocessing=preprocessing)
+        result = cnvzoo("info", "mine", "--hub", "hub")
+        assert (result.status, result.err) == (0, "")
+        assert "input 1 x 20 x 20" in result.said
+        assert "checkpoint mine" in result.said
 
     def test_a_checkpoint_of_ones_own_with_a_damaged_config(self, cnvzoo, tmp_path):
         (config := tmp_path / "hub" / "resnet20.own" / "config.json").parent.mkdir(parents=True)

@@ -102,6 +102,20 @@ class TestChoice:
         with pytest.raises(cnvzoo.CnvzooError, match="unknown dataset 'imagenet'"):
             cnvzoo.create_model("resnet20.imagenet")
 
+    def test_an_own_checkpoint_has_any_name_and_its_models_defaults(self, hub: Path) -> None:
+        model, _ = cnvzoo.load_checkpoint("quant_cnv_w4a4.cifar10")
+        cnvzoo.save_checkpoint(model, hub / "mine")
+        options = {"w_bits": 4, "first_w_bits": 8, "bits": {}}
+        for name in ("mine", hub / "mine", hub / "quant_cnv_w4a4.cifar10"):
+            loaded = cnvzoo.create_model(name, pretrained=True, hub=hub, **options)
+            assert name_of(loaded) == Path(name).name
+            with pytest.raises(ModelError, match="its first_w_bits is 8, not 4: leave first_w_bits out"):
+                cnvzoo.create_model(name, pretrained=True, hub=hub, first_w_bits=4)
+        with pytest.warns(UserWarning, match=r"num_classes=7: .* is new"):
+            assert cnvzoo.create_model("mine", pretrained=True, num_classes=7).num_classes == 7
+        with pytest.raises(ModelError, match="unknown model 'mine'"):
+            cnvzoo.create_model("mine")
+
 
 class TestStore:
     def test_the_argument_is_used_before_the_variable_and_the_checkout(
@@ -168,7 +182,7 @@ class TestStore:
         assert cnvzoo.list_checkpoints() == listed
         with pytest.raises(CheckpointError, match=said):
             cnvzoo.load_checkpoint("resnet20.own")
-        with pytest.raises(ModelError, match=f"no checkpoint of resnet20, own.*resnet20.own is left out: .*{said}"):
+        with pytest.raises(CheckpointError, match=f"{path}: .*{said}"):
             cnvzoo.create_model("resnet20.own", pretrained=True)
         with pytest.raises(ModelError, match=f"no checkpoint of resnet110 is.*resnet20.own is left out: .*{said}"):
             cnvzoo.create_model("resnet110", pretrained=True)

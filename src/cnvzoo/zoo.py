@@ -18,7 +18,7 @@ from cnvzoo.checkpoints.folder import check_weights, read_config
 from cnvzoo.checkpoints.format import CONFIG, WEIGHTS, CheckpointConfig
 from cnvzoo.checkpoints.index import list_checkpoints, matches
 from cnvzoo.checkpoints.load import load_checkpoint, parse_name
-from cnvzoo.checkpoints.locations import choose_checkpoint, find_checkpoint, is_path
+from cnvzoo.checkpoints.locations import choose_checkpoint, find_checkpoint, is_path, own_checkpoint
 from cnvzoo.checkpoints.publish import write_model
 from cnvzoo.checkpoints.weights import build_empty
 from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
@@ -70,8 +70,8 @@ def create_model(
 
     Args:
         name: a model of `list_models()`, such as `quant_cnv`; with bit widths, `quant_cnv_w4a4`; with a dataset,
-            `quant_cnv_w4a4.cifar10`, a checkpoint of `list_checkpoints()`; or, with `pretrained=True`, the path of a
-            checkpoint's folder: a Path, or text with a separator.
+            `quant_cnv_w4a4.cifar10`, a checkpoint of `list_checkpoints()`; or, with `pretrained=True`, the name of a
+            checkpoint of your own in `hub`, or the path of its folder: a Path, or text with a separator.
         pretrained: True loads the checkpoint that `name` says, or the only one that fits; the name of a dataset loads
             the checkpoint trained on it.
         num_classes: number of outputs, at least 1, or 0 for a model of this library without its last layer; default
@@ -101,8 +101,9 @@ def create_model(
     """
     if kwargs.get("bits") is not None:
         kwargs["bits"] = check_layer_bits(kwargs["bits"], str(name)) or None
-    if is_path(name):
-        return _from_folder(name, pretrained, num_classes, in_chans, {"w_bits": w_bits, "a_bits": a_bits, **kwargs})
+    if is_path(name) or (pretrained is True and isinstance(name, str) and own_checkpoint(name, hub)):
+        options = {"w_bits": w_bits, "a_bits": a_bits, **kwargs}
+        return _from_folder(name, hub, pretrained, num_classes, in_chans, options)
     parsed = parse_name(str(name))
     given = {"num_classes": num_classes, "in_chans": in_chans, "w_bits": w_bits, "a_bits": a_bits, **kwargs}
     wanted = parsed.bits | {key: value for key, value in given.items() if value is not None}
@@ -130,14 +131,20 @@ def create_model(
 
 
 def _from_folder(
-    folder: str | Path, pretrained: bool | str, num_classes: int | None, in_chans: int | None, given: dict[str, Any]
+    folder: str | Path,
+    hub: str | Path | None,
+    pretrained: bool | str,
+    num_classes: int | None,
+    in_chans: int | None,
+    given: dict[str, Any],
 ) -> Classifier:
     if pretrained is not True:
         raise ModelError(f"{folder}: the folder of a checkpoint needs pretrained=True")
-    model, config = load_checkpoint(folder, num_classes=num_classes, in_chans=in_chans)
+    model, config = load_checkpoint(folder, hub=hub, num_classes=num_classes, in_chans=in_chans)
+    arguments = with_defaults(config.model)
     for key, value in given.items():
-        if value is not None and value != config.model.get(key):
-            raise ModelError(f"{folder}: its {key} is {config.model.get(key)}, not {value}: leave {key} out")
+        if value is not None and value != arguments.get(key):
+            raise ModelError(f"{folder}: its {key} is {arguments.get(key)}, not {value}: leave {key} out")
     return model
 
 

@@ -183,6 +183,11 @@ def choose_checkpoint(
     )
 
 
+def own_checkpoint(name: str, hub: str | Path | None = None) -> Path | None:
+    """The folder of a checkpoint that is in the store's directory under a name that is not published, else None."""
+    return _unpublished(store_location(hub)).get(name)
+
+
 def is_path(checkpoint: str | Path) -> bool:
     """Whether this is a path, not a name: a Path, or text with a separator."""
     return isinstance(checkpoint, Path) or any(s in checkpoint for s in (os.sep, os.altsep) if s)

@@ -136,7 +136,10 @@ def info(
         int | None,
         typer.Option(min=1, help="Image channels: 3 for colour, 1 for grey; default that of the dataset, else 3."),
     ] = None,
-    input_size: Annotated[int | None, typer.Option(min=1, help="Height and width at which MACs are counted.")] = None,
+    input_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Height and width at which MACs are counted; default the checkpoint's, else 32."),
+    ] = None,
     hub: Hub = None,
     imported: Import = None,
     as_json: Json = False,
@@ -146,13 +149,13 @@ def info(
     Example: `cnvzoo info quant_cnv --w-bits 2 --a-bits 2 --num-classes 100`, or `cnvzoo info quant_cnv_w4a4.cifar10`
     """
     given = {"w_bits": w_bits, "a_bits": a_bits, "num_classes": num_classes, "in_chans": in_chans}
-    named, checkpoint = _described(model, hub)
+    named, size, checkpoint = _described(model, hub)
     for key, value in given.items():
         if value is not None and key in ("w_bits", "a_bits") and named.get(key, value) != value:
             option = f"--{key.replace('_', '-')}"
             raise CnvzooError(f"{model} and {option} {value}: leave {option} out, or the bits in the name")
     arguments: dict[str, Any] = named | {key: value for key, value in given.items() if value is not None}
-    facts = cnvzoo.model_info(**arguments, input_size=input_size)
+    facts = cnvzoo.model_info(**arguments, input_size=input_size or size)
     if as_json:
         bits = {key: arguments.get(key) for key in ("w_bits", "a_bits")}
         print_json({**asdict(facts), **bits, "checkpoint": checkpoint})
@@ -175,28 +178,29 @@ def info(
     print_table([Column(""), Column("", is_prose=True)], rows, header=False)
 
 
-def _described(name: str, hub: str | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The arguments of `model_info` for a model or checkpoint, and the checkpoint's facts, without fetching it."""
+def _described(name: str, hub: str | None) -> tuple[dict[str, Any], int | None, dict[str, Any] | None]:
+    """The arguments of `model_info` for a model or checkpoint, and, without fetching it, a checkpoint's size and facts.
+
+    The size is the side of the network's input in pixels.
+    """
     from cnvzoo.checkpoints.folder import read_config
-    from cnvzoo.checkpoints.format import CheckpointError
     from cnvzoo.checkpoints.index import read_index, row
     from cnvzoo.checkpoints.load import parse_name
-    from cnvzoo.checkpoints.locations import find_checkpoint, is_path
+    from cnvzoo.checkpoints.locations import is_path, own_checkpoint
+    from cnvzoo.files import expanded
+    from cnvzoo.training.evaluation import preprocessing_of
 
     published = read_index().checkpoints.get(name)
     if published is not None:
         found = row(name, published)
-        return dict(published.model), {key: found[key] for key in _CHECKPOINT}
-    parsed = None if is_path(name) else parse_name(name)
-    if parsed is not None and parsed.dataset is None:
-        return {"name": parsed.model, **parsed.bits}, None
-    try:
-        folder = find_checkpoint(name, hub).folder
-    except CheckpointError:
-        assert parsed is not None  # a path is returned as it is
-        return _on_dataset(parsed), None
+        size = preprocessing_of(found["model"], found["dataset"]).size
+        return dict(published.model), size, {key: found[key] for key in _CHECKPOINT}
+    folder = expanded(name) if is_path(name) else own_checkpoint(name, hub)
+    if folder is None:
+        parsed = parse_name(name)
+        return ({"name": parsed.model, **parsed.bits} if parsed.dataset is None else _on_dataset(parsed)), None, None
     config = read_config(folder)
-    return dict(config.model), {
+    return dict(config.model), config.preprocessing["size"], {
         "name": config.name, "dataset": config.dataset, "accuracy": config.accuracy,
         "correct": config.correct, "total": config.total, "bytes": config.file.size,
     }  # fmt: skip
