@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_http import READ_TOKEN
 from fake_hub import FakeHub
-from fake_repos import Commit
+from fake_repos import Blob, Commit
 from huggingface_hub import HfApi, constants
 
 from cnvzoo.checkpoints.format import FileFacts, StoreError
@@ -189,6 +189,19 @@ def test_publishing_needs_a_token_that_can_write(
     with pytest.raises(StoreError, match=r"401 .*log in with 'hf auth login'"):
         store.publish(checkpoint, message="first")
     assert hub.repos == {}
+
+
+def test_a_tag_may_be_at_an_older_commit_with_the_same_files(
+    hub: FakeHub, store: HubStore, checkpoint: Path, other: Path
+) -> None:
+    tagged = store.publish(checkpoint, message="first", tag="v1").commit
+    repo = hub.repos[REPO]
+    licence = Blob(b"a licence", is_lfs=False)
+    repo.commits.append(Commit("A licence", tagged, repo.commits[-1].files | {"LICENSE": licence}))
+    assert store.publish(checkpoint, message="again", tag="v1").unchanged == FILES
+    store.publish(other, message="second")
+    assert store.publish(checkpoint, message="back", tag="v1").changed == ("README.md",)
+    assert repo.tags == {"v1": tagged}
 
 
 def test_a_tag_is_set_once_and_never_moved(hub: FakeHub, store: HubStore, checkpoint: Path, other: Path) -> None:

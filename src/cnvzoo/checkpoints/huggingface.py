@@ -49,6 +49,10 @@ class _Snapshot:
             return file.lfs.sha256 == hashlib.sha256(content).hexdigest()
         return file.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
+    def has_all(self, files: Mapping[str, bytes]) -> bool:
+        """Whether these files of the repository have these contents; others that are in it do not matter."""
+        return all(self.has(name, content) for name, content in files.items())
+
 
 class HubStore:
     """The model repositories `organisation/<name>`; arguments and errors are those of `open_store`."""
@@ -102,7 +106,7 @@ class HubStore:
         same = [file for file in present if before and before.has(file, files[file])]
         publication = Publication.of_comparison(folder.resolve().name, self.location, present, same, tag=tag)
         tagged = self._find(repo, tag, RevisionNotFoundError) if before and tag else None
-        if before and tagged and (publication.to_write or tagged.commit != before.commit):
+        if tagged and not tagged.has_all(files):
             raise StoreError(
                 f"{repo}: tag {tag} is at commit {tagged.commit[:12]} with other files, and a tag is never moved: "
                 "choose a new one; nothing was published"
@@ -114,7 +118,7 @@ class HubStore:
             commit = self._commit(repo, files, message, is_new=before is None)
             publication = replace(publication, commit=commit)
         if tag and commit and not tagged:
-            self._tag(repo, tag, commit)
+            self._tag(repo, tag, commit, files)
         return publication
 
     def _download(self, repo: str, files: Mapping[str, FileFacts]) -> Path:
@@ -170,17 +174,17 @@ class HubStore:
             self._retry.call(f"Creating {repo} at {self.endpoint}", partial(self._api.create_repo, repo, exist_ok=True))
         return self._retry.call(f"Commit to {repo} at {self.endpoint}", commit, retry_on=_CONFLICTS)
 
-    def _tag(self, repo: str, tag: str, commit: str) -> None:
+    def _tag(self, repo: str, tag: str, commit: str, files: Mapping[str, bytes]) -> None:
         def create() -> None:
             try:
-                found = self._snapshot(repo, tag).commit
+                found = self._snapshot(repo, tag)
             except RevisionNotFoundError:
                 self._api.create_tag(repo, tag=tag, revision=commit)
                 return
-            if found != commit:
+            if not found.has_all(files):
                 raise StoreError(
-                    f"{repo}: somebody else has set tag {tag} at commit {found[:12]} meanwhile, and the files are in "
-                    f"commit {commit[:12]}: choose a new tag"
+                    f"{repo}: somebody else has set tag {tag} at commit {found.commit[:12]} meanwhile, and the files "
+                    f"are in commit {commit[:12]}: choose a new tag"
                 )
 
         self._retry.call(f"Tag {tag} of {repo} at {self.endpoint}", create, retry_on=_CONFLICTS)
