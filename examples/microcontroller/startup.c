@@ -1,4 +1,5 @@
-/* What a Cortex-M does first: the stack and the entry, which newlib's _start is. */
+/* What a Cortex-M reads when it starts: the address of the stack, and that of the first function, newlib's _start, which
+   calls main. */
 #include <stdint.h>
 
 extern uint32_t stack_top; /* of link.ld */

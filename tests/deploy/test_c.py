@@ -19,7 +19,7 @@ import cnvzoo.deploy
 from cnvzoo.cli.app import app
 from cnvzoo.deploy import DeployError, Metadata
 from cnvzoo.deploy.c_source import c_source
-from cnvzoo.deploy.c_weights import pack_rows, unpack_rows
+from cnvzoo.deploy.c_weights import pack_rows
 from cnvzoo.deploy.fixed_point import fixed_point
 from cnvzoo.deploy.integer import Head, Image, IntegerNet, Layer, Node, Rounding, Sum
 from cnvzoo.deploy.lowering import integer_net
@@ -269,6 +269,24 @@ def test_fixed_point_levels_are_those_of_the_integer_graph_for_every_accumulator
     assert len(found.changes) > 0 if (most, gain) == (255, 1) else most == 255 or not len(found.changes)
     assert found.multiplier.min() >= 0
     assert found.multiplier.max() < 1 << 31
+
+
+def unpack_rows(packed: NDArray[np.uint8], bits: int, n: int) -> NDArray[np.int8]:
+    """The inverse of `pack_rows`, by the arithmetic of the C code: [count, n]."""
+    if bits == 8:
+        return packed.view(np.int8)
+    if bits == 2:
+        rest = (packed[:, None].astype(np.int64) * 3 ** np.arange(5)[:, None]) & 255
+        return (((rest * 3) >> 8) - 1).reshape(len(packed), -1)[:, :n].astype(np.int8)
+    codes, start, up = np.zeros((len(packed), n), np.int64), 0, 0
+    for part in (4, 2, 1):
+        if bits & part:
+            size = -(-n * part // 8)
+            part_bytes = packed[:, start : start + size].astype(np.int64)
+            planes = (part_bytes[:, None] >> (part * np.arange(8 // part))[:, None]) & ((1 << part) - 1)
+            codes |= planes.reshape(len(packed), -1)[:, :n] << up
+            start, up = start + size, up + part
+    return (codes * 2 - 1 if bits == 1 else codes - (1 << (bits - 1)) + 1).astype(np.int8)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

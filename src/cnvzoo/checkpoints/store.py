@@ -1,7 +1,8 @@
 """A store: a place that holds checkpoints by name. Here the interface, and the store that is a directory.
 
-What a store returns was compared with the sha256 that the caller expects; what it takes is published whole or not at
-all.
+What a store returns was compared with the sha256 that the caller expects. The Hub takes the files of a checkpoint in
+one commit, so all or none of them. A directory takes them one by one, each whole: where one cannot be written, those
+before it stay, and the same publication completes it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ DataRoot = Annotated[
 ]
 Hub = Annotated[
     str | None,
-    typer.Option(help="Store of checkpoints: a directory or hf://ORG; default CNVZOO_HUB, else the checkout's hub/."),
+    typer.Option(
+        help="Store of checkpoints: a directory or hf://ORG; default CNVZOO_HUB, else the checkout's hub/, else the "
+        "Hugging Face Hub."
+    ),
 ]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads of a CPU; default as torch chooses. The bits depend on them.")

@@ -41,24 +41,6 @@ def pack_rows(rows: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
     return np.concatenate(parts, 1).astype(np.uint8)
 
 
-def unpack_rows(packed: NDArray[np.uint8], bits: int, n: int) -> NDArray[np.int8]:
-    """The inverse of `pack_rows`, by the arithmetic of the C code: [count, n]."""
-    if bits == 8:
-        return packed.view(np.int8)
-    if bits == _TERNARY_BITS:
-        rest = (packed[:, None].astype(np.int64) * 3 ** np.arange(5)[:, None]) & 255
-        return (((rest * 3) >> 8) - 1).reshape(len(packed), -1)[:, :n].astype(np.int8)
-    codes, start, up = np.zeros((len(packed), n), np.int64), 0, 0
-    for part in _PARTS:
-        if bits & part:
-            size = -(-n * part // 8)
-            part_bytes = packed[:, start : start + size].astype(np.int64)
-            planes = (part_bytes[:, None] >> (part * np.arange(8 // part))[:, None]) & ((1 << part) - 1)
-            codes |= planes.reshape(len(packed), -1)[:, :n] << up
-            start, up = start + size, up + part
-    return (codes * 2 - 1 if bits == 1 else codes - (1 << (bits - 1)) + 1).astype(np.int8)
-
-
 def _planes(codes: NDArray[Any], in_byte: int, *, fill: int) -> NDArray[Any]:
     """Codes [count, n] as [count, in_byte, bytes], padded."""
     size = -(-codes.shape[1] // in_byte)
