@@ -644,6 +644,12 @@ class TestTrain:
         assert result.status == 1
         assert f"{path}:{line}: lable_smoothing: unknown key: did you mean 'label_smoothing'" in result.err
 
+    def test_the_name_of_a_checkpoint_is_checked_before_the_run(self, cnvzoo, recipe, monkeypatch):
+        monkeypatch.setattr(sys.modules["cnvzoo"], "train", lambda *_, **__: pytest.fail("it was trained"))
+        result = cnvzoo("train", recipe(), "--checkpoint", "mein Modell")
+        assert result.status == 2
+        assert "'mein Modell' is not the name of a checkpoint" in " ".join(result.said.replace("│", " ").split())
+
     def test_an_unknown_device(self, cnvzoo, recipe, small_datasets):
         small_datasets()
         result = cnvzoo("train", recipe(), "--device", "gpu")

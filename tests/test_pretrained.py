@@ -217,9 +217,10 @@ class TestPreprocessing:
             model = cnvzoo.create_model("quant_cnv_w4a4.cifar10", pretrained=True, in_chans=1)
         assert model(cnvzoo.transforms(model)(torch.zeros(3, 40, 40, dtype=torch.uint8))[None]).shape == (1, 10)
         with pytest.warns(UserWarning, match="in_chans=2"):
-            model = cnvzoo.create_model("resnet20.mnist", pretrained=True, in_chans=2)
-        with pytest.raises(ModelError, match="takes 2 channels"):
-            cnvzoo.transforms(model)
+            model, config = cnvzoo.load_checkpoint("resnet20.mnist", in_chans=2)
+        for source in (model, config):
+            with pytest.raises(ModelError, match="takes 2 channels"):
+                cnvzoo.transforms(source)
 
     def test_a_fresh_model_has_none(self) -> None:
         with pytest.raises(ModelError, match="the dataset"):

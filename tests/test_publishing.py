@@ -117,6 +117,13 @@ def test_an_unknown_name(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         cnvzoo.publish("cnv.mnist", tmp_path / "store")
 
 
+def test_a_store_that_is_no_directory_is_refused_by_the_command(
+    hub: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    says = "error: cnv.mnist cannot be published from hf://zoo: give a directory with hub= or CNVZOO_HUB\n"
+    assert command("cnv.mnist", "--to", "store", "--hub", "hf://zoo") == (1, "", says)
+
+
 def test_the_command_prints_a_line_for_each(
     hub: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
 ) -> None:

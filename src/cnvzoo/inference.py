@@ -53,7 +53,10 @@ def transforms(
             source = known_preprocessing(model)
     elif dataset is not None:
         raise ModelError("transforms takes a dataset beside a model only: leave one out")
-    return data_transforms(preprocessing_from(source) if isinstance(source, CheckpointConfig) else source)
+    if isinstance(source, CheckpointConfig):  # of an adapted model, it may have any number of channels
+        _check_channels(source.model["in_chans"])
+        source = preprocessing_from(source)
+    return data_transforms(source)
 
 
 def known_preprocessing(model: nn.Module) -> Preprocessing:
@@ -61,12 +64,16 @@ def known_preprocessing(model: nn.Module) -> Preprocessing:
     found = getattr(model, "preprocessing", None)
     if isinstance(found, Preprocessing):
         return found
-    if (channels := getattr(model, "in_chans", 3)) not in (1, 3):
-        raise ModelError(f"the model takes {channels} channels, and transforms gives 1 or 3: convert images yourself")
+    _check_channels(getattr(model, "in_chans", 3))
     raise ModelError(
         f"the {type(model).__name__} does not know its preprocessing: give the dataset that it was trained on, or set "
         "model.preprocessing"
     )
+
+
+def _check_channels(channels: int) -> None:
+    if channels not in (1, 3):
+        raise ModelError(f"the model takes {channels} channels, and transforms gives 1 or 3: convert images yourself")
 
 
 @overload

@@ -173,8 +173,12 @@ def test_a_c_source_that_cannot_be_written_leaves_no_header(make_net, tmp_path):
 
 def test_home_is_expanded_in_paths(make_net, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    cnvzoo.export(make_net(2, 2), "~/m.onnx", dataset="cifar10")
-    assert cnvzoo.deploy.load("~/m.onnx", threads=1).metadata.name == "quant_cnv.cifar10"
+    preprocessing = cnvzoo.Preprocessing(32, (0.0,) * 3, (1.0,) * 3)
+    cnvzoo.save_checkpoint(make_net(2, 2), "~/net", preprocessing=preprocessing)
+    assert cnvzoo.write_card("~/net") is False
+    status, _, error = call("export", "~/net", "-o", "~/m.onnx")
+    assert status == 0, error
+    assert cnvzoo.deploy.load("~/m.onnx", threads=1).metadata.name == "net"
 
 
 def test_a_published_checkpoint_classifies_real_images_as_pytorch_does(real_data, tmp_path):

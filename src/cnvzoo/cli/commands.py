@@ -100,9 +100,15 @@ def train(
     Example: `cnvzoo train mnist_cnv --epochs 2 --holdout 5000`, or, on own images,
     `cnvzoo train cifar10_quant_cnv_w2a2 --start quant_cnv_w2a2.cifar10 --dataset photos/ --checkpoint my_model`
     """
+    from cnvzoo.checkpoints.format import checked_name
     from cnvzoo.files import expanded
     from cnvzoo.training.state import RunInterrupted
 
+    if checkpoint is not None:  # before the run, which may take hours
+        try:
+            checked_name(expanded(checkpoint).name)
+        except ValueError as error:
+            raise typer.BadParameter(f"--checkpoint {checkpoint}: {error}") from None
     loaded = cnvzoo.load_recipe(recipe)
     folder = _run_dir(loaded, seed, epochs, holdout) if run_dir is None else expanded(run_dir)
     deadline = None if time_limit is None else time.monotonic() + time_limit
@@ -301,6 +307,9 @@ def export(
 
     Example: `cnvzoo export quant_cnv_w4a4.cifar10 -o m.onnx --format integer`
     """
+    from cnvzoo.files import expanded
+
+    output = expanded(output)
     model, _ = cnvzoo.load_checkpoint(checkpoint, hub=hub)
     facts = cnvzoo.export(model, output, format=format)
     header = f" and {output.with_suffix('.h').name}" if facts.format == "c" else ""
@@ -318,7 +327,7 @@ def publish(
     ],
     to: Annotated[str, typer.Option(help="Store to publish to: a directory, or hf://ORG on the Hugging Face Hub.")],
     hub: Annotated[
-        Path | None, typer.Option(help="Directory of named checkpoints; default CNVZOO_HUB, else the checkout's hub/.")
+        str | None, typer.Option(help="Directory of named checkpoints; default CNVZOO_HUB, else the checkout's hub/.")
     ] = None,
     tag: Annotated[str | None, typer.Option(help="Tag of each new version, such as a release; never moved.")] = None,
     message: Annotated[str | None, typer.Option(help="Commit message; default name and accuracy.")] = None,
