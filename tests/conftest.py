@@ -159,7 +159,11 @@ def _write_untrained(place: Path, model: str, dataset: str, scored: bool, bits: 
         built = cnvzoo.create_model(model, **arguments)
     state = built.state_dict()
     score = cnvzoo.evaluate(built, dataset, device="cpu") if scored else None
-    counts = {"seed": 0, "correct": score.correct if score else 5, "total": score.total if score else 50}
+    counts: dict[str, Any] = {
+        "seed": 0,
+        "correct": score.correct if score else 5,
+        "total": score.total if score else 50,
+    }
     weights = place / "weights.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
     tag = f"{model}_w{bits['w_bits']}a{bits['a_bits']}" if bits else model
