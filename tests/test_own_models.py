@@ -133,7 +133,9 @@ def test_a_start_of_another_model_is_refused(photos: Path) -> None:
         cnvzoo.train(recipe, quiet=True)
 
 
-def test_a_start_with_other_bits_in_the_first_layer_is_quantized_anew(photos: Path, tmp_path: Path) -> None:
+def test_a_start_with_other_bits_in_the_first_layer_is_quantized_anew(
+    photos: Path, tmp_path: Path, uncompiled: None
+) -> None:
     model = cnvzoo.create_model("quant_resnet20", num_classes=3, w_bits=2, a_bits=2, first_w_bits=2)
     cnvzoo.save_checkpoint(model, tmp_path / "mine", preprocessing=cnvzoo.Preprocessing(32, (0.0,) * 3, (1.0,) * 3))
     changes = {"model": "quant_resnet20", "dataset": str(photos), "epochs": 1, "start": str(tmp_path / "mine")}
