@@ -16,9 +16,10 @@ from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.preprocessing import transforms as data_transforms
 from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo.errors import ModelError
-from cnvzoo.models.classifier import class_names, whole_number
+from cnvzoo.models.classifier import class_names
 from cnvzoo.models.modes import evaluating, unwrapped
 from cnvzoo.training.evaluation import preprocessing_of_model
+from cnvzoo_runtime.metadata import whole_number
 from cnvzoo_runtime.runner import Prediction
 
 if TYPE_CHECKING:

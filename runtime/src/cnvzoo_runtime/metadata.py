@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import unicodedata
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -152,6 +153,16 @@ def _is_text(value: Any) -> bool:
 def is_printable(text: str) -> bool:
     """Whether text can be shown in a line: spaces of every kind can, line breaks and control characters cannot."""
     return all(character.isprintable() or unicodedata.category(character) == "Zs" for character in text)
+
+
+def whole_number(value: Any) -> int | None:
+    """`value` as an int if it is a whole number of any type (numpy's too) but bool, else None."""
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):  # numpy.bool, once numpy.bool_
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _quoted(value: Any) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import operator
 import platform
 import threading
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from cnvzoo_runtime.metadata import DeployError, Metadata
+from cnvzoo_runtime.metadata import DeployError, Metadata, whole_number
 
 RUNTIMES = ("auto", "onnxruntime", "openvino")
 OPENVINO_FORMATS = ("qdq", "onnx")
@@ -188,10 +187,10 @@ class Graphs:
 
 
 def _checked_threads(threads: Any) -> int:
-    is_whole = hasattr(threads, "__index__") and not isinstance(threads, bool)
-    if not is_whole or not 1 <= operator.index(threads) <= _MOST_THREADS:
+    number = whole_number(threads)
+    if number is None or not 1 <= number <= _MOST_THREADS:
         raise DeployError(f"threads={threads!r}: a whole number, 1 to {_MOST_THREADS}, or None for one for each core")
-    return operator.index(threads)
+    return number
 
 
 def _openvino_is_installed() -> bool:

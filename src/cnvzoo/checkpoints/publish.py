@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from cnvzoo.checkpoints.card import render_card
@@ -31,6 +29,7 @@ from cnvzoo.checkpoints.format import (
 )
 from cnvzoo.checkpoints.locations import is_path, open_store, printable, store_location
 from cnvzoo.checkpoints.store import Publication, Store
+from cnvzoo.checkpoints.weights import tensors_file
 from cnvzoo.data.datasets import is_dataset_path
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import dataset_info, published_sha256
@@ -149,9 +148,7 @@ def _content(model: nn.Module) -> bytes:
     if other := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise CheckpointError(f"{type(model).__name__}: {', '.join(other)} is in its state and not a tensor")
     tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
-    # copies, because safetensors refuses tensors that share memory, such as tied weights
-    form = torch.contiguous_format
-    return save({n: (t.float() if t.is_floating_point() else t).clone(memory_format=form) for n, t in tensors.items()})
+    return tensors_file({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})
 
 
 def _known_of(record: RunRecord) -> dict[str, Any]:

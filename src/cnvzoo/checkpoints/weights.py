@@ -177,9 +177,13 @@ def packed_file(model: nn.Module) -> bytes:
         packed = pack(integers.to(torch.int8).numpy(), quantizer.bits)
         state |= {f"{layer}.weight": torch.from_numpy(packed), _scale_of(model, quantizer): scale}
         descriptions[f"{layer}.weight"] = _description(quantizer, weight).model_dump()
-    # copies, because safetensors refuses tensors that share memory, such as tied weights
-    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    return save(copies, {_PACKED: json.dumps(descriptions, separators=(",", ":"))})
+    return tensors_file(state, {_PACKED: json.dumps(descriptions, separators=(",", ":"))})
+
+
+def tensors_file(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """The content of a safetensors file of tensors, which may share memory, as tied weights do."""
+    form = torch.contiguous_format
+    return save({name: tensor.clone(memory_format=form) for name, tensor in tensors.items()}, metadata)
 
 
 def read_plain(content: bytes, skeleton: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo_runtime.errors import show_every_character
 
 app = typer.Typer(
-    help="Small image classifiers, float and quantized, with the recipe and the weights of every published number.",
+    help="Small image classifiers, float and quantized, with recipes, records of runs, and weights.",
     epilog="Start with: cnvzoo list, then cnvzoo info quant_cnv --w-bits 4 --a-bits 4",
     no_args_is_help=True,
     rich_markup_mode="markdown",

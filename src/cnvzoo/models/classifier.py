@@ -8,7 +8,6 @@ with it in attributes.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from cnvzoo.errors import ModelError
 from cnvzoo.models.layers import Layers
+from cnvzoo_runtime.metadata import whole_number
 
 if TYPE_CHECKING:
     from cnvzoo.checkpoints.format import CheckpointConfig
@@ -195,16 +195,6 @@ def check_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         raise ModelError(
             f"{spec.name} takes images of at least {spec.min_size}x{spec.min_size} and was given {height}x{width}"
         )
-
-
-def whole_number(value: Any) -> int | None:
-    """`value` as an int if it is a whole number of any type (numpy's too) but bool, else None."""
-    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):  # numpy.bool, once numpy.bool_
-        return None
-    try:
-        return operator.index(value)
-    except (TypeError, ValueError):
-        return None
 
 
 def check_bits(argument: str, bits: Any, model: str) -> int:

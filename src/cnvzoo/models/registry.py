@@ -24,9 +24,9 @@ from cnvzoo.models.classifier import (
     check_count,
     check_input,
     check_layer_bits,
-    whole_number,
 )
 from cnvzoo.models.layers import without_initialization
+from cnvzoo_runtime.metadata import whole_number
 
 
 @dataclass(frozen=True)

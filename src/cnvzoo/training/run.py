@@ -23,7 +23,6 @@ from cnvzoo.data.batches import TrainBatches
 from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
 from cnvzoo.data.published import published_sha256
 from cnvzoo.files import FileError, expanded, replacing, sha256_of
-from cnvzoo.models.classifier import whole_number
 from cnvzoo.models.registry import model_spec
 from cnvzoo.progress import TrainingProgress
 from cnvzoo.training.device import deterministic, keep_freed_memory, resolve_device
@@ -48,6 +47,7 @@ from cnvzoo.training.state import (
 )
 from cnvzoo.training.trainer import Trainer
 from cnvzoo.training.watch import EpochReport, Watch, check_validation
+from cnvzoo_runtime.metadata import whole_number
 
 
 @keep_freed_memory()
