@@ -246,7 +246,7 @@ def test_a_signal_stops_a_run_whose_state_cannot_be_saved(
 
 
 def test_a_deadline_does_not_hide_that_the_state_cannot_be_saved(
-    tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]]
+    tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]], uncompiled: None
 ) -> None:
     with full_disk(1000), pytest.raises(FileError, match=r"state\.safetensors: cannot be written"):
         run(recipe(), tmp_path, deadline=time.monotonic())
