@@ -182,7 +182,7 @@ class Records:
             return RunStatus(Status.INVALID, problem=problem)
         if problem := misplaced(record, entry, seed, trial=trial):
             return RunStatus(Status.INVALID, problem=f"{where}: {problem}; move it to its place, or delete it")
-        if record.recipe_sha256 != entry.fingerprint:
+        if record.recipe_sha256 != entry.fingerprint and (trial or not _differs_in_inputs_alone(record, entry)):
             problem = (
                 f"{where}: of another recipe ({record.recipe_sha256[:8]}) than {entry.path.name} is now "
                 f"({entry.fingerprint[:8]}); run again, or restore the recipe"
@@ -220,8 +220,11 @@ class Records:
         return RunStatus(Status.DONE, record)
 
     def _judged_by_inputs(self, record: RunRecord) -> RunStatus:
-        """Its status by its arithmetic, unless the weights that it started or learned from have been replaced."""
+        """Its status by its arithmetic, unless what it started or learned from has new weights or a new recipe."""
         found = self._judged_by_arithmetic(record)
+        if found.problem is None and record.recipe_sha256 != self.entries[record.entry].fingerprint:
+            problem = "the recipe of its float start or of a teacher has changed; it is due again"
+            found = RunStatus(Status.OLDER, record, problem)
         for (name, seed), sha256 in record.inputs().items():
             source = self.status(self.entries[name], seed)
             if source.record is not None and source.record.weights_sha256 == sha256:
@@ -306,6 +309,12 @@ class Records:
         if replaced is not None and replaced.weights_sha256 != record.weights_sha256:
             retire(self.layout.retired, replaced)
         record.write(path)
+
+
+def _differs_in_inputs_alone(record: RunRecord, entry: Entry) -> bool:
+    """Whether the recipe of `record` is that of `entry`, but for the recipes of its float start and teachers."""
+    inputs = {key: getattr(entry.recipe, key) for key in ("float_start_sha256", "teacher_sha256")}
+    return record.parsed_recipe().model_copy(update=inputs).fingerprint(record.data_sha256) == entry.fingerprint
 
 
 def misplaced(record: RunRecord, entry: Entry, seed: int, *, trial: bool = False) -> str | None:

@@ -118,8 +118,8 @@ def page(rows: Sequence[Row], survey: Survey, pictured: Collection[str]) -> str:
         "recipe has seen the test set. Recipes are now chosen on held-out training images "
         "([comparisons.yaml](comparisons.yaml)) or from the literature; the comments in a recipe say which.\n",
         f"The arithmetic of training has a version, now {NUMERICS} ([numerics](../docs/numerics.md)). Runs marked "
-        f"{_OLDER} are of an older one, or start or learn from weights that are: today's code gives other bits, and "
-        "they are due again.\n",
+        f"{_OLDER} are of an older one, or start or learn from weights that are, or that a new run or recipe has "
+        "replaced: today's recipes and code give other bits, and they are due again.\n",
         f"The weights of seed {PUBLISHED_SEED} are published, and scored again before they are. Those of the other "
         "seeds are not: their numbers rest on their [records](results), which state the sha256 of their weights.\n",
         "A picture shows every published checkpoint of a dataset: the test accuracy of its own weights, not the mean "

@@ -464,6 +464,25 @@ def test_a_run_that_started_from_replaced_weights_is_trained_again(bench):
     assert bench.training.calls[1:] == [("cifar10_quant_cnv_w4a4", 0)]
 
 
+def test_a_new_recipe_of_the_start_leaves_a_record_in_the_table_and_a_new_one_of_its_own_does_not(bench):
+    bench.recipe("cifar10_cnv")
+    quantized = {"float_start": "cifar10_cnv", "teacher": "cifar10_cnv"}
+    bench.recipe("cifar10_quant_cnv_w4a4", **quantized)
+    for name in ("cifar10_cnv", "cifar10_quant_cnv_w4a4"):
+        bench.put(name, 0)
+    bench.recipe("cifar10_cnv", epochs=12)
+    assert bench.run("--table", "cifar10", "--seeds", "0", "--time-limit", "0") == 3
+    assert [line.count("| 90.00†, -, - |") for line in bench.page.splitlines() if "configs/" in line] == [0, 1]
+    assert bench.run("--table", "cifar10", "--entry", "cifar10_cnv", "--seeds", "0") == 0
+    assert bench.training.calls == [("cifar10_cnv", 0)]
+    assert "| 90.00†, -, - |" in bench.page
+    bench.recipe("cifar10_quant_cnv_w4a4", epochs=12, **quantized)
+    assert bench.run("--table", "cifar10", "--seeds", "0", "--time-limit", "0") == 3
+    assert "†," not in bench.page
+    assert bench.run("--table", "cifar10", "--seeds", "0") == 0
+    assert bench.training.calls[1:] == [("cifar10_quant_cnv_w4a4", 0)]
+
+
 @pytest.mark.parametrize("recorded", [True, False])
 def test_start_weights_without_a_record_are_reported(bench, capsys, recorded):
     bench.recipe("cifar10_cnv")
