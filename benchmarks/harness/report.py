@@ -151,7 +151,7 @@ def summary(rows: Iterable[Row], pictured: Collection[str]) -> str:
             if table in pictured:
                 parts.append(_picture(table, "benchmarks/"))
     if any(row.older for row in finished):
-        parts.append(f"{_OLDER} By older [arithmetic](docs/numerics.md), or from weights that were replaced: due again.")
+        parts.append(f"{_OLDER} By older [arithmetic](docs/numerics.md), or from replaced weights: due again.")
     return "\n\n".join(parts) or "No run yet."
 
 

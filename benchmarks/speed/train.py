@@ -83,6 +83,8 @@ def measure(
 ) -> dict[str, Any]:
     """Images a second of every program with every net, and the recipes that these are of.
 
+    The fingerprint is of the recipe as it is measured: without its own optimizer, augmentation, start and teachers.
+
     Args:
         models: of `MODELS`.
         device: to train on.
@@ -103,7 +105,7 @@ def measure(
     figures, peaks, began = {}, [], time.monotonic()
     for number, name in enumerate(models):
         published = recipe_of(name)
-        recipe = _measured(published)
+        recipe = measured_recipe(published)
         with ExitStack() as stack:
 
             def start(program: str, recipe: Recipe, stack: ExitStack = stack) -> TrainingProcess:
@@ -111,16 +113,16 @@ def measure(
 
             processes = {program: start(program, recipe) for program in PROGRAMS}
             if twin := model_spec(recipe.model).float_twin:
-                processes[FLOAT_TWIN] = start(OURS, _measured(recipe_of(twin)))
+                processes[FLOAT_TWIN] = start(OURS, measured_recipe(recipe_of(twin)))
             if crops := published.early_crops:
-                processes[EARLY_CROPS] = start(OURS, _measured(published, crops.side))
+                processes[EARLY_CROPS] = start(OURS, measured_recipe(published, crops.side))
             rates = _take_turns(processes, device, turns, seconds, rest)
         peaks += (matmul := rates.pop(_MATMUL))
         info = cnvzoo.model_info(recipe.model, w_bits=recipe.w_bits, a_bits=recipe.a_bits)
         share = 6 * info.macs * statistics.median(rates[OURS]) / statistics.median(matmul)
         figures[name] = {
             "recipe": published.name,
-            "fingerprint": published.fingerprint(),
+            "fingerprint": recipe.fingerprint(),
             "batch_size": recipe.batch_size,
             "early_crops": crops.side if crops else None,
             "images_per_second": {process: round(statistics.median(r), 1) for process, r in rates.items()},
@@ -141,7 +143,7 @@ def recipe_of(model: str, configs: Path = CONFIGS) -> Recipe:
     return load_recipe(configs / f"cifar10_{model}.yaml")
 
 
-def _measured(published: Recipe, crop_side: int | None = None) -> Recipe:
+def measured_recipe(published: Recipe, crop_side: int | None = None) -> Recipe:
     """The recipe with the optimizer and augmentation of all programs, without what the baseline cannot do, and endless.
 
     With `crop_side`, all epochs but the last train on square parts of the images with so many pixels a side.
@@ -192,7 +194,11 @@ def outdated_training(train: Mapping[str, Any], models: Sequence[str], configs: 
             problems[model] = "was not measured"
             continue
         recipe = recipe_of(model, configs)
-        now = {"recipe": recipe.name, "fingerprint": recipe.fingerprint(), "batch_size": recipe.batch_size}
+        now = {
+            "recipe": recipe.name,
+            "fingerprint": measured_recipe(recipe).fingerprint(),
+            "batch_size": recipe.batch_size,
+        }
         now["early_crops"] = recipe.early_crops.side if recipe.early_crops else None
         if different := [key for key in now if key not in figures or figures[key] != now[key]]:
             problems[model] = "; ".join(shared.difference(key, figures, now[key]) for key in different)
@@ -245,7 +251,7 @@ def section(result: Result) -> str:
 Images a second of a full training step on CIFAR-10 images with SGD, augmentation (crop and flip) included, at the batch
 size of each net's recipe. Each program trains in a process of its own, and the processes take turns; a figure is the
 median over the turns. `python benchmarks/speed/train.py --keep` measures again and writes this part;
-[train.json](train.json) has the fingerprints of the recipes that were measured.
+[train.json](train.json) has the fingerprints of the recipes as they were measured.
 
 {shared.markdown(columns, rows)}
 
