@@ -67,16 +67,20 @@ class Step:
     buffers: dict[str, Tensor]
 
 
+def applied(sequence: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+    if residual is None:
+        return sequence(x)
+    norm, act = sequence[0], sequence[1] if len(sequence) > 1 else None  # type: ignore[index, arg-type]
+    return norm_act.norm_act(x, norm, act, residual=residual)
+
+
 def take(sequence: nn.Module, x: Tensor, upstream: Tensor, residual: Tensor | None = None) -> Step:
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     inputs = {"x": x}
-    if residual is None:
-        output = sequence(x)
-    else:
+    if residual is not None:
         residual = residual.detach().to(x.dtype).clone(memory_format=torch.preserve_format).requires_grad_()
         inputs["residual"] = residual
-        norm, act = sequence[0], sequence[1] if len(sequence) > 1 else None  # type: ignore[index, arg-type]
-        output = norm_act.norm_act(x, norm, act, residual=residual)
+    output = applied(sequence, x, residual)
     output.backward(upstream.to(output.dtype))
     gradients = {name: p.grad for name, p in [*sequence.named_parameters(), *inputs.items()] if p.grad is not None}
     return Step(output.detach(), gradients, dict(sequence.named_buffers()))
@@ -99,7 +103,7 @@ def channels_last(*shape: int, seed: int) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(
+VARIANTS = pytest.mark.parametrize(
     ("act", "pool", "residual", "dtype"),
     [
         ("none", False, False, torch.bfloat16),
@@ -112,6 +116,9 @@ def channels_last(*shape: int, seed: int) -> Tensor:
     ],
     ids=str,
 )
+
+
+@VARIANTS
 def test_equals_the_layers_one_by_one(
     monkeypatch: pytest.MonkeyPatch, act: str, pool: bool, residual: bool, dtype: torch.dtype
 ) -> None:
@@ -147,6 +154,32 @@ def test_equals_the_layers_one_by_one(
 def assert_mostly_close(found: Tensor, expected: Tensor, rounding: float) -> None:
     off = (found.double() - expected).abs() > 2 * rounding * (expected.abs() + expected.abs().mean())
     assert off.double().mean() < 2e-4
+
+
+@VARIANTS
+def test_second_order_gradients_are_refused(
+    monkeypatch: pytest.MonkeyPatch, act: str, pool: bool, residual: bool, dtype: torch.dtype
+) -> None:
+    x = channels_last(*SHAPE, seed=0).to(dtype).requires_grad_()
+    other = channels_last(*SHAPE, seed=1).to(dtype) if residual else None
+    calls = fuses(monkeypatch)
+    output = applied(layers(act, pool), x, other)
+    assert len(calls) == 1
+    (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("act", ["relu", "quant4"])
+def test_hooks_of_a_pool_fire(monkeypatch: pytest.MonkeyPatch, act: str) -> None:
+    """None of the layers of a step is fused where one of them has hooks."""
+    sequence, fired, calls = layers(act, True), [], fuses(monkeypatch)
+    sequence[2].register_forward_pre_hook(lambda *_: fired.append("before"))
+    sequence[2].register_forward_hook(lambda *_: fired.append("after"))
+    sequence[2].register_full_backward_hook(lambda *_: fired.append("backward"))
+    sequence(channels_last(*SHAPE, seed=0).bfloat16().requires_grad_()).sum().backward()
+    assert calls == []
+    assert fired == ["before", "after", "backward"]
 
 
 def test_the_first_of_equal_values_in_a_window_gets_the_gradient() -> None:
