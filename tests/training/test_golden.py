@@ -57,8 +57,11 @@ def test_golden_bits_on_a_gpu(name: str, tmp_path: Path, kept: dict[str, Any]) -
 
 def test_the_golden_file_is_of_this_version_of_the_arithmetic(kept: dict[str, Any]) -> None:
     assert kept["numerics"] == NUMERICS
+    reference = kept["machines"][0]["families"]
     for machine in kept["machines"]:
         assert machine["families"].keys() == golden.FAMILIES.keys()
+        for name, values in machine["families"].items():
+            assert values["losses"] == pytest.approx(reference[name]["losses"], rel=golden.TOLERANCE), name
     assert f"## Version {NUMERICS}\n" in (DOCS / "numerics.md").read_text(), "docs/numerics.md says what changed"
 
 
