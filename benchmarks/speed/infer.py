@@ -1,8 +1,10 @@
 """Inference speed of trained nets: the files of this library and other runtimes, measured in turns.
 
-    python benchmarks/speed/infer.py                                  all of it, about ten minutes on 2 cores
-    python benchmarks/speed/infer.py --bits 4 --batches 1 64          some
-    python benchmarks/speed/infer.py --keep                           and replace the figures, page and plot here
+    python benchmarks/speed/infer.py                                    all of it, about ten minutes on 2 cores
+    python benchmarks/speed/infer.py cnv.cifar10 --batches 1 64         some
+    python benchmarks/speed/infer.py --keep                             and replace the figures, page and plot here
+    python benchmarks/speed/infer.py quant_cnv_w4a4.cifar10 --keep      those of this net, if the others' are of the
+                                                                        same machine and versions
 
 The published float CNV in PyTorch (contiguous; channels_last in float32, bfloat16 and compiled), in ONNX Runtime and in
 OpenVINO (float32, and int8 after the quantization without training that comes with each), and the published quantized
@@ -58,14 +60,22 @@ from cnvzoo.errors import CnvzooError
 from cnvzoo.files import sha256_of
 
 FLOAT = "cnv.cifar10"
-QUANTIZED = {bits: f"quant_cnv_w{bits}a{bits}.cifar10" for bits in (8, 4, 2)}
-CHECKPOINTS = (FLOAT, *QUANTIZED.values())  # those whose figures must be there
-OTHERS = ("resnet20", "mobilenet_v1")  # of these and their quantized twins, those that are published
+_BITS = (8, 4, 2)
+QUANTIZED = tuple(f"quant_cnv_w{bits}a{bits}.cifar10" for bits in _BITS)
+# of these the files alone are measured, not the nets in PyTorch or Brevitas
+FILES_ALONE = tuple(
+    f"{name}.cifar10"
+    for net in ("resnet20", "mobilenet_v1")
+    for name in (net, *(f"quant_{net}_w{bits}a{bits}" for bits in _BITS))
+)
+CHECKPOINTS = (FLOAT, *QUANTIZED, *FILES_ALONE)
+REQUIRED = (FLOAT, *QUANTIZED)  # their figures must be those of the published checkpoints
 BATCHES = (1, 64, 256)
 _REST_SECONDS = 0.05  # for the threads of the previous runtime to stop polling for work
 _WARM_UP_SECONDS = 0.1
 _SCORED_AT_ONCE = 250  # images
 WEIGHTS = "model.safetensors"
+PACKAGES = ("torch", "brevitas", "onnxruntime", "openvino", "nncf")
 TOLERATED_IMAGES = 5  # float32 sums in another order move a few images of 10,000 to another class
 # These compute the same as the published file, in float32 or in exact integers: their accuracy is the published one.
 SAME_AS_PUBLISHED = (
@@ -74,19 +84,20 @@ SAME_AS_PUBLISHED = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = shared.parse(_parser(), argv)
+    parser = _parser()
+    arguments = shared.parse(parser, argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if unknown := [name for name in arguments.checkpoints if name not in CHECKPOINTS]:
+        parser.error(f"{unknown[0]} is not among those measured: {', '.join(CHECKPOINTS)}")
+    others = shared.kept("infer") if arguments.checkpoints and arguments.keep else None
+    if others is not None and (problem := _differs(others, arguments.batches)):
+        parser.error(f"the figures of the other nets {problem}: name no net, which measures all again")
     try:
-        result = measure(
-            arguments.bits,
-            arguments.batches,
-            load_dataset("cifar10", root=arguments.data_root),
-            turns=arguments.turns,
-            seconds=arguments.seconds,
-            others=arguments.others,
-        )
-        shared.deliver(arguments, "infer", REPORT, result)
+        data = load_dataset("cifar10", root=arguments.data_root)
+        names = arguments.checkpoints or CHECKPOINTS
+        result = measure(names, arguments.batches, data, turns=arguments.turns, seconds=arguments.seconds)
+        shared.deliver(arguments, "infer", REPORT, result if others is None else merged(others, result))
     except CnvzooError as error:
         print(f"infer.py: error: {error}", file=sys.stderr)
         return 1
@@ -94,23 +105,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(
-    bits: Sequence[int],
-    batches: Sequence[int],
-    data: Dataset,
-    *,
-    turns: int,
-    seconds: float,
-    others: Sequence[str] = (),
+    names: Sequence[str], batches: Sequence[int], data: Dataset, *, turns: int, seconds: float
 ) -> dict[str, Any]:
     """Milliseconds of every contender at every batch size, with its bytes, memory and accuracy.
 
     Args:
-        bits: widths of the quantized nets; one that is not published is left out, with a line on stderr.
+        names: checkpoints, of CHECKPOINTS; one that is not published is left out, with a line on stderr.
         batches: images at a time.
         data: CIFAR-10; calibration images are of its training set.
         turns: of each contender at each batch size.
         seconds: of a turn, which is one run at least.
-        others: float nets whose files are measured too, and those of their quantized twins, where they are published.
 
     Returns:
         {"machine", "versions", "checkpoints": {name: {"model.safetensors": sha256}}, "macs": {net: of one image},
@@ -119,16 +123,18 @@ def measure(
         with the class that the net has in PyTorch.
 
     Raises:
-        CnvzooError: the float net is not published, a checkpoint is damaged, or a batch is larger than the test set.
+        CnvzooError: none of the nets is published, a checkpoint is damaged, or a batch is larger than the test set.
     """
     if max(batches) > len(data.test_images):
         raise CnvzooError(f"--batches {max(batches)}: there are {len(data.test_images):,} test images: give fewer")
     progress = Console(stderr=True, highlight=False)
     images = np.ascontiguousarray(data.test_images.permute(0, 3, 1, 2).numpy())
     with tempfile.TemporaryDirectory() as folder:
-        contenders = list(_contenders(bits, others, data, Path(folder), progress))
-        names = dict.fromkeys(f"{contender.net}.cifar10" for contender in contenders)
-        sha256 = {name: {WEIGHTS: sha256_of(find_checkpoint(name).folder / WEIGHTS)} for name in names}
+        contenders = list(_contenders(names, data, Path(folder), progress))
+        if not contenders:
+            raise CnvzooError(f"none of {', '.join(names)} is published")
+        found_names = dict.fromkeys(f"{contender.net}.cifar10" for contender in contenders)
+        sha256 = {name: {WEIGHTS: sha256_of(find_checkpoint(name).folder / WEIGHTS)} for name in found_names}
         rows, in_pytorch = [], {}
         for contender in contenders:
             net, classes = contender.net, _classes(contender, images)
@@ -150,36 +156,59 @@ def measure(
                 row["spread"][str(batch)] = [round(min(times), 4), round(max(times), 4)]
     return {
         "machine": shared.describe_machine(torch.device("cpu")),
-        "versions": shared.versions("torch", "brevitas", "onnxruntime", "openvino", "nncf"),
+        "versions": shared.versions(*PACKAGES),
         "checkpoints": sha256,
-        "macs": {row["name"].split(".")[0]: row["macs"] for row in cnvzoo.list_checkpoints() if row["name"] in names},
+        "macs": {row["name"].split(".")[0]: row["macs"] for row in cnvzoo.list_checkpoints() if row["name"] in sha256},
         "contenders": rows,
     }
 
 
-def _contenders(
-    bits: Sequence[int], others: Sequence[str], data: Dataset, folder: Path, progress: Console
-) -> Iterator[Contender]:
+def _contenders(names: Sequence[str], data: Dataset, folder: Path, progress: Console) -> Iterator[Contender]:
     def say(line: str) -> None:
         progress.print(line, soft_wrap=True)
 
     calibration = np.ascontiguousarray(data.train_images[:CALIBRATION_IMAGES].permute(0, 3, 1, 2).numpy())
     threads = torch.get_num_threads()
-    yield from float_contenders(FLOAT, calibration, threads, folder, say)
     published = {row["name"] for row in cnvzoo.list_checkpoints()}
-    for width in bits:
-        if (name := QUANTIZED[width]) in published:
-            yield from quantized_contenders(name, threads, folder)
-        else:
+    for name in names:
+        if name not in published:
             say(f"{name} is not published yet: left out")
-    for net in others:
-        for name in (f"{net}.cifar10", *(f"quant_{net}_w{width}a{width}.cifar10" for width in bits)):
-            if name not in published:
-                say(f"{name} is not published yet: left out")
-            elif name.startswith("quant_"):
-                yield from our_files(name, threads, folder)
-            else:
-                yield from float_files(name, calibration, threads, folder, say)
+        elif name == FLOAT:
+            yield from float_contenders(name, calibration, threads, folder, say)
+        elif name in QUANTIZED:
+            yield from quantized_contenders(name, threads, folder)
+        elif name.startswith("quant_"):
+            yield from our_files(name, threads, folder)
+        else:
+            yield from float_files(name, calibration, threads, folder, say)
+
+
+def _differs(kept: Mapping[str, Any], batches: Sequence[int]) -> str | None:
+    """Why figures measured now cannot stand beside those that are kept; None if they can."""
+    machine, versions = shared.describe_machine(torch.device("cpu")), shared.versions(*PACKAGES)
+    if kept["machine"] != machine:
+        return f"are of {shared.machine_in_words(kept['machine'])}, and this is {shared.machine_in_words(machine)}"
+    if kept["versions"] != versions:
+        return "are of other versions of " + ", ".join(
+            p for p in PACKAGES if kept["versions"].get(p) != versions.get(p)
+        )
+    measured = list(kept["contenders"][0]["milliseconds"])
+    if measured != [str(batch) for batch in batches]:
+        return f"are of batches of {', '.join(measured)} images"
+    return None
+
+
+def merged(kept: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures that are kept, with those of `result` in the place of the same nets', in the order of CHECKPOINTS."""
+    rows = [row for row in kept["contenders"] if f"{row['net']}.cifar10" not in result["checkpoints"]]
+    rows += result["contenders"]
+    checkpoints = {**kept["checkpoints"], **result["checkpoints"]}
+    return {
+        **result,
+        "checkpoints": {name: checkpoints[name] for name in CHECKPOINTS if name in checkpoints},
+        "macs": dict(sorted({**kept["macs"], **result["macs"]}.items())),
+        "contenders": sorted(rows, key=lambda row: CHECKPOINTS.index(f"{row['net']}.cifar10")),
+    }
 
 
 def _memory(contender: Contender) -> dict[str, float] | None:
@@ -222,10 +251,9 @@ def _run_for(contender: Contender, inputs: Any, seconds: float) -> list[float]:
 def _parser() -> argparse.ArgumentParser:
     parser = shared.make_parser("infer.py", __doc__)
     add, positive = parser.add_argument, shared.positive
-    add("--bits", nargs="+", type=int, choices=QUANTIZED, default=list(QUANTIZED), metavar="N", help="of 8, 4, 2")
+    add("checkpoints", nargs="*", metavar="CHECKPOINT", help="names such as cnv.cifar10 (default: all)")
     batches = " ".join(map(str, BATCHES))
     add("--batches", nargs="+", type=positive(int), default=list(BATCHES), metavar="N", help=f"images ({batches})")
-    add("--others", nargs="*", choices=OTHERS, default=list(OTHERS), metavar="NET", help=f"({' '.join(OTHERS)})")
     add("--threads", type=positive(int), metavar="N", help="of every runtime (default: one for each core)")
     shared.add_shared(parser, turns=5, seconds=0.3, of="each runtime and net at each batch size")
     return parser

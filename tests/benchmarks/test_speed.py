@@ -224,7 +224,7 @@ def test_a_section_is_replaced_and_the_others_are_kept(tmp_path: Path) -> None:
 
 def test_the_figures_of_this_repository_are_of_the_current_recipes_and_checkpoints() -> None:
     outdated = train.outdated_training(shared.kept("train"), train.MODELS)
-    outdated += infer.outdated_inference(shared.kept("infer"), infer.CHECKPOINTS, read_index().checkpoints)
+    outdated += infer.outdated_inference(shared.kept("infer"), infer.REQUIRED, read_index().checkpoints)
     assert not outdated, "\n".join(["the figures in benchmarks/speed are out of date:", *outdated])
 
 
@@ -558,7 +558,8 @@ def test_infer_measures_what_is_published(small_datasets, make_checkpoint, tmp_p
     ]  # fmt: skip
     monkeypatch.setenv("CNVZOO_HUB", str(hub))
     monkeypatch.setattr(infer, "float_contenders", lambda *given: islice(contenders.float_contenders(*given), 3))
-    result = infer.measure([4], [1, 8], load_dataset("cifar10"), turns=1, seconds=0.001, others=["resnet20"])
+    names = [f"{net}.cifar10" for net in ("cnv", "quant_cnv_w4a4", "resnet20", "quant_resnet20_w4a4")]
+    result = infer.measure(names, [1, 8], load_dataset("cifar10"), turns=1, seconds=0.001)
     printed = capsys.readouterr()
     for name in ("quant_cnv_w4a4", "resnet20"):
         assert f"{name}.cifar10 is not published yet: left out" in printed.err
@@ -576,7 +577,60 @@ def test_infer_measures_what_is_published(small_datasets, make_checkpoint, tmp_p
         assert all(least <= row["milliseconds"][b] <= most for b, (least, most) in row["spread"].items())
 
 
+def test_nets_that_are_not_published_are_an_error(small_datasets, make_checkpoint, tmp_path, monkeypatch) -> None:
+    small_datasets(train=64, test=20)
+    make_checkpoint(tmp_path, "cnv", "cifar10")
+    monkeypatch.setenv("CNVZOO_HUB", str(tmp_path))
+    with pytest.raises(CnvzooError, match=r"^none of resnet20\.cifar10 is published$"):
+        infer.measure(["resnet20.cifar10"], [1], load_dataset("cifar10"), turns=1, seconds=0.001)
+
+
+def test_the_figures_of_one_net_are_kept_beside_those_of_the_others(
+    tmp_path: Path, small_datasets, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They must be of the same machine, versions and batches, and take the place that the old ones had."""
+    small_datasets(train=10, test=10)
+    kept = shared.kept("infer")
+    name = "quant_cnv_w4a4.cifar10"
+    old = [row for row in kept["contenders"] if row["net"] == "quant_cnv_w4a4"]
+    rows = [row | {"correct": row["correct"] - 1} for row in old]
+    new = kept | {"checkpoints": {name: {"model.safetensors": "0" * 64}}, "contenders": rows}
+    measured = []
+    monkeypatch.setattr(infer, "measure", lambda names, *_, **__: measured.append(names) or new)
+    here = tmp_path / "speed"
+    shutil.copytree(SPEED, here, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    monkeypatch.setattr(shared, "HERE", here)
+    machine = {"kind": "cpu", "name": "Another CPU", "threads": 4, "capability": "AVX2"}
+    for facts, problem in (
+        ({"machine": machine}, "and this is Another CPU, 4 threads, AVX2: name no net, which measures all again"),
+        ({"versions": kept["versions"] | {"torch": "3.0"}}, "are of other versions of torch: name no net"),
+    ):
+        monkeypatch.setattr(shared, "describe_machine", lambda _, f=kept | facts: f["machine"])
+        monkeypatch.setattr(shared, "versions", lambda *_, f=kept | facts: f["versions"])
+        with pytest.raises(SystemExit, match="2"):
+            infer.main([name, "--keep"])
+        assert problem in capsys.readouterr().err
+    monkeypatch.setattr(shared, "versions", lambda *_: kept["versions"])
+    with pytest.raises(SystemExit, match="2"):
+        infer.main([name, "--keep", "--batches", "1"])
+    assert "are of batches of 1, 64, 256 images: name no net" in capsys.readouterr().err
+    assert shared.kept("infer") == kept
+    assert measured == []
+
+    assert infer.main([name, "--keep"]) == 0
+    assert measured == [[name]]
+    after = shared.kept("infer")
+    assert after["checkpoints"] == kept["checkpoints"] | {name: {"model.safetensors": "0" * 64}}
+    assert list(after["checkpoints"]) == list(kept["checkpoints"])
+    assert [row["correct"] for row in after["contenders"]] == [
+        row["correct"] - (row["net"] == "quant_cnv_w4a4") for row in kept["contenders"]
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        infer.main(["quant_cnv_w3a3.cifar10"])
+    assert "quant_cnv_w3a3.cifar10 is not among those measured: cnv.cifar10, " in capsys.readouterr().err
+
+
 def test_a_batch_of_more_images_than_there_are_is_an_error(small_datasets) -> None:
     small_datasets(train=64, test=20)
     with pytest.raises(CnvzooError, match="--batches 21: there are 20 test images"):
-        infer.measure([4], [1, 21], load_dataset("cifar10"), turns=1, seconds=0.001)
+        infer.measure(["cnv.cifar10"], [1, 21], load_dataset("cifar10"), turns=1, seconds=0.001)
