@@ -15,7 +15,6 @@ from torch import nn
 from cnvzoo.deploy.integer import Head, Image, IntegerNet, Layer, Node, Rounding, Sum
 from cnvzoo.deploy.requantize import Requantization, Staircase, requantize
 from cnvzoo.errors import ModelError
-from cnvzoo.models.classifier import first_channels
 from cnvzoo.models.graph import FLATTEN, GLOBAL_POOL, Step, trace
 from cnvzoo.models.integers import int8_gain
 from cnvzoo.models.norm_act import QuantizedResidualActivation
@@ -41,8 +40,9 @@ def integer_net(model: nn.Module, size: int = 32) -> IntegerNet:
         DeployError: a float model, a layer that the integer graph cannot express, a parameter that is not finite, or
             accumulators that may leave int32.
     """
-    lowering = _Lowering(quantized_steps(model, "the integer graph"), first_channels(model) or 0, size)
-    return lowering.net()
+    steps = quantized_steps(model, "the integer graph")
+    channels = next((step.layer.in_channels for step in steps if isinstance(step.layer, nn.Conv2d)), 0)
+    return _Lowering(steps, channels, size).net()
 
 
 def quantized_steps(model: nn.Module, graph: str) -> list[Step]:

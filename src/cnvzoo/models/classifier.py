@@ -32,12 +32,13 @@ OR_NO_HEAD = f"{NEEDS_A_CLASS}, and a model without its last layer has 0"
 class Classifier(nn.Module):
     """A model of this library: images [N, in_chans, H, W] to logits [N, num_classes].
 
-    `create_model` sets the first five attributes, also on models of other classes that were registered by
+    `create_model` sets the first six attributes, also on models of other classes that were registered by
     `register_model`, and gives these `num_classes`, `in_chans`, `w_bits` and `a_bits` as plain attributes.
 
     Attributes:
         spec: what is known about the architecture.
         arguments: the arguments of `create_model` that build the model again, `name` included, without weights.
+        input_layer: path of the convolution that takes the images, as of `named_modules`; None without one.
         classes: names of the classes, in the order of the logits; None where they are not known.
         preprocessing: from images to the model's input; None where it is not known.
         pretrained_cfg: config of the checkpoint that the weights come from; None for other weights.
@@ -47,6 +48,7 @@ class Classifier(nn.Module):
 
     spec: ModelSpec
     arguments: dict[str, Any]
+    input_layer: str | None = None
     classes: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
     pretrained_cfg: CheckpointConfig | None = None
@@ -61,8 +63,8 @@ class Classifier(nn.Module):
 
     @property
     def in_chans(self) -> int:
-        """Channels of the images, of the first convolution that is there now."""
-        return first_channels(self) or self.arguments["in_chans"]
+        """Channels of the images, of the layer that is now where the one that takes them was built."""
+        return input_channels(self) or self.arguments["in_chans"]
 
     @property
     def w_bits(self) -> int | None:
@@ -161,9 +163,23 @@ def class_names(model: nn.Module, outputs: int) -> tuple[str, ...]:
     return tuple(classes) if classes and len(classes) == outputs else tuple(map(str, range(outputs)))
 
 
-def first_channels(model: nn.Module) -> int | None:
-    """Input channels of the first convolution of a model; None without one."""
-    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+def find_input_layer(model: nn.Module, in_chans: int) -> str | None:
+    """The path of the convolution of a new model that takes its images; None without one.
+
+    It is the first that takes as many channels: a head of convolutions may be defined before it.
+    """
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    return next((path for path, layer in layers.items() if layer.in_channels == in_chans), next(iter(layers), None))
+
+
+def input_channels(model: nn.Module) -> int | None:
+    """Channels that the input layer of a model takes, which may have been replaced; None without a convolution."""
+    path: str | None = getattr(model, "input_layer", None)
+    try:
+        layer = model if path is None else model.get_submodule(path)
+    except AttributeError:  # the model was taken apart
+        layer = model
+    return next((m.in_channels for m in layer.modules() if isinstance(m, nn.Conv2d)), None)
 
 
 def check_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -180,7 +196,7 @@ def check_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             f"{spec.name} takes a batch of images [N, {in_chans}, H, W], not a tensor of shape {list(x.shape)}"
         )
     _, channels, height, width = x.shape
-    if channels != in_chans and channels != first_channels(model):
+    if channels != in_chans and channels != input_channels(model):
         raise ModelError(
             f"{spec.name} was built for {in_chans} channel(s) and was given {channels}: "
             f"create it with in_chans={channels}, or convert the images"
