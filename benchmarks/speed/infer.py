@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [name for name in arguments.checkpoints if name not in CHECKPOINTS]:
         parser.error(f"{unknown[0]} is not among those measured: {', '.join(CHECKPOINTS)}")
     others = shared.kept("infer") if arguments.checkpoints and arguments.keep else None
-    if others is not None and (problem := _differs(others, arguments.batches)):
+    if others is not None and (problem := _not_comparable(others, arguments.batches)):
         parser.error(f"the figures of the other nets {problem}: name no net, which measures all again")
     try:
         data = load_dataset("cifar10", root=arguments.data_root)
@@ -133,8 +133,8 @@ def measure(
         contenders = list(_contenders(names, data, Path(folder), progress))
         if not contenders:
             raise CnvzooError(f"none of {', '.join(names)} is published")
-        found_names = dict.fromkeys(f"{contender.net}.cifar10" for contender in contenders)
-        sha256 = {name: {WEIGHTS: sha256_of(find_checkpoint(name).folder / WEIGHTS)} for name in found_names}
+        measured = dict.fromkeys(f"{contender.net}.cifar10" for contender in contenders)
+        sha256 = {name: {WEIGHTS: sha256_of(find_checkpoint(name).folder / WEIGHTS)} for name in measured}
         rows, in_pytorch = [], {}
         for contender in contenders:
             net, classes = contender.net, _classes(contender, images)
@@ -183,7 +183,7 @@ def _contenders(names: Sequence[str], data: Dataset, folder: Path, progress: Con
             yield from float_files(name, calibration, threads, folder, say)
 
 
-def _differs(kept: Mapping[str, Any], batches: Sequence[int]) -> str | None:
+def _not_comparable(kept: Mapping[str, Any], batches: Sequence[int]) -> str | None:
     """Why figures measured now cannot stand beside those that are kept; None if they can."""
     machine, versions = shared.describe_machine(torch.device("cpu")), shared.versions(*PACKAGES)
     if kept["machine"] != machine:

@@ -76,15 +76,17 @@ def test_a_checkpoint_that_cannot_be_measured_is_an_error_of_one_line(monkeypatc
 
 
 def test_every_network_has_the_scores_of_onnxruntime_and_fits(kept):
-    """A CNV of 2 bits takes 380,000 bytes of flash and 70,000 of RAM.
+    """A CNV of 2 bits takes at most 380,000 bytes of flash and 70,000 of RAM.
 
     Of the speed, instructions are bounded and times are not, which depend on the processor: a multiply-accumulate of
-    two 8-bit factors takes about three, two to load them and one to multiply and add.
+    two 8-bit factors takes about three, two to load them and one to multiply and add. ResNet-20's narrow layers take
+    more.
     """
     for network in kept["networks"]:
         assert (network["compared"], network["differing"]) == (1000, 0)
         assert network["ram"] + network["stack"] < 70_000
         model = json.loads((microcontroller.ROOT / "hub" / network["name"] / "config.json").read_text())["model"]
         macs = cnvzoo.model_info(**model).macs
-        assert 2 * macs < network["instructions"] < 4 * macs
+        most = 3.3 if network["name"].startswith("quant_cnv") else 3.8
+        assert 2 * macs < network["instructions"] < most * macs
     assert all(n["flash"] < 380_000 for n in kept["networks"] if "w2a2" in n["name"])

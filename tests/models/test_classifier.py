@@ -222,10 +222,10 @@ class HeadFirst(Classifier):
     def __init__(self, num_classes: int, in_chans: int) -> None:
         super().__init__()
         self.head = nn.Conv2d(8, num_classes, 1)
-        self.stem = nn.Conv2d(in_chans, 8, 3)
+        self.input_layer = nn.Conv2d(in_chans, 8, 3)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        return self.stem(x)
+        return self.input_layer(x)
 
     def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         return (features if pre_logits else self.head(features)).mean((2, 3))
@@ -242,11 +242,11 @@ def test_the_layer_that_takes_the_images_need_not_be_defined_first() -> None:
     cnvzoo.register_model("head_first", summary="of tests")(HeadFirst)
     try:
         model = build_model("head_first", num_classes=4, in_chans=1)
-        assert (model.input_layer, model.in_chans) == ("stem", 1)
+        assert (model._input_layer, model.in_chans) == ("input_layer", 1)
         assert model(images(channels=1)).shape == (2, 4)
         with pytest.raises(ModelError, match=r"built for 1 channel.*given 8"):
             model(images(channels=8))
-        model.stem = nn.Sequential(nn.Conv2d(5, 8, 3), nn.ReLU())
+        model.input_layer = nn.Sequential(nn.Conv2d(5, 8, 3), nn.ReLU())
         assert model.in_chans == 5
         assert model(images(channels=5)).shape == (2, 4)
     finally:

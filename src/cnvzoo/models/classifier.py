@@ -32,13 +32,12 @@ OR_NO_HEAD = f"{NEEDS_A_CLASS}, and a model without its last layer has 0"
 class Classifier(nn.Module):
     """A model of this library: images [N, in_chans, H, W] to logits [N, num_classes].
 
-    `create_model` sets the first six attributes, also on models of other classes that were registered by
+    `create_model` sets the first five attributes, also on models of other classes that were registered by
     `register_model`, and gives these `num_classes`, `in_chans`, `w_bits` and `a_bits` as plain attributes.
 
     Attributes:
         spec: what is known about the architecture.
         arguments: the arguments of `create_model` that build the model again, `name` included, without weights.
-        input_layer: path of the convolution that takes the images, as of `named_modules`; None without one.
         classes: names of the classes, in the order of the logits; None where they are not known.
         preprocessing: from images to the model's input; None where it is not known.
         pretrained_cfg: config of the checkpoint that the weights come from; None for other weights.
@@ -48,7 +47,8 @@ class Classifier(nn.Module):
 
     spec: ModelSpec
     arguments: dict[str, Any]
-    input_layer: str | None = None
+    # path of the convolution that takes the images; private, as a user's model may have a layer called `input_layer`
+    _input_layer: str | None = None
     classes: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
     pretrained_cfg: CheckpointConfig | None = None
@@ -174,7 +174,7 @@ def find_input_layer(model: nn.Module, in_chans: int) -> str | None:
 
 def input_channels(model: nn.Module) -> int | None:
     """Channels that the input layer of a model takes, which may have been replaced; None without a convolution."""
-    path: str | None = getattr(model, "input_layer", None)
+    path: str | None = getattr(model, "_input_layer", None)
     try:
         layer = model if path is None else model.get_submodule(path)
     except AttributeError:  # the model was taken apart

@@ -207,7 +207,7 @@ def _described(model: nn.Module, spec: ModelSpec, arguments: dict[str, Any]) -> 
     """Set on a new model the attributes that say what it is, and have it check its input."""
     described = cast("Classifier", model)
     described.spec, described.arguments = spec, {"name": spec.name, **arguments}
-    described.input_layer = find_input_layer(model, arguments["in_chans"])
+    described._input_layer = find_input_layer(model, arguments["in_chans"])
     if not isinstance(model, Classifier):  # a model of its own class gets attributes for what a Classifier has
         for name in ("classes", "preprocessing", "pretrained_cfg", "w_bits", "a_bits", "num_classes", "in_chans"):
             if not hasattr(model, name):
