@@ -95,10 +95,10 @@ def test_holdout_takes_exactly_n_where_classes_do_not_divide(n: int) -> None:
     assert len(split.train_labels) == 12 - n
 
 
-@pytest.mark.parametrize("n", [0, 12])
-def test_holdout_refuses_an_empty_side(n: int) -> None:
-    with pytest.raises(ValueError, match=f"expected 1 to 11, got {n}"):
-        synthetic(torch.arange(12) % 5, 10).holdout(n)
+@pytest.mark.parametrize("n", [0, 12, 5.0, "5", True])
+def test_holdout_refuses_an_empty_side_and_other_types(n: object) -> None:
+    with pytest.raises(ValueError, match=rf"^holdout\({n!r}\): .*expected a whole number from 1 to 11$"):
+        synthetic(torch.arange(12) % 5, 10).holdout(n)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", list_datasets())

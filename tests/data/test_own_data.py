@@ -165,3 +165,51 @@ def test_a_file_that_is_not_a_dataset_is_refused(tmp_path: Path) -> None:
 def test_the_size_of_a_benchmark_dataset_is_fixed() -> None:
     with pytest.raises(DatasetError, match="size and in_chans are for folders of own images"):
         load_dataset("mnist", size=32)
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("train", "eval"), ("train", "dev"), ("Train", "Test")])
+def test_splits_of_other_names_are_not_taken_for_classes(photos: Path, names: tuple[str, str]) -> None:
+    for split, name in zip(("train", "test"), names, strict=True):
+        (photos / split).rename(photos / name)
+    with pytest.raises(DatasetError) as error:
+        load_dataset(photos)
+    shown = ", ".join(repr(name) for name in sorted(names))
+    assert str(error.value) == (
+        f"{photos}: {shown} look like splits of a dataset and not like classes: name its splits 'train' and 'test', "
+        "and move other folders away"
+    )
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
+    for name in ("dev", "prod"):
+        for n in range(5):
+            write(tmp_path / name / f"{n}.png", n)
+    assert load_dataset(tmp_path).info.classes == ("dev", "prod")
+
+
+def test_links_to_folders_are_followed_once(photos: Path, tmp_path: Path) -> None:
+    write(tmp_path / "more" / "0.png", (1, 2, 3))
+    (photos / "train" / "red" / "more").symlink_to(tmp_path / "more")
+    (photos / "train" / "red" / "loop").symlink_to(photos / "train" / "red")
+    (tmp_path / "more" / "back").symlink_to(photos / "train" / "red")
+    assert load_dataset(photos).train_labels.tolist() == [0] * 4 + [1] * 5
+
+
+@pytest.mark.parametrize("size", [32.0, "32", True, 0, 1025])
+def test_an_impossible_size_is_refused(photos: Path, size: object) -> None:
+    with pytest.raises(DatasetError, match=rf"^size={size!r}: a whole number of pixels from 1 to 1024$"):
+        load_dataset(photos, size=size)  # type: ignore[arg-type]
+
+
+def test_a_folder_of_the_name_that_was_given_is_pointed_out(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(photos)
+    with pytest.raises(DatasetError, match=r"^unknown dataset 'train': .*; the folder or file here is './train'$"):
+        load_dataset("train")
+
+
+def test_arrays_are_on_the_cpu_whatever_the_default_device() -> None:
+    images, labels = np.arange(10 * 64, dtype=np.uint8).reshape(10, 8, 8), [0, 1] * 5
+    expected = Dataset.from_arrays(images, labels, ["a", "b"])
+    with torch.device("meta"):
+        data = Dataset.from_arrays(images, labels, ["a", "b"])
+    assert data.sha256 == expected.sha256

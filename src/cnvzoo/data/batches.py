@@ -149,7 +149,7 @@ class TrainBatches:
         else:
             view = self.view_of(epoch, side)
             augmented = self._draw_view(view, side)[:, image]
-        partner = torch.rand(shape, generator=g).argsort(dim=1)
+        partner = torch.rand(shape, generator=g, dtype=torch.float32).argsort(dim=1)
         lam = self._draw_lam(g)
         rows = torch.stack([image, *augmented, partner, view * len(self._labels) + image], dim=1)
         return BatchPlan(rows.to(self.device), None if lam is None else lam.to(self.device), side)
@@ -157,7 +157,7 @@ class TrainBatches:
     def _draw_augmentation(self, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
         """Row and column of the crop, flip, row and column of the cutout: int64 [5, *shape]."""
         row, col = torch.randint(2 * self.augmentation.crop_padding + 1, (2, *shape), generator=g)
-        flip = torch.rand(shape, generator=g) < (0.5 if self.augmentation.flip else 0.0)
+        flip = torch.rand(shape, generator=g, dtype=torch.float32) < (0.5 if self.augmentation.flip else 0.0)
         cutout_row, cutout_col = torch.randint(self._size, (2, *shape), generator=g)
         return torch.stack([row, col, flip, cutout_row, cutout_col])
 

@@ -25,6 +25,7 @@ from cnvzoo.data.image_folders import read_image_folder
 from cnvzoo.data.published import ARRAYS, DatasetInfo, combined_sha256, dataset_info, default_root, list_datasets
 from cnvzoo.errors import DatasetError
 from cnvzoo.files import expanded, replacing
+from cnvzoo_runtime.metadata import whole_number
 
 _LARGEST_SIDE = 1024  # pixels
 
@@ -139,14 +140,16 @@ class Dataset:
         Raises:
             DatasetError: `n` is not from 1 to len(train_images) - 1.
         """
-        if not 0 < n < len(self.train_labels):
+        number = whole_number(n)
+        if number is None or not 0 < number < len(self.train_labels):
             raise DatasetError(
-                f"holdout({n}): {self.info.name} has {len(self.train_labels)} training images, and at least one must "
-                f"be left on either side: expected 1 to {len(self.train_labels) - 1}, got {n}"
+                f"holdout({n!r}): {self.info.name} has {len(self.train_labels)} training images, and at least one must "
+                f"be left on either side: expected a whole number from 1 to {len(self.train_labels) - 1}"
             )
-        held = torch.zeros(len(self.train_labels), dtype=torch.bool)
+        n = number
+        held = torch.zeros(len(self.train_labels), dtype=torch.bool, device="cpu")
         for members, share in zip(*_shares(self.train_labels, n), strict=True):
-            held[members[(torch.arange(share) * 2 + 1) * len(members) // (2 * share)]] = True
+            held[members[(torch.arange(share, device="cpu") * 2 + 1) * len(members) // (2 * share)]] = True
         return Dataset(
             replace(self.info, train_size=len(held) - n, test_size=n),
             self.train_images[~held],
@@ -199,12 +202,12 @@ def _as_tensor(values: Any) -> Tensor:
             values = values.astype(np.int64)
         if not values.flags.writeable or min(values.strides, default=0) < 0:  # torch takes neither
             values = values.copy()
-    return torch.as_tensor(values)
+    return torch.as_tensor(values, device="cpu")
 
 
 def _own_info(name: str, classes: tuple[str, ...], images: Tensor, test_size: int) -> DatasetInfo:
     counts = torch.stack([torch.bincount(images[..., c].reshape(-1), minlength=256) for c in range(images.shape[3])])
-    levels = torch.arange(256, dtype=torch.float64) / 255
+    levels = torch.arange(256, dtype=torch.float64, device="cpu") / 255
     mean = (counts * levels).sum(1) / counts.sum(1)
     std = ((counts * (levels - mean[:, None]) ** 2).sum(1) / counts.sum(1)).sqrt()
     return DatasetInfo(
@@ -254,10 +257,13 @@ def load_dataset(
             raise DatasetError(f"{source}: size and in_chans are for folders of own images: leave them out")
         info = dataset_info(str(source))
         return Dataset(info, **published.load_arrays(info.name, expanded(root) if root is not None else default_root()))
-    if size is not None and not 1 <= size <= _LARGEST_SIDE:
-        raise DatasetError(f"size={size}: 1 to {_LARGEST_SIDE} pixels")
+    if size is not None:
+        side = whole_number(size)
+        if side is None or not 1 <= side <= _LARGEST_SIDE:
+            raise DatasetError(f"size={size!r}: a whole number of pixels from 1 to {_LARGEST_SIDE}")
+        size = side
     if in_chans not in (None, 1, 3):
-        raise DatasetError(f"in_chans={in_chans}: 1 for grey or 3 for RGB")
+        raise DatasetError(f"in_chans={in_chans!r}: 1 for grey or 3 for RGB")
     path = expanded(source)
     if path.is_dir():
         found = read_image_folder(path, size=size, in_chans=in_chans)

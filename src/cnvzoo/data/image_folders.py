@@ -6,7 +6,8 @@ that a trained model is asked about (`cnvzoo_runtime.images.prepare`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from cnvzoo_runtime.images import ImageError, prepare, read_image
 
 DEFAULT_SIDE = 32  # pixels, of images that do not share one square size
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
+_SPLIT_NAMES = (*_TEST_FOLDERS, "train", "training", "testing", "eval", "evaluation", "dev")
 _NAMED = 5  # bad files that an error names
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "F")
 _TOGETHER = 64  # images that are read between two reports of progress
@@ -45,8 +47,8 @@ def read_image_folder(root: Path, *, size: int | None = None, in_chans: int | No
     """Read all images of `root`.
 
     The folder holds `train/<class>/*` and `test/<class>/*` (also `val`, `valid` or `validation`), or `<class>/*`
-    without splits, as torchvision's `ImageFolder` reads it: files at any depth below a class, in the order of their
-    paths. Files with another suffix than those of images, and hidden ones, are ignored.
+    without splits, as torchvision's `ImageFolder` reads it: files at any depth below a class, symbolic links
+    followed, in the order of their paths. Files with another suffix than those of images, and hidden ones, are ignored.
 
     Args:
         root: the folder.
@@ -55,8 +57,8 @@ def read_image_folder(root: Path, *, size: int | None = None, in_chans: int | No
         in_chans: 1 for grey or 3 for RGB; default 1 if all images are grey, else 3.
 
     Raises:
-        DatasetError: there are no images or only those of one class, the splits have other classes, or files cannot be
-            read: the message names them.
+        DatasetError: there are no images or only those of one class; the splits have other classes, or other names
+            than these; or files cannot be read: the message names them.
     """
     splits = _splits(root)
     classes = tuple(sorted({name for folders in splits.values() for name in folders}))
@@ -90,17 +92,19 @@ def _splits(root: Path) -> dict[str, dict[str, list[Path]]]:
         return {"train": _classes(folders["train"]), "test": _classes(folders[tests[0]])}
     if "train" in folders and len(folders) == 1:
         return {"train": _classes(folders["train"])}
+    splits = [name for name in folders if name.lower() in _SPLIT_NAMES]
+    if splits and any(path.is_dir() for name in splits for path in _visible(folders[name])):
+        raise DatasetError(
+            f"{root}: {_listed(splits)} look like splits of a dataset and not like classes: name its splits 'train' "
+            "and 'test', and move other folders away"
+        )
     return {"train": _classes(root)}
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = {
-        path.name: [
-            file
-            for file in sorted(path.rglob("*"))
-            if file.suffix.lower() in suffixes and file.is_file() and not _is_hidden(file.relative_to(path))
-        ]
+        path.name: [file for file in _files(path) if file.suffix.lower() in suffixes]
         for path in _visible(folder)
         if path.is_dir()
     }
@@ -118,8 +122,16 @@ def _visible(folder: Path) -> list[Path]:
         raise DatasetError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The files at any depth below a folder, but for hidden ones, in the order of their paths."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder that it is in
+        return
+    for path in _visible(folder):
+        if path.is_dir():
+            yield from _files(path, (*above, real))
+        elif path.is_file():
+            yield path
 
 
 def _format(paths: Sequence[Path]) -> tuple[int, int]:

@@ -150,7 +150,8 @@ def dataset_info(name: str) -> DatasetInfo:
         DatasetError: no such dataset.
     """
     if name not in DATASETS:
-        raise DatasetError(f"unknown dataset {name!r}: {nearest(name, DATASETS)}")
+        here = f"; the folder or file here is './{name}'" if name and os.path.exists(name) else ""
+        raise DatasetError(f"unknown dataset {name!r}: {nearest(name, DATASETS)}{here}")
     return DATASETS[name]
 
 
