@@ -214,6 +214,21 @@ def test_the_check_of_input_uses_the_current_layers() -> None:
     assert (model.in_chans, model.num_classes) == (1, 2)
     with pytest.raises(ModelError, match=r"1 channel.*given 3"):
         model(images())
+    model.fc = nn.Identity()
+    assert model(images(channels=1)).shape == (2, 64)
+    assert model.num_classes == 0
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_images_of_whole_numbers_are_refused(name: str) -> None:
+    model = built(name)
+    for x in (images().mul(255).byte(), images().long()):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ModelError) as error:
+            model(x)
+        assert str(error.value) == (
+            f"{model.spec.name} takes images as floating-point numbers, not {x.dtype}: cnvzoo.transforms makes them of "
+            "images"
+        )
 
 
 class HeadFirst(Classifier):

@@ -14,12 +14,17 @@ LAYERS = {
     "depthwise, stride 2": lambda: DepthwiseConv2d(5, 5, 3, 2, 1, groups=5, bias=False),
     "pointwise": lambda: PointwiseConv2d(6, 5, 1, bias=False),
     "full field": lambda: FullFieldConv2d(6, 5, 3, bias=False),
+    # as after a BatchNorm was folded into them
+    "depthwise, biased": lambda: DepthwiseConv2d(5, 5, 3, 2, 1, groups=5),
+    "pointwise, biased": lambda: PointwiseConv2d(6, 5, 1),
+    "full field, biased": lambda: FullFieldConv2d(6, 5, 3),
 }
 CASES = [
     *(("depthwise", size) for size in ((8, 8), (7, 5), (3, 3), (2, 2), (5, 1), (1, 1))),
     *(("depthwise, stride 2", size) for size in ((8, 8), (7, 5), (3, 3), (2, 2), (5, 1), (1, 1))),
     *(("pointwise", size) for size in ((1, 1), (8, 8), (7, 3), (9, 8))),
     *(("full field", size) for size in ((3, 3), (4, 3))),
+    *((f"{name}, biased", (3, 3)) for name in ("depthwise", "pointwise", "full field")),
 ]
 
 
@@ -27,7 +32,7 @@ def plain(layer: nn.Conv2d) -> nn.Conv2d:
     """torch's layer with the same weights."""
     twin = nn.Conv2d(
         layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,  # type: ignore[arg-type]
-        groups=layer.groups, bias=False,
+        groups=layer.groups, bias=layer.bias is not None,
     )  # fmt: skip
     twin.load_state_dict(layer.state_dict(), strict=True)
     return twin
@@ -36,7 +41,7 @@ def plain(layer: nn.Conv2d) -> nn.Conv2d:
 def results(
     layer: nn.Conv2d, size: tuple[int, int], dtype: torch.dtype, layout: torch.memory_format = torch.channels_last
 ) -> tuple[Tensor, ...]:
-    """Output, and gradients of input and weights."""
+    """Output, and gradients of input and parameters."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(4, layer.in_channels, *size, generator=generator, dtype=torch.float64).to(dtype)
     x = x.to(memory_format=layout).requires_grad_()
@@ -56,11 +61,11 @@ def test_values_and_gradients_are_those_of_torch(name: str, size: tuple[int, int
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_under_autocast_values_are_bfloat16_and_gradients_float32(name: str) -> None:
-    size = (3, 3) if name == "full field" else (8, 8)
+    size = (3, 3) if name.startswith("full field") else (8, 8)
     layer = LAYERS[name]()
     with torch.autocast("cpu", torch.bfloat16):
         found = results(layer, size, torch.float32)
-    assert [t.dtype for t in found] == [torch.bfloat16, torch.float32, torch.float32]
+    assert [t.dtype for t in found] == [torch.bfloat16, *[torch.float32] * (len(found) - 1)]
     for ours, exact in zip(found, results(plain(layer), size, torch.float32), strict=True):
         torch.testing.assert_close(ours.float(), exact, rtol=0.02, atol=0.2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +109,17 @@ def test_nothing_is_compiled_in_eval_mode(monkeypatch: pytest.MonkeyPatch, name:
         assert torch.equal(model(images), logits)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning")
 @of_models
 def test_traces_with_gradients_on(plain: None, name: str, w_bits: int, a_bits: int) -> None:
     model, images = new(w_bits, a_bits, name), torch.rand(2, 3, 32, 32)
     assert torch.is_grad_enabled()
     traced: Any = torch.jit.trace(model, images)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
     other = torch.rand(3, 3, 32, 32)
-    assert torch.equal(traced(other), model(other))
+    assert torch.equal(torch.jit.load(file)(other), model(other))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cnvzoo.errors import CnvzooError, ModelError
-from cnvzoo.models import build_model, model_info, model_names, model_spec, register_model, unregister_model
+from cnvzoo.models import Classifier, build_model, model_info, model_names, model_spec, register_model, unregister_model
 
 
 def refusal(name: str, **arguments: Any) -> str:
@@ -203,3 +203,25 @@ def test_counts_that_are_not_possible_are_explained() -> None:
         with pytest.raises(ModelError, match=f"^num_classes=-1: {remedy}$"):
             build_model(name, num_classes=-1)
     unregister_model("tokens")
+
+
+@pytest.mark.parametrize("name", ["net.v2", "my net", "../net", ""])
+def test_names_that_could_not_be_found_again_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"give a name of letters, digits, _ and -"):
+        register_model(name, summary="of tests")
+
+
+@pytest.mark.parametrize("attribute", ["spec", "arguments", "classes", "preprocessing", "pretrained_cfg"])
+@pytest.mark.parametrize("base", [nn.Module, Classifier])
+def test_a_layer_with_the_name_of_an_attribute_is_refused(attribute: str, base: type[nn.Module]) -> None:
+    def build(num_classes: int, in_chans: int) -> nn.Module:
+        model = base()
+        setattr(model, attribute, nn.Conv2d(in_chans, num_classes, 1))
+        return model
+
+    register_model("clash", summary="of tests")(build)
+    try:
+        with pytest.raises(ModelError, match=rf"^clash: cnvzoo sets an attribute '{attribute}' on models: give its"):
+            build_model("clash")
+    finally:
+        unregister_model("clash")

@@ -58,7 +58,10 @@ class Classifier(nn.Module):
     @property
     def num_classes(self) -> int:
         """Number of logits, of the head that is there now; 0 without a head."""
-        layers = [m for m in self.get_classifier().modules() if isinstance(m, nn.Linear)]
+        head = self.get_classifier()
+        if isinstance(head, nn.Identity):
+            return 0
+        layers = [m for m in head.modules() if isinstance(m, nn.Linear)]
         return layers[-1].out_features if layers else self.arguments["num_classes"]
 
     @property
@@ -183,7 +186,7 @@ def input_channels(model: nn.Module) -> int | None:
 
 
 def check_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise ModelError for input of a wrong shape, instead of the error of some layer: a forward pre-hook."""
+    """Raise ModelError for input of a wrong type or shape, instead of the error of some layer: a forward pre-hook."""
     x = args[0] if args else next(iter(kwargs.values()), None)
     if x is None or isinstance(x, fx.Proxy):  # without input `forward` raises; a proxy of torch.fx has no shape
         return
@@ -191,6 +194,10 @@ def check_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     in_chans: int = model.in_chans  # type: ignore[assignment]
     if not isinstance(x, Tensor):
         raise ModelError(f"{spec.name} takes a tensor of images [N, {in_chans}, H, W], not {type(x).__name__}")
+    if not x.is_floating_point():  # an autocast would convert them to floating point, with values up to 255
+        raise ModelError(
+            f"{spec.name} takes images as floating-point numbers, not {x.dtype}: cnvzoo.transforms makes them of images"
+        )
     if x.dim() != 4:
         raise ModelError(
             f"{spec.name} takes a batch of images [N, {in_chans}, H, W], not a tensor of shape {list(x.shape)}"

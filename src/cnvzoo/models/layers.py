@@ -51,6 +51,13 @@ _RANDOM_TENSORS = {
     torch.normal,
     torch.bernoulli,
     torch.multinomial,
+    torch.poisson,
+    torch.binomial,
+    torch.rand_like,
+    torch.randn_like,
+    torch.randint_like,
+    torch.Tensor.bernoulli,
+    torch.Tensor.multinomial,
 }
 
 
@@ -125,10 +132,11 @@ class FullFieldConv2d(nn.Conv2d):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """nn.Conv2d for a 3x3 depthwise convolution with stride 1 or 2, padded by 1, without bias.
+    """nn.Conv2d for a 3x3 depthwise convolution with stride 1 or 2, padded by 1.
 
     oneDNN has no fast bfloat16 code for two of its gradients: that of the input at stride 2, and that of the weights on
-    maps smaller than 3x3. In training on a CPU both are computed by convolutions that it is fast at.
+    maps smaller than 3x3. In training on a CPU both are computed by convolutions that it is fast at, but not for a
+    layer with a bias, which it has only after a BatchNorm was folded into it.
 
     The arguments are those of `nn.Conv2d`.
     """
@@ -137,7 +145,7 @@ class DepthwiseConv2d(nn.Conv2d):
         if isinstance(input, fx.Proxy):  # torch.fx traces the plain convolution
             return super()._conv_forward(input, weight, bias)
         on_cpu = input.device.type == "cpu" and input.dim() == 4 and not torch.compiler.is_compiling()
-        if not (self.training and on_cpu and torch.is_grad_enabled()):
+        if not (self.training and on_cpu and torch.is_grad_enabled()) or bias is not None:
             return super()._conv_forward(input, weight, bias)
         if torch.is_autocast_enabled("cpu"):
             input, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (input, weight))
@@ -186,10 +194,11 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Te
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """nn.Conv2d for a 1x1 convolution with stride 1, without bias, that trains on a CPU as a matrix product.
+    """nn.Conv2d for a 1x1 convolution with stride 1 that trains on a CPU as a matrix product.
 
     On small maps only: in bfloat16, oneDNN's matrix product of all pixels of a batch is faster than its convolution on
-    maps of up to 8x8 pixels, and slower on 16x16.
+    maps of up to 8x8 pixels, and slower on 16x16. A layer with a bias, which it has only after a BatchNorm was folded
+    into it, is computed as a convolution.
 
     The arguments are those of `nn.Conv2d`.
     """
@@ -201,7 +210,7 @@ class PointwiseConv2d(nn.Conv2d):
             return super()._conv_forward(input, weight, bias)
         on_cpu = input.device.type == "cpu" and not torch.compiler.is_compiling()
         small = input.dim() == 4 and input.shape[2] * input.shape[3] <= self._MAX_PIXELS
-        if not (self.training and on_cpu and small):
+        if not (self.training and on_cpu and small) or bias is not None:
             return super()._conv_forward(input, weight, bias)
         # a view of channels_last memory, so nothing is copied
         return F.linear(input.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)

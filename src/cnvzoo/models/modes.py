@@ -25,6 +25,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's first floating-point parameter; float32 without one."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, every layer is in eval mode; afterwards each has the mode that it had, also after an error."""

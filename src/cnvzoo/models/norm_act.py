@@ -37,7 +37,7 @@ class Quantizer(Protocol):
 class QuantizedActivation(nn.Module):
     """A layer that applies an unsigned quantizer, which is a ReLU too, since its lowest level is zero."""
 
-    activation_quantizer: Quantizer | None  # None where more than the values is asked of it, or it is disabled
+    activation_quantizer: Quantizer | None  # None where Brevitas' proxy has to run, or it is disabled
 
 
 class QuantizedResidualActivation(QuantizedActivation):

@@ -38,10 +38,10 @@ _GRADIENT_LIMIT = 0.02  # largest gradient of a scale, as a share of the scale
 class _PositiveScale(torch.autograd.Function):
     """The scale clamped to the floor; its gradient is multiplied by `gain` and limited to a share of the scale.
 
-    A step that makes a scale negative would kill its channel: all weights round to the ends of the range, BatchNorm
-    sees a constant, and the ReLU after it passes no gradient. A limit of a fiftieth excludes that up to lr 0.1 at
-    momentum 0.9: under the worst sequence of gradients the scale is a damped oscillator, critically damped at
-    lr * limit = (1 - momentum)^2 / 4.
+    A step that makes a scale negative would end the training of its channel: all weights round to the ends of the
+    range, BatchNorm sees a constant, and the ReLU after it passes no gradient. A limit of a fiftieth excludes that up
+    to lr 0.1 at momentum 0.9: under the worst sequence of gradients the scale is a damped oscillator, critically damped
+    at lr * limit = (1 - momentum)^2 / 4.
     """
 
     @staticmethod
@@ -129,6 +129,8 @@ class IntQuantizer(nn.Module):
         """
         if not self.learned:
             return self.scale
+        if torch.jit.is_tracing():  # a trace with a Python function cannot be saved
+            return self.effective_scale()
         values = x.numel() // self.scale.numel() if self.signed else math.prod(x.shape[1:])  # for empty batches too
         gain, limit = 1 / math.sqrt(values * self.uses * self.ints.high), _GRADIENT_LIMIT / self.uses
         return _PositiveScale.apply(self.scale.float(), gain, limit)  # type: ignore[no-any-return]

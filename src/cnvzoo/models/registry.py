@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -69,8 +70,10 @@ class ModelSpec:
         return self
 
 
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*", re.ASCII)
 _REGISTRY: dict[str, ModelSpec] = {}
 _COMMON = ("num_classes", "in_chans", "w_bits", "a_bits")
+_SET_ON_MODELS = ("spec", "arguments", "classes", "preprocessing", "pretrained_cfg", "_input_layer")
 
 
 def register_model(
@@ -93,12 +96,18 @@ def register_model(
     builder of the same module and name again replaces it, so a notebook's cell may run twice.
 
     A run is reproducible if the builder draws its random numbers from torch's default generator, as the layers and
-    initialisers of torch do, and the forward pass draws none: `nn.Dropout` does, from the generator of the program.
+    initialisers of torch do, and the forward pass draws none: `nn.Dropout` does, from the generator of the program. So
+    do `F.gumbel_softmax` and the samples of `torch.distributions`, in a builder too.
+
+    No layer, parameter or buffer of the module itself may be called `spec`, `arguments`, `classes`, `preprocessing` or
+    `pretrained_cfg`: these attributes say what a model is.
 
     Raises:
-        ValueError: another builder has the name, which `unregister_model` frees; or the builder takes `*args` or
-            `**kwargs`, so that its options are not known.
+        ValueError: the name has other characters than letters, digits, `_` and `-`; another builder has it, which
+            `unregister_model` frees; or the builder takes `*args` or `**kwargs`, so that its options are not known.
     """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"model {name!r}: give a name of letters, digits, _ and -: a dot separates model and dataset")
 
     def register(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         if name in _REGISTRY and _origin(_REGISTRY[name].build) != _origin(build):
@@ -205,6 +214,9 @@ def build_model(
 
 def _described(model: nn.Module, spec: ModelSpec, arguments: dict[str, Any]) -> Classifier:
     """Set on a new model the attributes that say what it is, and have it check its input."""
+    own = {**model._modules, **model._parameters, **model._buffers}  # assigning another value to these raises TypeError
+    if taken := next((attribute for attribute in _SET_ON_MODELS if attribute in own), None):
+        raise ModelError(f"{spec.name}: cnvzoo sets an attribute {taken!r} on models: give its layer another name")
     described = cast("Classifier", model)
     described.spec, described.arguments = spec, {"name": spec.name, **arguments}
     described._input_layer = find_input_layer(model, arguments["in_chans"])

@@ -112,7 +112,7 @@ def _round(x: Tensor, inverse: Tensor, scale: Tensor, high: int) -> Tensor:
 def _round_backward(
     x: Tensor, inverse: Tensor, high: int, grad: Tensor, direct: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to x and scale; `direct` is what x has from elsewhere."""
+    """Gradients with respect to x and scale; `direct`: that of x's other use, or None."""
     v = x.float() * inverse
     r = torch.round(v)
     q = r.clamp(0, high)
