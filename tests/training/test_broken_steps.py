@@ -51,6 +51,8 @@ def test_a_run_stopped_by_a_signal_that_ends_the_compiler_resumes_from_before_th
         with pytest.raises(RunInterrupted) as caught:
             run(folder)
         assert (caught.value.reason, caught.value.step) == (number.name, 8)
+        assert str(caught.value.unsaved).startswith("a step failed: RuntimeError: C++ compile error (")
+        assert "resumes from the last state saved, if there is one" in str(caught.value)
         assert run(folder).weights_sha256 == whole.weights_sha256
         assert begun == [*range(9), *range(8, STEPS)]
 

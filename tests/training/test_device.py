@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -193,6 +194,21 @@ def test_a_setting_that_follows_another_follows_it_again(changed: Callable[[str]
         pass
     set_all(BACKENDS, fp32_precision="ieee")
     assert [FLOAT32_SETTINGS[name].fp32_precision for name in ("cudnn", "cuda.matmul", "mkldnn.conv")] == ["ieee"] * 3
+
+
+@pytest.mark.parametrize("found", [None, ":16:8"])
+def test_the_workspace_of_cublas_is_put_back(found: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", found or "")
+    if found is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with deterministic(torch.device("cuda")):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == (found or ":4096:8")
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == found
+
+
+def test_tensors_are_made_on_the_cpu_whatever_the_default_device_of_the_caller() -> None:
+    with torch.device("meta"), deterministic(torch.device("cpu")):
+        assert torch.zeros(1).device.type == "cpu"
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

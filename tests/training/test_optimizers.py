@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cnvzoo.errors import ModelError
 from cnvzoo.models import build_model
 from cnvzoo.training import Optimizer
 from cnvzoo.training.optimizers import Muon, build_optimizers, orthogonalize
@@ -173,3 +174,27 @@ def test_muon_leaves_parameters_without_gradient_alone() -> None:
     assert torch.equal(unused, before)
     assert not torch.equal(used, before)
     Muon([unused]).step()
+
+
+class Tied(nn.Module):
+    """The first layer and the last have one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.hidden, self.last = (nn.Linear(4, 4, bias=False) for _ in range(3))
+        self.last.weight = self.first.weight
+
+
+def test_a_weight_that_layers_share_is_updated_once() -> None:
+    model = Tied()
+    muon, sgd = build_optimizers(model, OPTIMIZERS["muon"])
+    assert [len(group["params"]) for group in sgd.param_groups] == [2, 0]
+    assert muon.param_groups[0]["params"] == []
+    (plain,) = build_optimizers(model, OPTIMIZERS["sgd"])
+    assert [len(group["params"]) for group in plain.param_groups] == [2, 0]
+
+
+@pytest.mark.parametrize("model", [nn.BatchNorm2d(3), nn.Sequential(nn.Flatten(), nn.Linear(3, 2))])
+def test_muon_needs_hidden_layers(model: nn.Module) -> None:
+    with pytest.raises(ModelError, match=r"has [01] convolution or linear layers: .*use `optimizer: {name: sgd}`$"):
+        build_optimizers(model, OPTIMIZERS["muon"])

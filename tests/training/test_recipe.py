@@ -469,7 +469,7 @@ def test_a_recipe_that_is_its_own_teacher_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("views", "augmentation", "says"),
     [
-        (10, "flip: true", "10: must be below epochs, 10: each is used again"),
+        (10, "flip: true", "10: must be below epochs, 10: each is for several epochs"),
         (4, "mixup: 0.2", "4: views cannot have mixup: leave one out"),
     ],
 )
@@ -487,7 +487,11 @@ def test_impossible_views_are_refused(tmp_path: Path, views: int, augmentation: 
         (RESNET, "{side: 32, epochs: 5}", "early_crops.side: 32: must be 8 to 31 for resnet20"),
         (RESNET, "{side: 7, epochs: 5}", "early_crops.side: 7: must be 8 to 31 for resnet20"),
         (RESNET.replace("cifar10", "mnist"), "{side: 28, epochs: 5}", "early_crops.side: 28: must be 8 to 27"),
-        (RESNET, "{side: 24, epochs: 10}", "early_crops.epochs: 10: must be below epochs, 10: others are whole"),
+        (
+            RESNET,
+            "{side: 24, epochs: 10}",
+            "early_crops.epochs: 10: must be below epochs, 10: the last ones have whole images",
+        ),
         (RESNET, "{side: 24, epochs: 0}", "early_crops.epochs: 0: input should be greater than or equal to 1"),
         (RESNET, "{side: 24}", "early_crops.epochs: missing: add it"),
         (

@@ -21,6 +21,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from synthetic import CNV_BITS, EVERY_AUGMENTATION, StepHook, coloured, interrupted, noise, recipe, run
 
+import cnvzoo
 from cnvzoo.data import Dataset, published_sha256
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import FileError, sha256_of
@@ -212,6 +213,15 @@ def test_a_deadline_that_has_passed_stops_before_the_first_step(
         assert (caught.value.reason, caught.value.step) == ("time limit", 0)
     assert steps == []
     assert run(recipe(), tmp_path).weights_sha256 == whole.weights_sha256
+
+
+def test_a_stopped_run_without_a_folder_says_that_nothing_is_kept(uncompiled: None) -> None:
+    with pytest.raises(RunInterrupted) as caught:
+        cnvzoo.train(recipe(), dataset=noise(), deadline=time.monotonic(), device="cpu", quiet=True)
+    assert caught.value.run_dir is None
+    assert str(caught.value).endswith(
+        "stopped (time limit) after step 0 of 12; nothing of it is kept, for lack of a run_dir"
+    )
 
 
 def test_a_deadline_stops_a_run_step_by_step_to_the_same_bits(

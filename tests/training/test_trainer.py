@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -177,6 +179,40 @@ def test_replayed_steps_are_those_taken_one_by_one(optimizer: dict[str, Any], au
             rtol, atol = (2e-2, 2e-3) if optimizer.get("name") == "muon" else (1e-4, 1e-6)
             torch.testing.assert_close(found[0][name], tensor, rtol=rtol, atol=atol, msg=name)
         assert [e["lr"] for e in found[1]["history"]] == [e["lr"] for e in expected[1]["history"]]
+
+
+def test_a_cuda_graph_is_captured_on_the_device_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda's functions without an argument are of the current device; each use is recorded with it."""
+    current, uses = ["cuda:0"], []
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(str(chosen))
+        yield
+        current.pop()
+
+    def used(name: str) -> Callable[..., Any]:
+        return lambda *_, **__: uses.append((name, current[-1])) or MagicMock()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, used(name))
+    trainer = Trainer(tiny(), batches(), recipe(batch_size=8), 2)
+    trainer.device = torch.device("cuda:1")
+    CapturedSteps(trainer)._capture(lambda: uses.append(("step", current[-1])))
+    assert uses == [
+        (name, "cuda:1")
+        for name in (
+            "Stream",
+            "current_stream",
+            "stream",
+            *["step"] * 3,
+            "current_stream",
+            "CUDAGraph",
+            "graph",
+            "step",
+        )
+    ]
 
 
 def pooled() -> nn.Module:

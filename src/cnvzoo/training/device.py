@@ -9,7 +9,7 @@ import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ _CUBLAS_DEFAULTS = {
     "allow_fp16_reduced_precision_reduction": True,
     "allow_fp16_accumulation": False,
 }
+_CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _MALLOC_PARAMETERS = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}  # parameters of glibc's mallopt(3)
 _MALLOC_FIXED = {"trim_threshold": 128 << 10, "mmap_threshold": 128 << 10, "mmap_max": 1 << 16}
 _MALLOC_MOVED = _MALLOC_FIXED | {"trim_threshold": 64 << 20, "mmap_threshold": 32 << 20}
@@ -149,7 +150,7 @@ def _full_float32() -> Iterator[None]:
 
 @contextmanager
 def _thread_arithmetic(device: torch.device) -> Iterator[None]:
-    """Denormal numbers kept, and the caller's autocasts left, disabled ones too.
+    """Denormal numbers are kept inside, no autocast of the caller is in effect, and new tensors are on the CPU.
 
     Autocast caches its casts of weights until the outermost autocast ends: within one of the caller's, a step would use
     the weights of the step before.
@@ -167,7 +168,9 @@ def _thread_arithmetic(device: torch.device) -> Iterator[None]:
         torch.set_autocast_cache_enabled(True)
         if flushes:
             torch.set_flush_denormal(False)
-        yield
+        # entered only where it changes something, since every function of torch takes longer inside
+        with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+            yield
     finally:
         torch.set_flush_denormal(flushes)
         torch.set_autocast_cache_enabled(cached)
@@ -180,7 +183,8 @@ def _thread_arithmetic(device: torch.device) -> Iterator[None]:
 @_ProcessSetting
 @contextmanager
 def _deterministic_cuda() -> Iterator[None]:
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
+    workspace = os.environ.get(_CUBLAS_WORKSPACE)
+    os.environ.setdefault(_CUBLAS_WORKSPACE, ":4096:8")  # read when cuBLAS makes its first handle
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
     fills: Any = torch.utils.deterministic
@@ -198,6 +202,8 @@ def _deterministic_cuda() -> Iterator[None]:
             setattr(matmul, name, value)
         yield
     finally:
+        if workspace is None:
+            os.environ.pop(_CUBLAS_WORKSPACE, None)
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
         cudnn.benchmark, fills.fill_uninitialized_memory = benchmark, filled
         for name, value in sums.items():

@@ -14,7 +14,7 @@ from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo.errors import ModelError
 from cnvzoo.models.classifier import Classifier
-from cnvzoo.models.modes import evaluating, moved, unwrapped
+from cnvzoo.models.modes import dtype_of, evaluating, moved, unwrapped
 from cnvzoo.models.registry import ModelSpec, model_spec
 from cnvzoo.progress import counted
 from cnvzoo.training.device import deterministic, resolve_device
@@ -112,7 +112,7 @@ def evaluate(
     device: str | torch.device = "auto",
     data_root: str | Path | None = None,
 ) -> Evaluation:
-    """Score a model on the test set of a dataset: float32, one crop, no augmentation.
+    """Score a model on the test set of a dataset: one crop, no augmentation, in the dtype of the model's weights.
 
     Args:
         model: maps images [B, C, H, W] to logits [B, K]. It is left as it was: in mode, device and memory
@@ -139,7 +139,7 @@ def evaluate(
     with deterministic(target), moved(model, target), evaluating(model), torch.inference_mode():
         logits = []
         for start in counted(range(0, len(data.test_images), _BATCH), "evaluating"):
-            found = model(preprocessing(data.test_images[start : start + _BATCH].to(target)))
+            found = model(preprocessing(data.test_images[start : start + _BATCH].to(target)).to(dtype_of(model)))
             _check_classes(found.shape[1], data.info)
             logits.append(found.float().cpu())
     return Evaluation.of_logits(torch.cat(logits), data.test_labels)

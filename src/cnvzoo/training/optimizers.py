@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cnvzoo.errors import ModelError
 from cnvzoo.training.recipe import Optimizer, Schedule
 
 
@@ -41,8 +42,15 @@ def build_optimizers(model: nn.Module, config: Optimizer) -> list[torch.optim.Op
     Weight decay applies to the weights of convolution and linear layers only. With `muon`, Muon updates those except
     the first, the last and those of grouped layers (depthwise ones), and SGD everything else. The filters of a grouped
     layer do not form a matrix that maps one vector to another: each group has inputs of its own.
+
+    Raises:
+        ModelError: with `muon`, the model has fewer than two convolution or linear layers with weights of their own.
     """
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    by_weight: dict[int, nn.Conv2d | nn.Linear] = {}
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            by_weight.setdefault(id(layer.weight), layer)  # layers may share a weight
+    layers = list(by_weight.values())
     weights = [layer.weight for layer in layers]
     ids = {id(w) for w in weights}
     rest = [p for p in model.parameters() if id(p) not in ids]
@@ -51,6 +59,11 @@ def build_optimizers(model: nn.Module, config: Optimizer) -> list[torch.optim.Op
         groups = [_group(weights, config.lr, config.weight_decay), _group(rest, config.lr, 0.0)]
         return [torch.optim.SGD(groups, **sgd)]
     assert config.sgd_lr is not None
+    if len(layers) < 2:
+        raise ModelError(
+            f"{type(model).__name__} has {len(layers)} convolution or linear layers: Muon is for the hidden ones of "
+            "several, so use `optimizer: {name: sgd}`"
+        )
     hidden = [layer.weight for layer in layers[1:-1] if not _is_grouped(layer)]
     others = [weights[0], weights[-1], *(layer.weight for layer in layers[1:-1] if _is_grouped(layer))]
     sgd_decay = config.weight_decay if config.sgd_weight_decay is None else config.sgd_weight_decay

@@ -218,7 +218,8 @@ class Recipe(_Section):
         if (views := self.distillation.views) is not None:
             if views >= self.epochs:
                 raise error_at(
-                    "distillation.views", f"{views}: must be below epochs, {self.epochs}: each is used again"
+                    "distillation.views",
+                    f"{views}: must be below epochs, {self.epochs}: each is for several epochs",
                 )
             if self.augmentation.mixup:
                 raise error_at("distillation.views", f"{views}: views cannot have mixup: leave one out")
@@ -229,7 +230,7 @@ class Recipe(_Section):
         if self.early_crops and self.early_crops.epochs >= self.epochs:
             raise error_at(
                 "early_crops.epochs",
-                f"{self.early_crops.epochs}: must be below epochs, {self.epochs}: others are whole",
+                f"{self.early_crops.epochs}: must be below epochs, {self.epochs}: the last ones have whole images",
             )
         if self.schedule.warmup_epochs >= self.epochs:
             raise error_at(

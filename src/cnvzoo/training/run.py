@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from cnvzoo.data.batches import TrainBatches
 from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
 from cnvzoo.data.published import published_sha256
+from cnvzoo.errors import in_a_line
 from cnvzoo.files import FileError, expanded, replacing, sha256_of
 from cnvzoo.models.registry import model_spec
 from cnvzoo.progress import TrainingProgress
@@ -42,6 +43,7 @@ from cnvzoo.training.state import (
     RunInterrupted,
     alone_in,
     caught_signals,
+    plain_copies,
     resume,
     save_state,
 )
@@ -189,8 +191,7 @@ def run_recipe(
         total = len(data.test_labels)
 
         with replacing(run_dir / WEIGHTS) as temporary:
-            state = trainer.model.state_dict()
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
+            save_file(plain_copies(trainer.model.state_dict()), temporary)
         record = RunRecord(
             entry=recipe.name,
             seed=recipe.seed,
@@ -325,12 +326,15 @@ def _train(
             raise RunInterrupted(
                 trainer.recipe.run_name, reasons[0], trainer.step, trainer.total_steps, error.path.parent, str(error)
             ) from error
-        except RuntimeError:
+        except RuntimeError as error:
             if not reasons:
                 raise
             # a signal to the process group also ends a compiler that a step waits for: the step failed halfway, so its
             # state is not saved, and the one saved before is kept
-            return reasons[0]
+            raise RunInterrupted(
+                trainer.recipe.run_name, reasons[0], trainer.step, trainer.total_steps, run_dir,
+                f"a step failed: {in_a_line(error)}",
+            ) from error  # fmt: skip
     if failures:
         raise failures[0]
     if reasons:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, uint8
+from torch import Tensor, contiguous_format, uint8
 
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import remove_leftovers, replacing, writing
@@ -60,26 +60,34 @@ class UnfitState(RunError):
 
 
 class RunInterrupted(CnvzooError):
-    """A run that stopped before its end; its state is saved.
+    """A run that stopped before its end. Its state is saved, unless `unsaved` says why not.
 
     Attributes:
         reason: `time limit`, `SIGINT`, `SIGTERM`, or what the run's `stop` returned.
         step: number of steps taken, of `total_steps`.
         total_steps: number of steps of the whole run.
-        run_dir: folder of the state.
+        run_dir: folder of the state; None for a run of which nothing is kept.
         unsaved: why the state of this step could not be saved; None if it is saved.
     """
 
     def __init__(
-        self, run: str, reason: str, step: int, total_steps: int, run_dir: Path, unsaved: str | None = None
+        self, run: str, reason: str, step: int, total_steps: int, run_dir: Path | None, unsaved: str | None = None
     ) -> None:
         self.reason, self.step, self.total_steps, self.run_dir = reason, step, total_steps, run_dir
         self.unsaved = unsaved
         self._arguments = (run, reason, step, total_steps, run_dir, unsaved)
-        resumes = "there" if unsaved is None else f"from the last state saved, if there is one: {unsaved}"
-        super().__init__(
-            f"{run}: stopped ({reason}) after step {step} of {total_steps}; the same command resumes {resumes}"
-        )
+        if run_dir is None:
+            then = "nothing of it is kept, for lack of a run_dir"
+        elif unsaved is None:
+            then = "the same command resumes there"
+        else:
+            then = f"the same command resumes from the last state saved, if there is one: {unsaved}"
+        super().__init__(f"{run}: stopped ({reason}) after step {step} of {total_steps}; {then}")
+
+    def without_folder(self) -> RunInterrupted:
+        """The same of a run whose folder was a temporary one."""
+        run, reason, step, total_steps, _, _ = self._arguments
+        return RunInterrupted(run, reason, step, total_steps, None)
 
     def __reduce__(self) -> tuple[type[RunInterrupted], tuple[Any, ...]]:
         """Pickle by the arguments: worker processes send this error to the process that started them."""
@@ -194,9 +202,13 @@ def save_state(trainer: Resumable, path: Path, identity: RunIdentity, conditions
         conditions: machine and versions, which the bits of the next steps depend on.
     """
     tensors, values = trainer.state()
-    # safetensors needs contiguous tensors; loading copies them into the layout in use
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_checked(plain, path, {"values": values, "identity": asdict(identity), "conditions": conditions})
+    facts = {"values": values, "identity": asdict(identity), "conditions": conditions}
+    save_checked(plain_copies(tensors), path, facts)
+
+
+def plain_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU as safetensors takes them: contiguous, and sharing no memory, as tied weights do."""
+    return {name: tensor.detach().cpu().clone(memory_format=contiguous_format) for name, tensor in tensors.items()}
 
 
 def resume(trainer: Resumable, path: Path, identity: RunIdentity, conditions: dict[str, Any]) -> Path | None:

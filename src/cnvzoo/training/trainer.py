@@ -9,6 +9,7 @@ between steps (random numbers, learning rate factor) are copied to fixed tensors
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 import time
@@ -47,7 +48,8 @@ class Trainer:
         model: the network, on the device that it is trained on.
         batches: of the training set, on the same device.
         recipe: optimizer, schedule, loss and early crops.
-        epochs: number of epochs; with fewer than the recipe's, warm-up and early crops are shortened in proportion.
+        epochs: number of epochs; with fewer than the recipe's, warm-up and early crops are shortened in proportion, the
+            crops to a whole number of epochs: a trial of one epoch may have nothing else.
         teacher: for recipes with a teacher.
 
     Attributes:
@@ -267,7 +269,7 @@ class CapturedSteps(Steps):
         self, trainer: Trainer, capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None
     ) -> None:
         super().__init__(trainer)
-        self._capture = capture or _capture_cuda_graph
+        self._capture = capture or functools.partial(_capture_cuda_graph, device=trainer.device)
         self._replay: Callable[[], None] | None = None
         self._captured_side = 0
 
@@ -326,15 +328,16 @@ _WARM_UP_STEPS = 3  # compilers, cuDNN and the allocator need a few before a cap
 _one_capture = threading.Lock()
 
 
-def _capture_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP_STEPS):
+def _capture_cuda_graph(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    with torch.cuda.device(device):  # streams and graphs are made on the current device, which may be another
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_STEPS):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # other threads may train and capture other runs
+        with _one_capture, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # other threads may train and capture other runs
-    with _one_capture, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        step()
     return graph.replay
