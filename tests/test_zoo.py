@@ -204,6 +204,21 @@ def test_evaluate_preprocesses_images_as_training_does() -> None:
         torch.testing.assert_close(fed[-1].mean((2, 3)), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_other_dtypes_are_scored_as_they_are(dtype: torch.dtype) -> None:
+    model = cnvzoo.create_model("resnet20.cifar10", pretrained=True)
+    data = cnvzoo.Dataset.from_arrays(
+        torch.randint(256, (40, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+        [0] * 40,
+        [str(n) for n in range(10)],
+    )
+    expected = cnvzoo.evaluate(model, data, device="cpu").predictions
+    found = cnvzoo.evaluate(model.to(dtype), data, device="cpu").predictions
+    assert (found == expected).sum() >= len(expected) - 1
+    image = data.train_images[0].permute(2, 0, 1)
+    assert sum(guess.probability for guess in cnvzoo.predict(model, image, top=10)) == pytest.approx(1, abs=0.01)
+
+
 def test_evaluate_pads_small_images_for_cnv() -> None:
     info = replace(dataset_info("mnist"), train_size=1, test_size=2)
     images, labels = torch.full((2, 28, 28, 1), 255, dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8)
@@ -298,6 +313,15 @@ def test_quantize_refuses_other_models_and_a_missing_dataset() -> None:
         cnvzoo.quantize(changed, w_bits=4, a_bits=4, dataset="cifar10")
     with pytest.raises(cnvzoo.CnvzooError, match="checkpoint folder"):
         cnvzoo.quantize("no/such/folder", w_bits=4, a_bits=4)
+
+
+def test_quantize_takes_a_loaded_dataset() -> None:
+    model = cnvzoo.create_model("resnet20")
+    found = cnvzoo.quantize(model, w_bits=4, a_bits=4, dataset=colours(4, 2)).state_dict()
+    expected = cnvzoo.quantize(model, w_bits=4, a_bits=4, dataset=Preprocessing.for_dataset(colours(4, 2).info))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.state_dict().items())
+    with pytest.raises(ModelError, match=r"^dataset=3: the name of a dataset, a Dataset or a Preprocessing$"):
+        cnvzoo.quantize(model, w_bits=4, a_bits=4, dataset=3)  # type: ignore[arg-type]
 
 
 def test_quantize_refuses_an_unknown_dataset_for_quantized_models_too() -> None:

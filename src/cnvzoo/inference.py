@@ -17,7 +17,7 @@ from cnvzoo.data.preprocessing import transforms as data_transforms
 from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo.errors import ModelError
 from cnvzoo.models.classifier import class_names
-from cnvzoo.models.modes import evaluating, unwrapped
+from cnvzoo.models.modes import dtype_of, evaluating, unwrapped
 from cnvzoo.training.evaluation import preprocessing_of_model
 from cnvzoo_runtime.metadata import whole_number
 from cnvzoo_runtime.runner import Prediction
@@ -119,7 +119,7 @@ def predict(model: nn.Module, images: Any, top: int = 5) -> list[Prediction] | l
 def _classify(model: nn.Module, images: Sequence[Any], transform: Compose, top: int) -> list[list[Prediction]]:
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode():
-        batch = torch.stack([transform(image) for image in images]).to(device)
+        batch = torch.stack([transform(image) for image in images]).to(device, dtype_of(model))
         probabilities = model(batch).float().softmax(1).cpu()
     names = class_names(model, probabilities.shape[1])
     best = probabilities.argsort(dim=1, descending=True, stable=True)[:, :top].tolist()

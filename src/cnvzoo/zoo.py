@@ -38,6 +38,7 @@ from cnvzoo.training.recipe_file import load_recipe, recipe_from_dict
 from cnvzoo.training.record import RunRecord
 from cnvzoo.training.run import run_recipe
 from cnvzoo.training.state import WEIGHTS as RUN_WEIGHTS
+from cnvzoo.training.state import RunInterrupted
 from cnvzoo.training.watch import EpochReport
 
 
@@ -66,7 +67,9 @@ def create_model(
     hub: str | Path | None = None,
     **kwargs: Any,
 ) -> Classifier:
-    """Build a model on the CPU: with random weights in training mode, or with published weights in eval mode.
+    """Build a model: with random weights in training mode, or with published weights in eval mode.
+
+    It is on the CPU, unless torch's default device was changed.
 
     Args:
         name: a model of `list_models()`, such as `quant_cnv`; with bit widths, `quant_cnv_w4a4`; with a dataset,
@@ -223,13 +226,18 @@ def train(
     teacher_files = _weights_files(recipe, "teacher", teachers, hub)
     with tempfile.TemporaryDirectory() as temporary:
         folder = expanded(run_dir or temporary)
-        record = run_recipe(
-            recipe, run_dir=folder, seed=seed, device=device, epochs=epochs, holdout=holdout, deadline=deadline,
-            dataset=data, data_root=data_root,
-            float_start=float_starts[0] if float_starts else None, teacher=teacher_files,
-            start=_starting_model(recipe, hub) if recipe.start else None, validate=validate,
-            on_epoch=on_epoch, log=log, tensorboard=tensorboard, quiet=quiet,
-        )  # fmt: skip
+        try:
+            record = run_recipe(
+                recipe, run_dir=folder, seed=seed, device=device, epochs=epochs, holdout=holdout, deadline=deadline,
+                dataset=data, data_root=data_root,
+                float_start=float_starts[0] if float_starts else None, teacher=teacher_files,
+                start=_starting_model(recipe, hub) if recipe.start else None, validate=validate,
+                on_epoch=on_epoch, log=log, tensorboard=tensorboard, quiet=quiet,
+            )  # fmt: skip
+        except RunInterrupted as error:
+            if run_dir:
+                raise
+            raise error.without_folder() from error.__cause__
         state = load_file(folder / RUN_WEIGHTS)
     info = dataset_info(recipe.dataset) if data is None else data.info
     arguments = {"num_classes": info.num_classes, "in_chans": info.in_chans}
@@ -252,7 +260,7 @@ def _weights_files(recipe: Recipe, purpose: str, given: Sequence[str | Path], hu
     """
     prefix = f"{recipe.dataset_name}_"
     models = [entry.removeprefix(prefix) for entry in recipe.needs.get(purpose, ())]
-    files = [Path(source) for source in given]
+    files = [expanded(source) for source in given]
     for number, (source, model) in enumerate(zip(given, models, strict=False)):  # run_recipe refuses other counts
         folder = files[number]
         if folder.is_file() or folder.suffix == ".safetensors" or (is_path(source) and not folder.is_dir()):
@@ -342,7 +350,7 @@ def quantize(
     a_bits: int,
     first_w_bits: int = 8,
     bits: LayerBits | None = None,
-    dataset: str | Preprocessing | None = None,
+    dataset: str | Dataset | Preprocessing | None = None,
 ) -> Classifier:
     """Make a quantized model from a trained one: the same weights, with scales that fit them at the new bit widths.
 
@@ -353,8 +361,8 @@ def quantize(
         model: a trained model of this library that has a quantized twin, or is quantized, or the name or folder of its
             checkpoint.
         w_bits, a_bits, first_w_bits, bits: as for `create_model` with the name of the quantized model.
-        dataset: the dataset that the float model was trained on, or its preprocessing; needed for a float model that
-            does not know its preprocessing. A quantized model takes images without normalisation.
+        dataset: the dataset that the float model was trained on, by name or loaded, or its preprocessing; needed for a
+            float model that does not know its preprocessing. A quantized model takes images without normalisation.
 
     Returns:
         A quantized model in training mode, which takes uint8 images divided by 255; train it further.
@@ -377,6 +385,10 @@ def quantize(
     channels, like = source.in_chans, next(source.parameters())
     if isinstance(preprocessing, str):
         preprocessing = preprocessing_of(source.spec.name, preprocessing)
+    elif isinstance(preprocessing, Dataset):
+        preprocessing = preprocessing_for(source.spec, preprocessing.info)
+    elif not isinstance(preprocessing, (Preprocessing, type(None))):
+        raise ModelError(f"dataset={preprocessing!r}: the name of a dataset, a Dataset or a Preprocessing")
     if source.spec.quantized:  # it takes images without normalisation
         mean, std = (0.0,) * channels, (1.0,) * channels
     elif preprocessing is None:
