@@ -224,6 +224,17 @@ def test_sums_and_roundings_are_clipped_for_every_pair_of_levels(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_is_rounded_to_fewer_levels(tmp_path, channels):
+    """A grey image is read where the caller has it, so its levels need a place of their own."""
+    exact = Staircase(np.array([1 / 17]), np.zeros(1), np.zeros(1, np.int64), np.full(1, 255), 15)
+    rounded = Rounding("rounding", (0,), requantize(exact, 1, biased=False))
+    net = net_of(channels, 5, rounded, weight=random_weights(3, channels * 25))
+    assert_equals_reference(net, images_for(net, 20), tmp_path)
+    assert ("channels red, green, blue" in (tmp_path / "net.h").read_text()) == (channels == 3)
+
+
+@needs_compiler
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not installed")
 def test_the_header_has_the_bytes_of_constants_and_static_arrays(tmp_path):
     cnvzoo.export(HUB / "quant_cnv_w2a2.cifar10", tmp_path / "net.c", format="c")
@@ -269,6 +280,19 @@ def test_fixed_point_levels_are_those_of_the_integer_graph_for_every_accumulator
     assert len(found.changes) > 0 if (most, gain) == (255, 1) else most == 255 or not len(found.changes)
     assert found.multiplier.min() >= 0
     assert found.multiplier.max() < 1 << 31
+
+
+def test_levels_of_the_steepest_slopes_are_those_of_the_integer_graph():
+    """A multiplier of a level for each accumulator and more, as after a BatchNorm with a huge gamma."""
+    counts, acc = np.zeros(3, np.int64), np.arange(-50, 51)[:, None]
+    slopes = np.array([1.0, 2.0**31, 1e12], np.float32)
+    chosen = Requantization(1, np.array([0, 3, -7], np.int32), slopes, 0, 255, counts, counts)
+    found = fixed_point(chosen, np.full(3, -50), np.full(3, 50))
+    levels = np.clip((acc * found.multiplier + found.offset) >> found.shift, 0, 255)
+    for channel, begins, otherwise in found.changes.tolist():
+        levels[:, channel] += (acc[:, 0] >= begins).astype(int) - (acc[:, 0] >= otherwise)
+    np.testing.assert_array_equal(levels, chosen.levels(acc))
+    assert 0 <= found.multiplier.min() <= found.multiplier.max() < 1 << 31
 
 
 def unpack_rows(packed: NDArray[np.uint8], bits: int, n: int) -> NDArray[np.int8]:

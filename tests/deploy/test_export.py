@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.cli.app import app
+from cnvzoo.data import dataset_info
 from cnvzoo.deploy import DeployError
 from cnvzoo.deploy.export import evaluate_file
 from cnvzoo.errors import ModelError
@@ -87,8 +88,34 @@ def test_the_dataset_must_be_known_and_fit_the_model(make_net, tmp_path):
         cnvzoo.export(make_net(2, 2), tmp_path / "m.onnx")
     with pytest.raises(ModelError, match=r"3 channel\(s\) and 10 classes, and mnist has 1"):
         cnvzoo.export(make_net(2, 2), tmp_path / "m.onnx", dataset="mnist")
+    with pytest.raises(ModelError, match="the model has no last layer: give it one"):
+        cnvzoo.export(cnvzoo.create_model("cnv", num_classes=0), tmp_path / "m.onnx", format="onnx", dataset="mnist")
     with pytest.raises(ModelError, match="Sequential is not a model of cnvzoo"):
         cnvzoo.export(nn.Sequential(), tmp_path / "m.onnx", dataset="mnist")
+
+
+@pytest.mark.parametrize("format", ["integer", "qdq", "qonnx", "c"])
+def test_normalised_images_are_for_plain_onnx_files_only(make_net, tmp_path, format):
+    model = copy.deepcopy(make_net(2, 2))
+    model.preprocessing = cnvzoo.Preprocessing.for_dataset(dataset_info("cifar10"), size=32)
+    with pytest.raises(DeployError, match=rf"^format '{format}' takes images as pixels / 255, and this model has mean"):
+        cnvzoo.export(model, tmp_path / ("m.c" if format == "c" else "m.onnx"), format=format)
+
+
+def test_an_exported_model_keeps_the_normalisation_that_it_was_trained_with(tmp_path):
+    model = cnvzoo.create_model("resnet20.mnist", pretrained=True)
+    found = cnvzoo.export(model, tmp_path / "m.onnx", format="onnx", dataset="fashion_mnist")
+    assert (found.mean, found.std) == (model.preprocessing.mean, model.preprocessing.std)
+    assert (found.name, found.classes) == ("resnet20.fashion_mnist", dataset_info("fashion_mnist").classes)
+    assert cnvzoo.export(model, tmp_path / "m.onnx", format="onnx", dataset="mnist").name == "resnet20.mnist"
+    quantized = cnvzoo.create_model("quant_cnv_w2a2.mnist", pretrained=True)
+    assert cnvzoo.export(quantized, tmp_path / "q.onnx", dataset="mnist").name == "quant_cnv_w2a2.mnist"
+
+
+@pytest.mark.parametrize("name", ["net.c", "net.h"])
+def test_the_path_of_an_onnx_file_is_not_that_of_c_source(make_net, tmp_path, name):
+    with pytest.raises(DeployError, match=rf"{name}: format 'integer' writes an ONNX file: give a path that ends in"):
+        cnvzoo.export(make_net(2, 2), tmp_path / name, dataset="cifar10")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from torch import nn
 import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.deploy import DeployError
+from cnvzoo.deploy.integer_onnx import integer_graph
 from cnvzoo.deploy.lowering import integer_net
 from cnvzoo.deploy.packing import pack
 from cnvzoo.deploy.reference import run_reference
@@ -192,6 +194,8 @@ def test_eight_bit_weights_are_not_packed():
         (lambda m: m.features.__setitem__(2, nn.ReLU()), "features.2: ReLU cannot be expressed"),
         (lambda m: m.features.__setitem__(0, nn.Conv2d(3, 64, 3)), "features.0: Conv2d cannot be expressed"),
         (lambda m: m.features.__setitem__(6, nn.MaxPool2d(3)), "features.6: only 2x2 max pooling"),
+        (lambda m: m.features.__setitem__(6, nn.MaxPool2d(2, dilation=2)), "features.6: max pooling with dilation"),
+        (lambda m: m.features.__setitem__(2, QuantReLU(bit_width=2)), "features.2: not a quantizer of cnvzoo"),
         (lambda m: setattr(m.features[0], "dilation", (2, 2)), "features.0: only convolutions without dilation"),
         (lambda m: m.features[1].bias.data.fill_(float("nan")), r"features.1.bias: not finite"),
     ],
@@ -202,6 +206,13 @@ def test_a_layer_that_cannot_be_expressed_is_named_and_nothing_is_written(make_n
     with pytest.raises(DeployError, match=message):
         cnvzoo.export(model, tmp_path / "m.onnx", dataset="cifar10")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_layer_may_be_called_head(make_net):
+    net = integer_net(make_net(2, 2))
+    nodes = (net.nodes[0], replace(net.nodes[1], name="head"), *net.nodes[2:])
+    names = [tensor.name for tensor in integer_graph(replace(net, nodes=nodes)).graph.initializer]
+    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize(

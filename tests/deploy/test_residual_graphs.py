@@ -21,7 +21,7 @@ from cnvzoo.deploy.integer import Image, Layer, Rounding, Sum
 from cnvzoo.deploy.integer_onnx import integer_graph
 from cnvzoo.deploy.lowering import integer_net
 from cnvzoo.deploy.reference import apply, run_reference
-from cnvzoo.models.quant import quantizer_of
+from cnvzoo.models.quant import ResidualQuantReLU, quantizer_of
 
 
 def session(model: nn.Module, size: int, optimized: str = "") -> onnxruntime.InferenceSession:
@@ -147,6 +147,12 @@ def replace_layer(name: str, layer: Callable[[], nn.Module]) -> Callable[[nn.Mod
     return lambda model: model.set_submodule(name, layer())
 
 
+def with_a_sum_of_4_bits(model: Any) -> None:
+    for layer in model.modules():
+        if isinstance(layer, ResidualQuantReLU):
+            quantizer_of(layer).set_bits(4)
+
+
 def with_bias(model: Any) -> None:
     model.stages[0][0].conv1.bias = nn.Parameter(torch.zeros(4))
 
@@ -158,6 +164,7 @@ def with_bias(model: Any) -> None:
         (replace_layer("stages.0.0.norm1", nn.ReLU), r"stages.0.0.norm1: ReLU cannot be expressed .* has a BatchNorm"),
         (replace_layer("stages.1.0.relu", nn.ReLU), "stages.1.0.relu: ReLU cannot be .* has a quantized ReLU here"),
         (replace_layer("norm", lambda: nn.BatchNorm2d(4, affine=False)), "norm: must have a weight, a bias and"),
+        (with_a_sum_of_4_bits, r"^stages\.0\.relu: sums have 8 bits in the integer graph: give its quantizer 8 bits$"),
         (with_bias, "stages.0.0.conv1: has a bias; in the integer graph only BatchNorm and the last layer"),
         (replace_layer("fc", nn.Identity), "flatten: the last layer must be linear"),
     ],

@@ -22,7 +22,7 @@ from cnvzoo.deploy import DeployError
 from cnvzoo_runtime import sessions
 from cnvzoo_runtime.cli import main
 from cnvzoo_runtime.images import ImageError
-from cnvzoo_runtime.onnx_file import DATA_LOCATION, EXTERNAL_DATA, MESSAGES
+from cnvzoo_runtime.onnx_file import DATA_LOCATION, EXTERNAL_DATA, MESSAGES, read_properties
 
 _WITHOUT_TORCH = """
 import sys
@@ -150,6 +150,15 @@ def _with_external_data(model):
     tensor.external_data.add(key="location", value="/etc/hostname")
 
 
+def _without_input(model):
+    graph = model.graph
+    for part in (graph.input, graph.output, graph.node, graph.initializer):
+        del part[:]
+    value = helper.make_tensor("scores", TensorProto.INT32, [1, 10], [0] * 10)
+    graph.node.append(helper.make_node("Constant", [], ["scores"], value=value))
+    graph.output.append(helper.make_tensor_value_info("scores", TensorProto.INT32, [1, 10]))
+
+
 def _for_one_image(model):
     for value in (model.graph.input[0], model.graph.output[0]):
         value.type.tensor_type.shape.dim[0].dim_value = 1
@@ -194,7 +203,7 @@ def test_every_field_of_onnx_that_holds_a_tensor_is_checked():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.metadata_props.pop(), "not one that cnvzoo exported"),
+        (lambda m: m.metadata_props.pop(), "not a file that cnvzoo exported"),
         (_with_metadata(version=9), "version 9, and this cnvzoo reads 1"),
         (_with_metadata(classes=["cat"]), "with 1 classes"),
         (_with_metadata(size=40), "its input is not"),
@@ -215,6 +224,8 @@ def test_every_field_of_onnx_that_holds_a_tensor_is_checked():
         (_with_metadata(mean=[0.0, 10**400, 0.0]), "must be finite"),
         (_with_metadata(w_bits=9), "w_bits 9 is not a bit width"),
         (_with_metadata(version=True), "version True"),
+        (_with_metadata(mean=[0.5, 0.5, 0.5]), "mean and std must be 0 and 1 in format integer, whose input is pixels"),
+        (_without_input, "its graph has no input: export it again"),
         (_with_external_data, "a tensor of it is in another file"),
         (_for_one_image, "not for any number of images"),
     ],
@@ -223,6 +234,22 @@ def test_a_file_with_invalid_metadata_is_refused(exported, tmp_path, change, mes
     path = _rewrite(exported, tmp_path / "other.onnx", change)
     with pytest.raises(DeployError, match=message):
         cnvzoo.deploy.load(path, threads=1)
+
+
+def test_a_field_number_that_protobuf_shortens_is_refused():
+    """Of a field number, protobuf reads 29 bits: a field may be another one in a runtime than where it was checked."""
+
+    def field(number: int, content: bytes) -> bytes:
+        tag, head = number << 3 | 2, bytearray()
+        while tag > 0x7F:
+            head.append(tag & 0x7F | 0x80)
+            tag >>= 7
+        return bytes([*head, tag, len(content)]) + content
+
+    entry = onnx.StringStringEntryProto(key="location", value="secret.bin").SerializeToString()
+    content = field(7, field(5, field(EXTERNAL_DATA + (1 << 29), entry)))
+    with pytest.raises(DeployError, match=r"^m\.onnx: not an ONNX file: a field number is out of range$"):
+        read_properties(content, "m.onnx")
 
 
 def test_a_file_that_cnvzoo_did_not_export_is_refused(tmp_path):
@@ -242,7 +269,7 @@ def test_a_file_that_cnvzoo_did_not_export_is_refused(tmp_path):
         [value("x", TensorProto.FLOAT, [1])], [value("y", TensorProto.FLOAT, [1])],
     )  # fmt: skip
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "f.onnx")
-    with pytest.raises(DeployError, match="not one that cnvzoo exported"):
+    with pytest.raises(DeployError, match="not a file that cnvzoo exported"):
         cnvzoo.deploy.load(tmp_path / "f.onnx")
 
 

@@ -52,7 +52,7 @@ def _count(text: str) -> int:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    model = cnvzoo_runtime.load(options.file)
+    model = cnvzoo_runtime.load(options.file)  # expands ~
     rows = []
     for path in options.images:
         image = cnvzoo_runtime.read_image(path)
@@ -69,6 +69,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
+    options.file = options.file.expanduser()
     metadata = cnvzoo_runtime.read_metadata(options.file)
     if options.json:
         print(metadata.to_json())

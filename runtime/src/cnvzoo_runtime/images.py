@@ -34,7 +34,7 @@ _TO_UPRIGHT = {
 
 
 class ImageError(CnvzooError, ValueError):
-    """Input that is not an 8-bit image of 1 or 3 channels."""
+    """An image that is missing, damaged or not of 8 bits, or an array not of shape [H, W] or [H, W, 1 or 3]."""
 
 
 def prepare(image: Any, in_chans: int, image_size: int, size: int) -> Pixels:
@@ -56,8 +56,9 @@ def prepare(image: Any, in_chans: int, image_size: int, size: int) -> Pixels:
         uint8 [in_chans, size, size].
 
     Raises:
-        ImageError: not an image, damaged, not of 8 bits, not of 1 or 3 channels, or black where it is not transparent;
-            or channels and sizes that are impossible or do not fit together.
+        ImageError: not an image, damaged, not of 8 bits, an array not of 1 or 3 channels, or a picture with
+            transparency that is black everywhere else; or channels and sizes that are impossible or do not fit
+            together.
     """
     if in_chans not in _MODES:
         raise ImageError(f"in_chans={in_chans!r}: 1 for grey or 3 for colour")
@@ -82,7 +83,8 @@ def read_image(path: str | Path) -> Image.Image:
             image.load()
             return image
     except Exception as error:  # of many classes, one for each format, some without a message
-        raise ImageError(f"{path}: cannot be read as an image: {_reason(error)}") from None
+        remedy = ": make it smaller" if isinstance(error, Image.DecompressionBombError) else ""
+        raise ImageError(f"{path}: cannot be read as an image: {_reason(error)}{remedy}") from None
 
 
 def _reason(error: Exception) -> str:

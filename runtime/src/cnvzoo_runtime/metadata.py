@@ -122,6 +122,8 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
     numbers = {"mean": mean, "std": std, "scale": [values["scale"]]}
     if not all(_is_finite(v) for row in numbers.values() for v in row) or min(*std, values["scale"]) <= 0:
         raise ValueError("mean, std and scale must be finite, and std and scale positive")
+    if values["format"] != "onnx" and ({*mean} != {0} or {*std} != {1}):
+        raise ValueError(f"mean and std must be 0 and 1 in format {values['format']}, whose input is pixels")
     _check_sizes(values["size"], values["image_size"])
     for key in ("w_bits", "a_bits"):
         if values[key] is not None and not _is_whole(values[key], 1, 8):

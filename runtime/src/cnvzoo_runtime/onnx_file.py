@@ -85,6 +85,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     position = 0
     while position < len(message):
         tag, position = _varint(message, position)
+        if tag >> 32:  # protobuf drops these bits, and so reads another field than the one checked here
+            raise ValueError("a field number is out of range")
         number, wire = tag >> 3, tag & 7
         if wire == _VARINT:
             value, position = _varint(message, position)

@@ -186,5 +186,5 @@ def _read(path: str | Path) -> tuple[Path, bytes, Metadata]:
         )
     text = read_properties(content, str(path)).get(KEY)
     if text is None:
-        raise DeployError(f"{path}: an ONNX file, but not one that cnvzoo exported: its metadata has no {KEY!r}")
+        raise DeployError(f"{path}: not a file that cnvzoo exported: its metadata has no {KEY!r}")
     return path, content, Metadata.from_json(text, str(path))

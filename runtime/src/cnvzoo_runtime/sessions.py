@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,20 @@ class OnnxRuntimeGraph:
             raise DeployError("running exported models needs onnxruntime: pip install onnxruntime") from None
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only
-        options.add_session_config_entry("session.load_model_format", "ONNX")  # as it was checked
+        options.add_session_config_entry("session.load_model_format", "ONNX")  # and not ORT's own, which is not checked
         if not sums_products_exactly():
             options.add_session_config_entry("session.x64quantprecision", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
-            self.session: Any = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            # without the fallback, which loads a second time and reports the first error on standard output
+            self.session: Any = onnxruntime.InferenceSession(
+                content, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except Exception as error:  # its error classes have no common base
             raise _refused(path, "ONNX Runtime", error) from None
         self._path = path
+        _check_ends(path, self.session.get_inputs(), self.session.get_outputs())
         self.inputs = [(value.type, value.shape) for value in self.session.get_inputs()]
         output = self.session.get_outputs()[0]
         self.output = output.type, output.shape
@@ -90,6 +94,7 @@ class OpenVinoGraph:
         except RuntimeError as error:
             raise _refused(path, "OpenVINO", error) from None
         self._path = path
+        _check_ends(path, compiled.inputs, compiled.outputs)
         self.inputs = [_described(value) for value in compiled.inputs]
         self.output = _described(compiled.outputs[0])
         self._request = compiled.create_infer_request()
@@ -102,6 +107,11 @@ class OpenVinoGraph:
                 return self._request.infer([images], share_inputs=True, share_outputs=False)[0]
         except RuntimeError as error:
             raise _refused(self._path, "OpenVINO", error) from None
+
+
+def _check_ends(path: Path, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    if not inputs or not outputs:
+        raise DeployError(f"{path}: its graph has no {'output' if inputs else 'input'}: export it again")
 
 
 def _refused(path: Path, runtime: str, error: Exception) -> DeployError:

@@ -126,7 +126,8 @@ def _placed(net: IntegerNet, shapes: Sequence[Shape], strip: int | None) -> Memo
         used = [place for i, place in enumerate(places) if last_use.get(i, i) >= since and place.start is not None]
         start = _first_fit(used, kept * math.prod(shape[1:]))
         if isinstance(node, (Sum, Rounding)) and last_use[node.inputs[0]] == position:
-            start = places[node.inputs[0]].start  # byte by byte, in the place of its input
+            taken = places[node.inputs[0]]
+            start = start if taken.start is None else taken.start  # byte by byte, in the place of its input
         places.append(Place(shape, kept, start, below, high))
     return Memory(tuple(places), strip)
 

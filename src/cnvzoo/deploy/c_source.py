@@ -191,7 +191,9 @@ class _Writer:
         table = node.requantization.levels(np.arange(source.high + 1)[:, None])[:, 0]
         self._comment(f"{node.name}: levels of 0 to {source.high} rounded to 0 to {node.requantization.high}")
         self._table(f"{name}_levels", table.astype(np.uint8))
-        return f"    round_levels({name}_levels, {self._at(taken)}, {self._at(position)}, {source.size});"
+        return (
+            f"    round_levels({name}_levels, {self._at(taken)}, {self._at(position)}, {self._place(position).size});"
+        )
 
     def _sum(self, position: int, node: Sum) -> str:
         self.used.add("add")
@@ -287,6 +289,7 @@ class _Writer:
     def _header(self, stem: str, static: int) -> str:
         m, image, upper = self.metadata, self.net.image, self.prefix.upper()
         labels = ", ".join(string(label) for label in m.classes)
+        colours = ", channels red, green, blue" if image.channels == 3 else ""
         scale = float(np.float32(m.scale))
         bits = f"weights of {m.w_bits} bits and activations of {m.a_bits} bits"
         return f"""/* cnvzoo: C source of {comment(m.name)}, with {bits}.
@@ -316,7 +319,7 @@ class _Writer:
 extern "C" {{
 #endif
 
-/* image: pixels of 0 to 255, image[(channel * {upper}_SIZE + row) * {upper}_SIZE + column], channels red, green, blue.
+/* image: pixels of 0 to 255, image[(channel * {upper}_SIZE + row) * {upper}_SIZE + column]{colours}.
    scores: one for each class. */
 void {self.prefix}_run(const uint8_t image[{upper}_IMAGE_BYTES], int32_t scores[{upper}_CLASSES]);
 

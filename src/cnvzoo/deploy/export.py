@@ -26,7 +26,7 @@ from cnvzoo.models.classifier import Classifier, class_names
 from cnvzoo.models.modes import evaluating, unwrapped
 from cnvzoo.models.registry import ModelSpec
 from cnvzoo.progress import counted
-from cnvzoo.training.evaluation import Evaluation, preprocessing_of
+from cnvzoo.training.evaluation import Evaluation, preprocessing_of, preprocessing_of_model
 from cnvzoo_runtime.metadata import FORMATS, KEY, DeployError, Metadata
 from cnvzoo_runtime.runner import DeployedModel, load
 
@@ -63,14 +63,15 @@ def export(
         dataset: the dataset of the benchmark that the model was trained on, if the model does not know it.
         classes: names of the classes, printable text; default those that the model or the dataset has, else "0", "1",
             and so on.
-        name: name of the model in the file; default that of its checkpoint, else of its topology.
+        name: name of the model in the file; default that of its checkpoint, if that is of the same dataset, else of its
+            topology and dataset.
 
     Returns:
         The metadata of the file. `cnvzoo.deploy.load(path)` runs an ONNX file.
 
     Raises:
         DeployError: unknown format, a model that it cannot express, a name or class that is not printable text, a
-            package is missing, or a path of another suffix than .c for format `c`.
+            package is missing, or a path with the suffix of another format.
         ModelError: unknown dataset, or its classes or channels are not the model's.
     """
     if format not in FORMATS:
@@ -78,6 +79,10 @@ def export(
     path = expanded(path)
     if format == "c":
         _check_c_path(path)
+    elif path.suffix in (".c", ".h"):
+        raise DeployError(
+            f"{path}: format {format!r} writes an ONNX file: give a path that ends in .onnx, or format 'c'"
+        )
     for package in _PACKAGES[format]:  # before the export, which can take a minute
         try:
             import_module(package)
@@ -87,6 +92,10 @@ def export(
     if not isinstance(model, nn.Module):
         model = load_checkpoint(model)[0]
     model = _in_float32(unwrapped(model))
+    if format != "onnx" and isinstance(getattr(model, "spec", None), ModelSpec):
+        from cnvzoo.deploy.lowering import check_quantized
+
+        check_quantized(model, "QONNX" if format == "qonnx" else "the integer graph")
     metadata = _describe(model, dataset, classes, name, format)
     (replace(metadata, format="integer") if format == "c" else metadata).check()  # no file holds the metadata of c
     with evaluating(model):
@@ -138,16 +147,25 @@ def _describe(
         raise ModelError(f"{type(model).__name__} is not a model of cnvzoo: only those can be exported")
     described = cast("Classifier", model)  # models of other classes have the attributes too
     channels, outputs = described.in_chans, described.num_classes
+    if outputs == 0:
+        raise ModelError("the model has no last layer: give it one (model.reset_classifier) and train it")
+    if isinstance(config, CheckpointConfig) and dataset in (None, config.dataset):
+        name = name or config.name
     if dataset is not None:
         info = dataset_info(dataset)
-        preprocessing, name = preprocessing_of(spec.name, dataset), name or f"{spec.name}.{dataset}"
+        preprocessing, name = preprocessing_of_model(model, info), name or f"{spec.name}.{dataset}"
         classes = info.classes if classes is None else classes
     elif isinstance(config, CheckpointConfig):
-        dataset, name = config.dataset, name or config.name
+        dataset = config.dataset
     if not isinstance(preprocessing, Preprocessing):
         raise ModelError(
             "the model does not know its preprocessing: give dataset=, the dataset that it was trained on, or set "
             "model.preprocessing"
+        )
+    if format != "onnx" and ({*preprocessing.mean} != {0} or {*preprocessing.std} != {1}):
+        raise DeployError(
+            f"format {format!r} takes images as pixels / 255, and this model has mean {preprocessing.mean} and std "
+            f"{preprocessing.std}: train it without normalisation (Preprocessing.for_dataset(..., normalize=False))"
         )
     names = class_names(model, outputs) if classes is None else tuple(classes)
     if (channels, outputs) != (preprocessing.in_chans, len(names)):

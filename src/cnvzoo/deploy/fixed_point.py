@@ -68,7 +68,8 @@ def fixed_point(chosen: Requantization, low_acc: Ints, high_acc: Ints) -> FixedP
         low_acc, high_acc: [channels], the smallest and largest accumulators of weights without the gain.
     """
     steps = chosen.steps(low_acc, high_acc)
-    slope = np.maximum(chosen.multiplier.astype(np.float64), _LEAST_SLOPE)
+    # a larger slope would not fit the int32 of the multiplier; `changes` corrects what the limit moves
+    slope = np.clip(chosen.multiplier.astype(np.float64), _LEAST_SLOPE, 2.0 ** (_MULTIPLIER_BITS - 1) / chosen.gain)
     shift = np.clip(_MULTIPLIER_BITS - 1 - np.floor(np.log2(slope * chosen.gain)), 1, _MOST_SHIFT).astype(np.int64)
     multiplier = np.rint(np.ldexp(slope * chosen.gain, shift)).astype(np.int64)
     least, most = _offsets(steps, low_acc, high_acc, shift, multiplier)

@@ -55,6 +55,8 @@ class _NetWriter(GraphBuilder):
         self._transposed = [False]  # whether the batch is in the place of the rows
         self._weights: dict[str, str] = {}  # those of all layers, if they are unpacked together
         self._zeros: dict[str, str] = {}
+        # prefix of the tensors of the head, which differs from the names of other layers
+        self._head = net.head.name if any(layer.name == "head" for layer in net.layers) else "head"
         if compact and net.layers:
             self._zeros = self.add_zeros({layer.name: len(layer.weight) for layer in net.layers})
         if compact:
@@ -136,18 +138,18 @@ class _NetWriter(GraphBuilder):
     def _add_head(self, head: Head) -> None:
         (taken,) = head.inputs
         x = self.add("Flatten", [self._input(taken, transposed=False)], "flat")
-        weight = self._weights.get(head.name) or self.add_weight("head", _head_weight(head))
+        weight = self._weights.get(head.name) or self.add_weight(self._head, _head_weight(head))
         if head.pixels is not None:  # the weights of a channel are those of all its pixels
             channels, classes = head.weight.shape[::-1]
-            repeated = self.add_constant("head.repeated_shape", np.array([channels, head.pixels, classes]))
-            flat = self.add_constant("head.flat_shape", np.array([channels * head.pixels, classes]))
-            weight = self.add("Expand", [weight, repeated], "head.repeated")
-            weight = self.add("Reshape", [weight, flat], "head.flat")
+            repeated = self.add_constant(f"{self._head}.repeated_shape", np.array([channels, head.pixels, classes]))
+            flat = self.add_constant(f"{self._head}.flat_shape", np.array([channels * head.pixels, classes]))
+            weight = self.add("Expand", [weight, repeated], f"{self._head}.repeated")
+            weight = self.add("Reshape", [weight, flat], f"{self._head}.flat")
         if head.bias is None:
             self.add("MatMulInteger", [x, weight], ACCUMULATORS)
         else:
             products = self.add("MatMulInteger", [x, weight], "products")
-            self.add("Add", [products, self.add_constant("head.bias", head.bias)], ACCUMULATORS)
+            self.add("Add", [products, self.add_constant(f"{self._head}.bias", head.bias)], ACCUMULATORS)
         self.add("Constant", [], SCALE, value=numpy_helper.from_array(np.array(head.scale, np.float32)))
 
 

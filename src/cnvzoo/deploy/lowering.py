@@ -23,6 +23,7 @@ from cnvzoo.models.residual import ADDEND
 from cnvzoo_runtime.metadata import DeployError
 
 _LARGEST_PIXEL = 255
+_LARGEST_SUM = 255  # of the levels of two inputs
 _PIXEL_SCALE = float(np.float32(1 / 255))
 _LARGEST_INT32 = (1 << 31) - 1
 
@@ -45,12 +46,8 @@ def integer_net(model: nn.Module, size: int = 32) -> IntegerNet:
     return _Lowering(steps, channels, size).net()
 
 
-def quantized_steps(model: nn.Module, graph: str) -> list[Step]:
-    """The steps of a quantized model with finite parameters; error messages name `graph`.
-
-    Raises:
-        DeployError: a float model, a parameter that is not finite, or a model that is more than a graph of layers.
-    """
+def check_quantized(model: nn.Module, graph: str = "the integer graph") -> None:
+    """Raise DeployError, naming `graph`, for a model without quantized layers."""
     from brevitas.nn import QuantConv2d, QuantLinear
 
     if not any(isinstance(layer, (QuantConv2d, QuantLinear)) for layer in model.modules()):
@@ -58,11 +55,24 @@ def quantized_steps(model: nn.Module, graph: str) -> list[Step]:
             f"{graph} is for quantized models, and this {type(model).__name__} is a float model: quantize it "
             "(cnvzoo.quantize, then train), or use format='onnx'"
         )
+
+
+def quantized_steps(model: nn.Module, graph: str) -> list[Step]:
+    """The steps of a quantized model with finite parameters; error messages name `graph`.
+
+    Raises:
+        DeployError: a float model, a parameter that is not finite, or a model that is more than a graph of layers.
+    """
+    from cnvzoo.models.quant import check_quantizers
+
+    check_quantized(model, graph)
     bad = [name for name, value in model.state_dict().items() if not bool(torch.isfinite(value).all())]
     if bad:
         raise DeployError(f"{', '.join(bad[:3])}: not finite numbers: train the model again from an earlier state")
     try:
-        return trace(model)
+        steps = trace(model)
+        check_quantizers({step.name: step.layer for step in steps if step.layer is not None})
+        return steps
     except ModelError as error:
         raise DeployError(f"{graph} cannot express this model: {error}") from None
 
@@ -156,6 +166,8 @@ class _Lowering:
         if not isinstance(step.layer, QuantizedResidualActivation):
             raise _unexpected(step, "a quantized activation that adds")
         quantizer = quantizer_of(step.layer)
+        if quantizer.ints.high != _LARGEST_SUM:
+            raise DeployError(f"{step.name}: sums have 8 bits in the integer graph: give its quantizer 8 bits")
         scale = float(quantizer.effective_scale())
         added = self._activation(x, scale, ADDEND.low, ADDEND.high)
         if isinstance(residual, _Weighted) and residual.norm is not None and not step.rounded:
@@ -186,6 +198,8 @@ class _Lowering:
         assert isinstance(pool, nn.MaxPool2d)
         if pool.kernel_size not in two or pool.stride not in two or pool.padding not in (0, (0, 0)) or pool.ceil_mode:
             raise DeployError(f"{step.name}: only 2x2 max pooling with stride 2 can be expressed in the integer graph")
+        if pool.dilation not in (1, (1, 1)):
+            raise DeployError(f"{step.name}: max pooling with dilation cannot be expressed in the integer graph")
         (taken,) = step.inputs
         is_activation = isinstance(self.steps[taken].layer, QuantReLU)
         if not isinstance(node, Layer) or not is_activation or self.uses[taken] > 1:

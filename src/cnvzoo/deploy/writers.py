@@ -79,7 +79,10 @@ def _check_layers(steps: Sequence[Step]) -> None:
         if not isinstance(step.layer, (*quantized, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d)):
             raise DeployError(f"{step.name}: {type(step.layer).__name__} is not quantized, as all layers of QONNX are")
         if isinstance(step.layer, (QuantReLU, QuantIdentity)) and quantizer_of(step.layer).bits == 1:
-            raise DeployError("QONNX has no node for 1-bit activations of levels 0 and 1: use a_bits of 2 or more")
+            raise DeployError(
+                f"{step.name}: QONNX has no node for 1-bit activations of levels 0 and 1: give it 2 bits or more, by "
+                "a_bits or bits"
+            )
 
 
 def _exported(model: nn.Module, steps: Sequence[Step]) -> nn.Module:

@@ -13,7 +13,7 @@ from cnvzoo.errors import ModelError
 from cnvzoo.models.fake_quant import IntRange
 from cnvzoo.models.graph import trace
 from cnvzoo.models.modes import unwrapped
-from cnvzoo.models.quant import quantizer_of
+from cnvzoo.models.quant import check_quantizers, quantizer_of
 
 _INT8_HIGH = 127
 LARGEST_BIAS = 1 << 30  # int32 has room for a bias of this size plus an accumulator
@@ -49,11 +49,14 @@ def integer_weights(model: nn.Module) -> dict[str, IntegerWeight]:
     A model that does more than to call layers has them in the order of its modules.
 
     Raises:
-        ModelError: the model has no quantized layer, or a weight or scale is not a finite number.
+        ModelError: the model has no quantized layer, one with a quantizer of Brevitas, or a weight or scale that is not
+            a finite number.
     """
     found = {}
     model = unwrapped(model)
-    for name, layer in _in_order(model):
+    layers = _in_order(model)
+    check_quantizers(dict(layers))
+    for name, layer in layers:
         quantizer = quantizer_of(layer)
         scale = quantizer.effective_scale().detach().clone()
         if not (layer.weight.isfinite().all() and scale.isfinite().all()):

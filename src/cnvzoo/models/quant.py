@@ -12,7 +12,7 @@ disabled, and for QuantTensors. The proxies themselves are as in any Brevitas mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -327,6 +327,18 @@ def weight_quant(quantizer: IntQuantizer) -> type:
 def act_quant(quantizer: IntQuantizer) -> type:
     """A quantizer of activations as Brevitas' layers take it."""
     return _injector(quantizer, ActQuantProxyFromInjector, signed=False)
+
+
+def check_quantizers(layers: Mapping[str, nn.Module]) -> None:
+    """Raise ModelError for a quantized layer without an IntQuantizer: Brevitas' own give other integers."""
+    for name, layer in layers.items():
+        if isinstance(layer, (QuantConv2d, QuantLinear, QuantReLU, QuantIdentity)):
+            try:
+                known = isinstance(quantizer_of(layer), IntQuantizer)
+            except AttributeError:  # it has none
+                known = False
+            if not known:
+                raise ModelError(f"{name}: not a quantizer of cnvzoo: build it with the layers of cnvzoo.models.quant")
 
 
 def quantizer_of(layer: nn.Module) -> IntQuantizer:
