@@ -26,6 +26,7 @@
     await script(path);
     const bytes = Uint8Array.from(atob(window.zooFiles[name]), (char) => char.charCodeAt(0));
     delete window.zooFiles[name];
+    delete loaded[path]; // so that a second try loads it again
     return bytes;
   };
 
@@ -36,25 +37,32 @@
 
   // ---- networks
 
-  let ready;
+  /** What `make` makes, once; after an error it is made anew. */
+  const once = (kept, name, make) =>
+    (kept[name] ??= make().catch((error) => {
+      delete kept[name];
+      throw error;
+    }));
+
+  const runtimes = {};
   const runtime = () =>
-    (ready ??= (async () => {
+    once(runtimes, "wasm", async () => {
       const [code, binary] = await Promise.all(
         ["ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"].map(unpacked),
       );
       ort.env.wasm.numThreads = 1;
       ort.env.wasm.wasmBinary = binary;
       ort.env.wasm.wasmPaths = { mjs: URL.createObjectURL(new Blob([code], { type: "text/javascript" })) };
-    })());
+    });
 
   const sessions = {};
   const session = (model) =>
-    (sessions[model.name] ??= (async () => {
+    once(sessions, model.name, async () => {
       await runtime();
       const made = await ort.InferenceSession.create(await file(`models/${model.name}.js`, model.name));
       await run(made, model, new Uint8Array(model.in_chans * model.size ** 2)); // compiles what the first run needs
       return made;
-    })());
+    });
 
   const run = async (made, model, pixels) => {
     const image = new ort.Tensor("uint8", pixels, [1, model.in_chans, model.size, model.size]);
@@ -193,7 +201,7 @@
       }
       status.textContent = "";
     } catch (error) {
-      status.textContent = `This browser cannot run the networks: ${error.message}`;
+      status.textContent = `The networks could not be run: ${error.message}`;
     }
   };
 
