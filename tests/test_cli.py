@@ -22,6 +22,7 @@ from cnvzoo.checkpoints.index import list_checkpoints
 from cnvzoo.checkpoints.publish import write_card
 from cnvzoo.checkpoints.verify import verify
 from cnvzoo.cli import main
+from cnvzoo.cli.output import print_json
 from cnvzoo.data import Preprocessing
 from cnvzoo.data.published import list_datasets
 from cnvzoo.errors import CnvzooError
@@ -131,14 +132,16 @@ class TestList:
         assert "3,217,226" in next(line for line in lines if "mobilenet_v1" in line)
 
     def test_a_narrow_terminal_does_not_cut_numbers(self, cnvzoo, monkeypatch):
-        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         monkeypatch.setenv("COLUMNS", "80")
         said = cnvzoo("list", "mobilenet*").said
         assert "mobilenet_v1" in said
         assert "3,217,226" in said
 
     @pytest.mark.parametrize("arguments", [(), ("--checkpoints",)])
-    def test_piped_output_is_plain_columns(self, cnvzoo, arguments):
+    def test_piped_output_is_plain_columns(self, cnvzoo, arguments, monkeypatch):
+        monkeypatch.setenv("FORCE_COLOR", "1")  # as many CI services do
+        monkeypatch.setenv("COLUMNS", "40")
         out = cnvzoo("list", *arguments).out
         assert out.isascii()
         assert all(line == line.rstrip() for line in out.splitlines())
@@ -149,7 +152,7 @@ class TestList:
 
     @pytest.mark.parametrize("columns", [80, 40])
     def test_no_name_is_cut_in_a_narrow_terminal(self, cnvzoo, monkeypatch, columns):
-        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         monkeypatch.setenv("COLUMNS", str(columns))
         words = cnvzoo("list", "--checkpoints").out.split()
         for found in list_checkpoints():
@@ -356,6 +359,8 @@ class TestInfo:
         )
         found = json.loads(cnvzoo("info", name, "--json").out)
         assert (found["name"], found["input_shape"], found["w_bits"]) == ("resnet20", [1, 28, 28], None)
+        other = json.loads(cnvzoo("info", name, "--num-classes", "7", "--json").out)
+        assert other["checkpoint"] is None  # its accuracy and bytes are of another network
         (listed,) = json.loads(cnvzoo("list", "--checkpoints", "--json").out)
         assert {key: found[key] for key in ("parameters", "macs")} == {
             key: listed[key] for key in ("parameters", "macs")
@@ -934,6 +939,32 @@ class TestPublish:
             "dry_run": True,
         }  # fmt: skip
         assert not (tmp_path / "store").exists()
+
+    def test_json_of_those_before_an_error(self, cnvzoo, hub, tmp_path):
+        write_card(hub / "resnet20.mnist")
+        (tmp_path / "store").mkdir()
+        (tmp_path / "store" / "quant_cnv_w4a4.cifar10").symlink_to(tmp_path)
+        write_card(hub / "quant_cnv_w4a4.cifar10")
+        result = cnvzoo("publish", "resnet20.mnist", "quant_cnv_w4a4.cifar10", "--to", "store", "--json")
+        assert result.status == 1
+        assert [done["name"] for done in json.loads(result.out)] == ["resnet20.mnist"]
+
+
+def test_no_file_is_imported_for_a_shell_that_completes(tmp_path):
+    (tmp_path / "mine.py").write_text("print('imported')")
+    words = "cnvzoo list --import mine.py --da"
+    done = subprocess.run(
+        [sys.executable, "-c", "from cnvzoo.cli import main; main()"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "_CNVZOO_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "4"},
+    )  # fmt: skip
+    assert "imported" not in done.stdout
+
+
+def test_json_is_ascii_whatever_the_encoding_of_the_output(capsys):
+    print_json({"label": "café \U0001f600"})
+    out = capsys.readouterr().out
+    assert out.isascii()
+    assert json.loads(out) == {"label": "café \U0001f600"}
 
 
 def test_the_installed_command_calls_main():

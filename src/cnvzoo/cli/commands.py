@@ -19,6 +19,7 @@ from cnvzoo.errors import CnvzooError
 
 if TYPE_CHECKING:
     from cnvzoo.checkpoints.format import CheckpointConfig
+    from cnvzoo.checkpoints.store import Publication
     from cnvzoo.checkpoints.verify import Verification
     from cnvzoo.training.evaluation import Evaluation
     from cnvzoo.training.recipe import Recipe
@@ -259,7 +260,7 @@ def verify(
     else:
         _print_verifications(results)
     if problems := [f"{result.name}: {result.problem}" for result in results if result.problem]:
-        raise CnvzooError(f"not as published: {'; '.join(problems)}")
+        raise CnvzooError(f"not as recorded: {'; '.join(problems)}")
 
 
 def _print_verifications(results: list[Verification]) -> None:
@@ -280,7 +281,7 @@ def _verdict(result: Verification) -> str:
         return "differs"
     if result.published is None:
         return "nothing published to compare"
-    return "not scored: give --dataset" if result.found is None else "as published"
+    return "not scored: give --dataset" if result.found is None else "as recorded"
 
 
 @app.command()
@@ -341,10 +342,13 @@ def publish(
 
     Example: `cnvzoo publish cnv.mnist --to hf://my-organisation --dry-run`
     """
-    shown = (lambda _: None) if as_json else typer.echo
-    done = cnvzoo.publish(checkpoints, to, hub=hub, tag=tag, message=message, dry_run=dry_run, on_published=shown)
-    if as_json:
-        print_json([asdict(publication) for publication in done])
+    done: list[Publication] = []
+    shown = done.append if as_json else typer.echo
+    try:
+        cnvzoo.publish(checkpoints, to, hub=hub, tag=tag, message=message, dry_run=dry_run, on_published=shown)
+    finally:  # those before one that failed are published
+        if as_json:
+            print_json([asdict(publication) for publication in done])
 
 
 @app.command()

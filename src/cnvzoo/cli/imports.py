@@ -21,13 +21,15 @@ from cnvzoo.errors import CnvzooError
 _MARK = "__imported_by_cnvzoo__"  # a global variable of the modules whose errors are shown in one line
 
 
-def import_all(sources: Sequence[str] | None) -> Sequence[str] | None:
+def import_all(context: typer.Context, sources: Sequence[str] | None) -> Sequence[str] | None:
     """Import each file or module, in order; returns `sources`, as typer wants it from a callback.
+
+    Nothing is imported for a shell that asks for completions.
 
     Raises:
         CnvzooError: there is no such file or module, or it cannot be imported; in one line, with file and line.
     """
-    for source in sources or ():
+    for source in () if context.resilient_parsing else sources or ():
         is_file = source.endswith(".py") or any(s in source for s in (os.sep, os.altsep) if s)
         if is_file:
             _import_file(Path(source))

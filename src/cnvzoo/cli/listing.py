@@ -155,6 +155,8 @@ def info(
             option = f"--{key.replace('_', '-')}"
             raise CnvzooError(f"{model} and {option} {value}: leave {option} out, or the bits in the name")
     arguments: dict[str, Any] = named | {key: value for key, value in given.items() if value is not None}
+    if any(arguments.get(key) != named.get(key) for key in ("num_classes", "in_chans") if given[key] is not None):
+        checkpoint = None  # the network is another than that of the checkpoint
     facts = cnvzoo.model_info(**arguments, input_size=input_size or size)
     if as_json:
         bits = {key: arguments.get(key) for key in ("w_bits", "a_bits")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,8 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, hea
         table.add_column(column.title, no_wrap=not column.is_prose, min_width=least, justify=justify)
     for row in rows:
         table.add_row(*row)
-    console = Console(highlight=False, markup=False, emoji=False)
+    # not by the environment: FORCE_COLOR would make lines of a pipe as narrow as a terminal
+    console = Console(highlight=False, markup=False, emoji=False, force_terminal=sys.stdout.isatty())
     whole = console.measure(table, options=console.options.update(max_width=1 << 20))
     if console.is_terminal:
         table.collapse_padding = whole.maximum > console.width
@@ -63,4 +65,4 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, hea
 
 def print_json(value: Any) -> None:
     """Print a value as indented JSON; its keys are on the page docs/command-line.md and stay."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(value, indent=2))  # in ASCII, which every encoding of the output has
