@@ -1,6 +1,6 @@
 """The description of the distribution on a package index: README.md, with paths in place of its links to files.
 
-Such a link has a target only beside the files themselves, and an index page has none of them.
+A relative link works only beside the files; the page of a package index does not have them.
 """
 
 from __future__ import annotations

@@ -22,12 +22,12 @@ from cnvzoo.models import model_spec as _model_spec  # noqa: E402
 _TABLE_BITS = (8, 4, 2)
 
 
-def _entry_point(name: str) -> _Callable[..., _Any]:
+def _entry_point(name: str, model: str) -> _Callable[..., _Any]:
     def create(pretrained: bool = False, *, dataset: str | None = None, **kwargs: _Any) -> _Any:
         return _cnvzoo.create_model(f"{name}.{dataset}" if dataset else name, pretrained=pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"""{_model_spec(name.partition("_w")[0]).summary}.
+    create.__doc__ = f"""{_model_spec(model).summary}.
 
     Args:
         pretrained: load published weights; the model is then in eval mode.
@@ -41,7 +41,7 @@ def _entry_point(name: str) -> _Callable[..., _Any]:
 
 
 for _name in _cnvzoo.list_models():
-    globals()[_name] = _entry_point(_name)
+    globals()[_name] = _entry_point(_name, _name)
     if _model_spec(_name).quantized:
         for _bits in _TABLE_BITS:
-            globals()[f"{_name}_w{_bits}a{_bits}"] = _entry_point(f"{_name}_w{_bits}a{_bits}")
+            globals()[f"{_name}_w{_bits}a{_bits}"] = _entry_point(f"{_name}_w{_bits}a{_bits}", _name)

@@ -29,6 +29,14 @@ def test_every_model_is_an_entry_point_and_nothing_else() -> None:
     assert all("pretrained" in found[name].__doc__ for name in entry_points)
 
 
+def test_registered_models_of_any_name_are_entry_points() -> None:
+    cnvzoo.register_model("net_wide", summary="Of tests")(cnvzoo.models.model_spec("cnv").build)
+    try:
+        assert runpy.run_path(str(ROOT / "hubconf.py"))["net_wide"].__doc__.startswith("Of tests.")
+    finally:
+        cnvzoo.unregister_model("net_wide")
+
+
 def test_published_weights(tmp_path, make_checkpoint) -> None:
     make_checkpoint(tmp_path / "hub", "quant_cnv", "cifar10", w_bits=4, a_bits=4)
     expected = cnvzoo.create_model("quant_cnv_w4a4.cifar10", pretrained=True, hub=tmp_path / "hub").state_dict()

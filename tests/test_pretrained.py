@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,18 @@ class TestChoice:
         assert not model.training
         own, _ = cnvzoo.load_checkpoint(hub / expected)
         assert all(torch.equal(tensor, own.state_dict()[n]) for n, tensor in model.state_dict().items())
+
+    def test_a_full_name_selects_the_published_one_beside_an_own_one(self, hub: Path) -> None:
+        model = cnvzoo.create_model("quant_cnv_w4a4.cifar10", pretrained=True)
+        cnvzoo.save_checkpoint(model, hub / "tuned.cifar10")
+        assert name_of(cnvzoo.create_model("quant_cnv_w4a4.cifar10", pretrained=True)) == "quant_cnv_w4a4.cifar10"
+        assert name_of(cnvzoo.create_model("tuned.cifar10", pretrained=True)) == "tuned.cifar10"
+
+    def test_the_calls_of_the_page_choose_among_all_published_ones(self) -> None:
+        page = (ROOT / "docs" / "checkpoints.md").read_text()
+        calls = re.findall(r"^\w+ = (cnvzoo\.create_model\(.*\))$", page.split("```")[1], re.MULTILINE)
+        assert len(calls) == 3
+        assert {name_of(eval(call)) for call in calls} == {"quant_cnv_w4a4.cifar10"}
 
     @pytest.mark.parametrize(
         ("name", "arguments", "words"),

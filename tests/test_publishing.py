@@ -11,11 +11,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import cnvzoo
+from cnvzoo import files
+from cnvzoo.checkpoints import folder
 from cnvzoo.checkpoints.folder import read_config, write_config
-from cnvzoo.checkpoints.format import CheckpointError, FileFacts, StoreError
-from cnvzoo.checkpoints.publish import checkpoint_facts
+from cnvzoo.checkpoints.format import CARD, CheckpointError, FileFacts, StoreError
+from cnvzoo.checkpoints.publish import _known_of, checkpoint_facts
 from cnvzoo.checkpoints.store import Publication
 from cnvzoo.cli import main
+from cnvzoo.training import NUMERICS, recipe_from_dict
 from cnvzoo.training.record import RunRecord
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,3 +177,57 @@ def test_a_record_with_values_that_no_config_can_have() -> None:
     versions = {**record.versions, "torch": "2.14; id"}
     with pytest.raises(CheckpointError, match=r"^the record of mnist_cnv, seed 0: .*versions\.torch: [^\n]+$"):
         checkpoint_facts(record.model_copy(update={"versions": versions}))
+
+
+def test_an_empty_location_is_no_store(hub: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    """As of a variable that is not set."""
+    status, out, err = command("cnv.mnist", "--to", "")
+    assert (status, out) == (1, "")
+    assert err == "error: '' is not a store: give a directory, hf://ORG or hf://ORG@REVISION\n"
+
+
+def test_a_card_that_is_a_link_is_not_written(hub: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("precious")
+    card = hub / "cnv.mnist" / CARD
+    card.unlink()
+    card.symlink_to(tmp_path / "other")
+    with pytest.raises(StoreError, match=r"README\.md: a symbolic link, which could lead out of the folder"):
+        cnvzoo.write_card(hub / "cnv.mnist")
+    assert (tmp_path / "other").read_text() == "precious"
+
+
+@pytest.mark.parametrize("file", ["README.md", "config.json"])
+def test_an_interrupted_save_leaves_no_checkpoint_of_two_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    preprocessing = cnvzoo.Preprocessing(32, (0.0,) * 3, (1.0,) * 3)
+    first, second = (cnvzoo.create_model("resnet20", num_classes=n) for n in (10, 7))
+    cnvzoo.save_checkpoint(first, tmp_path / "a", preprocessing=preprocessing)
+    write = folder.write_text
+
+    def interrupted(path: Path, text: str) -> None:
+        if path.name == file:
+            raise KeyboardInterrupt
+        write(path, text)
+
+    for module in (folder, files):
+        monkeypatch.setattr(module, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cnvzoo.save_checkpoint(second, tmp_path / "a", preprocessing=preprocessing)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not the file that config\.json describes"):
+        cnvzoo.publish(tmp_path / "a", tmp_path / "store")
+
+
+def test_paths_of_a_recipe_are_not_published(tmp_path: Path) -> None:
+    values = {
+        "name": "photos_cnv", "model": "resnet20", "dataset": f"{tmp_path}/private/photos", "epochs": 2,
+        "batch_size": 4, "optimizer": {"lr": 0.1}, "start": f"{tmp_path}/private/before",
+    }  # fmt: skip
+    record = RunRecord.model_construct(
+        recipe=recipe_from_dict(values, "test").model_dump(mode="json"), seed=0, versions={}, device={}, commit=None,
+        numerics=NUMERICS, trial=False, epochs=1, holdout=0, correct=1, total=2, data_sha256="0" * 64,
+    )  # fmt: skip
+    known = _known_of(record)
+    assert (known["dataset"], known["recipe"]["dataset"], known["recipe"]["start"]) == (
+        "photos", "./photos", "./before",
+    )  # fmt: skip

@@ -93,7 +93,7 @@ def test_the_config_is_written_last_so_an_interrupted_publish_leaves_no_checkpoi
         replace(source, target)
 
     monkeypatch.setattr(files.os, "replace", stop_at_the_second)
-    with pytest.raises(StoreError, match=r"cannot be written .*No space left on device; the same command resumes"):
+    with pytest.raises(StoreError, match=r"cannot be written: No space left on device: .*; the same command resumes"):
         directory.publish(checkpoint, message="first")
     assert [path.name for path in (root / "resnet20.mnist").iterdir()] == ["model.safetensors"]
     monkeypatch.undo()

@@ -213,3 +213,9 @@ def test_arrays_are_on_the_cpu_whatever_the_default_device() -> None:
     with torch.device("meta"):
         data = Dataset.from_arrays(images, labels, ["a", "b"])
     assert data.sha256 == expected.sha256
+
+
+@pytest.mark.parametrize("name", ["", "cat\u200b", "a\nb", "x" * 201])
+def test_classes_that_no_checkpoint_could_have_are_refused(name: str) -> None:
+    with pytest.raises(DatasetError, match=r"^own: class .*: give printable text of 1 to 200 characters$"):
+        Dataset.from_arrays(np.zeros((10, 8, 8), np.uint8), [0, 1] * 5, ["a", name])

@@ -38,7 +38,7 @@ from cnvzoo.checkpoints.weights import (
 )
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.errors import explain
-from cnvzoo.files import is_temporary_of, replacing, write_text
+from cnvzoo.files import is_temporary_of, replacing, update_text, write_text
 from cnvzoo.models.classifier import Classifier
 
 
@@ -174,11 +174,19 @@ def encoded(facts: CheckpointFacts, content: bytes, source: str) -> tuple[Checkp
     return CheckpointConfig(**dict(facts), format_version=FORMAT_VERSION, file=FileFacts.of(content)), content
 
 
-def write_encoded(folder: str | Path, config: CheckpointConfig, content: bytes) -> None:
-    """Write model.safetensors and config.json, in this order. Raises CheckpointError before for too large a config."""
+def write_encoded(folder: str | Path, config: CheckpointConfig, content: bytes, card: str | None = None) -> None:
+    """Write the files of a checkpoint in the order of `FILES`; without `card`, an existing card is left as it is.
+
+    If this is interrupted, the old config is not that of the new weights, so that nothing loads or publishes a mixture.
+
+    Raises:
+        CheckpointError: the config is too large; nothing was written.
+    """
     text = _config_text(config)
     with replacing(Path(folder) / WEIGHTS) as temporary:
         temporary.write_bytes(content)
+    if card is not None:
+        update_text(Path(folder) / CARD, card)
     write_text(Path(folder) / CONFIG, text)
 
 

@@ -51,6 +51,8 @@ def open_store(
         StoreError: the location is none of these, or the endpoint has a password in it.
     """
     text = str(location)
+    if not text:
+        raise StoreError("'' is not a store: give a directory, hf://ORG or hf://ORG@REVISION")
     if not _SCHEME.match(text):
         return DirectoryStore(expanded(location))
     match = _HUB_LOCATION.fullmatch(text.removeprefix(HUB_SCHEME))
@@ -166,6 +168,8 @@ def choose_checkpoint(
         if dataset in (None, name.rpartition(".")[2])
         and all(with_defaults(arguments).get(key) == value for key, value in wanted.items())
     ]
+    if dataset and len(fitting) > 1:  # the full name of a published one; others have names of their own
+        fitting = [name for name in fitting if name in read_index().checkpoints] or fitting
     left_out = "; ".join(f"{name} is left out: {error}" for name, error in unreadable.items())
     if len(fitting) == 1:
         if left_out:

@@ -16,6 +16,7 @@ from cnvzoo.checkpoints.folder import (
     encoded,
     read_config,
     read_model,
+    read_plain_file,
     write_encoded,
 )
 from cnvzoo.checkpoints.format import (
@@ -91,7 +92,10 @@ def write_card(folder: str | Path) -> bool:
         ModelError: no model has its arguments, or takes images of its size.
     """
     folder = expanded(folder)
-    return update_text(folder / CARD, _card(read_config(folder)))
+    card = _card(read_config(folder))
+    if (folder / CARD).is_symlink():
+        read_plain_file(folder / CARD)  # refuses it
+    return update_text(folder / CARD, card)
 
 
 def _card(config: CheckpointConfig) -> str:
@@ -136,9 +140,7 @@ def write_model(
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     config, content = encoded(facts, content, type(model).__name__)
-    card = _card(config)  # before the first file is written: it may be refused too
-    write_encoded(folder, config, content)
-    update_text(folder / CARD, card)
+    write_encoded(folder, config, content, _card(config))
     return config
 
 
@@ -152,7 +154,10 @@ def _content(model: nn.Module) -> bytes:
 
 
 def _known_of(record: RunRecord) -> dict[str, Any]:
-    """The facts that a record has about the checkpoint of a user's own run."""
+    """The facts that a record has about the checkpoint of a user's own run.
+
+    Of a path in the recipe only the last part is kept: the others are of the machine and not of the run.
+    """
     recipe, values = record.parsed_recipe(), record.recipe
     trial = Trial(epochs=record.epochs, holdout=record.holdout) if record.trial else None
     known: dict[str, Any] = {
@@ -165,6 +170,9 @@ def _known_of(record: RunRecord) -> dict[str, Any]:
             known |= {"correct": record.correct, "total": record.total}
     else:  # images were given in place of those that the recipe names
         values = {key: value for key, value in values.items() if key != "dataset"}
+    for key in ("dataset", "start"):
+        if isinstance(source := values.get(key), str) and is_path(source):
+            values = values | {key: f"./{expanded(source).absolute().name}"}
     return known | {"recipe": values}
 
 

@@ -24,8 +24,9 @@ _LONGEST_QUOTE = 300  # characters
 _DISK_PROBLEMS = frozenset((errno.EROFS, errno.ENOSPC, errno.EDQUOT))
 _OTHER_STORE = "choose a directory with hub= or CNVZOO_HUB"
 
-# User and password in a URL. A password may have an unescaped @ or /; host:port/path@x is not one.
-_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:/+)([^\s/?#\"<>]*|[^\s/?#\"<>:]*:(?!\d+/)[^\s\"<>]*)@")
+# User and password in a URL. A password may have an unescaped @ or /; host:port/path@x is not one. The length of the
+# scheme is limited, so that the time is in proportion to that of the text.
+_USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30}:/+)([^\s/?#\"<>]*|[^\s/?#\"<>:]*:(?!\d+/)[^\s\"<>]*)@")
 _HEADER = re.compile(
     r"((?:proxy-)?authorization[\"']?\s*[:=,]\s*[\"']?)(?:(?:bearer|basic|digest|token)\s+)?[^\s\"',;)}\]]+",
     re.IGNORECASE,

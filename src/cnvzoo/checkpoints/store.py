@@ -7,6 +7,7 @@ before it stay, and the same publication completes it.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from cnvzoo.checkpoints.folder import (
     read_verified,
 )
 from cnvzoo.checkpoints.format import FileFacts, StoreError
-from cnvzoo.errors import nearest
+from cnvzoo.errors import in_a_line, nearest
 from cnvzoo.files import replacing
 
 
@@ -168,9 +169,8 @@ class DirectoryStore:
                     with replacing(self.root / name / file) as temporary:
                         temporary.write_bytes(files[file])
         except OSError as error:
-            raise StoreError(
-                f"{name} cannot be written to {self.root}: {error.strerror}; the same command resumes here"
-            ) from error
+            resumes = "; the same command resumes here" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            raise StoreError(f"{name}: {in_a_line(error)}{resumes}") from error
         return publication
 
     def _compare(self, name: str, files: Mapping[str, bytes]) -> Publication:

@@ -20,7 +20,7 @@ from cnvzoo.files import expanded
 from cnvzoo.training.device import describe_device, keep_freed_memory, resolve_device
 from cnvzoo.training.evaluation import evaluate
 
-ELSEWHERE = 5  # images; kernels of other machines and versions round differently
+ALLOWED_ELSEWHERE = 5  # images; kernels of other machines and versions round differently
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Verification:
         name: name of the checkpoint, or its path as it was given.
         published, found: correctly classified test images, in its config and here; None where it was not scored.
         total: number of test images.
-        allowed: allowed difference of the two: 0 on the kind of machine that published it, else `ELSEWHERE`.
+        allowed: allowed difference of the two: 0 on the kind of machine that published it, else `ALLOWED_ELSEWHERE`.
         problem: what is wrong, or None.
     """
 
@@ -55,7 +55,7 @@ def verify(
     """Compare every file of checkpoints with the index, then their accuracy on the test set with the published one.
 
     On the kind of machine that published a checkpoint (same device or processor and instruction set, same version of
-    torch) the number of correct images must be the same, elsewhere it may differ by `ELSEWHERE` images.
+    torch) the number of correct images must be the same, elsewhere it may differ by `ALLOWED_ELSEWHERE` images.
 
     Args:
         checkpoints: one or several names, or paths of folders; None for all published ones.
@@ -113,7 +113,7 @@ def _verify(
         return Verification(name, problem=str(error))
     if config.correct is None or config.total is None:
         return Verification(name, None, result.correct, result.total)
-    allowed = 0 if is_kind_of_machine(config, device) else ELSEWHERE
+    allowed = 0 if is_kind_of_machine(config, device) else ALLOWED_ELSEWHERE
     problem = None
     if result.total != config.total:
         problem = f"published on {config.total:,} images, and the test set has {result.total:,}"

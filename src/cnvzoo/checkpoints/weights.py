@@ -292,7 +292,7 @@ def _parse(content: bytes) -> tuple[dict[str, Tensor], dict[str, Packed]]:
         raise CheckpointError(f"not a safetensors file: a header of {header:,} bytes")
     try:
         stored = load(content)
-        metadata = json.loads(content[8 : 8 + header]).get("__metadata__", {})
+        metadata = json.loads(content[8 : 8 + header]).get("__metadata__") or {}
         return stored, _METADATA.validate_json(metadata.get(_PACKED, "{}"))
     except ValidationError as error:
         raise CheckpointError(f"metadata {_PACKED}: {explain(error)}") from None

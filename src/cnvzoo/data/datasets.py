@@ -25,7 +25,7 @@ from cnvzoo.data.image_folders import read_image_folder
 from cnvzoo.data.published import ARRAYS, DatasetInfo, combined_sha256, dataset_info, default_root, list_datasets
 from cnvzoo.errors import DatasetError
 from cnvzoo.files import expanded, replacing
-from cnvzoo_runtime.metadata import whole_number
+from cnvzoo_runtime.metadata import is_printable, whole_number
 
 _LARGEST_SIDE = 1024  # pixels
 
@@ -83,7 +83,8 @@ class Dataset:
             name: letters, digits, `_` and `-`; names checkpoints and exported files.
 
         Raises:
-            DatasetError: an array has another dtype or shape, or a label is out of range.
+            DatasetError: an array has another dtype or shape, a label is out of range, or the name of a class cannot be
+                printed.
         """
         if not _NAME.fullmatch(name) or name in list_datasets():
             raise DatasetError(
@@ -92,6 +93,8 @@ class Dataset:
         names = tuple(classes)
         if not 2 <= len(names) <= 256 or len(set(names)) < len(names) or not all(isinstance(n, str) for n in names):
             raise DatasetError(f"{name}: classes must be 2 to 256 different names, got {len(names)}: {names[:5]}")
+        if bad := [n for n in names if not n or len(n) > _LONGEST_CLASS or not is_printable(n)]:
+            raise DatasetError(f"{name}: class {bad[0]!r}: give printable text of 1 to {_LONGEST_CLASS} characters")
         train = _own_split(name, "", images, labels, len(names))
         if (test_images is None) != (test_labels is None):
             raise DatasetError(f"{name}: give test_images and test_labels, or neither")
@@ -170,6 +173,7 @@ def _shares(labels: Tensor, n: int) -> tuple[list[Tensor], list[int]]:
     return [classes[c] for c in kept], [shares[c] for c in kept]
 
 
+_LONGEST_CLASS = 200  # characters of a name, as in a checkpoint
 _FACTS = "cnvzoo"  # key of the metadata of a file that Dataset.save wrote
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", re.ASCII)
 
