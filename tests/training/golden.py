@@ -122,6 +122,18 @@ FAMILIES = {
             "augmentation": _CIFAR,
         },
     ),
+    "w2a2_muon": Family(
+        "quant_cnv",
+        bits=2,
+        images=64,
+        values=_QUANTIZED
+        | {
+            "optimizer": _MUON,
+            "teacher": ["cifar10_cnv", "cifar10_mobilenet_v1"],
+            "distillation": {"views": 1},
+            "augmentation": _CIFAR,
+        },
+    ),
     **{
         f"quant_resnet20_w{bits}a{bits}": Family(
             "quant_resnet20",
