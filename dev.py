@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import importlib.util
 import os
 import re
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 CONSTRAINTS = ROOT / "constraints.txt"
 STAMP = VENV / "installed.sha256"
+LOCK = ROOT / ".venv.lock"
 OLDEST = (3, 10)
 # all tests: a worker process on each of up to 8 cores; selected tests run in one process, which starts faster
 EVERY_TEST = ("-n", "auto", "--maxprocesses", "8", "--dist", "worksteal")
@@ -98,6 +100,18 @@ def prepare() -> int:
     """Make the environment, unless it is ready; returns 0, or the status of the step that failed."""
     if is_ready():
         return 0
+    with open(LOCK, "a") as lock:  # another command may be making it; the system releases the lock when it ends
+        if os.name == "nt":
+            msvcrt = importlib.import_module("msvcrt")
+            msvcrt.locking(lock.fileno(), msvcrt.LK_LOCK, 1)
+        else:
+            fcntl = importlib.import_module("fcntl")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return 0 if is_ready() else make_environment()
+
+
+def make_environment() -> int:
+    """Make the environment; returns 0, or the status of the step that failed."""
     if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
         return fail(
             "this Python cannot make virtual environments: its modules venv and ensurepip are missing. "

@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +48,7 @@ def machine(monkeypatch, tmp_path) -> Machine:
     monkeypatch.setattr(dev, "CONSTRAINTS", tmp_path / "constraints.txt")
     monkeypatch.setattr(dev, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(dev, "STAMP", tmp_path / ".venv" / "installed.sha256")
+    monkeypatch.setattr(dev, "LOCK", tmp_path / ".venv.lock")
     monkeypatch.setattr(dev.subprocess, "run", machine.run)
     monkeypatch.setattr(dev.os, "execv", lambda path, command: machine.commands.append(list(command)))
     monkeypatch.chdir(tmp_path)
@@ -270,3 +273,19 @@ def test_the_constraints_are_only_names_and_versions():
     assert pins == sorted(pins)
     for line in pins:
         assert re.fullmatch(r'[a-z0-9.-]+==[0-9][0-9a-z.]*(; python_version >= "3\.11")?', line), line
+
+
+def test_two_commands_at_once_make_one_environment(monkeypatch, tmp_path):
+    made = []
+
+    def make():
+        time.sleep(0.2)
+        made.append(1)
+        return 0
+
+    monkeypatch.setattr(dev, "LOCK", tmp_path / ".venv.lock")
+    monkeypatch.setattr(dev, "is_ready", lambda: bool(made))
+    monkeypatch.setattr(dev, "make_environment", make)
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(lambda _: dev.prepare(), range(3))) == [0, 0, 0]
+    assert made == [1]
