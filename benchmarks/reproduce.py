@@ -137,7 +137,11 @@ def _reproduce(
         names = [folder.name for entry in selected if (folder := layout.checkpoint(entry.recipe)).is_dir()]
         verified = verify(names, hub=layout.hub, device="auto" if on_ray else arguments.device)
 
-    _print_tables(arguments, selected, seeds, outputs)
+    try:
+        _print_tables(arguments, selected, seeds, outputs)
+    except (CnvzooError, OSError) as error:  # no reason to leave out what follows
+        outputs.out_of_date.add("the printed tables")
+        _say(f"the tables are not printed: {in_a_line(error)}")
     if publish_to is not None:
         if any(result.problem for result in verified):
             _say("nothing is published: a checkpoint is not as published, see below")
@@ -218,6 +222,8 @@ def _conclude(outcome: Outcome, verified: Sequence[Verification], retrain: bool)
         _say(f"{result.name}: not as published: {result.problem}")
     if len(verified) > len(different):
         _say(f"{len(verified) - len(different)} checkpoints verified: their files, and their accuracy on the test set")
+    if outcome.stopped and not outcome.left:
+        _say(f"stopped ({outcome.stopped}) after the last run; the same command verifies the checkpoints")
     if outcome.left:
         again = ", after training the finished ones once more: choose with --entry and --seeds" if retrain else ""
         why = f"stopped ({outcome.stopped})" if outcome.stopped else "another process is training the rest"

@@ -127,12 +127,22 @@ def critical_path(
 def cluster_table(records: Records) -> str:
     """The part of docs/cluster.md that follows from the records."""
     entries = {name: entry for name, entry in records.entries.items() if entry.table != EXTRA}
+    waiting = list(entries.values())
+    while waiting:  # what they start or learn from, and so on
+        for needed in needed_entries(waiting.pop(), records.entries):
+            if needed.name not in entries:
+                entries[needed.name] = needed
+                waiting.append(needed)
     costs = run_costs(entries.values(), records.survey())
     if not costs:
         return "No run has been measured on a CPU yet."
     nowhere = Path("nowhere")  # as if nothing had been trained
     empty = Records(records.entries, Layout(home=nowhere, runs=nowhere, hub=nowhere))
-    runs = [r for r in make_plan(list(entries.values()), SEEDS, records=empty) if (r.entry.name, r.seed) in costs]
+    runs = [
+        run
+        for run in make_plan(list(entries.values()), SEEDS, records=empty)
+        if (run.entry.name, run.seed) in costs and (run.entry.table != EXTRA or run.seed == PUBLISHED_SEED)
+    ]
     by_name = {(run.entry.name, run.seed): run for run in runs}
 
     def seconds(run: Run) -> float:

@@ -152,12 +152,13 @@ class _Execution:
             if others and not told and (reason := self.stop()):
                 self.say(f"stopping ({reason}): {len(others)} under way, to be saved")
                 told = True
+        reason = self.stop()  # a signal after the last step stops what follows the runs
         left = [n for n in sorted((*self.stopped, *self.waiting, *self.elsewhere)) if not self._is_kept(n)]
         return Outcome(
             failed=[self.runs[number] for number in sorted(self.failed)],
             left=[self.runs[number] for number in left],
             elsewhere=[self.runs[number] for number in left if number in self.elsewhere],
-            stopped=self.stop() if left else None,
+            stopped=reason if left or reason in ("SIGINT", "SIGTERM") else None,
         )
 
     def _start(self) -> None:
@@ -278,14 +279,13 @@ class _Execution:
             self.ended += 1
 
     def _finish(self, run: Run, record: RunRecord) -> None:
-        trial = run.trial_epochs is not None
-        problem = misplaced(record, run.entry, run.seed, trial=trial)
+        problem = misplaced(record, run.entry, run.seed, trial_epochs=run.trial_epochs)
         if problem or record.recipe_sha256 != run.entry.fingerprint:
             raise HarnessError(f"{shown(run.run_dir)}: the runner returned {problem or 'a record of another recipe'}")
         self.say(f"{run}: {record.accuracy:.2f} % after {duration(record.seconds)} of training")
         if run.record_path is not None:
             self._keep(run, record)
-        elif not trial:
+        elif run.trial_epochs is None:
             self._compare(run, record)
 
     def _keep(self, run: Run, record: RunRecord) -> None:

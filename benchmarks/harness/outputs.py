@@ -55,26 +55,39 @@ class Outputs:
 
     def update(self) -> None:
         """Write everything that is missing or out of date."""
-        layout = self.records.layout
         for entry in self.selected:
             write = partial(keep_missing, [entry], self.records, self.verify)
             for folder in self._attempt(f"the checkpoint of {entry.name}", write, []):
                 self.say(f"{shown(folder)}: checkpoint written")
+        with self.records.locked():
+            self._update_shared()
+
+    def _update_shared(self) -> None:
+        """Write the files that belong to all entries, so that other commands write them too."""
+        layout = self.records.layout
         if self._attempt("the index of published checkpoints", self._update_index, False):
             for problem in self._attempt("the pictures", partial(update_pictures, layout), []):
                 self._say_once(problem)
-        survey = self.records.survey()
-        entries = self.records.entries.values()
+        if (texts := self._attempt("what the tables show", self._tables, None)) is not None:
+            results, readme = texts
+            self._attempt("the page of results", partial(update_text, layout.page, results), False)
+            self._attempt("the README", partial(update_section, layout.readme, readme), None)
+        if layout.cluster_page.is_file():
+            self._attempt(
+                "the page about clusters",
+                lambda: update_section(layout.cluster_page, cluster_table(self.records)),
+                None,
+            )
+
+    def _tables(self) -> tuple[str, str]:
+        """The page of results, and the part of the README that has them."""
+        layout, survey, entries = self.records.layout, self.records.survey(), self.records.entries.values()
         lines = rows(entries, survey, self.references, recipes_scored(entries, layout))
         try:
             shows = pictured(layout.index)
         except CheckpointError:  # reported by _update_index
             shows = frozenset()
-        self._attempt("the page of results", partial(update_text, layout.page, page(lines, survey, shows)), False)
-        self._attempt("the README", partial(update_section, layout.readme, summary(lines, shows)), None)
-        if layout.cluster_page.is_file():
-            update = partial(update_section, layout.cluster_page, cluster_table(self.records))
-            self._attempt("the page about clusters", update, None)
+        return page(lines, survey, shows), summary(lines, shows)
 
     def measure(self, measure: Callable[[nn.Module, str], IntegerResult]) -> None:
         """Measure the integer graphs of the quantized checkpoints that have not been measured."""

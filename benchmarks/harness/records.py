@@ -8,12 +8,13 @@ is kept until a finished run replaces it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from cnvzoo.checkpoints.folder import read_config
@@ -169,8 +170,14 @@ class Records:
     entries: Mapping[str, Entry]
     layout: Layout
 
-    def status(self, entry: Entry, seed: int, path: Path | None = None, *, trial: bool = False) -> RunStatus:
-        """The status of the run of `entry` with `seed` by the record at `path`, by default the one in results/."""
+    def status(
+        self, entry: Entry, seed: int, path: Path | None = None, *, trial_epochs: int | None = None
+    ) -> RunStatus:
+        """The status of the run of `entry` with `seed` by the record at `path`, by default the one in results/.
+
+        With `trial_epochs`, of the trial of so many epochs.
+        """
+        trial = trial_epochs is not None
         path = path or self.layout.record(entry.name, seed)
         if not path.exists():
             return RunStatus(Status.MISSING)
@@ -180,7 +187,7 @@ class Records:
         except RecordError as error:
             problem = f"{' '.join(str(error).split())}; restore it, or delete it and run again"
             return RunStatus(Status.INVALID, problem=problem)
-        if problem := misplaced(record, entry, seed, trial=trial):
+        if problem := misplaced(record, entry, seed, trial_epochs=trial_epochs):
             return RunStatus(Status.INVALID, problem=f"{where}: {problem}; move it to its place, or delete it")
         if record.recipe_sha256 != entry.fingerprint and (trial or not _differs_in_inputs_alone(record, entry)):
             problem = (
@@ -260,7 +267,20 @@ class Records:
                 if run_status.status is Status.MISSING and (self.layout.run_dir(entry.name, seed) / STATE).exists():
                     run_status = RunStatus(Status.STARTED)
                 found[entry.name, seed] = run_status
+            self._mark_copies(found, entry)
         return found
+
+    def _mark_copies(self, found: dict[tuple[str, int], RunStatus], entry: Entry) -> None:
+        """Records of two seeds with the same weights: the later one is a copy, and not valid."""
+        seeds: dict[str, int] = {}
+        for seed in SEEDS:
+            if (record := found[entry.name, seed].record) is None:
+                continue
+            first = seeds.setdefault(record.weights_sha256, seed)
+            if first != seed:
+                where = shown(self.layout.record(entry.name, seed))
+                problem = f"{where}: the weights are those of seed {first}; delete it and run again"
+                found[entry.name, seed] = RunStatus(Status.INVALID, problem=problem)
 
     def problems(self) -> list[str]:
         """A line for each file in results/ that is in no table: out of date, not valid, or of no run of a table."""
@@ -282,7 +302,7 @@ class Records:
             if (trial_epochs := entry.trial_epochs(epochs)) is not None:
                 for seed in seeds:
                     path = self.layout.run_dir(entry.name, seed, trial_epochs) / RECORD
-                    if record := self.status(entry, seed, path, trial=True).record:
+                    if record := self.status(entry, seed, path, trial_epochs=trial_epochs).record:
                         found.append((entry, record))
         return found
 
@@ -302,13 +322,28 @@ class Records:
     def keep(self, record: RunRecord) -> None:
         """Write a record to its place among the results; one that it replaces is added to the retired ones."""
         path = self.layout.record(record.entry, record.seed)
+        with self.locked():
+            try:
+                replaced = RunRecord.read(path)
+            except RecordError:  # none, or one that cannot be read
+                replaced = None
+            if replaced is not None and replaced.weights_sha256 != record.weights_sha256:
+                retire(self.layout.retired, replaced)
+            record.write(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other command in this checkout writes the files that all records share; not to be nested.
+
+        Where the folder cannot be written there is no lock: what is written inside then reports why.
+        """
+        lock = FileLock(self.layout.retired.with_name(".results.lock"))
+        with suppress(OSError):
+            lock.acquire()
         try:
-            replaced = RunRecord.read(path)
-        except RecordError:  # none, or one that cannot be read
-            replaced = None
-        if replaced is not None and replaced.weights_sha256 != record.weights_sha256:
-            retire(self.layout.retired, replaced)
-        record.write(path)
+            yield
+        finally:
+            lock.release()
 
 
 def _differs_in_inputs_alone(record: RunRecord, entry: Entry) -> bool:
@@ -317,10 +352,12 @@ def _differs_in_inputs_alone(record: RunRecord, entry: Entry) -> bool:
     return record.parsed_recipe().model_copy(update=inputs).fingerprint(record.data_sha256) == entry.fingerprint
 
 
-def misplaced(record: RunRecord, entry: Entry, seed: int, *, trial: bool = False) -> str | None:
-    """Why `record` belongs to another run, or None."""
+def misplaced(record: RunRecord, entry: Entry, seed: int, *, trial_epochs: int | None = None) -> str | None:
+    """Why `record` belongs to another run, or None; with `trial_epochs`, than the trial of so many epochs."""
     if (record.entry, record.seed) != (entry.name, seed):
         return f"the record of {record.entry} seed {record.seed}, not of {entry.name} seed {seed}"
-    if record.trial != trial:
+    if record.trial != (trial_epochs is not None):
         return "the record of a trial, which enters no table" if record.trial else "not the record of a trial"
+    if trial_epochs is not None and (record.epochs, record.holdout) != (trial_epochs, 0):
+        return f"a trial of {record.epochs} epochs, {record.holdout} images held out, not of {trial_epochs} and none"
     return None

@@ -47,7 +47,7 @@ class Run:
     def valid_records(self, records: Records) -> list[RunRecord]:
         """The valid records of this run, among the results and in `run_dir`."""
         paths = [self.run_dir / RECORD] if self.record_path is None else [self.record_path, self.run_dir / RECORD]
-        found = (records.status(self.entry, self.seed, path, trial=self.trial_epochs is not None) for path in paths)
+        found = (records.status(self.entry, self.seed, path, trial_epochs=self.trial_epochs) for path in paths)
         return [run_status.done for run_status in found if run_status.done is not None]
 
     def __str__(self) -> str:
@@ -84,7 +84,7 @@ def make_plan(
 
     def status(entry: Entry, seed: int, trial_epochs: int | None) -> Status:
         path = _record_path(layout, entry, seed, trial_epochs)
-        return records.status(entry, seed, path, trial=trial_epochs is not None).status
+        return records.status(entry, seed, path, trial_epochs=trial_epochs).status
 
     def reason_to_run(entry: Entry, seed: int, trial_epochs: int | None) -> str | None:
         if (found := status(entry, seed, trial_epochs)) is not Status.DONE:
@@ -150,7 +150,7 @@ def resolve_weights(entry: Entry, records: Records, *, trial_epochs: int | None 
 
 def _from_run(entry: Entry, records: Records, trial_epochs: int | None = None) -> Path | None:
     folder = records.layout.run_dir(entry.name, PUBLISHED_SEED, trial_epochs)
-    record = records.status(entry, PUBLISHED_SEED, folder / RECORD, trial=trial_epochs is not None).done
+    record = records.status(entry, PUBLISHED_SEED, folder / RECORD, trial_epochs=trial_epochs).done
     return recorded_weights(folder / WEIGHTS, record)
 
 

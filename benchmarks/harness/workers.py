@@ -12,7 +12,6 @@ import os
 import pickle
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -186,9 +185,9 @@ class ProcessRunner:
         context = multiprocessing.get_context("spawn")
         connection, theirs = context.Pipe()
         lines, written = context.Pipe(duplex=False)
-        seconds_left = None if self.deadline is None else self.deadline - time.monotonic()
+        # the clock of time.monotonic() is the same for all processes of a machine
         process = context.Process(
-            target=_work, args=(theirs, written, self.train, arguments, self.threads, seconds_left)
+            target=_work, args=(theirs, written, self.train, arguments, self.threads, self.deadline)
         )
         resource_tracker.ensure_running()  # the first start of a process would start it, which unblocks SIGINT
         try:
@@ -267,10 +266,9 @@ def _work(
     train: Train,
     arguments: dict[str, Any],
     threads: int,
-    seconds_left: float | None,
+    deadline: float | None,
 ) -> None:
     """The worker process: train one run and send its record or error."""
-    deadline = None if seconds_left is None else time.monotonic() + seconds_left
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(lines.fileno(), 2)
     os.dup2(2, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from harness.cluster_time import Cost, cluster_table, critical_path, list_schedule, run_costs, work
-from harness.entries import Layout, load_entries
+from harness.entries import EXTRA, Layout, load_entries
 from harness.records import Records
 from harness.schedule import Run
 from workbench import CPU, Bench
@@ -108,3 +108,15 @@ def test_the_page_has_the_hours_of_all_runs(bench):
         "shortens, takes 3.0 hours: mnist_cnv seed 0 (2.0), then mnist_quant_cnv_w4a4 seed 0 (1.0). 6 runs are "
         "measured, on one core of the machines named in the records.",
     ]
+
+
+def test_an_entry_of_the_table_extra_may_be_a_teacher(bench):
+    bench.recipe("cifar10_resnet18")
+    bench.recipe("cifar10_resnet20", teacher="cifar10_resnet18")
+    assert bench.entry("cifar10_resnet18").table == EXTRA
+    bench.put("cifar10_resnet18", 0, device=ONE_THREAD, seconds=3600.0)
+    entries = {name: bench.entry(name) for name in ("cifar10_resnet18", "cifar10_resnet20")}
+    table = cluster_table(Records(entries, Layout.of(bench.home, bench.runs)))
+    assert table.splitlines()[4].startswith("| ")
+    assert "The 4 runs take" in table
+    assert "cifar10_resnet18 seed 0 (1.0), then cifar10_resnet20 seed 0" in table

@@ -8,7 +8,8 @@ import time
 
 import pytest
 from harness import outputs
-from harness.records import load_retired
+from harness.entries import Layout
+from harness.records import Records, load_retired
 from workbench import label_of, make_record
 
 from cnvzoo.files import sha256_of
@@ -494,3 +495,80 @@ def test_start_weights_without_a_record_are_reported(bench, capsys, recorded):
     bench.run("--table", "cifar10", "--time-limit", "0")
     assert "uses weights of cifar10_cnv seed 0 (eeeeeeee) that have no record" in capsys.readouterr().err
     assert "12.34" not in bench.page
+
+
+def test_a_file_of_results_that_is_damaged_during_a_campaign_stops_no_run(bench, capsys):
+    """As by a conflict of version control."""
+    for name in ("mnist_cnv", "mnist_resnet20"):
+        bench.recipe(name)
+    damage = bench.home / "retired.json"
+
+    def train(recipe, **arguments):
+        record = bench.training(recipe, **arguments)
+        damage.write_text("<<<<<<< HEAD")
+        return record
+
+    bench.train = train
+    assert bench.run("--table", "mnist", "--seeds", "0") == 1
+    assert sorted(bench.training.calls) == [("mnist_cnv", 0), ("mnist_resnet20", 0)]
+    said = capsys.readouterr().err
+    assert said.count("what the tables show stays as it was") == 1
+    assert "retired.json: not a list of retired records" in said
+    damage.unlink()
+    assert bench.run("--table", "mnist", "--seeds", "0") == 0
+    assert "90.00" in bench.page
+
+
+def test_tables_that_cannot_be_printed_do_not_stop_what_follows(bench, capsys, monkeypatch, tmp_path):
+    bench.recipe("mnist_cnv")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("reproduce._print_tables", full)
+    assert bench.run("--table", "mnist", "--publish", str(tmp_path / "store")) == 1
+    said = capsys.readouterr().err
+    assert "the tables are not printed: No space left on device" in said
+    assert "not written, see above: the printed tables" in said
+
+
+@pytest.mark.parametrize(("reason", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_after_the_last_step_stops_the_verification(bench, capsys, reason, status):
+    bench.recipe("mnist_cnv")
+
+    def train(recipe, *, stop, **arguments):
+        record = bench.training(recipe, **arguments)
+        stop.ask(reason)
+        return record
+
+    bench.train = train
+    assert bench.run("--table", "mnist", "--seeds", "0") == status
+    assert bench.verified == []
+    assert (
+        f"stopped ({reason}) after the last run; the same command verifies the checkpoints" in capsys.readouterr().err
+    )
+    assert RunRecord.read(bench.result("mnist_cnv")).accuracy == 90
+
+
+def test_two_seeds_with_the_same_weights_are_one_run_and_its_copy(bench, capsys):
+    bench.recipe("mnist_cnv")
+    for seed in (0, 1):
+        bench.put("mnist_cnv", seed, weights_sha256="a" * 64)
+    assert bench.run("--table", "mnist", "--time-limit", "0") == 3
+    assert "seed1.json: the weights are those of seed 0; delete it and run again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("epochs", "holdout"), [(2, 0), (3, 5000)])
+def test_another_trial_is_not_shown_as_the_one_that_was_asked_for(bench, epochs, holdout):
+    bench.recipe("mnist_cnv")
+    entry, layout = bench.entry("mnist_cnv"), Layout.of(bench.home, bench.runs)
+    records = Records({entry.name: entry}, layout)
+    path = layout.run_dir(entry.name, 0, 3) / "record.json"
+    path.parent.mkdir(parents=True)
+    scored = holdout or 10000
+    make_record(
+        entry.recipe, 0, trial=True, epochs=epochs, holdout=holdout, total=scored, correct=scored * 9 // 10
+    ).write(path)  # fmt: skip
+    assert records.trials([entry], [0], 3) == []
+    make_record(entry.recipe, 0, trial=True, epochs=3).write(path)
+    assert [record.epochs for _, record in records.trials([entry], [0], 3)] == [3]

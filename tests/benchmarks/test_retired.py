@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from harness.entries import HarnessError, Layout, load_entries
-from harness.records import load_retired, recipes_scored, retire
+from harness.records import Records, load_retired, recipes_scored, retire
 from workbench import BENCHMARKS, make_record
 
 from cnvzoo.training import NUMERICS, RunRecord
@@ -171,3 +172,17 @@ def test_the_list_of_this_repository_has_the_records_that_were_replaced() -> Non
     current = {RunRecord.read(path).weights_sha256 for path in layout.results.rglob("*.json")}
     assert not current & {old.weights_sha256 for old in retired}
     assert recipes_scored(entries.values(), layout)["cifar10_quant_cnv_w2a2"] >= 4
+
+
+def test_two_commands_at_once_retire_all_records(cnv) -> None:
+    """Each reads the file, adds its line and writes it, while the other does the same."""
+    entry, layout = cnv.entry("mnist_cnv"), Layout.of(cnv.home, cnv.runs)
+
+    def replace(seed: int) -> None:
+        records = Records({entry.name: entry}, layout)
+        for number in range(10):
+            records.keep(make_record(entry.recipe, seed, weights_sha256=f"{seed}{number:063x}"))
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(replace, (0, 1, 2)))
+    assert len(load_retired(layout.retired)) == 3 * 9

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -99,6 +100,11 @@ _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Text = Annotated[str, Field(min_length=1, max_length=200)]
 
 
+def _time(text: str) -> str:
+    datetime.fromisoformat(text)  # the pattern allows a 99th of a 13th month
+    return text
+
+
 class RunRecord(BaseModel):
     """One finished run.
 
@@ -149,7 +155,7 @@ class RunRecord(BaseModel):
     float_start: _Input | None
     teacher: _Input | list[_Input] | None = None
     start: Annotated[dict[str, Any], _checked(StartRecord)] | None = None
-    finished: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")
+    finished: Annotated[str, AfterValidator(_time)] = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$")
     history: list[Annotated[dict[str, float], _checked(EpochRecord)]]
 
     @model_validator(mode="after")
