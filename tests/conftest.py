@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import shutil
 import sys
@@ -26,6 +27,7 @@ from cnvzoo.checkpoints.folder import write_checkpoint
 from cnvzoo.checkpoints.format import CheckpointFacts, SeedResult
 from cnvzoo.data import dataset_info, published
 from cnvzoo.files import sha256_of
+from cnvzoo.models import fake_quant, quant
 from cnvzoo.training import preprocessing_of
 
 # dev.py, reproduce.py and its harness are not installed.
@@ -38,12 +40,39 @@ import harness.publish
 
 import dev
 
+_LARGE = 1 << 14  # weights of a layer
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _freeze_imported_objects() -> None:
     """Exclude imported objects from garbage collections: every run ends with one, which would take 0.3 s otherwise."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remember_fitted_scales() -> Iterator[None]:
+    """Fit scales to the same weights once: many tests quantize the same models, which takes seconds for each."""
+    fitted: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def fit(x: torch.Tensor, ints: fake_quant.IntRange, steps: int = 20) -> torch.Tensor:
+        if x.numel() < _LARGE or x.device.type != "cpu":
+            return fake_quant.least_squares_scale(x, ints, steps)
+        values = x.detach().contiguous()
+        content = hashlib.blake2b(values.view(-1).view(torch.uint8).numpy().data).digest()
+        key = (ints, steps, x.dtype, x.shape, torch.get_num_threads(), content)
+        if key not in fitted:
+            fitted[key] = fake_quant.least_squares_scale(x, ints, steps)
+        return fitted[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quant, "least_squares_scale", fit)
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that compile loops first: a worker process that gets the last of them would compile the same ones again."""
+    items.sort(key=lambda item: item.path.parent.name not in ("models", "training"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

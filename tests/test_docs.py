@@ -88,6 +88,11 @@ def with_small_holdout(text: str) -> str:
     return re.sub(r"(holdout[ =(]+)(\d+)", lambda match: f"{match[1]}{int(match[2]) // 20}", text)
 
 
+def with_few_steps(text: str) -> str:
+    """The text with an eighth of the training steps of an example; test_examples.py trains it for longer."""
+    return re.sub(r"(--steps )(\d+)", lambda match: f"{match[1]}{int(match[2]) // 8}", text)
+
+
 @pytest.fixture
 def docs_folder(tmp_path, monkeypatch, small_datasets, make_checkpoint, logged_in, uncompiled) -> Iterator[Path]:
     """A temporary folder with the files that the pages name: recipes, examples, checkpoints, weights and a photo.
@@ -137,7 +142,7 @@ def perform(docs_folder, monkeypatch) -> Callable[[str], int]:
     """`perform(command)`: runs a command of the pages in this process; its exit status."""
 
     def call(command: str) -> int:
-        arguments = shlex.split(with_small_holdout(command), comments=True)
+        arguments = shlex.split(with_few_steps(with_small_holdout(command)), comments=True)
         monkeypatch.setattr(sys, "argv", arguments)
         match arguments:
             case ["cnvzoo", *_]:

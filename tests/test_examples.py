@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -55,12 +53,9 @@ def test_train_quantized_learns(run, small_datasets, uncompiled):
     assert recovered >= started
 
 
-def test_train_quantized_on_real_digits(real_data, tmp_path, uncompiled):
-    environment = os.environ | {"CNVZOO_DATA": str(real_data("mnist"))}
-    command = [sys.executable, "-W", "error", EXAMPLES / "train_quantized.py", "--steps", "18", "--holdout", "300"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    trained, _, recovered = percents(done.stdout)
+def test_train_quantized_on_real_digits(run, real_data, monkeypatch, uncompiled):
+    monkeypatch.setenv("CNVZOO_DATA", str(real_data("mnist")))
+    trained, _, recovered = percents(run("train_quantized.py", "--steps", 18, "--holdout", 300))
     assert trained > 40  # after 18 batches of 64 images
     assert recovered > 80
 

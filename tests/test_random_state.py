@@ -30,7 +30,6 @@ import importlib, json, random, sys
 from pathlib import Path
 import numpy, torch
 import cnvzoo
-from cnvzoo.models.registry import model_names
 from synthetic import noise, recipe
 
 hub, folder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -50,7 +49,7 @@ def call(name, function):
     return result
 
 random.seed(1), numpy.random.seed(2), torch.manual_seed(3)
-for name in model_names():
+for name in ("cnv", "resnet18", "resnet20", "mobilenet_v1", "quant_cnv", "quant_resnet20", "quant_mobilenet_v1"):
     bits = {"w_bits": 2, "a_bits": 3} if name.startswith("quant_") else {}
     call(f"model_info {name}", lambda: cnvzoo.model_info(name, **bits))
 model, config = call("load_checkpoint", lambda: cnvzoo.load_checkpoint(hub / "cnv.mnist"))
@@ -59,7 +58,7 @@ call("create_model, pretrained", lambda: cnvzoo.create_model("cnv.mnist", pretra
 call("create_model, other channels", lambda: cnvzoo.create_model("cnv.mnist", pretrained=True, hub=hub, in_chans=3))
 call("create_model, no head", lambda: cnvzoo.create_model("cnv.mnist", pretrained=True, hub=hub, num_classes=0))
 call("lists", lambda: (cnvzoo.list_models(pretrained=True), cnvzoo.list_recipes(), cnvzoo.list_datasets()))
-call("quantize", lambda: cnvzoo.quantize(hub / "cnv.mnist", w_bits=2, a_bits=2))
+call("quantize", lambda: cnvzoo.quantize(hub / "resnet20.mnist", w_bits=2, a_bits=2))
 call("transforms", lambda: cnvzoo.transforms("mnist")(noise().test_images[0].permute(2, 0, 1)))
 call("predict", lambda: cnvzoo.predict(model, noise().test_images[0].permute(2, 0, 1)))
 call("evaluate", lambda: cnvzoo.evaluate(model, noise(), device="cpu"))

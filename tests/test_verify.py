@@ -158,7 +158,7 @@ def test_a_missing_checkpoint_is_an_error_before_any_is_verified(published, name
 
 
 def test_a_published_checkpoint(real_data) -> None:
-    (result,) = cnvzoo.verify(["cnv.mnist"], hub=ROOT / "hub", data_root=real_data("mnist"))
+    (result,) = cnvzoo.verify(["resnet20.mnist"], hub=ROOT / "hub", data_root=real_data("mnist"))
     assert result.problem is None
     assert result.found is not None
     assert result.found > 9900

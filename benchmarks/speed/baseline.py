@@ -9,6 +9,7 @@ of the library's, as layers of torch.nn and Brevitas with their default settings
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -168,6 +169,8 @@ def loader(data: Dataset, batch_size: int) -> DataLoader[tuple[Tensor, int]]:
         drop_last=True,
         num_workers=WORKERS,
         persistent_workers=True,
+        # from this process, spawned by another, the default is to spawn workers too, which import torch anew
+        multiprocessing_context="fork" if sys.platform == "linux" else None,
         pin_memory=torch.cuda.is_available(),
     )
 

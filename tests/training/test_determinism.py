@@ -81,7 +81,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits_in_a_process_that_
 
     earlier = [recipe, recipe | {"seed": 1}]
     if kind == "quantized":  # kernels are compiled for what comes first, and may serve what comes later
-        changes = {"w_bits": 8, "a_bits": 8, "batch_size": 16, "epochs": 1, "schedule": {"warmup_epochs": 0}}
+        changes = {"batch_size": 16, "epochs": 1, "schedule": {"warmup_epochs": 0}}
         earlier.append(recipe | changes | {"dataset": "cifar10"})
     jobs: list[Job] = [{"recipe": r, "run_dir": str(tmp_path / f"run{number}")} for number, r in enumerate(earlier)]
     uninterrupted, *rest, resumed = finish(*jobs, job)

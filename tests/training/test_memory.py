@@ -39,14 +39,14 @@ def allocated() -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's mallinfo2")
 def test_memory_does_not_grow_over_epochs() -> None:
-    data = noise("mnist", train=320)
+    data = noise("mnist", train=80)
     wanted = recipe(
-        **CNV_BITS, name="mnist_quant_cnv_w2a2", epochs=12, batch_size=32,
+        **CNV_BITS, name="mnist_quant_cnv_w2a2", epochs=12, batch_size=8,
         augmentation={"crop_padding": 2, "flip": True, "cutout": 4, "mixup": 0.2},
     )  # fmt: skip
     batches = TrainBatches(
         data.train_images, data.train_labels, num_classes=10, preprocessing=preprocessing_of("quant_cnv", "mnist"),
-        augmentation=wanted.augmentation, batch_size=32, seed=0, device="cpu",
+        augmentation=wanted.augmentation, batch_size=8, seed=0, device="cpu",
     )  # fmt: skip
     model = build_model("quant_cnv", num_classes=10, in_chans=1, w_bits=2, a_bits=2)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -58,7 +58,7 @@ def test_memory_does_not_grow_over_epochs() -> None:
 
     trainer.train(lambda: False, note)
     assert len(seen) == 12
-    # A step takes about 60 MB here; keeping 100 KB of it would exceed the limit within these eight epochs of ten steps.
+    # A step takes about 15 MB here; keeping 100 KB of it would exceed the limit within these eight epochs of ten steps.
     assert max(seen[4:]) - seen[3] < 4 * MEGABYTE
 
 

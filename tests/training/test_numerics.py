@@ -64,9 +64,15 @@ def test_the_random_state_of_the_caller_is_not_changed() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("environment", [{"TORCHDYNAMO_DISABLE": "1"}, {"CXX": "/bin/false"}], ids=str)
-def test_uncompiled_loops_are_recorded(environment: dict[str, str]) -> None:
-    machine = described(**environment)
+def test_uncompiled_loops_are_recorded(uncompiled: None) -> None:
+    with deterministic(CPU):
+        machine = describe_machine(CPU)
+    assert machine["loops"] == "eager"
+    assert "compiler" not in machine
+
+
+def test_loops_that_cannot_be_compiled_are_recorded() -> None:
+    machine = described(CXX="/bin/false")
     assert machine["loops"] == "eager"
     assert "compiler" not in machine
 

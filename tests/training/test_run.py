@@ -87,10 +87,10 @@ def test_the_saved_weights_are_those_that_were_scored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, CNV_BITS], ids=["float", "quantized"])
-def test_a_learnable_dataset_is_learned(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_learnable_dataset_is_learned(tmp_path: Path, uncompiled: None, changes: dict[str, Any]) -> None:
     optimizer = {"lr": 0.05}
     wanted = recipe(**{"dataset": "cifar10", "epochs": 4, "batch_size": 16, "optimizer": optimizer} | changes)
-    record = run(wanted, tmp_path, coloured(train=256, test=100))
+    record = run(wanted, tmp_path, coloured(train=128, test=100))
     losses = [entry["loss"] for entry in record.history]
     assert losses[-1] < losses[0] * 0.7
     assert record.accuracy > 60  # chance is 10
@@ -428,7 +428,7 @@ def float_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunRecord
     return folder / "weights.safetensors", run(recipe(name="mnist_cnv", model="cnv"), folder, seed=5, epochs=1)
 
 
-def test_biases_are_quantized_before_the_model_is_scored(tmp_path: Path) -> None:
+def test_biases_are_quantized_before_the_model_is_scored(tmp_path: Path, uncompiled: None) -> None:
     """Only then: the weights are those of the run without quantized biases, rounded."""
     plain = run(recipe(**CNV_BITS), tmp_path / "plain")
     record = run(recipe(**CNV_BITS, quantize_bias=True), tmp_path / "quantized")
@@ -443,7 +443,7 @@ def test_biases_are_quantized_before_the_model_is_scored(tmp_path: Path) -> None
 
 
 def test_a_quantized_run_starts_from_the_weights_of_its_float_twin(
-    float_run: tuple[Path, RunRecord], tmp_path: Path
+    float_run: tuple[Path, RunRecord], tmp_path: Path, uncompiled: None
 ) -> None:
     weights, float_record = float_run
     record = run(recipe(**FLOAT_START), tmp_path, seed=5, epochs=1, float_start=weights)
@@ -457,7 +457,7 @@ def test_a_quantized_run_starts_from_the_weights_of_its_float_twin(
 
 
 def test_the_float_weights_are_part_of_the_identity_of_a_run(
-    float_run: tuple[Path, RunRecord], tmp_path: Path, each_step: StepHook
+    float_run: tuple[Path, RunRecord], tmp_path: Path, each_step: StepHook, uncompiled: None
 ) -> None:
     weights, _ = float_run
     other = tmp_path / "other.safetensors"
@@ -544,7 +544,9 @@ NO_WARM_UP = {"warmup_epochs": 0.0}
 
 
 @pytest.mark.parametrize("bits", [2, 8])
-def test_weights_beyond_a_million_stop_the_run_though_the_loss_is_finite(bits: int, tmp_path: Path) -> None:
+def test_weights_beyond_a_million_stop_the_run_though_the_loss_is_finite(
+    bits: int, tmp_path: Path, uncompiled: None
+) -> None:
     wanted = recipe(**CNV_BITS | {"w_bits": bits, "a_bits": bits}, optimizer={"lr": 1e6}, schedule=NO_WARM_UP)
     with pytest.raises(TrainingDiverged) as caught:
         run(wanted, tmp_path)
