@@ -506,7 +506,8 @@ class TestTrain:
         small_datasets()
         result = cnvzoo("train", recipe(), "--holdout", 300)
         assert result.status == 1
-        assert "expected 1 to 299, got 300" in result.err
+        assert "holdout(300): mnist has 300 training images" in result.err
+        assert "expected a whole number from 1 to 299" in result.err
         assert "Traceback" not in result.err
 
     @pytest.mark.parametrize(("purpose", "says"), [("float_start", "starts from"), ("teacher", "learns from")])
