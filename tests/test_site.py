@@ -275,3 +275,20 @@ def test_a_file_that_is_no_picture_is_refused_in_words(visit):
     )
     page.wait_for_function("document.querySelector('#browser .status').textContent")
     assert page.locator("#browser .status").inner_text() == "notes.png is not a picture that this browser reads"
+
+
+def test_a_file_that_could_not_be_loaded_is_loaded_again(visit):
+    page = visit("docs/browser.html")
+    page.evaluate(
+        """() => {
+          const append = document.head.append;
+          document.head.append = (element) => {
+            document.head.append = append;
+            setTimeout(() => element.onerror());
+          };
+        }"""
+    )
+    call = "async () => (await zoo.scores('quant_cnv_w2a2.mnist', new Array(32 * 32).fill(0))).accumulators.length"
+    with pytest.raises(Exception, match=r"vendor/ort-wasm-simd-threaded\.mjs\.js cannot be loaded"):
+        page.evaluate(call)
+    assert page.evaluate(call) == 10
