@@ -22,13 +22,21 @@
       document.head.append(element);
     }));
 
-  const file = async (path, name) => {
-    await script(path);
-    const bytes = Uint8Array.from(atob(window.zooFiles[name]), (char) => char.charCodeAt(0));
-    delete window.zooFiles[name];
-    delete loaded[path]; // so that a second try loads it again
-    return bytes;
-  };
+  /** What `make` makes, once; after an error it is made anew. */
+  const once = (kept, name, make) =>
+    (kept[name] ??= make().catch((error) => {
+      delete kept[name];
+      throw error;
+    }));
+
+  const files = {};
+  const file = (path, name) =>
+    once(files, path, async () => {
+      await script(path);
+      const bytes = Uint8Array.from(atob(window.zooFiles[name]), (char) => char.charCodeAt(0));
+      delete window.zooFiles[name];
+      return bytes;
+    });
 
   const unpacked = async (name) => {
     const packed = new Blob([await file(`vendor/${name}.js`, name)]).stream();
@@ -36,13 +44,6 @@
   };
 
   // ---- networks
-
-  /** What `make` makes, once; after an error it is made anew. */
-  const once = (kept, name, make) =>
-    (kept[name] ??= make().catch((error) => {
-      delete kept[name];
-      throw error;
-    }));
 
   const runtimes = {};
   const runtime = () =>
