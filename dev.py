@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import importlib.util
 import os
 import re
@@ -101,11 +100,13 @@ def prepare() -> int:
     if is_ready():
         return 0
     with open(LOCK, "a") as lock:  # another command may be making it; the system releases the lock when it ends
-        if os.name == "nt":
-            msvcrt = importlib.import_module("msvcrt")
+        if sys.platform == "win32":
+            import msvcrt
+
             msvcrt.locking(lock.fileno(), msvcrt.LK_LOCK, 1)
         else:
-            fcntl = importlib.import_module("fcntl")
+            import fcntl
+
             fcntl.flock(lock, fcntl.LOCK_EX)
         return 0 if is_ready() else make_environment()
 

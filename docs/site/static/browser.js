@@ -9,18 +9,14 @@
 
   // ---- files: a page that is opened as a file may load scripts, but not fetch
 
-  const loaded = {};
   const script = (path) =>
-    (loaded[path] ??= new Promise((resolve, reject) => {
+    new Promise((resolve, reject) => {
       const element = document.createElement("script");
       element.src = new URL(path, home);
       element.onload = resolve;
-      element.onerror = () => {
-        delete loaded[path];
-        reject(new Error(`${path} cannot be loaded`));
-      };
+      element.onerror = () => reject(new Error(`${path} cannot be loaded`));
       document.head.append(element);
-    }));
+    });
 
   /** What `make` makes, once; after an error it is made anew. */
   const once = (kept, name, make) =>

@@ -52,7 +52,7 @@ def _count(text: str) -> int:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    model = cnvzoo_runtime.load(options.file)  # expands ~
+    model = cnvzoo_runtime.load(options.file)
     rows = []
     for path in options.images:
         image = cnvzoo_runtime.read_image(path)
@@ -69,7 +69,6 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    options.file = options.file.expanduser()
     metadata = cnvzoo_runtime.read_metadata(options.file)
     if options.json:
         print(metadata.to_json())
@@ -83,6 +82,6 @@ def _info(options: argparse.Namespace) -> None:
         ("bits", bits),
         ("input", f"{metadata.size}x{metadata.size} {channels}, images of {metadata.image_size}x{metadata.image_size}"),
         ("classes", f"{len(metadata.classes)}: {', '.join(metadata.classes)}"),
-        ("bytes", f"{options.file.stat().st_size:,}"),
+        ("bytes", f"{options.file.expanduser().stat().st_size:,}"),
     ):
         print(f"{label:8} {value}")
