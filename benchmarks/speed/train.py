@@ -1,6 +1,6 @@
 """Training speed of this library and of PyTorch as in its tutorials, measured in turns.
 
-    python benchmarks/speed/train.py                                  all nets, about 14 minutes on 2 cores
+    python benchmarks/speed/train.py                                  all nets, 15 to 20 minutes on 2 cores
     python benchmarks/speed/train.py --models cnv quant_cnv_w4a4      some
     python benchmarks/speed/train.py --keep                           and replace the figures, page and plot here
 
