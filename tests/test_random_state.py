@@ -62,7 +62,8 @@ call("quantize", lambda: cnvzoo.quantize(hub / "resnet20.mnist", w_bits=2, a_bit
 call("transforms", lambda: cnvzoo.transforms("mnist")(noise().test_images[0].permute(2, 0, 1)))
 call("predict", lambda: cnvzoo.predict(model, noise().test_images[0].permute(2, 0, 1)))
 call("evaluate", lambda: cnvzoo.evaluate(model, noise(), device="cpu"))
-call("train", lambda: cnvzoo.train(recipe(), dataset=noise(), run_dir=folder, epochs=1, device="cpu"))
+teacher = recipe(name="mnist_resnet20", model="resnet20")
+call("train", lambda: cnvzoo.train(teacher, dataset=noise(), run_dir=folder, epochs=1, device="cpu"))
 weights = folder / "weights.safetensors"
 student = recipe(name="mnist_resnet32", model="resnet32", teacher="mnist_resnet20")
 call("train, teacher", lambda: cnvzoo.train(student, dataset=noise(), teacher=weights, epochs=1, device="cpu"))

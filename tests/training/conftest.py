@@ -1,14 +1,20 @@
-"""What the tests of training share: a hook into the steps of a run."""
+"""What the tests of training share: small models, and a hook into the steps of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
-from synthetic import StepHook
+from synthetic import StepHook, small_resnets
 
 from cnvzoo.progress import TrainingProgress
 from cnvzoo.training import Trainer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_resnets() -> Iterator[None]:
+    with small_resnets():
+        yield
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ WORKER = Path(__file__).with_name("worker.py")
 STEPS = 12  # of two epochs, six each
 RECIPES: dict[str, dict[str, Any]] = {
     "float": {
-        "name": "cifar10_resnet20",
+        "name": "cifar10_resnet8",
         "dataset": "cifar10",
         "augmentation": EVERY_AUGMENTATION,
         "early_crops": {"side": 20, "epochs": 1},

@@ -233,7 +233,7 @@ def test_settings_of_the_caller_do_not_change_the_bits_of_a_run_or_an_evaluation
     case: str, changed: Callable[[str], object], plain_run: tuple[Path, RunRecord], tmp_path: Path, each_step: StepHook
 ) -> None:
     folder, record = plain_run
-    model = build_model("resnet20", in_chans=1)
+    model = build_model("resnet8", in_chans=1)
     model.load_state_dict(load_file(folder / "weights.safetensors"))
     logits: list[Tensor] = []
     model.register_forward_hook(lambda _module, _inputs, output: logits.append(output.clone()))

@@ -63,7 +63,7 @@ def test_a_record_describes_the_run(tmp_path: Path) -> None:
     record = run(wanted, tmp_path, seed=3)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != ".lock") == ["record.json", "weights.safetensors"]
     assert RunRecord.read(tmp_path / "record.json") == record
-    assert (record.entry, record.seed, record.trial, record.holdout) == ("mnist_resnet20", 3, False, 0)
+    assert (record.entry, record.seed, record.trial, record.holdout) == ("mnist_resnet8", 3, False, 0)
     assert (record.total, record.float_start) == (40, None)
     assert record.accuracy == pytest.approx(100 * record.correct / 40)
     assert record.recipe == wanted.model_dump(mode="json") | {"seed": 3}
@@ -80,9 +80,9 @@ def test_a_record_describes_the_run(tmp_path: Path) -> None:
 def test_the_saved_weights_are_those_that_were_scored(tmp_path: Path) -> None:
     data = coloured(train=48, test=40)
     record = run(recipe(dataset="cifar10"), tmp_path, data)
-    model = build_model("resnet20")
+    model = build_model("resnet8")
     model.load_state_dict(load_file(tmp_path / "weights.safetensors"), strict=True)
-    preprocessing = preprocessing_of("resnet20", "cifar10")
+    preprocessing = preprocessing_of("resnet8", "cifar10")
     assert count_correct(model, data.test_images, data.test_labels, preprocessing, quiet=True) == record.correct
 
 
@@ -135,9 +135,9 @@ def test_a_holdout_reads_no_test_image_and_trains_on_no_held_out_one(tmp_path: P
     assert len({r.weights_sha256 for r in records}) == 1
     assert records[0].correct == records[1].correct
 
-    model = build_model("resnet20", in_chans=1)
+    model = build_model("resnet8", in_chans=1)
     model.load_state_dict(load_file(tmp_path / "0" / "weights.safetensors"))
-    preprocessing = preprocessing_of("resnet20", "mnist")
+    preprocessing = preprocessing_of("resnet8", "mnist")
     for record, part in ((records[0], split), (records[2], other_held.holdout(12))):
         assert count_correct(model, part.test_images, part.test_labels, preprocessing, quiet=True) == record.correct
 
@@ -175,7 +175,7 @@ def test_a_signal_stops_after_the_step_and_the_run_resumes_to_the_same_bits(
     stop = caught.value
     assert (stop.reason, stop.step, stop.total_steps, stop.run_dir) == (number.name, step, STEPS, tmp_path)
     assert f"stopped ({number.name}) after step {step} of {STEPS}" in str(stop)
-    assert "mnist_resnet20, seed 0" in str(stop)
+    assert "mnist_resnet8, seed 0" in str(stop)
     assert signal.getsignal(number) is handler
     assert not (tmp_path / "record.json").exists()
 
@@ -396,7 +396,7 @@ def test_a_state_of_compiled_loops_is_not_resumed_without_them(
 def test_a_finished_run_is_not_overwritten_by_another(tmp_path: Path, other: dict[str, Any]) -> None:
     run(recipe(), tmp_path)
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(RunError, match="holds the finished run of mnist_resnet20, seed 0, which differs in") as caught:
+    with pytest.raises(RunError, match="holds the finished run of mnist_resnet8, seed 0, which differs in") as caught:
         run(recipe(), tmp_path, **other)
     assert "give another folder, or move that one away" in str(caught.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
@@ -471,10 +471,7 @@ def test_the_float_weights_are_part_of_the_identity_of_a_run(
 
 # --- weights that a run needs, as its float start or its teacher
 
-NEEDS = {
-    "float_start": recipe(**FLOAT_START),
-    "teacher": recipe(teacher="mnist_resnet32"),
-}
+NEEDS: dict[str, dict[str, Any]] = {"float_start": FLOAT_START, "teacher": {"teacher": "mnist_resnet14"}}
 
 
 @pytest.mark.parametrize("given", [None, "nowhere.safetensors"])
@@ -482,7 +479,7 @@ NEEDS = {
     ("purpose", "says"),
     [
         ("float_start", "mnist_quant_cnv_w2a2 starts from the weights of mnist_cnv, seed 0"),
-        ("teacher", "mnist_resnet20 learns from the weights of mnist_resnet32, seed 0"),
+        ("teacher", "mnist_resnet8 learns from the weights of mnist_resnet14, seed 0"),
     ],
 )
 def test_missing_weights_are_refused_with_the_entry_to_train(
@@ -491,7 +488,7 @@ def test_missing_weights_are_refused_with_the_entry_to_train(
     path = given and tmp_path / given
     weights: dict[str, Any] = {purpose: path}
     with pytest.raises(RunError, match="train that entry first and give its weights") as caught:
-        run(NEEDS[purpose], tmp_path, seed=2, **weights)
+        run(recipe(**NEEDS[purpose]), tmp_path, seed=2, **weights)
     assert says in str(caught.value)
     assert str(path or "no file") in str(caught.value)
 
@@ -507,11 +504,11 @@ def damaged(path: Path) -> None:
 @pytest.mark.parametrize(
     ("purpose", "write", "says"),
     [
-        ("float_start", lambda path: save_file(weights_of("resnet20", in_chans=1), path), "features.0.weight"),
+        ("float_start", lambda path: save_file(weights_of("resnet8", in_chans=1), path), "features.0.weight"),
         ("float_start", lambda path: save_file(weights_of("cnv", in_chans=3), path), "features.0.weight"),
         ("float_start", damaged, "header"),
-        ("teacher", lambda path: save_file(weights_of("resnet20", in_chans=1), path), "Missing key"),
-        ("teacher", lambda path: save_file(weights_of("resnet32", in_chans=3), path), "size mismatch"),
+        ("teacher", lambda path: save_file(weights_of("resnet8", in_chans=1), path), "Missing key"),
+        ("teacher", lambda path: save_file(weights_of("resnet14", in_chans=3), path), "size mismatch"),
         ("teacher", damaged, "header"),
     ],
     ids=[f"{purpose}-{what}" for purpose in NEEDS for what in ("another model", "another dataset", "damaged")],
@@ -522,10 +519,11 @@ def test_weights_that_do_not_fit_are_refused_by_name(
     path = tmp_path / "weights.safetensors"
     weights: dict[str, Any] = {purpose: path}
     write(path)
+    wanted = recipe(**NEEDS[purpose])
     with pytest.raises(RunError, match=says) as caught:
-        run(NEEDS[purpose], tmp_path / "run", **weights)
+        run(wanted, tmp_path / "run", **weights)
     assert str(path) in str(caught.value)
-    assert NEEDS[purpose].name in str(caught.value)
+    assert wanted.name in str(caught.value)
 
 
 # --- what goes wrong
@@ -535,7 +533,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_a_remedy(tmp_path: Path) ->
     with pytest.raises(TrainingDiverged) as caught:
         run(recipe(optimizer={"lr": 1e30}, schedule={"warmup_epochs": 0.0}), tmp_path, seed=4)
     said = str(caught.value)
-    assert said.startswith("mnist_resnet20, seed 4: the training loss is ")
+    assert said.startswith("mnist_resnet8, seed 4: the training loss is ")
     assert "in epoch 1: lower optimizer.lr (1e+30) or lengthen schedule.warmup_epochs" in said
     assert not (tmp_path / "record.json").exists()
 
@@ -551,7 +549,7 @@ def test_weights_beyond_a_million_stop_the_run_though_the_loss_is_finite(
     with pytest.raises(TrainingDiverged) as caught:
         run(wanted, tmp_path)
     said = str(caught.value)
-    assert re.match(r"^mnist_resnet20, seed 0: \w+\.\d+\.\w+ has grown to \d\.?\d*e\+\d+ in epoch 1: lower", said), said
+    assert re.match(r"^mnist_resnet8, seed 0: \w+\.\d+\.\w+ has grown to \d\.?\d*e\+\d+ in epoch 1: lower", said), said
     assert said.endswith("optimizer.lr (1000000.0) or lengthen schedule.warmup_epochs")
     assert not (tmp_path / "record.json").exists()
 
@@ -578,7 +576,7 @@ def test_a_last_step_that_breaks_weights_stops_the_run_and_leaves_its_state(
             tensor(trainer.model).data.view(-1)[3] = value
 
     monkeypatch.setattr(Trainer, "take_step", take_and_break)
-    with pytest.raises(TrainingDiverged, match=re.escape(f"mnist_resnet20, seed 0: {says}")) as caught:
+    with pytest.raises(TrainingDiverged, match=re.escape(f"mnist_resnet8, seed 0: {says}")) as caught:
         run(recipe(), tmp_path, save_every=0)
     assert "in epoch 2: lower optimizer.lr (0.05)" in str(caught.value)
     assert not (tmp_path / "record.json").exists()
@@ -611,10 +609,10 @@ def test_a_loss_of_either_infinity_stops_the_run(loss: float, tmp_path: Path, mo
 
 
 def test_a_batch_larger_than_the_training_set_is_refused(tmp_path: Path) -> None:
-    says = "mnist_resnet20: batch_size: 49: must be at most 48, the training images of mnist"
+    says = "mnist_resnet8: batch_size: 49: must be at most 48, the training images of mnist"
     with pytest.raises(RecipeError, match=f"^{says}$"):
         run(recipe(batch_size=49), tmp_path)
-    with pytest.raises(RunError, match=r"^mnist_resnet20, seed 0: batch_size must be 1 to 40[^\n]*$"):
+    with pytest.raises(RunError, match=r"^mnist_resnet8, seed 0: batch_size must be 1 to 40[^\n]*$"):
         run(recipe(batch_size=48), tmp_path, holdout=8)
 
 
@@ -622,7 +620,7 @@ def test_a_batch_larger_than_the_training_set_is_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize("place", ["argument", "recipe"])
 def test_an_impossible_seed_is_refused_before_anything_is_made(tmp_path: Path, seed: Any, place: str) -> None:
     wanted = recipe().model_copy(update={"seed": seed}) if place == "recipe" else recipe()
-    says = f"mnist_resnet20: seed={seed!r}: a seed is a whole number from 0 to 9223372036854775807 (2**63 - 1)"
+    says = f"mnist_resnet8: seed={seed!r}: a seed is a whole number from 0 to 9223372036854775807 (2**63 - 1)"
     with pytest.raises(RunError, match=f"^{re.escape(says)}$"):
         run(wanted, tmp_path / "run", **({"seed": seed} if place == "argument" else {}))
     assert not (tmp_path / "run").exists()
@@ -641,7 +639,7 @@ def test_an_impossible_seed_is_refused_before_anything_is_made(tmp_path: Path, s
 def test_an_impossible_count_is_refused_before_anything_is_made(
     tmp_path: Path, argument: str, value: Any, says: str
 ) -> None:
-    with pytest.raises(RunError, match=f"^mnist_resnet20: {argument}={value!r}: {says}$"):
+    with pytest.raises(RunError, match=f"^mnist_resnet8: {argument}={value!r}: {says}$"):
         run(recipe(), tmp_path / "run", **{argument: value})
     assert not (tmp_path / "run").exists()
 
@@ -657,7 +655,7 @@ def test_counts_of_numpy_are_those_of_python(tmp_path: Path) -> None:
 def test_images_that_the_recipe_does_not_fit_are_refused(tmp_path: Path) -> None:
     images = torch.zeros(48, 16, 16, 1, dtype=torch.uint8)
     small = Dataset.from_arrays(images, [0, 1] * 24, ["a", "b"], test_images=images, test_labels=[0, 1] * 24)
-    with pytest.raises(RecipeError, match=r"^mnist_resnet20: early_crops\.side: 24: must be 8 to 15 for resnet20$"):
+    with pytest.raises(RecipeError, match=r"^mnist_resnet8: early_crops\.side: 24: must be 8 to 15 for resnet8$"):
         run(recipe(early_crops={"side": 24, "epochs": 1}), tmp_path / "run", small)
 
 

@@ -17,7 +17,7 @@ from cnvzoo.training import RunError, RunInterrupted, RunRecord
 from cnvzoo.training.state import load_checked, save_checked
 
 TAUGHT: dict[str, Any] = {
-    "teacher": "mnist_resnet32",
+    "teacher": "mnist_resnet14",
     "epochs": 3,
     "augmentation": {"crop_padding": 2, "flip": True},
     "distillation": {"views": 2},
@@ -85,7 +85,7 @@ def test_a_state_without_a_checksum_is_refused_with_the_reason(tmp_path: Path, e
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
-    run(recipe(name="mnist_resnet32", model="resnet32"), folder, epochs=1)
+    run(recipe(name="mnist_resnet14", model="resnet14"), folder, epochs=1)
     return folder / "weights.safetensors"
 
 

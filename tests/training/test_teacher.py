@@ -19,7 +19,7 @@ from cnvzoo.training.distillation import Teacher
 
 PIXELS = preprocessing_of("quant_cnv", "cifar10")
 NORMALISED = preprocessing_of("cnv", "cifar10")
-TAUGHT = {"name": "mnist_resnet20", "teacher": "mnist_resnet32"}
+TAUGHT = {"name": "mnist_resnet8", "teacher": "mnist_resnet14"}
 
 
 class Constant(nn.Module):
@@ -129,7 +129,7 @@ pytestmark = pytest.mark.usefixtures("uncompiled")
 @pytest.fixture(scope="module")
 def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunRecord]:
     folder = tmp_path_factory.mktemp("teacher")
-    return folder / "weights.safetensors", run(recipe(name="mnist_resnet32", model="resnet32"), folder, epochs=1)
+    return folder / "weights.safetensors", run(recipe(name="mnist_resnet14", model="resnet14"), folder, epochs=1)
 
 
 def test_a_student_learns_from_its_teacher_where_all_labels_are_wrong(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_student_learns_from_its_teacher_where_all_labels_are_wrong(tmp_path: 
 def test_a_record_names_the_teacher(teacher_run: tuple[Path, RunRecord], tmp_path: Path) -> None:
     weights, teacher = teacher_run
     record = run(recipe(**TAUGHT), tmp_path / "taught", teacher=weights)
-    assert record.teacher == {"entry": "mnist_resnet32", "seed": 0, "weights_sha256": teacher.weights_sha256}
+    assert record.teacher == {"entry": "mnist_resnet14", "seed": 0, "weights_sha256": teacher.weights_sha256}
     assert RunRecord.read(tmp_path / "taught" / "record.json") == record
     assert sha256_of(weights) == teacher.weights_sha256
     alone = run(recipe(), tmp_path / "alone")
@@ -158,10 +158,10 @@ def test_a_record_names_several_teachers(teacher_run: tuple[Path, RunRecord], tm
     first, _ = teacher_run
     other = run(recipe(name="mnist_mobilenet_v1", model="mobilenet_v1"), tmp_path / "other", epochs=1)
     second = tmp_path / "other" / "weights.safetensors"
-    both = recipe(**TAUGHT | {"teacher": ["mnist_resnet32", "mnist_mobilenet_v1"]})
+    both = recipe(**TAUGHT | {"teacher": ["mnist_resnet14", "mnist_mobilenet_v1"]})
     record = run(both, tmp_path / "taught", teacher=[first, second])
     assert record.teacher == [
-        {"entry": "mnist_resnet32", "seed": 0, "weights_sha256": sha256_of(first)},
+        {"entry": "mnist_resnet14", "seed": 0, "weights_sha256": sha256_of(first)},
         {"entry": "mnist_mobilenet_v1", "seed": 0, "weights_sha256": other.weights_sha256},
     ]
     assert run(both, tmp_path / "taught", teacher=[first, second]) == record  # found again, not trained again
@@ -171,10 +171,10 @@ def test_a_record_names_several_teachers(teacher_run: tuple[Path, RunRecord], tm
 
     with pytest.raises(RunError, match=r"learns from the weights of mnist_mobilenet_v1, seed 0, and no file was given"):
         run(both, tmp_path / "run", teacher=[first])
-    many = r"learns from mnist_resnet32, mnist_mobilenet_v1: .*state\.x is one file too many for teacher"
+    many = r"learns from mnist_resnet14, mnist_mobilenet_v1: .*state\.x is one file too many for teacher"
     with pytest.raises(RunError, match=many):
         run(both, tmp_path / "run", teacher=[first, second, tmp_path / "state.x"])
-    with pytest.raises(RunError, match=r"mnist_resnet20 has no teacher: .* is one file too many for teacher: leave it"):
+    with pytest.raises(RunError, match=r"mnist_resnet8 has no teacher: .* is one file too many for teacher: leave it"):
         run(recipe(), tmp_path / "run", teacher=first)
 
 

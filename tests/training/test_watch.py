@@ -104,11 +104,11 @@ def test_a_csv_log_of_a_resumed_run_has_each_epoch_once(tmp_path, each_step: Ste
         run(wanted, tmp_path / "run", log=log, validate=4, **HELD)
     each_step(None)
     assert [row["epoch"] for row in rows(log)] == ["1"]
-    log.write_text(log.read_text() + log.read_text().splitlines()[1].replace("resnet20,0,1,", "resnet20,0,2,") + "\n")
+    log.write_text(log.read_text() + log.read_text().splitlines()[1].replace("resnet8,0,1,", "resnet8,0,2,") + "\n")
     record = run(wanted, tmp_path / "run", log=log, validate=4, **HELD)
     written = rows(log)
     assert [(row["entry"], row["seed"], row["epoch"], row["epochs"]) for row in written] == [
-        ("mnist_resnet20", "0", str(epoch), "3") for epoch in (1, 2, 3)
+        ("mnist_resnet8", "0", str(epoch), "3") for epoch in (1, 2, 3)
     ]
     for row, epoch in zip(written, record.history, strict=True):
         for name in ("loss", "lr", "seconds", "validation_accuracy"):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from synthetic import noise, recipe
+from synthetic import noise, recipe, small_resnets
 
 from cnvzoo.progress import TrainingStatus
 from cnvzoo.training import RunRecord, run, run_recipe, state
@@ -69,4 +69,5 @@ def main(jobs: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    with small_resnets():
+        main(json.loads(sys.argv[1]))
