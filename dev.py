@@ -9,7 +9,7 @@
     python3 dev.py setup                                                  only make the environment
 
 The first command makes a virtual environment in .venv beside this file and installs both packages into it, cnvzoo and
-cnvzoo-runtime, editable, with their tools, in the versions of constraints.txt, which records are made with. Later
+cnvzoo-runtime, editable, with their tools, in the versions of constraints.txt, which new records are made with. Later
 commands use it until a pyproject.toml or constraints.txt changes. No other environment is touched.
 """
 
@@ -187,8 +187,8 @@ def write_snippets(folder: Path) -> None:
 def datasets_of(arguments: list[str]) -> list[str]:
     """The datasets of the entries that reproduce.py selects by these arguments.
 
-    None if it trains nothing, because they ask for a list, help or a dry run or are invalid. Of the tables `extra` and
-    `all` without entries, all datasets.
+    An empty list if it trains nothing, because they ask for a list, help or a dry run or are invalid. All datasets for
+    the tables `extra` and `all` without entries.
     """
     if {"-h", "--help", "--list", "--dry-run"} & set(arguments):
         return []

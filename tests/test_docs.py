@@ -22,7 +22,7 @@ from fake_hub import FakeHub  # pyright: ignore[reportMissingImports]
 from harness import report as render
 from harness.cluster_time import cluster_table
 from harness.entries import Layout, load_entries
-from harness.plot import pictured
+from harness.plot import plotted
 from harness.records import Records, recipes_scored
 from harness.references import load_references
 from harness.report import END, START, rows
@@ -221,12 +221,28 @@ def test_results_in_the_pages_are_those_of_the_records():
     recipes = recipes_scored(entries.values(), layout)
     lines = rows(entries.values(), survey, load_references(layout.references, entries), recipes)
     remedy = "run: python benchmarks/reproduce.py --table all --time-limit 0"
-    shows = pictured(layout.index)
+    shows = plotted(layout.index)
     assert layout.page.read_text(encoding="utf-8") == render.page(lines, survey, shows), remedy
     readme = layout.readme.read_text(encoding="utf-8")
     assert readme.split(START)[1].split(END)[0].strip() == render.summary(lines, shows), remedy
     cluster = layout.cluster_page.read_text(encoding="utf-8")
     assert cluster.split(START)[1].split(END)[0].strip() == cluster_table(Records(entries, layout)), remedy
+
+
+def test_the_ties_on_the_deployment_page_are_those_of_the_published_checkpoint():
+    page = " ".join((ROOT / "docs" / "deployment.md").read_text(encoding="utf-8").split())
+    found = re.search(
+        r"have such a tie in `(\S+)`\. (\d+) of these and (\d+) other images get another class than in PyTorch, where "
+        r"the accuracy is ([\d.]+) %; that of the integer graph is ([\d.]+) %",
+        page,
+    )
+    assert found
+    config = json.loads((ROOT / "hub" / found[1] / "config.json").read_text())
+    integer, total = config["integer"], config["total"]
+    assert int(found[2]) + int(found[3]) == total - integer["agreeing"]
+    assert [found[4], found[5]] == [
+        f"{100 * correct / total:.2f}" for correct in (config["correct"], integer["correct"])
+    ]
 
 
 def test_recipes_page_has_every_key_with_its_default():

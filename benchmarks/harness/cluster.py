@@ -35,7 +35,7 @@ _POLL_SECONDS = 0.2
 _LINES_SECONDS = 1.0
 _NODES_SECONDS = 2.0
 _ANSWER_SECONDS = 60.0
-_MOST_WORKERS = 10  # of one run: a run that takes its node down with it would otherwise go round the cluster
+_MOST_WORKERS = 10  # of one run: a run that crashes its node would otherwise crash one node after another
 _GPU_SHARE = 0.3333  # AT_ONCE_ON_A_GPU of them fit on one, in Ray's steps of 0.0001
 # settings of the kernels that decide bits, and whether loops are compiled: those of a local run
 _SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "TORCHDYNAMO_DISABLE")

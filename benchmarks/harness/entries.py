@@ -99,7 +99,7 @@ class Layout:
     def page(self) -> Path:
         return self.home / "RESULTS.md"
 
-    def picture(self, table: str) -> Path:
+    def plot(self, table: str) -> Path:
         """Accuracy against bytes of the published checkpoints of a table."""
         return self.home / f"accuracy-{table}.svg"
 

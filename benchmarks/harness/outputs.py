@@ -1,4 +1,4 @@
-"""The files that follow from the records: checkpoints with cards and index, pictures, RESULTS.md and README.md."""
+"""The files that follow from the records: checkpoints with cards and index, plots, RESULTS.md and README.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo.files import FileError, update_text
 from harness.cluster_time import cluster_table
 from harness.entries import Entry, shown
-from harness.plot import pictured, update_pictures
+from harness.plot import plotted, update_plots
 from harness.publish import keep_missing, measure_missing, update_index
 from harness.records import Records, recipes_scored
 from harness.references import Reference
@@ -66,7 +66,7 @@ class Outputs:
         """Write the files that belong to all entries, so that other commands write them too."""
         layout = self.records.layout
         if self._attempt("the index of published checkpoints", self._update_index, False):
-            for problem in self._attempt("the pictures", partial(update_pictures, layout), []):
+            for problem in self._attempt("the plots", partial(update_plots, layout), []):
                 self._say_once(problem)
         if (texts := self._attempt("what the tables show", self._tables, None)) is not None:
             results, readme = texts
@@ -84,7 +84,7 @@ class Outputs:
         layout, survey, entries = self.records.layout, self.records.survey(), self.records.entries.values()
         lines = rows(entries, survey, self.references, recipes_scored(entries, layout))
         try:
-            shows = pictured(layout.index)
+            shows = plotted(layout.index)
         except CheckpointError:  # reported by _update_index
             shows = frozenset()
         return page(lines, survey, shows), summary(lines, shows)

@@ -1,6 +1,6 @@
-"""The pictures of the published checkpoints: accuracy against bytes, an SVG file for each dataset.
+"""The plots of the published checkpoints: accuracy against bytes, an SVG file for each dataset.
 
-A picture is a function of the index alone. Its metadata lists what it shows, which decides whether it has to be drawn
+A plot is a function of the index alone. Its metadata lists what it shows, which decides whether it has to be drawn
 again: matplotlib takes a second to import, and may be missing.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _FLOAT, _QUANTIZED, _INK, _GRID = "#3d5a80", "#d1495b", "#2b2d42", "#e6e9ef"
 _WIDTH, _HEIGHT = 9.0, 3.6  # inches
-_FEWEST = 2  # checkpoints in a picture
+_FEWEST = 2  # checkpoints in a plot
 _LEAST_SPAN = 0.1  # percentage points that the accuracy axis shows
 
 
@@ -33,16 +33,16 @@ def points(index: Path, dataset: str) -> list[CheckpointInfo]:
     return sorted(found, key=lambda point: (point["bytes"], point["name"]))
 
 
-def pictured(index: Path) -> frozenset[str]:
-    """The datasets with enough checkpoints for a picture."""
+def plotted(index: Path) -> frozenset[str]:
+    """The datasets with enough checkpoints for a plot."""
     return frozenset(table for table in TABLES if len(points(index, table)) >= _FEWEST)
 
 
-def update_pictures(layout: Layout) -> list[str]:
-    """Draw the pictures that do not show the checkpoints of the index; returns a line for each that cannot be drawn."""
+def update_plots(layout: Layout) -> list[str]:
+    """Draw the plots that do not show the checkpoints of the index; returns a line for each that cannot be drawn."""
     problems = []
     for table in TABLES:
-        now, path = points(layout.index, table), layout.picture(table)
+        now, path = points(layout.index, table), layout.plot(table)
         if len(now) < _FEWEST or shows(path, now):
             continue
         try:
@@ -54,18 +54,18 @@ def update_pictures(layout: Layout) -> list[str]:
 
 
 def shows(path: Path, points: Iterable[CheckpointInfo]) -> bool:
-    """Whether the picture at `path` is of these checkpoints."""
+    """Whether the plot at `path` is of these checkpoints."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return f">{html.escape(description(points), quote=False)}</" in text
 
 
 def description(points: Iterable[CheckpointInfo]) -> str:
-    """What a picture shows, as text."""
+    """What a plot shows, as text."""
     return "; ".join(f"{p['name']}: {p['accuracy']:.2f} %, {p['bytes']:,} bytes" for p in points)
 
 
 def draw(points: Sequence[CheckpointInfo], path: Path) -> None:
-    """Write the picture as SVG: the same bytes for the same points and the same matplotlib."""
+    """Write the plot as SVG: the same bytes for the same points and the same matplotlib."""
     from matplotlib import style
 
     metadata = {"Date": None, "Title": "Accuracy and bytes of checkpoints", "Description": description(points)}

@@ -156,7 +156,7 @@ class RunStatus:
 
     @property
     def done(self) -> RunRecord | None:
-        """The record if it is of today's arithmetic."""
+        """The record if it is of the current version of the arithmetic."""
         return self.record if self.status is Status.DONE else None
 
 
@@ -222,7 +222,7 @@ class Records:
 
     def _judged_by_arithmetic(self, record: RunRecord) -> RunStatus:
         if record.numerics < NUMERICS:
-            problem = f"of arithmetic version {record.numerics}, and today's is {NUMERICS}; it is due again"
+            problem = f"of arithmetic version {record.numerics}, and the current one is {NUMERICS}; it is due again"
             return RunStatus(Status.OLDER, record, problem)
         return RunStatus(Status.DONE, record)
 

@@ -102,8 +102,8 @@ _OLDER = "†"
 _ALT = "Test accuracy against the size of the weights file of the published checkpoints"
 
 
-def page(rows: Sequence[Row], survey: Survey, pictured: Collection[str]) -> str:
-    """The text of RESULTS.md: the tables, with pictures of those in `pictured`, and the hardware and versions."""
+def page(rows: Sequence[Row], survey: Survey, plotted: Collection[str]) -> str:
+    """The text of RESULTS.md: the tables, with plots of those in `plotted`, and the hardware and versions."""
     citations = dict.fromkeys(row.reference.source.citation for row in rows if row.reference is not None)
     parts = [
         "<!-- Generated: edits are lost. See the end of the page. -->\n# Results\n",
@@ -119,10 +119,10 @@ def page(rows: Sequence[Row], survey: Survey, pictured: Collection[str]) -> str:
         "([comparisons.yaml](comparisons.yaml)) or from the literature; the comments in a recipe say which.\n",
         f"The arithmetic of training has a version, now {NUMERICS} ([numerics](../docs/numerics.md)). Runs marked "
         f"{_OLDER} are of an older one, or start or learn from weights that are, or that a new run or recipe has "
-        "replaced: today's recipes and code give other bits, and they are due again.\n",
+        "replaced: the current recipes and code give other bits, and they are due again.\n",
         f"The weights of seed {PUBLISHED_SEED} are published, and scored again before they are. Those of the other "
         "seeds are not: their numbers rest on their [records](results), which state the sha256 of their weights.\n",
-        "A picture shows every published checkpoint of a dataset: the test accuracy of its own weights, not the mean "
+        "A plot shows every published checkpoint of a dataset: the test accuracy of its own weights, not the mean "
         "over the seeds, against the bytes of its `model.safetensors`. A line joins the bit widths of one graph.\n",
     ]
     parts += [f"Reference: {citation}.\n" for citation in citations]
@@ -130,8 +130,8 @@ def page(rows: Sequence[Row], survey: Survey, pictured: Collection[str]) -> str:
         members = [row for row in rows if row.entry.table == table]
         text = _table(members, "") if members else "No recipe yet."
         parts.append(f"## {table_title(table)}\n\n{text}\n")
-        if table in pictured:
-            parts.append(f"{_picture(table, '')}\n")
+        if table in plotted:
+            parts.append(f"{_plot(table, '')}\n")
     records = [record for row in rows for seed in SEEDS if (record := survey[row.entry.name, seed].record)]
     parts.append(f"## Hardware and versions\n\n{_provenance(records)}\n")
     parts.append(
@@ -141,15 +141,15 @@ def page(rows: Sequence[Row], survey: Survey, pictured: Collection[str]) -> str:
     return "\n".join(parts)
 
 
-def summary(rows: Iterable[Row], pictured: Collection[str]) -> str:
-    """The results on README.md: a table of the entries that have been run, and a picture, for each dataset."""
+def summary(rows: Iterable[Row], plotted: Collection[str]) -> str:
+    """The results on README.md: a table of the entries that have been run, and a plot, for each dataset."""
     finished = [row for row in rows if row.finished]
     parts = []
     for table in TABLES:
         if members := [row for row in finished if row.entry.table == table]:
             parts.append(f"### {table_title(table)}\n\n{_table(members, 'benchmarks/')}")
-            if table in pictured:
-                parts.append(_picture(table, "benchmarks/"))
+            if table in plotted:
+                parts.append(_plot(table, "benchmarks/"))
     if any(row.older for row in finished):
         parts.append(f"{_OLDER} By older [arithmetic](docs/numerics.md), or from replaced weights: due again.")
     return "\n\n".join(parts) or "No run yet."
@@ -160,7 +160,7 @@ def _table(rows: Iterable[Row], folder: str) -> str:
     return _markdown(_HEADER, lines)
 
 
-def _picture(table: str, folder: str) -> str:
+def _plot(table: str, folder: str) -> str:
     return f"![{_ALT} on {table_title(table)}]({folder}accuracy-{table}.svg)"
 
 

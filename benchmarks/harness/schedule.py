@@ -140,7 +140,7 @@ def resolve_weights(entry: Entry, records: Records, *, trial_epochs: int | None 
     """The safetensors file of the finished run of float `entry` with PUBLISHED_SEED, or None if it must be trained.
 
     Searched among the runs, then among the published checkpoints, then, with `trial_epochs`, among the trials of that
-    length. Weights count only if their sha256 is the one in their record, and if that is of today's arithmetic.
+    length. Weights count only if their sha256 is the one in their record, and if that is of the current arithmetic.
     """
     found = _from_run(entry, records) or _from_checkpoint(entry, records)
     if found is None and trial_epochs is not None:

@@ -1,7 +1,7 @@
-"""The contenders of infer.py: a trained CNV in PyTorch, ONNX Runtime and OpenVINO, as users of these would run it.
+"""The contenders of infer.py: trained nets in PyTorch, ONNX Runtime and OpenVINO, as users of these would run them.
 
 All compute with the same number of threads. Each takes images in the dtype and memory layout that are fastest for it,
-made before its turn: the time to normalize and convert them is not counted. The integer graph needs neither.
+made before its turn: the time to normalize and convert them is not counted. The files of this library need neither.
 """
 
 from __future__ import annotations

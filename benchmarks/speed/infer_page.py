@@ -121,7 +121,7 @@ def section(result: Result) -> str:
   graph in PyTorch, in float32 and without channels_last."""
     fastest = f"""
 - *{FASTEST}*: the QDQ graph as `cnvzoo.deploy.load(path)` runs it: one image in ONNX Runtime, 16 or more in OpenVINO
-  where it is installed."""
+  where it is installed and the CPU has VNNI or is not x86."""
     memory = """
 - *RAM*: how much the resident memory of a process grows at its peak (VmHWM of Linux) while it loads the file and runs
   so many images at a time, above what it was with the runtime imported."""

@@ -53,8 +53,8 @@ _EXPLANATIONS = {
     "of bf16 matmul": "operations of the step, six for each multiply-accumulate of the forward pass, in percent of "
     "those\n  of a large bfloat16 matrix product in the same time on the same machine.",
     "/ float": "time of a quantized step, divided by that of its float twin, which takes turns with it.",
-    "early crops": "how many times as fast a step of the recipe's early epochs is, which show square parts of the "
-    "images, of\n  so many pixels.",
+    "early crops": "images a second on the crops of the recipe's early epochs, divided by those on whole images; in "
+    "parentheses,\n  the side of the crops in pixels.",
 }
 _COLUMNS = ("net", "batch", BASELINE, TUNED_BASELINE, OURS, "ours / baseline", "ours / tuned", *list(_EXPLANATIONS)[3:])
 

@@ -79,7 +79,7 @@ def create_model(
             the checkpoint trained on it.
         num_classes: number of outputs, at least 1, or 0 for a model of this library without its last layer; default
             that of the checkpoint or of the dataset in `name`, else 10. If it differs from that of a named checkpoint,
-            the head is new and untrained, with a warning.
+            the last layer is new and untrained, with a warning.
         in_chans: number of image channels, at least 1; default that of the checkpoint or of the dataset in `name`,
             else 3. If it differs from that of a named checkpoint, the first convolution is adapted, with a warning.
         w_bits, a_bits: bit widths of weights and activations, 1 to 8; quantized models need both, float models take
@@ -303,7 +303,7 @@ def _starting_model(recipe: Recipe, hub: str | Path | None) -> StartingModel:
     check_weights(folder, config)
 
     def build(info: DatasetInfo) -> nn.Module:
-        with warnings.catch_warnings():  # the warning of an untrained head: the run trains it
+        with warnings.catch_warnings():  # the warning of an untrained last layer: the run trains it
             warnings.simplefilter("ignore")
             model, _ = load_checkpoint(checkpoint, hub=hub, num_classes=info.num_classes, in_chans=info.in_chans)
         return quantize(model, **recipe.bit_widths) if differing else model

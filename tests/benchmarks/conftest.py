@@ -34,6 +34,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """Without drawing pictures, which takes most of the time; test_plot.py has its own fixture."""
+    """Without drawing plots, which takes most of the time; test_plot.py has its own fixture."""
     monkeypatch.setattr(plot, "draw", lambda points, path: None)
     return Bench(tmp_path)

@@ -61,7 +61,7 @@ def bench(tmp_path: Path) -> Bench:
     return bench
 
 
-def picture(bench: Bench) -> Path:
+def plot_path(bench: Bench) -> Path:
     return bench.home / "accuracy-mnist.svg"
 
 
@@ -99,7 +99,7 @@ def test_a_dataset_without_a_table_or_with_one_checkpoint_has_no_plot(tmp_path):
     own["vgg.svhn"] = own["resnet20.svhn"] | {"model": {"name": "vgg"}}  # a model that this version does not have
     cifar10 = {name: entry for name, entry in index.items() if entry["dataset"] == "cifar10"}
     (tmp_path / "index.json").write_text(json.dumps({"checkpoints": own | cifar10}))
-    assert plot.pictured(tmp_path / "index.json") == {"cifar10"}
+    assert plot.plotted(tmp_path / "index.json") == {"cifar10"}
     assert [p["name"] for p in plot.points(tmp_path / "index.json", "svhn")] == ["resnet20.svhn", "vgg.svhn"]
     assert len(plot.figure(plot.points(tmp_path / "index.json", "svhn")).axes) == 1
 
@@ -141,40 +141,40 @@ def test_another_point_gives_another_plot(tmp_path, change, value):
 
 def test_the_plots_of_this_repository_show_the_index_of_the_package():
     layout, remedy = Layout.of(BENCHMARKS), "run: python benchmarks/reproduce.py --table all --time-limit 0"
-    for table in plot.pictured(layout.index):
+    for table in plot.plotted(layout.index):
         points = plot.points(layout.index, table)
-        assert plot.shows(layout.picture(table), points), remedy
-        drawn = layout.picture(table).read_text(encoding="utf-8")
+        assert plot.shows(layout.plot(table), points), remedy
+        drawn = layout.plot(table).read_text(encoding="utf-8")
         for point in points:  # matplotlib draws text as outlines, with the text in a comment
             assert drawn.count(f"<!-- {point['name'].split('.')[0]} -->") == 1
 
 
 def test_plots_are_drawn_again_when_a_run_changes_the_checkpoints(bench):
     assert bench.run("--table", "mnist", "--entry", "mnist_cnv", "--seeds", "0") == 0
-    assert not picture(bench).exists()
+    assert not plot_path(bench).exists()
     assert ".svg" not in bench.page
     assert bench.run("--table", "mnist", "--seeds", "0") == 0
-    assert "cnv.mnist: 90.00 %, 6," in picture(bench).read_text()
+    assert "cnv.mnist: 90.00 %, 6," in plot_path(bench).read_text()
     assert "](accuracy-mnist.svg)" in bench.page
 
 
 def test_a_plot_that_is_up_to_date_is_kept_even_without_matplotlib(bench, monkeypatch, capsys):
     assert bench.run("--table", "mnist", "--seeds", "0") == 0
-    before = picture(bench).stat().st_mtime_ns
+    before = plot_path(bench).stat().st_mtime_ns
     capsys.readouterr()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert bench.run("--table", "mnist", "--seeds", "0") == 0
-    assert picture(bench).stat().st_mtime_ns == before
+    assert plot_path(bench).stat().st_mtime_ns == before
     assert "pip install" not in capsys.readouterr().err
 
 
 def test_without_matplotlib_an_outdated_plot_stays_and_is_reported(bench, monkeypatch, capsys):
-    picture(bench).write_text("<svg>an old one</svg>")
+    plot_path(bench).write_text("<svg>an old one</svg>")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
         assert bench.run("--table", "mnist", "--seeds", "0", "1") == 0
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "pip install matplotlib" in line)
     assert "accuracy-mnist.svg stays as it was" in line
-    assert picture(bench).read_text() == "<svg>an old one</svg>"
+    assert plot_path(bench).read_text() == "<svg>an old one</svg>"
     assert bench.run("--table", "mnist", "--seeds", "0") == 0
-    assert "resnet20.mnist: 90.00 %" in picture(bench).read_text()
+    assert "resnet20.mnist: 90.00 %" in plot_path(bench).read_text()

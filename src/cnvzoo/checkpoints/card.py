@@ -247,9 +247,12 @@ def _reproduce(config: CheckpointConfig) -> str:
 
 
 def _installation(versions: Mapping[str, str]) -> str:
-    """The command that installs the checkout with the versions of the run, without local parts such as +cu130."""
+    """The command that installs the checkout with the versions of the run, without local parts such as +cu130.
+
+    Newer commits need the package in their folder runtime/, which older ones do not have.
+    """
     pins = (f"{name}=={versions[name].partition('+')[0]}" for name in versions if name in _INSTALLED)
-    return shlex.join(["pip", "install", *pins, "--editable", "."])
+    return f"{shlex.join(['pip', 'install', *pins])} $(ls -d ./runtime 2>/dev/null) --editable ."
 
 
 def _command(config: CheckpointConfig, entry: str) -> str:

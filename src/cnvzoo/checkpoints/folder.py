@@ -1,7 +1,7 @@
 """A checkpoint folder: which files it has, and reading and writing them.
 
 Size and sha256 of a file are compared before anything in it is parsed. Publishing, the index and the lookup by name
-agree on what a checkpoint is, because all ask this module.
+agree on what a checkpoint is, because all use this module.
 """
 
 from __future__ import annotations

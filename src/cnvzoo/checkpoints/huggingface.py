@@ -158,7 +158,7 @@ class HubStore:
         """Bring the repository to these files in one commit; returns its id.
 
         Every attempt compares with the newest commit, which becomes the parent: so the files of two publishers do not
-        mix, and a commit whose answer was lost is not made twice.
+        mix, and a commit whose response was lost is not made twice.
         """
 
         def commit() -> str:

@@ -72,8 +72,8 @@ def load_checkpoint(
         checkpoint: a name, such as `cnv.mnist`; or the path of a folder, as a Path or as text with a separator.
         hub: the store of named checkpoints: a directory or `hf://ORGANISATION`; default `CNVZOO_HUB`, else the
             checkout's own `hub/`, else the Hugging Face Hub.
-        num_classes: number of classes. Other than the checkpoint's, the head is new and untrained; a warning says so.
-            0 leaves the head out, without a warning: the output is what the head takes.
+        num_classes: number of classes. Other than the checkpoint's, the last layer is new and untrained; a warning says
+            so. 0 leaves the last layer out, without a warning: the output is [N, head_hidden_size], what it would take.
         in_chans: channels of the images. Other than the checkpoint's, the first convolution is adapted; a warning says
             so.
 
@@ -84,7 +84,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: a file is missing or damaged, or its tensors are not exactly the model's.
-        ModelError: no model has these classes or channels, or a model of your own cannot be without its head.
+        ModelError: no model has these classes or channels, or a model of your own cannot be without its last layer.
     """
     found = find_checkpoint(checkpoint, hub)
     model, config = read_model(found.folder, found.files)
@@ -148,8 +148,8 @@ def _without_head(model: Classifier) -> Classifier:
 def adapt(model: nn.Module, arguments: Mapping[str, Any], changes: Mapping[str, int], name: str) -> Classifier:
     """The model with other `num_classes`, `in_chans` or both; a warning names the layers that changed.
 
-    The head, the layer whose shape depends on `num_classes`, is initialised anew from the global random number
-    generator. The first convolution is adapted by `adapt_input`.
+    The last layer, whose shape depends on `num_classes`, is initialised anew from the global random number generator.
+    The first convolution is adapted by `adapt_input`.
 
     Args:
         model: the checkpoint's model with its weights.

@@ -69,7 +69,7 @@ class RetryPolicy:
                 return request()
             except StoreError:
                 raise
-            except Exception as error:  # of huggingface_hub, of its HTTP client, or from an answer of another shape
+            except Exception as error:  # of huggingface_hub, of its HTTP client, or from a response of another form
                 failure = _failure(error)
             # Raised outside of `except`: a chained exception would print what is redacted here.
             pause = max(wait, failure.retry_after)
@@ -119,7 +119,7 @@ def _failure(error: Exception) -> _Failure:
             remedy = "Free some space or allow writing there, or choose another folder with HF_HUB_CACHE"
             return _Failure(f"a local file cannot be written: {cause.strerror}{place}", remedy)
     *_, origin = _causes(error)
-    reason = f"no answer, or not a whole one ({type(origin).__name__}: {_quoted(origin)})"
+    reason = f"no response, or an incomplete one ({type(origin).__name__}: {_quoted(origin)})"
     remedy = f"Check the network and its proxy, then try again, or {_OTHER_STORE}"
     if "/xet-" in reason:
         remedy = "If the server has no Xet storage, set HF_HUB_DISABLE_XET=1"

@@ -1,7 +1,7 @@
 """A folder of images as arrays: `train/<class>/*` and `test/<class>/*`, or one level of classes that is split here.
 
 Images are read by Pillow, turned upright by their EXIF orientation, and resized once, by the same code as the images
-that a trained model is asked about (`cnvzoo_runtime.images.prepare`).
+that a trained model classifies (`cnvzoo_runtime.images.prepare`).
 """
 
 from __future__ import annotations

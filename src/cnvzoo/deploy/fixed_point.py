@@ -1,12 +1,13 @@
 """Requantization without floating point, equal to the integer graph's for every accumulator that an input can give.
 
-The integer graph has level k from an accumulator T_k on: a staircase. So does
+In the integer graph, the level is a step function of the accumulator: level k begins at accumulator T_k. Another
+step function is
 
     (accumulator * multiplier + offset) >> shift, clipped to 0..most
 
 whose levels begin at ceil((k * 2^shift - offset) / multiplier). The two are equal where these are the same. For a given
-multiplier and shift, T_k asks for offsets of k * 2^shift - T_k * multiplier or more, and of less than k * 2^shift -
-(T_k - 1) * multiplier; any offset in the intersection over all k gives the staircase.
+multiplier and shift, T_k requires an offset of at least k * 2^shift - T_k * multiplier, and below k * 2^shift -
+(T_k - 1) * multiplier; any offset in the intersection over all k gives the same step function.
 
 Products in float32 are rounded, which moves a level of 8 bits by one accumulator if it begins very close to a rounding
 boundary. Then there is no such offset, and the levels at other accumulators are listed: the changes.

@@ -1,4 +1,4 @@
-"""Architectures. Importing this package registers all of them; building a quantized one imports Brevitas."""
+"""Topologies. Importing this package registers all of them; building a quantized one imports Brevitas."""
 
 import logging
 

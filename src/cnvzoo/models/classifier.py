@@ -36,7 +36,7 @@ class Classifier(nn.Module):
     `register_model`, and gives these `num_classes`, `in_chans`, `w_bits` and `a_bits` as plain attributes.
 
     Attributes:
-        spec: what is known about the architecture.
+        spec: what is known about the topology.
         arguments: the arguments of `create_model` that build the model again, `name` included, without weights.
         classes: names of the classes, in the order of the logits; None where they are not known.
         preprocessing: from images to the model's input; None where it is not known.
@@ -57,7 +57,7 @@ class Classifier(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Number of logits, of the head that is there now; 0 without a head."""
+        """Number of logits of the present last layer; 0 without one."""
         head = self.get_classifier()
         if isinstance(head, nn.Identity):
             return 0
@@ -80,7 +80,7 @@ class Classifier(nn.Module):
         return self.arguments.get("a_bits")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [N, in_chans, H, W] to logits [N, num_classes], or to [N, head_hidden_size] without a head."""
+        """Images [N, in_chans, H, W] to logits [N, num_classes], or to [N, head_hidden_size] without a last layer."""
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class PooledClassifier(Classifier):
 def class_names(model: nn.Module, outputs: int) -> tuple[str, ...]:
     """The names of a model's `outputs` logits: its `classes`, or "0", "1", ... where they are not known.
 
-    After a layer was replaced by hand, `classes` of another number are those of the old head, and are not used.
+    After a layer was replaced by hand, `classes` of another number are those of the old last layer, and are not used.
     """
     classes = getattr(model, "classes", None)
     return tuple(classes) if classes and len(classes) == outputs else tuple(map(str, range(outputs)))

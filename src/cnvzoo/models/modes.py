@@ -1,4 +1,4 @@
-"""Using a model without leaving traces: its modes, its device and its memory layout are as before afterwards.
+"""Using a model and restoring it: its modes, device and memory layout are as before afterwards.
 
 `nn.Module.train(was_training)` would give every layer the mode of the root, so a frozen BatchNorm would be unfrozen;
 and a model that was moved to channels_last has a state_dict that safetensors refuses to save.

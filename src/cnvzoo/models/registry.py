@@ -1,4 +1,4 @@
-"""The registry of architectures: names, builders, and what is known about a model before it is built.
+"""The registry of topologies: names, builders, and what is known about a model before it is built.
 
 Model modules register their builders here. `build_model` checks the arguments once for all of them.
 """
@@ -33,7 +33,7 @@ from cnvzoo_runtime.metadata import whole_number
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What is known about an architecture before it is built.
+    """What is known about a topology before it is built.
 
     Attributes:
         name: the name that `create_model` takes.

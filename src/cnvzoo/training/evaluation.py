@@ -1,4 +1,4 @@
-"""Accuracy on a test set: float32, one crop, no augmentation."""
+"""Accuracy on a test set: one crop, no augmentation, in the dtype of the weights."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ class Recipe(_Section):
         float_start_sha256: fingerprint of that recipe; filled in by load_recipe.
         start: the checkpoint that training starts from, for fine-tuning: its name, or the path of its folder. It has to
             be of the same model and bit widths; or, for a quantized model, of its float twin or of other bit widths. A
-            head for another number of classes is initialised from the seed.
+            last layer for another number of classes is initialised from the seed.
         quantize_bias: for quantized models, round BatchNorm's shifts to whole accumulator units after training, before
             the model is scored, so that they are exact int32 biases.
         teacher: entries of the float models, of the same dataset, that the model learns from: names of recipes in the

@@ -92,7 +92,8 @@ def run_recipe(
         data_root: folder of the dataset cache.
         float_start: safetensors file with the float twin's weights; needed if the recipe has a float_start.
         teacher: safetensors file with the teacher's weights, or one for each of the recipe's teachers, in its order.
-            With a holdout, the teachers must have held out the same images, or they would know the labels.
+            With a holdout, use teachers that held out the same images: others were trained on their labels. This is not
+            checked.
         start: the checkpoint of the recipe's `start`; `cnvzoo.train` loads it.
         validate: number of held-out images, at most `holdout`, that are scored after each epoch: the first ones. The
             record's history has the accuracies. The weights are those of a run without validation.
@@ -117,6 +118,7 @@ def run_recipe(
         FileError: a file of the run cannot be written; the state that was saved before is kept.
         TrainingDiverged: the loss or a weight is not finite, or a weight is beyond a million. No record is written, and
             the saved state is kept.
+        CnvzooError: the device is unknown or not available.
     """
     run_dir = expanded(run_dir)
     recipe = recipe.model_copy(update={"seed": _checked_seed(recipe, recipe.seed if seed is None else seed)})

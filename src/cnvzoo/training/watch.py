@@ -164,7 +164,7 @@ class TensorBoardLog:
 
 @dataclass(frozen=True)
 class Watch:
-    """Who is told of the epochs of a run.
+    """The logs and the function that receive the epochs of a run.
 
     Attributes:
         epochs: number of epochs of the run.
@@ -199,7 +199,7 @@ class Watch:
             yield
 
     def epoch_ended(self, epoch: Mapping[str, float]) -> None:
-        """Tell of an epoch, given as in the history."""
+        """Pass an epoch, given as in the history, to the logs and to `on_epoch`."""
         report = EpochReport.of(epoch, self.epochs)
         for log in self.logs:
             log.add(report)
