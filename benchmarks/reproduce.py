@@ -55,7 +55,10 @@ from harness.workers import LocalRunner, ProcessRunner, Runner, default_runs_at_
 from rich.console import Console
 from torch import nn
 
-from cnvzoo.checkpoints.format import IntegerResult
+from cnvzoo.checkpoints.folder import checkpoint_folders
+from cnvzoo.checkpoints.format import IntegerResult, StoreError
+from cnvzoo.checkpoints.locations import open_store
+from cnvzoo.checkpoints.store import DirectoryStore
 from cnvzoo.checkpoints.verify import Verification, verify
 from cnvzoo.deploy.export import measure_integer
 from cnvzoo.errors import CnvzooError, in_a_line
@@ -134,7 +137,8 @@ def _reproduce(
     if complete:
         outputs.measure(measure)
     if complete or publish_to is not None:
-        names = [folder.name for entry in selected if (folder := layout.checkpoint(entry.recipe)).is_dir()]
+        present = checkpoint_folders(layout.hub)
+        names = [name for entry in selected if (name := layout.checkpoint(entry.recipe).name) in present]
         verified = verify(names, hub=layout.hub, device="auto" if on_ray else arguments.device)
 
     try:
@@ -154,13 +158,20 @@ def _reproduce(
 
 
 def _check_publish(arguments: argparse.Namespace) -> None:
-    """Raise HarnessError for options that contradict or need --publish."""
+    """Raise HarnessError for an impossible --publish, or options that contradict or need it."""
     if arguments.publish is None:
         for given, option in ((arguments.dry_run, "--dry-run shows"), (arguments.tag is not None, "--tag marks")):
             if given:
                 raise HarnessError(f"{option} what --publish would send: give both")
-    elif arguments.epochs is not None:
+        return
+    if arguments.epochs is not None:
         raise HarnessError("--publish sends the checkpoints of full runs: leave --epochs out")
+    try:
+        store = open_store(arguments.publish)
+    except StoreError as error:
+        raise HarnessError(f"--publish: {error}") from None
+    if isinstance(store, DirectoryStore) and arguments.tag is not None:
+        raise HarnessError(f"{arguments.publish} is a directory and has no tags: leave --tag out")
 
 
 def _device(name: str) -> torch.device:

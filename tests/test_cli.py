@@ -421,9 +421,13 @@ class TestTrain:
             (("--epochs", 5, "--seed", 1), "runs/trials/mnist_resnet20/seed1-5epochs"),
             (("--holdout", 20), "runs/trials/mnist_resnet20/seed0-holdout20"),
             (("--epochs", 1, "--holdout", 20), "runs/trials/mnist_resnet20/seed0-1epochs-holdout20"),
+            (("--dataset", "mnist"), "runs/mnist_resnet20/seed0"),
+            (("--dataset", "fashion_mnist"), "runs/mnist_resnet20-on-fashion_mnist/seed0"),
+            (("--dataset", "./my photos/", "--epochs", 1), "runs/trials/mnist_resnet20-on-my_photos/seed0-1epochs"),
+            (("--start", "resnet20.mnist"), "runs/mnist_resnet20-from-resnet20.mnist/seed0"),
         ],
     )
-    def test_trials_have_folders_of_their_own(self, cnvzoo, recipe, monkeypatch, arguments, folder):
+    def test_trials_and_other_images_or_starts_have_own_folders(self, cnvzoo, recipe, monkeypatch, arguments, folder):
         asked: list[Path] = []
 
         def train(*_: object, run_dir: Path, **__: object) -> None:

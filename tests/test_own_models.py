@@ -200,6 +200,49 @@ def test_a_recipe_that_own_images_do_not_fit_is_refused(photos: Path) -> None:
         cnvzoo.train(recipe, quiet=True)
 
 
+def test_a_recipe_of_the_benchmark_trains_on_own_images_without_its_teachers(
+    photos: Path, tmp_path: Path, uncompiled: None
+) -> None:
+    """The example of `cnvzoo train --help`, with batches that fit."""
+    recipe = cnvzoo.load_recipe("cifar10_quant_cnv_w4a4").model_copy(update={"batch_size": 12})
+    own: dict[str, Any] = {"dataset": photos, "epochs": 1, "device": "cpu", "quiet": True}
+    with pytest.warns(UserWarning, match=r"without float_start cifar10_cnv and teacher cifar10_cnv, of cifar10$"):
+        result = cnvzoo.train(recipe, start="quant_cnv_w4a4.cifar10", **own)
+    assert result.model.classes == ("blue", "green", "red")
+    assert (result.record.float_start, result.record.teacher) == (None, None)
+    assert result.record.start["checkpoint"] == "quant_cnv_w4a4.cifar10"  # type: ignore[index]
+    assert cnvzoo.save_checkpoint(result, tmp_path / "mine").recipe["teacher"] == []
+
+
+def test_own_images_larger_than_the_model_takes_are_resized(tmp_path: Path, uncompiled: None) -> None:
+    generator = np.random.default_rng(0)
+    for name in ("a", "b"):
+        for n in range(10):
+            path = tmp_path / "large" / name / f"{n}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(256, size=(64, 64, 3), dtype=np.uint8)).save(path)
+    values = recipe_text(name="large_cnv", model="cnv", dataset=str(tmp_path / "large"), batch_size=8, epochs=2)
+    recipe = recipe_from_dict({k: v for k, v in values.items() if k not in ("start", "w_bits", "a_bits")}, "test")
+    result = cnvzoo.train(recipe, device="cpu", quiet=True)
+    assert result.record.data_sha256 == cnvzoo.load_dataset(tmp_path / "large", size=32).sha256
+    cnvzoo.load_dataset(tmp_path / "large").save(tmp_path / "large.safetensors")
+    with pytest.raises(RunError, match=r"side 64 cannot be padded .* to 32: .* load_dataset\(folder, size=32\)"):
+        cnvzoo.train(recipe, dataset=tmp_path / "large.safetensors", quiet=True)
+
+
+def test_digits_of_8_pixels_and_bits_of_patterns_can_be_saved(tmp_path: Path, uncompiled: None) -> None:
+    images = torch.randint(256, (24, 8, 8), dtype=torch.uint8)
+    data = Dataset.from_arrays(images, [0, 1] * 12, ["even", "odd"], test_images=images, test_labels=[0, 1] * 12)
+    values = recipe_text(name="digits", dataset="mnist", batch_size=8, epochs=2, bits={"classifier.*": [4, 4]})
+    recipe = recipe_from_dict({k: v for k, v in values.items() if k != "start"}, "test")
+    result = cnvzoo.train(recipe, dataset=data, device="cpu", quiet=True, seed=2**63 - 1)
+    config = cnvzoo.save_checkpoint(result, tmp_path / "digits")
+    assert config.recipe["bits"] == config.model["bits"] == {"classifier.*": [4, 4]}
+    assert (config.seed, config.recipe["seed"]) == (2**63 - 1, 2**63 - 1)
+    loaded = cnvzoo.create_model(tmp_path / "digits", pretrained=True)
+    assert cnvzoo.evaluate(loaded, data, device="cpu").correct == result.record.correct
+
+
 def test_a_model_adapted_to_other_classes_has_no_old_name_label_or_accuracy() -> None:
     with pytest.warns(UserWarning, match="new and untrained"):
         model, config = cnvzoo.load_checkpoint("cnv.cifar10", num_classes=12)

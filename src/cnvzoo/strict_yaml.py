@@ -123,8 +123,8 @@ def _keys(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
     section: Any = model
     for key in path:
         options = _options(section)
-        mapping = next((get_args(option)[1] for option in options if get_origin(option) is dict), None)
-        section = mapping or next(option.model_fields[key].annotation for option in options if _is_model(option))
+        inner = next((get_args(option)[-1] for option in options if get_origin(option) in (dict, list)), None)
+        section = inner or next(option.model_fields[key].annotation for option in options if _is_model(option))
     return [key for option in _options(section) if _is_model(option) for key in option.model_fields]
 
 

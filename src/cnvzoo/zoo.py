@@ -24,7 +24,7 @@ from cnvzoo.checkpoints.weights import build_empty
 from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import DatasetInfo, dataset_info
-from cnvzoo.errors import ModelError
+from cnvzoo.errors import DatasetError, ModelError
 from cnvzoo.files import expanded
 from cnvzoo.inference import known_preprocessing
 from cnvzoo.models.classifier import Classifier, LayerBits, check_layer_bits
@@ -192,11 +192,13 @@ def train(
         holdout: hold out this many training images and score on them instead of the test set.
         deadline: `time.monotonic()` at which to stop.
         dataset: replaces the recipe's dataset, as a name or a path of own images; or loaded images to use in its place.
+            The float start and the teachers, which are entries of the recipe's own dataset, are left out with another
+            one; a warning says so.
         data_root: folder of cached datasets.
         float_start: weights of the float model, for a recipe with `float_start`: a safetensors file, or the name or
             folder of a checkpoint.
         teacher: weights of the teacher, or of each teacher of the recipe, in its order; likewise.
-        start: replaces the recipe's `start`: the checkpoint to fine-tune.
+        start: replaces the recipe's `start` or `float_start`: the checkpoint to fine-tune.
         hub: store of the named checkpoints, see `load_checkpoint`.
         validate: score so many of the held-out images after each epoch, at most `holdout`. The weights are those of a
             run without validation.
@@ -214,13 +216,10 @@ def train(
         another model than the recipe's, for a float start or a teacher also of another dataset or seed.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    changes = {} if dataset is None or isinstance(dataset, Dataset) else {"dataset": _name_or_path(dataset)}
-    changes |= {} if start is None else {"start": _name_or_path(start)}
-    if changes:
-        recipe = recipe_from_dict(recipe.model_dump(mode="json") | changes, recipe.name)
+    recipe = _replaced(recipe, None if isinstance(dataset, Dataset) else dataset, start)
     data = dataset if isinstance(dataset, Dataset) else None
     if data is None and is_dataset_path(recipe.dataset):
-        data = load_dataset(recipe.dataset)
+        data = _own_images(recipe)
     float_starts = _weights_files(recipe, "float_start", [] if float_start is None else [float_start], hub)
     teachers = [teacher] if isinstance(teacher, (str, Path)) else teacher or []
     teacher_files = _weights_files(recipe, "teacher", teachers, hub)
@@ -245,6 +244,41 @@ def train(
     model.load_state_dict(state, strict=True)
     model.classes, model.preprocessing = info.classes, preprocessing_for(model.spec, info)
     return TrainResult(model.eval(), record)
+
+
+def _replaced(recipe: Recipe, dataset: str | Path | None, start: str | Path | None) -> Recipe:
+    """The recipe with another dataset or start, without what only fits its own; a warning names what is left out."""
+    changes: dict[str, Any] = {} if dataset is None else {"dataset": _name_or_path(dataset)}
+    changes |= {} if start is None else {"start": _name_or_path(start)}
+    if not changes:
+        return recipe
+    is_other = changes.get("dataset", recipe.dataset) != recipe.dataset
+    without = {
+        "float_start": recipe.float_start if is_other or start is not None else None,
+        "teacher": ", ".join(recipe.teacher) if is_other else None,
+    }
+    if without["float_start"]:
+        changes |= {"float_start": None, "float_start_sha256": None}
+    if without["teacher"]:
+        changes |= {"teacher": [], "teacher_sha256": [], "distillation": {}}
+    if is_other and (left_out := [f"{key} {entries}" for key, entries in without.items() if entries]):
+        warnings.warn(
+            f"{recipe.name}: trains on {changes['dataset']} without {' and '.join(left_out)}, of {recipe.dataset}",
+            stacklevel=3,
+        )
+    return recipe_from_dict(recipe.model_dump(mode="json") | changes, recipe.name)
+
+
+def _own_images(recipe: Recipe) -> Dataset:
+    """The images at the path that the recipe names, those of a folder resized where the model takes another size."""
+    data, size = load_dataset(recipe.dataset), model_spec(recipe.model).input_size
+    if size is None or not expanded(recipe.dataset).is_dir():
+        return data
+    try:
+        preprocessing_for(model_spec(recipe.model), data.info).pad(data.train_images[:1])
+    except DatasetError:  # larger than the model's, or by an odd number of pixels smaller
+        return load_dataset(recipe.dataset, size=size)
+    return data
 
 
 def _name_or_path(source: str | Path) -> str:

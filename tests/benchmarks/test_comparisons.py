@@ -53,6 +53,7 @@ def test_the_comparisons_of_this_repository_are_valid():
         (("name: muon,", "name: sgd,"), "11: variants.1.name: 'sgd': the name of another variant too"),
         (("chosen: muon", "chosen: mouon"), "12: chosen: 'mouon': no variant: did you mean 'muon'?"),
         (("  machine: a CPU\n", ""), "1: machine: missing: add it"),
+        (("correct: 4526", "correct: 4526, corect: 1"), "11: variants.1.corect: unknown key: did you mean 'correct'?"),
         (("seed: 0", "sead: 0"), "7: sead: unknown key: did you mean 'seed'?"),
         (
             ("[_base]", "[mnist_cnv, mnist_cvn]"),

@@ -67,6 +67,8 @@ def test_a_folder_without_a_config_is_not_published(trained, tmp_path, capsys):
     [
         (["--dry-run"], "--dry-run shows what --publish would send: give both"),
         (["--tag", "v1"], "--tag marks what --publish would send: give both"),
+        (["--publish", "store", "--tag", "v1"], "store is a directory and has no tags: leave --tag out"),
+        (["--publish", "hf:/org"], "'hf:/org' is not a store: give a directory, hf://ORG or hf://ORG@REVISION"),
         (["--epochs", "1", "--publish", "store"], "--publish sends the checkpoints of full runs: leave --epochs out"),
     ],
 )
@@ -104,6 +106,15 @@ def test_nothing_is_published_after_an_interrupt_or_a_failed_verification(traine
     assert not store.exists()
 
 
+def test_a_folder_that_was_left_without_a_config_does_not_end_the_command(trained, tmp_path, capsys):
+    (trained.hub / "resnet20.mnist").mkdir()
+    command = ("--table", "mnist", "--entry", "mnist_resnet20", "--time-limit", "0", "--publish")
+    trained.verified.clear()
+    assert trained.run(*command, str(tmp_path / "store")) == 3
+    assert trained.verified == [[]]
+    assert "no checkpoint to publish yet: mnist_resnet20" in capsys.readouterr().err
+
+
 def test_an_invalid_store_is_one_line_of_error(trained, capsys):
-    assert trained.run("--table", "mnist", "--seeds", "0", "--publish", "s3://bucket") == 1
+    assert trained.run("--table", "mnist", "--seeds", "0", "--publish", "s3://bucket") == 2
     assert "'s3://bucket' is not a store" in capsys.readouterr().err

@@ -69,6 +69,13 @@ def test_one_level_is_split_by_class(tmp_path: Path) -> None:
     assert data.info.mean == (pytest.approx(data.train_images.double().mean().item() / 255, abs=5e-5),)
 
 
+def test_images_of_one_square_size_above_1024_have_the_default_size(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        for n in range(5):
+            write(tmp_path / name / f"{n}.png", n, (1025, 1025))
+    assert load_dataset(tmp_path).info.image_size == 32
+
+
 def test_bad_files_are_named(photos: Path) -> None:
     (photos / "train" / "red" / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (photos / "test" / "blue" / "html.jpg").write_text("<html>")
@@ -142,6 +149,11 @@ def test_arrays_that_torch_does_not_take_as_they_are(tmp_path: Path) -> None:
         ({"labels": [0, 1, 2, 0, 1, 2]}, "labels are 0 to 2, and 2 classes were given"),
         ({"labels": [0, 1, 0]}, "labels must be [6], got shape [3]"),
         ({"labels": [0.0, 1.0, 0.0, 1.0, 0.0, 1.0]}, "labels must be whole numbers"),
+        ({"labels": ["a", "b"] * 3}, "labels must be whole numbers from 0 to 1, the positions in classes: "),
+        ({"labels": np.array(["a", "b"] * 3)}, "labels must be whole numbers from 0 to 1, the positions in classes: "),
+        ({"labels": [0, None] * 3}, "labels must be whole numbers from 0 to 1, the positions in classes: "),
+        ({"images": [["a"]]}, "images must be an array of uint8, [N, H, W, C]: "),
+        ({"images": np.zeros((6, 1025, 1025), np.uint8)}, "images have a side of 1025 pixels, and at most 1024 are"),
         ({"classes": ["a"]}, "classes must be 2 to 256 different names, got 1"),
         ({"classes": ["a", "a"]}, "different names"),
         ({"name": "cifar10"}, "other than mnist"),

@@ -22,6 +22,7 @@ from cnvzoo.deploy.integer_onnx import integer_graph
 from cnvzoo.deploy.lowering import integer_net
 from cnvzoo.deploy.reference import apply, run_reference
 from cnvzoo.models.quant import ResidualQuantReLU, quantizer_of
+from cnvzoo.models.quant_layers import QuantLayers
 
 
 def session(model: nn.Module, size: int, optimized: str = "") -> onnxruntime.InferenceSession:
@@ -50,6 +51,41 @@ def test_runtime_equals_reference_bit_for_bit(small_net, kind, w_bits, a_bits):
     found = np.asarray(session(model, 8).run(["accumulators"], {"image": images})[0])
     np.testing.assert_array_equal(found, run_reference(integer_net(model, 8), images))
     assert len(np.unique(found)) > 20
+
+
+class Perceptron(nn.Module):
+    """Without convolutions, for images of 8x8."""
+
+    def __init__(self, num_classes: int, in_chans: int, w_bits: int, a_bits: int) -> None:
+        super().__init__()
+        layers = QuantLayers(w_bits, a_bits, 8)
+        self.input, self.flatten = layers.input(), nn.Flatten()
+        self.fc1, self.norm = layers.linear(64 * in_chans, 12, last=False), nn.BatchNorm1d(12)
+        self.relu, self.fc2 = layers.relu(), layers.linear(12, num_classes, last=True)
+        layers.finish(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.relu(self.norm(self.fc1(self.flatten(self.input(x))))))
+
+
+def test_a_network_without_convolutions_is_exported(tmp_path):
+    @cnvzoo.register_model("perceptron", summary="for a test", quantized=True, input_size=8)
+    def build(num_classes: int, in_chans: int, w_bits: int, a_bits: int) -> nn.Module:
+        return Perceptron(num_classes, in_chans, w_bits, a_bits)
+
+    try:
+        model = cnvzoo.create_model("perceptron", w_bits=4, a_bits=4, num_classes=3, in_chans=1)
+        model.train()(torch.rand(64, 1, 8, 8))
+        model.preprocessing = cnvzoo.Preprocessing(8, (0.0,), (1.0,))
+        images = images_of(8, 20)[:, :1].contiguous()
+        expected = model.eval()(images / 255)
+        for file, format in (("m.onnx", "integer"), ("q.onnx", "qdq"), ("m.c", "c")):
+            cnvzoo.export(model, tmp_path / file, format=format)
+        for file in ("m.onnx", "q.onnx"):
+            logits = cnvzoo.deploy.load(tmp_path / file, runtime="onnxruntime").logits(images.numpy())
+            np.testing.assert_allclose(logits, expected.detach().numpy(), atol=0.05)
+    finally:
+        cnvzoo.unregister_model("perceptron")
 
 
 @pytest.mark.parametrize(("name", "bits"), [("quant_resnet20", 4), ("quant_mobilenet_v1", 2)])

@@ -96,6 +96,23 @@ def test_a_base_is_found_beside_the_file_that_extends_it(tmp_path: Path, monkeyp
     assert load_recipe(write(tmp_path, "extends: inner/mid.yaml\n")).model == "resnet20"
 
 
+def test_paths_in_a_base_are_relative_to_the_base(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "own").mkdir()
+    text = RESNET.replace("dataset: cifar10", "dataset: ./photos\nstart: ./start")
+    write(tmp_path / "base", text, "_base")
+    recipe = load_recipe(write(tmp_path / "own", "extends: ../base/_base.yaml\n"))
+    assert Path(recipe.dataset).resolve() == tmp_path.resolve() / "base" / "photos"
+    assert Path(str(recipe.start)).resolve() == tmp_path.resolve() / "base" / "start"
+    other = load_recipe(write(tmp_path / "own", "extends: ../base/_base.yaml\ndataset: ./photos\n"))
+    assert other.dataset == str(tmp_path / "own" / "photos")
+
+
+def test_a_recipe_whose_name_no_checkpoint_can_have_is_refused_before_it_trains(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"name: 'lr 0.1' is not a name: .* rename the recipe"):
+        load_recipe(write(tmp_path, RESNET, "lr 0.1"))
+
+
 # --- what is refused: `wrong` is the line at fault
 
 

@@ -115,6 +115,18 @@ def test_a_csv_log_of_a_resumed_run_has_each_epoch_once(tmp_path, each_step: Ste
             assert float(row[name]) == epoch[name]
 
 
+def test_the_epochs_of_another_run_of_the_same_name_are_kept(tmp_path, capsys) -> None:
+    log = tmp_path / "log.csv"
+    run(recipe(), tmp_path / "first", log=log)
+    first = log.read_bytes()
+    run(recipe(optimizer={"lr": 0.01}), tmp_path / "second", log=log)
+    (kept,) = tmp_path.glob("log-*.csv")
+    assert kept.read_bytes() == first
+    assert f"{log}: had other epochs than this run, and is now {kept}" in capsys.readouterr().err
+    assert [row["epoch"] for row in rows(log)] == ["1", "2"]
+    assert log.read_bytes() != first
+
+
 def test_a_csv_log_of_a_finished_run_is_written_from_its_record(tmp_path) -> None:
     wanted = recipe()
     run(wanted, tmp_path / "run")

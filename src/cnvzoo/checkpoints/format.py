@@ -71,6 +71,8 @@ class FileFacts:
 
 
 LARGEST_SIDE = 1024  # pixels
+_SMALL_SIDE = 64  # pixels; an input of this size takes little memory, however small the images are
+_LARGEST_SEED = 2**63 - 1  # as of a recipe
 _LONGEST_TEXT = 200  # characters
 _LARGEST_WHOLE = 2**53  # every JSON reader represents integers up to this exactly
 _DEEPEST = 6  # levels of nested values
@@ -94,6 +96,7 @@ def _word(text: str) -> str:
 Text = Annotated[str, Field(min_length=1), AfterValidator(_printable)]
 Word = Annotated[str, AfterValidator(_word)]  # one word in a shell, and not an option
 Count = Annotated[int, Field(ge=0, le=_LARGEST_WHOLE)]
+Seed = Annotated[int, Field(ge=0, le=_LARGEST_SEED)]
 Total = Annotated[int, Field(gt=0, le=_LARGEST_WHOLE)]
 Ordinal = Annotated[int, Field(ge=1, le=_LARGEST_WHOLE)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -113,6 +116,7 @@ _LAYER_BITS = TypeAdapter(
         Field(min_length=1, max_length=1000),
     ]
 )
+_SEED = TypeAdapter(Annotated[Seed, Field(strict=True)])
 
 
 def _plain(value: Any, key: str, levels: int) -> None:
@@ -146,17 +150,17 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    _plain(values, "", _DEEPEST)
-    return values
+def _check(values: dict[str, Any], key: str, adapter: TypeAdapter[Any]) -> None:
+    """Raise ValueError, naming the key, where the adapter refuses its value."""
+    try:
+        adapter.validate_python(values[key])
+    except ValidationError as error:
+        raise ValueError(f"{key}: {explain(error)}") from None
 
 
 def _model(values: dict[str, Any]) -> dict[str, Any]:
     if "bits" in values:
-        try:
-            _LAYER_BITS.validate_python(values["bits"])
-        except ValidationError as error:
-            raise ValueError(f"bits: {explain(error)}") from None
+        _check(values, "bits", _LAYER_BITS)
     _plain({key: value for key, value in values.items() if key != "bits"}, "", 1)
     if not isinstance(values.get("name"), str):
         raise ValueError("name: must be the name of a model")
@@ -172,6 +176,11 @@ def _named(values: dict[str, Any]) -> None:
 
 
 def _recipe(values: dict[str, Any]) -> dict[str, Any]:
+    special = {"seed": _SEED} | ({"bits": _LAYER_BITS} if values.get("bits") else {})
+    for key, adapter in special.items():
+        if key in values:
+            _check(values, key, adapter)
+    _plain({key: value for key, value in values.items() if key not in special}, "", _DEEPEST)
     if "name" in values:
         if not isinstance(values["name"], str):
             raise ValueError("name: must be the name of a recipe")
@@ -187,7 +196,7 @@ def _device(values: dict[str, Any]) -> dict[str, Any]:
 
 
 ModelArguments = Annotated[dict[str, Any], AfterValidator(_model)]
-RecipeValues = Annotated[dict[str, Any], AfterValidator(_nested), AfterValidator(_recipe)]
+RecipeValues = Annotated[dict[str, Any], AfterValidator(_recipe)]
 DeviceFacts = Annotated[dict[str, Any], AfterValidator(_flat), AfterValidator(_device)]
 Versions = Annotated[dict[Word, Version], Field(max_length=64)]
 
@@ -208,7 +217,8 @@ def _preprocessing(values: dict[str, Any]) -> dict[str, Any]:
         known = _Preprocessing.model_validate(values)
     except ValidationError as error:
         raise ValueError(explain(error)) from None
-    if known.image_size is not None and known.size > 2 * known.image_size:  # memory grows with the square
+    if known.image_size is not None and known.size > max(_SMALL_SIDE, 2 * known.image_size):
+        # memory grows with the square of the size
         raise ValueError(f"size: {known.size}, more than twice the side of the images, image_size {known.image_size}")
     from cnvzoo.data.preprocessing import Preprocessing  # imports torch, which listing checkpoints does not need
 
@@ -234,7 +244,7 @@ class SeedResult(_Section):
         numerics: version of the training arithmetic of the run; None where its record has none.
     """
 
-    seed: Count
+    seed: Seed
     correct: Count
     total: Total
     weights_sha256: Sha256
@@ -281,7 +291,7 @@ class CheckpointFacts(_Section):
     dataset: Word | None = None
     classes: Classes
     preprocessing: PreprocessingValues
-    seed: Count | None = None
+    seed: Seed | None = None
     correct: Count | None = None
     total: Total | None = None
     results: list[SeedResult] = Field(default=[], max_length=1000)

@@ -111,7 +111,7 @@ def train(
         except ValueError as error:
             raise typer.BadParameter(f"--checkpoint {checkpoint}: {error}") from None
     loaded = cnvzoo.load_recipe(recipe)
-    folder = _run_dir(loaded, seed, epochs, holdout) if run_dir is None else expanded(run_dir)
+    folder = _run_dir(loaded, seed, epochs, holdout, dataset, start) if run_dir is None else expanded(run_dir)
     deadline = None if time_limit is None else time.monotonic() + time_limit
     from cnvzoo.training.device import using_threads
 
@@ -136,14 +136,26 @@ def train(
         typer.echo(f"checkpoint: {checkpoint}")
 
 
-def _run_dir(recipe: Recipe, seed: int | None, epochs: int | None, holdout: int) -> Path:
-    """The default folder of a run; trials have folders of their own, so that none replaces a full run."""
-    name = f"seed{recipe.seed if seed is None else seed}"
+def _run_dir(
+    recipe: Recipe, seed: int | None, epochs: int | None, holdout: int, dataset: str | None, start: str | None
+) -> Path:
+    """The default folder of a run. Trials, and runs with another dataset or start, have folders of their own.
+
+    So none of them replaces a full run of the recipe, which reproduce.py keeps there too.
+    """
+    from cnvzoo.data.datasets import dataset_path_name, is_dataset_path
+    from cnvzoo.files import expanded
+
+    entry, name = recipe.name, f"seed{recipe.seed if seed is None else seed}"
+    if dataset is not None and dataset != recipe.dataset:
+        entry += f"-on-{dataset_path_name(dataset) if is_dataset_path(dataset) else dataset}"
+    if start is not None and start != recipe.start:
+        entry += f"-from-{expanded(start).absolute().name}"
     is_short = epochs is not None and epochs != recipe.epochs
     if not is_short and not holdout:
-        return Path("runs") / recipe.name / name
+        return Path("runs") / entry / name
     mode = (f"-{epochs}epochs" if is_short else "") + (f"-holdout{holdout}" if holdout else "")
-    return Path("runs") / "trials" / recipe.name / f"{name}{mode}"
+    return Path("runs") / "trials" / entry / f"{name}{mode}"
 
 
 @app.command("eval")

@@ -21,13 +21,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cnvzoo.data import published
-from cnvzoo.data.image_folders import read_image_folder
+from cnvzoo.data.image_folders import LARGEST_SIDE, read_image_folder
 from cnvzoo.data.published import ARRAYS, DatasetInfo, combined_sha256, dataset_info, default_root, list_datasets
-from cnvzoo.errors import DatasetError
+from cnvzoo.errors import DatasetError, in_a_line
 from cnvzoo.files import expanded, replacing
 from cnvzoo_runtime.metadata import is_printable, whole_number
-
-_LARGEST_SIDE = 1024  # pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,16 +178,23 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", re.ASCII)
 
 def _own_split(name: str, prefix: str, images: Any, labels: Any, num_classes: int) -> tuple[Tensor, Tensor]:
     """Images [N, H, W, C] and labels [N] as uint8 tensors, after checks."""
-    pixels = _as_tensor(images)
+    pixels = _as_tensor(images, f"{name}: {prefix}images must be an array of uint8, [N, H, W, C]")
     if pixels.dtype != torch.uint8:
         raise DatasetError(f"{name}: {prefix}images must be uint8 (0 to 255), got {pixels.dtype}")
     pixels = pixels.unsqueeze(-1) if pixels.ndim == 3 else pixels
     if pixels.ndim != 4 or pixels.shape[1] != pixels.shape[2] or pixels.shape[3] not in (1, 3) or 0 in pixels.shape:
         raise DatasetError(
             f"{name}: {prefix}images must be square, [N, H, W, C] with C 1 or 3, or [N, H, W], got shape "
-            f"{list(_as_tensor(images).shape)}"
+            f"{list(np.shape(images))}"
         )
-    numbers = _as_tensor(labels)
+    if pixels.shape[1] > LARGEST_SIDE:
+        raise DatasetError(
+            f"{name}: {prefix}images have a side of {pixels.shape[1]} pixels, and at most {LARGEST_SIDE} are allowed: "
+            "resize them"
+        )
+    numbers = _as_tensor(
+        labels, f"{name}: {prefix}labels must be whole numbers from 0 to {num_classes - 1}, the positions in classes"
+    )
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
         raise DatasetError(f"{name}: {prefix}labels must be whole numbers, got {numbers.dtype}")
     if numbers.shape != (len(pixels),):
@@ -200,13 +205,17 @@ def _own_split(name: str, prefix: str, images: Any, labels: Any, num_classes: in
     return pixels.contiguous(), numbers.to(torch.uint8)
 
 
-def _as_tensor(values: Any) -> Tensor:
+def _as_tensor(values: Any, expected: str) -> Tensor:
+    """The values as a tensor; DatasetError, with what is expected, where they are not numbers of one shape."""
     if isinstance(values, np.ndarray):
         if values.dtype in (np.uint16, np.uint32, np.uint64):  # torch has few operations for these
             values = values.astype(np.int64)
         if not values.flags.writeable or min(values.strides, default=0) < 0:  # torch takes neither
             values = values.copy()
-    return torch.as_tensor(values, device="cpu")
+    try:
+        return torch.as_tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise DatasetError(f"{expected}: {in_a_line(error)}") from None
 
 
 def _own_info(name: str, classes: tuple[str, ...], images: Tensor, test_size: int) -> DatasetInfo:
@@ -249,7 +258,7 @@ def load_dataset(
         source: one of `list_datasets()`; or a path: a Path, or text with a separator or that ends in .safetensors.
         root: the folder of the cache; default `$CNVZOO_DATA`, else `~/.cache/cnvzoo/datasets`.
         size: for a folder, height and width of the images in pixels, 1 to 1024; default the size that all its images
-            share if they are square, else 32.
+            share if they are square and have at most 1024 pixels a side, else 32.
         in_chans: for a folder, 1 for grey or 3 for RGB; default 1 if all its images are grey, else 3.
 
     Raises:
@@ -263,8 +272,8 @@ def load_dataset(
         return Dataset(info, **published.load_arrays(info.name, expanded(root) if root is not None else default_root()))
     if size is not None:
         side = whole_number(size)
-        if side is None or not 1 <= side <= _LARGEST_SIDE:
-            raise DatasetError(f"size={size!r}: a whole number of pixels from 1 to {_LARGEST_SIDE}")
+        if side is None or not 1 <= side <= LARGEST_SIDE:
+            raise DatasetError(f"size={size!r}: a whole number of pixels from 1 to {LARGEST_SIDE}")
         size = side
     if in_chans not in (None, 1, 3):
         raise DatasetError(f"in_chans={in_chans!r}: 1 for grey or 3 for RGB")

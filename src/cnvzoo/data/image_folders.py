@@ -20,6 +20,7 @@ from cnvzoo.errors import DatasetError
 from cnvzoo.progress import counted
 from cnvzoo_runtime.images import ImageError, prepare, read_image
 
+LARGEST_SIDE = 1024  # pixels; a checkpoint has no larger input
 DEFAULT_SIDE = 32  # pixels, of images that do not share one square size
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
 _SPLIT_NAMES = (*_TEST_FOLDERS, "train", "training", "testing", "eval", "evaluation", "dev")
@@ -146,7 +147,7 @@ def _format(paths: Sequence[Path]) -> tuple[int, int]:
         except Exception:  # Pillow's errors are of many classes, one for each format
             continue
     width, height = sizes.pop() if len(sizes) == 1 else (0, 1)
-    return (width if width == height else DEFAULT_SIDE), (1 if grey else 3)
+    return (width if width == height <= LARGEST_SIDE else DEFAULT_SIDE), (1 if grey else 3)
 
 
 def _read(paths: Sequence[Path], side: int, channels: int, name: str) -> NDArray[np.uint8]:

@@ -100,7 +100,8 @@ class Preprocessing:
         if side < 1 or margin < 0 or margin % 2:
             raise DatasetError(
                 f"Images of side {side} cannot be padded symmetrically to {self.size}: expected {self.size}, "
-                f"or smaller by an even number of pixels. Resize them first (cnvzoo.transforms does)."
+                "or smaller by an even number of pixels. Resize them first, as "
+                f"load_dataset(folder, size={self.size}) and cnvzoo.transforms do."
             )
         return margin // 2
 

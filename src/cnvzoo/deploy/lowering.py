@@ -42,7 +42,8 @@ def integer_net(model: nn.Module, size: int = 32) -> IntegerNet:
             accumulators that may leave int32.
     """
     steps = quantized_steps(model, "the integer graph")
-    channels = next((step.layer.in_channels for step in steps if isinstance(step.layer, nn.Conv2d)), 0)
+    convolutions = (step.layer.in_channels for step in steps if isinstance(step.layer, nn.Conv2d))
+    channels = next(convolutions, getattr(model, "in_chans", 0))
     return _Lowering(steps, channels, size).net()
 
 

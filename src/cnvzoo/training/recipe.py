@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -28,6 +29,7 @@ from cnvzoo.strict_yaml import error_at
 
 PUBLISHED_SEED = 0  # the run of this seed is published, and its weights are the float start or teacher of other runs
 LARGEST_SEED = 2**63 - 1  # the largest that torch's generators take
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}", re.ASCII)  # as in a checkpoint's config
 
 
 class _Section(BaseModel):
@@ -156,7 +158,7 @@ class Recipe(_Section):
         seed: seed of initialisation, shuffling and augmentation; 0 to 2**63 - 1.
     """
 
-    name: str = Field(min_length=1, max_length=200)
+    name: str
     model: str
     dataset: str
     w_bits: int | None = Field(default=None, ge=1, le=8)
@@ -177,6 +179,13 @@ class Recipe(_Section):
     distillation: Distillation = Distillation()
     teacher_sha256: _OneOrMore = ()
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_word(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not a name: up to 128 letters, digits, _, - and .; rename the recipe")
+        return name
 
     @field_validator("model")
     @classmethod

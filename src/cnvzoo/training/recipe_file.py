@@ -56,10 +56,6 @@ def _load(path: Path) -> tuple[Recipe, Where]:
     for key, origin in _FILLED_IN.items():
         if key in values:
             raise RecipeError(f"{where[(key,)]}: {key}: {origin}: remove this line")
-    for key, is_relative in (("dataset", is_dataset_path), ("start", lambda text: os.sep in text)):
-        text = values.get(key)
-        if isinstance(text, str) and is_relative(text) and not expanded(text).is_absolute():
-            values[key] = str((path.parent / text).absolute())
     return recipe_from_dict({**values, "name": path.stem}, str(path), where), where
 
 
@@ -109,6 +105,10 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], Where
     values, where = {} if file.values is None else file.values, file.where
     if not isinstance(values, dict):
         raise RecipeError(f"{path}:1: a recipe is a mapping of keys to values, not {type(values).__name__}")
+    for key, is_relative in (("dataset", is_dataset_path), ("start", lambda text: os.sep in text)):
+        text = values.get(key)
+        if isinstance(text, str) and is_relative(text) and not expanded(text).is_absolute():
+            values[key] = str((path.parent / text).absolute())
     base = values.pop("extends", None)
     if base is None:
         return values, where

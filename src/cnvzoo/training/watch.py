@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from cnvzoo.files import expanded, write_text, writing
+from cnvzoo.files import expanded, sha256_of, write_text, writing
 from cnvzoo.training.recipe import Recipe
 from cnvzoo.training.state import RunError
 
@@ -67,7 +68,9 @@ class CsvLog:
     """A CSV file with a line for each epoch: entry, seed, and the fields of `EpochReport`.
 
     Args:
-        path: the file. One that exists has to be the log of the same run, and is written anew from its history.
+        path: the file. One that exists has to be the log of the same run, and is written anew from its history. If it
+            has other lines than that, because they are of a run with other settings or later than the state that the
+            run resumes from, it is kept: renamed to `<name>-<first digits of its sha256><suffix>`.
         recipe: the run's, with its seed.
         epochs: number of epochs of the run.
 
@@ -102,6 +105,11 @@ class CsvLog:
 
     def start(self, past: Sequence[EpochReport]) -> None:
         lines = _csv_line(self.COLUMNS) + "".join(map(self._line, past))
+        with writing(self._path):
+            if self._path.exists() and not lines.startswith(self._path.read_text(encoding="utf-8")):
+                aside = self._path.with_name(f"{self._path.stem}-{sha256_of(self._path)[:8]}{self._path.suffix}")
+                self._path.replace(aside)
+                print(f"{self._path}: had other epochs than this run, and is now {aside}", file=sys.stderr)
         write_text(self._path, lines)
 
     def add(self, report: EpochReport) -> None:
