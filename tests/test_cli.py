@@ -28,8 +28,9 @@ from cnvzoo.data.published import list_datasets
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import sha256_of
 from cnvzoo.models.registry import unregister_model
+from cnvzoo.train_and_save import save_checkpoint
 from cnvzoo.training import RunRecord
-from cnvzoo.zoo import create_model, list_models, save_checkpoint
+from cnvzoo.zoo import create_model, list_models
 
 RECIPE = """
 model: {model}
@@ -544,7 +545,7 @@ class TestTrain:
             asked.append(arguments)
             raise CnvzooError("stopped by the test")
 
-        monkeypatch.setattr("cnvzoo.zoo.run_recipe", run_recipe)
+        monkeypatch.setattr("cnvzoo.train_and_save.run_recipe", run_recipe)
         option = "--" + purpose.replace("_", "-")
         for source in ("cnv.mnist", "hub/cnv.mnist", folder / "model.safetensors"):
             assert cnvzoo("train", path, option, source, "--hub", "hub").err == "error: stopped by the test\n"

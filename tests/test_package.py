@@ -26,6 +26,7 @@ LAYERS = [
     {"deploy"},
     {"inference"},
     {"zoo"},
+    {"train_and_save"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

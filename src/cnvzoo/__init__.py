@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from cnvzoo.models.integers import IntegerWeight, integer_weights, quantize_bias
     from cnvzoo.models.registry import ModelInfo, model_info, register_model, unregister_model
     from cnvzoo.recipe_folder import list_recipes
+    from cnvzoo.train_and_save import TrainResult, save_checkpoint, train
     from cnvzoo.training.evaluation import Evaluation, evaluate
     from cnvzoo.training.recipe import Recipe
     from cnvzoo.training.recipe_file import load_recipe
     from cnvzoo.training.record import RunRecord
     from cnvzoo.training.watch import EpochReport
-    from cnvzoo.zoo import TrainResult, create_model, list_models, quantize, save_checkpoint, train
+    from cnvzoo.zoo import create_model, list_models, quantize
 
 try:
     __version__ = version("cnvzoo")
@@ -142,6 +143,11 @@ _MODULES = {  # with the public names that each defines
         "unregister_model",
     ),
     "recipe_folder": ("list_recipes",),
+    "train_and_save": (
+        "TrainResult",
+        "save_checkpoint",
+        "train",
+    ),
     "training.evaluation": (
         "Evaluation",
         "evaluate",
@@ -151,12 +157,9 @@ _MODULES = {  # with the public names that each defines
     "training.record": ("RunRecord",),
     "training.watch": ("EpochReport",),
     "zoo": (
-        "TrainResult",
         "create_model",
         "list_models",
         "quantize",
-        "save_checkpoint",
-        "train",
     ),
 }
 _DEFINED_IN = {name: module for module, names in _MODULES.items() for name in names}
