@@ -29,7 +29,7 @@ from cnvzoo.errors import CnvzooError
 from cnvzoo.files import sha256_of
 from cnvzoo.models.registry import unregister_model
 from cnvzoo.train_and_save import save_checkpoint
-from cnvzoo.training import RunRecord
+from cnvzoo.training import Recipe, RunRecord
 from cnvzoo.zoo import create_model, list_models
 
 RECIPE = """
@@ -438,6 +438,19 @@ class TestTrain:
         monkeypatch.setattr(sys.modules["cnvzoo"], "train", train)
         assert "stopped by the test" in cnvzoo("train", recipe(), *arguments).said
         assert asked == [Path(folder)]
+
+    @pytest.mark.filterwarnings("default")
+    def test_a_teacher_of_another_dataset_is_left_out_with_a_line(self, cnvzoo, recipe, monkeypatch):
+        def run_recipe(wanted: Recipe, **_: object) -> None:
+            raise CnvzooError(f"teachers {wanted.teacher}, float start {wanted.float_start}")
+
+        monkeypatch.setattr("cnvzoo.train_and_save.run_recipe", run_recipe)
+        result = cnvzoo("train", "cifar10_quant_cnv_w4a4", "--dataset", "cifar100")
+        assert result.err.splitlines() == [
+            "warning: cifar10_quant_cnv_w4a4: trains on cifar100 without float_start cifar10_cnv and teacher "
+            "cifar10_cnv, of cifar10",
+            "error: teachers (), float start None",
+        ]
 
     def test_a_run_writes_its_record(self, cnvzoo, recipe, small_datasets, tmp_path):
         small_datasets()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 
@@ -36,14 +39,31 @@ def cnvzoo_(
     pass
 
 
+@contextmanager
+def warnings_in_a_line() -> Iterator[None]:
+    """A context in which a UserWarning is printed without the place in the code; other warnings are for developers."""
+    with warnings.catch_warnings():
+        show_place = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if category is UserWarning:
+                typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
+            else:
+                show_place(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
+
+
 def main() -> None:
-    """Run the command line; print errors in one line, without a traceback.
+    """Run the command line; print warnings and errors in one line, without a source line or a traceback.
 
     These are errors of cnvzoo, of the operating system, and of code that --import imported.
     """
     show_every_character()
     try:
-        app(prog_name="cnvzoo")
+        with warnings_in_a_line():
+            app(prog_name="cnvzoo")
     except (CnvzooError, OSError) as error:
         typer.echo(f"error: {in_a_line(error)}", err=True)
         sys.exit(1)
