@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -212,6 +213,28 @@ def test_a_recipe_of_the_benchmark_trains_on_own_images_without_its_teachers(
     assert (result.record.float_start, result.record.teacher) == (None, None)
     assert result.record.start["checkpoint"] == "quant_cnv_w4a4.cifar10"  # type: ignore[index]
     assert cnvzoo.save_checkpoint(result, tmp_path / "mine").recipe["teacher"] == []
+
+
+def test_loaded_images_of_other_classes_leave_the_teacher_out_too(photos: Path, uncompiled: None) -> None:
+    data = cnvzoo.load_dataset(photos)
+    recipe = cnvzoo.load_recipe("cifar10_quant_cnv_w4a4").model_copy(update={"batch_size": 12})
+    with pytest.warns(UserWarning, match="trains on photos without float_start cifar10_cnv and teacher cifar10_cnv"):
+        result = cnvzoo.train(recipe, dataset=data, epochs=1, device="cpu", quiet=True)
+    assert (result.model.num_classes, result.record.teacher) == (3, None)
+
+
+def test_a_folder_is_scored_as_the_model_takes_images(photos: Path, tmp_path: Path, uncompiled: None) -> None:
+    values = recipe_text(name="photos_resnet20", model="resnet20", epochs=2)
+    recipe = recipe_from_dict({k: v for k, v in values.items() if k not in ("start", "w_bits", "a_bits")}, "test")
+    data = cnvzoo.load_dataset(photos, size=24)
+    result = cnvzoo.train(recipe, dataset=data, device="cpu", quiet=True)
+    expected = cnvzoo.evaluate(result.model, data, device="cpu").predictions
+    assert torch.equal(cnvzoo.evaluate(result.model, photos, device="cpu").predictions, expected)
+    other = shutil.copytree(photos, tmp_path / "other")
+    for split in ("train", "test"):
+        (other / split / "blue").rename(other / split / "violet")
+    with pytest.raises(cnvzoo.ModelError, match="classes blue, green, red, and other has green, red, violet"):
+        cnvzoo.evaluate(result.model, other, device="cpu")
 
 
 def test_own_images_larger_than_the_model_takes_are_resized(tmp_path: Path, uncompiled: None) -> None:

@@ -96,7 +96,8 @@ def _serve(
 ) -> None:
     """Warm up, then train for each number of seconds that is received, until the other end is closed."""
     torch.set_num_threads(threads)
-    with deterministic(device), keep_freed_memory() if program == OURS else nullcontext():
+    ours = program == OURS
+    with deterministic(device) if ours else nullcontext(), keep_freed_memory() if ours else nullcontext():
         step = _start(program, recipe, device, data)
         _train(step, _WARM_UP_STEPS, device)
         connection.send(0.0)

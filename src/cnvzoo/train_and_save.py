@@ -83,7 +83,7 @@ def train(
         deadline: `time.monotonic()` at which to stop.
         dataset: replaces the recipe's dataset, as a name or a path of own images; or loaded images to use in its place.
             The float start and the teachers, which are entries of the recipe's own dataset, are left out with another
-            one; a warning says so.
+            one, by name, path or loaded; a warning says so.
         data_root: folder of cached datasets.
         float_start: weights of the float model, for a recipe with `float_start`: a safetensors file, or the name or
             folder of a checkpoint.
@@ -106,7 +106,7 @@ def train(
         another model than the recipe's, for a float start or a teacher also of another dataset or seed.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    recipe = _replaced(recipe, None if isinstance(dataset, Dataset) else dataset, start)
+    recipe = _replaced(recipe, dataset, start)
     data = dataset if isinstance(dataset, Dataset) else None
     if data is None and is_dataset_path(recipe.dataset):
         data = _own_images(recipe)
@@ -136,27 +136,28 @@ def train(
     return TrainResult(model.eval(), record)
 
 
-def _replaced(recipe: Recipe, dataset: str | Path | None, start: str | Path | None) -> Recipe:
+def _replaced(recipe: Recipe, dataset: Dataset | str | Path | None, start: str | Path | None) -> Recipe:
     """The recipe with another dataset or start, without what only fits its own; a warning names what is left out."""
-    changes: dict[str, Any] = {} if dataset is None else {"dataset": _name_or_path(dataset)}
+    changes: dict[str, Any] = {}
+    if isinstance(dataset, Dataset):  # a held-out split has the name of its dataset, and own images never have
+        name = dataset.info.name
+        is_other = not is_dataset_path(recipe.dataset) and name != recipe.dataset
+    else:
+        name = recipe.dataset if dataset is None else _name_or_path(dataset)
+        is_other = name != recipe.dataset
+        changes |= {"dataset": name} if is_other else {}
     changes |= {} if start is None else {"start": _name_or_path(start)}
-    if not changes:
-        return recipe
-    is_other = changes.get("dataset", recipe.dataset) != recipe.dataset
-    without = {
-        "float_start": recipe.float_start if is_other or start is not None else None,
-        "teacher": ", ".join(recipe.teacher) if is_other else None,
-    }
-    if without["float_start"]:
+    without: dict[str, str] = {}
+    if recipe.float_start and (is_other or start is not None):
         changes |= {"float_start": None, "float_start_sha256": None}
-    if without["teacher"]:
+        without["float_start"] = recipe.float_start
+    if recipe.teacher and is_other:
         changes |= {"teacher": [], "teacher_sha256": [], "distillation": {}}
-    if is_other and (left_out := [f"{key} {entries}" for key, entries in without.items() if entries]):
-        warnings.warn(
-            f"{recipe.name}: trains on {changes['dataset']} without {' and '.join(left_out)}, of {recipe.dataset}",
-            stacklevel=3,
-        )
-    return recipe_from_dict(recipe.model_dump(mode="json") | changes, recipe.name)
+        without["teacher"] = ", ".join(recipe.teacher)
+    if is_other and without:
+        left_out = " and ".join(f"{key} {entries}" for key, entries in without.items())
+        warnings.warn(f"{recipe.name}: trains on {name} without {left_out}, of {recipe.dataset}", stacklevel=3)
+    return recipe_from_dict(recipe.model_dump(mode="json") | changes, recipe.name) if changes else recipe
 
 
 def _own_images(recipe: Recipe) -> Dataset:
@@ -206,6 +207,9 @@ def _folder_and_config(checkpoint: str | Path, hub: str | Path | None) -> tuple[
     return found.folder, read_config(found.folder, found.files[CONFIG] if found.files else None)
 
 
+_BITS = {"name", "w_bits", "a_bits", "bits", "first_w_bits"}  # what `quantize` changes
+
+
 def _starting_model(recipe: Recipe, hub: str | Path | None) -> StartingModel:
     """The checkpoint of the recipe's `start`, after checks."""
     checkpoint = str(recipe.start)
@@ -217,7 +221,8 @@ def _starting_model(recipe: Recipe, hub: str | Path | None) -> StartingModel:
         for key, value in with_defaults(config.model).items()
         if key not in ("num_classes", "in_chans") and value != wanted.get(key)
     }
-    if differing and (not spec.quantized or config.model["name"] not in (recipe.model, spec.float_twin)):
+    quantizable = spec.quantized and config.model["name"] in (recipe.model, spec.float_twin)
+    if differing and not (quantizable and differing.keys() <= _BITS):
         options = ", ".join(f"{key}={value!r}" for key, value in differing.items() if key != "name")
         found = f"a {config.model['name']}" + (f" with {options}" if options and "name" not in differing else "")
         raise ModelError(

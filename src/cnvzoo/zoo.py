@@ -189,7 +189,9 @@ def quantize(
             f"the model takes {channels} channel(s) and the preprocessing has {len(mean)}: "
             "give the dataset that the model was trained on"
         )
-    options: dict[str, Any] = {} if bits is None else {"bits": bits}
+    kept = set(twin.options) - {"bits", "first_w_bits"}
+    options: dict[str, Any] = {key: value for key, value in source.arguments.items() if key in kept}
+    options |= {} if bits is None else {"bits": bits}
     if first_w_bits != 8 or "first_w_bits" in twin.options:  # a model registered by the user may not have it
         options["first_w_bits"] = first_w_bits
     with without_initialization():

@@ -131,6 +131,8 @@ def test_arrays_that_torch_does_not_take_as_they_are(tmp_path: Path) -> None:
     for dtype in (np.uint16, np.uint32, np.uint64):
         data = Dataset.from_arrays(images[..., ::-1][..., ::-1], np.array([0, 1] * 3, dtype), "ab")
         assert data.sha256 == expected.sha256
+    for unsigned in (torch.uint16, torch.uint32, torch.uint64):
+        assert Dataset.from_arrays(images, torch.tensor([0, 1] * 3).to(unsigned), "ab").sha256 == expected.sha256
     backwards = Dataset.from_arrays(images[..., ::-1], [0, 1] * 3, "ab")
     assert torch.equal(backwards.train_images, expected.train_images.flip(3))
 

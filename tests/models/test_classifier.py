@@ -20,6 +20,8 @@ from torchvision.ops import FrozenBatchNorm2d
 import cnvzoo
 from cnvzoo.errors import ModelError
 from cnvzoo.models import Classifier, build_model, model_spec
+from cnvzoo.models.classifier import PooledClassifier
+from cnvzoo.models.layers import FloatLayers
 
 FEATURES = {
     "cnv": ((256, 1, 1), 512), "quant_cnv": ((256, 1, 1), 512), "resnet20": ((64, 8, 8), 64),
@@ -266,6 +268,28 @@ def test_the_layer_that_takes_the_images_need_not_be_defined_first() -> None:
         assert model(images(channels=5)).shape == (2, 4)
     finally:
         cnvzoo.unregister_model("head_first")
+
+
+def test_a_model_may_rearrange_the_pixels_before_its_first_convolution() -> None:
+    class Unshuffled(PooledClassifier):
+        def __init__(self, num_classes: int, in_chans: int) -> None:
+            super().__init__(FloatLayers())
+            self.blocks, self.conv = nn.PixelUnshuffle(4), nn.Conv2d(in_chans * 16, 8, 3)
+            self.num_features = self.head_hidden_size = 8
+            self.fc = self.new_classifier(num_classes)
+
+        def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.blocks(x))
+
+    cnvzoo.register_model("unshuffled", summary="for a test")(Unshuffled)
+    try:
+        model = cnvzoo.create_model("unshuffled", num_classes=5)
+        assert model.in_chans == 3
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
+        with pytest.raises(cnvzoo.ModelError, match=r"was built for 3 channel\(s\) and was given 1"):
+            model(torch.zeros(2, 1, 32, 32))
+    finally:
+        cnvzoo.unregister_model("unshuffled")
 
 
 def test_models_of_other_classes_have_the_attributes_too() -> None:

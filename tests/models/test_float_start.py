@@ -13,9 +13,11 @@ from torch import nn
 
 from cnvzoo.checkpoints.load import load_checkpoint
 from cnvzoo.data import Dataset, Preprocessing, dataset_info, load_dataset
-from cnvzoo.models import Classifier, build_model
+from cnvzoo.models import Classifier, build_model, register_model, unregister_model
+from cnvzoo.models.layers import FloatLayers
 from cnvzoo.models.quant import quantizer_of
-from cnvzoo.models.quant_layers import start_from_float
+from cnvzoo.models.quant_layers import QuantLayers, start_from_float
+from cnvzoo.models.resnet import ResNet
 from cnvzoo.zoo import quantize
 
 MEAN, STD = dataset_info("cifar10").mean, dataset_info("cifar10").std
@@ -164,6 +166,25 @@ def test_scales_fit_the_weights_and_the_norms() -> None:
     (hidden,) = (n for n in scales if n.startswith("features.3."))
     largest = after["features.3.weight"].abs().amax((1, 2, 3)) / 7
     assert ((after[hidden].flatten() <= largest * 1.001) & (after[hidden].flatten() >= largest / 7)).all()
+
+
+def test_the_quantized_twin_has_the_options_of_the_model() -> None:
+    @register_model("slim", summary="for a test")
+    def build(num_classes: int, in_chans: int, width: int = 4) -> ResNet:
+        return ResNet((width,), (1,), num_classes, in_chans, FloatLayers())
+
+    @register_model("quant_slim", summary="for a test", quantized=True, float_twin="slim")
+    def build_quantized(num_classes: int, in_chans: int, w_bits: int, a_bits: int, width: int = 4) -> ResNet:
+        return ResNet((width,), (1,), num_classes, in_chans, QuantLayers(w_bits, a_bits, 8))
+
+    try:
+        source = build_model("slim", width=8)
+        quantized = quantize(source, w_bits=4, a_bits=4, dataset="cifar10")
+        assert quantized.arguments["width"] == 8
+        assert torch.equal(quantized.get_parameter("fc.weight"), source.get_parameter("fc.weight"))
+    finally:
+        unregister_model("slim")
+        unregister_model("quant_slim")
 
 
 def test_wrong_states_name_every_tensor() -> None:

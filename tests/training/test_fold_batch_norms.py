@@ -51,6 +51,18 @@ def test_the_original_network_is_unchanged() -> None:
         assert torch.equal(tensor, before[name]), name
 
 
+def test_a_layer_that_is_used_twice_is_not_folded() -> None:
+    torch.manual_seed(0)
+    shared = nn.Conv2d(3, 3, 3, padding=1)
+    parts = [nn.Sequential(shared, nn.BatchNorm2d(3)), nn.Sequential(shared, nn.BatchNorm2d(3))]
+    model = nn.Sequential(*parts, nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+    for _ in range(3):
+        model(torch.randn(4, 3, 8, 8) + 1)
+    folded, images = fold_batch_norms(model.eval()), torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-4)
+    assert sum(isinstance(module, NORMS) for module in folded.modules()) == 2
+
+
 def test_a_batch_norm_after_another_kind_of_layer_is_not_folded() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(4))
     folded = fold_batch_norms(model)

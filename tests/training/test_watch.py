@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import os
 import signal
 import sys
@@ -11,9 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from synthetic import CNV_BITS, StepHook, noise, recipe, run
 
 import cnvzoo
+from cnvzoo.data import Dataset
 from cnvzoo.files import FileError
 from cnvzoo.training import RunError, RunInterrupted, RunRecord, run_recipe
 
@@ -35,7 +38,22 @@ def test_validation_leaves_the_weights_as_they_are(changes, tmp_path, uncompiled
     assert validations(validated)[-1] == validated.accuracy
 
 
-def test_the_first_held_out_images_are_validated(tmp_path) -> None:
+def test_images_of_all_classes_are_validated(tmp_path, monkeypatch) -> None:
+    images = torch.randint(256, (48, 28, 28), dtype=torch.uint8)
+    labels = [n // 16 for n in range(48)]  # in the order of the classes, as of a folder
+    data = Dataset.from_arrays(images, labels, "abc", test_images=images[:3], test_labels=[0, 1, 2])
+    scored: list[list[int]] = []
+
+    def count(model, images, labels, *_, **__) -> int:
+        scored.append(labels.tolist())
+        return 0
+
+    monkeypatch.setattr(importlib.import_module("cnvzoo.training.run"), "count_correct", count)
+    run(recipe(), tmp_path, data, holdout=12, validate=3)
+    assert scored == [[0, 1, 2]] * 2 + [[0] * 4 + [1] * 4 + [2] * 4]
+
+
+def test_one_held_out_image_is_validated(tmp_path) -> None:
     record = run(recipe(), tmp_path, validate=1, **HELD)
     assert all(accuracy in (0.0, 100.0) for accuracy in validations(record))
     assert RunRecord.read(tmp_path / "record.json") == record

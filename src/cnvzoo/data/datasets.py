@@ -207,13 +207,12 @@ def _own_split(name: str, prefix: str, images: Any, labels: Any, num_classes: in
 
 def _as_tensor(values: Any, expected: str) -> Tensor:
     """The values as a tensor; DatasetError, with what is expected, where they are not numbers of one shape."""
-    if isinstance(values, np.ndarray):
-        if values.dtype in (np.uint16, np.uint32, np.uint64):  # torch has few operations for these
-            values = values.astype(np.int64)
-        if not values.flags.writeable or min(values.strides, default=0) < 0:  # torch takes neither
-            values = values.copy()
+    if isinstance(values, np.ndarray) and (not values.flags.writeable or min(values.strides, default=0) < 0):
+        values = values.copy()  # torch takes neither
     try:
-        return torch.as_tensor(values, device="cpu")
+        tensor = torch.as_tensor(values, device="cpu")
+        # torch has few operations for these
+        return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise DatasetError(f"{expected}: {in_a_line(error)}") from None
 

@@ -166,18 +166,21 @@ def class_names(model: nn.Module, outputs: int) -> tuple[str, ...]:
     return tuple(classes) if classes and len(classes) == outputs else tuple(map(str, range(outputs)))
 
 
-def find_input_layer(model: nn.Module, in_chans: int) -> str | None:
-    """The path of the convolution of a new model that takes its images; None without one.
+def find_input_layer(model: nn.Module, in_chans: int) -> str:
+    """The path of the convolution of a new model that takes its images; "" without one.
 
-    It is the first that takes as many channels: a head of convolutions may be defined before it.
+    It is the first that takes as many channels: a head of convolutions may be defined before it, and what rearranges
+    the pixels, such as `nn.PixelUnshuffle`, changes their number.
     """
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
-    return next((path for path, layer in layers.items() if layer.in_channels == in_chans), next(iter(layers), None))
+    return next((path for path, layer in layers.items() if layer.in_channels == in_chans), "")
 
 
 def input_channels(model: nn.Module) -> int | None:
     """Channels that the input layer of a model takes, which may have been replaced; None without a convolution."""
     path: str | None = getattr(model, "_input_layer", None)
+    if path == "":
+        return None
     try:
         layer = model if path is None else model.get_submodule(path)
     except AttributeError:  # the model was taken apart

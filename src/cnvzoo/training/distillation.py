@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -34,12 +35,13 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     """A copy of `model` in eval mode, with BatchNorm folded into the convolution or linear layer before it.
 
     The layer's weights take up BatchNorm's factor and its bias the shift, so outputs are equal up to rounding, and a
-    pass over each activation is saved. Only neighbours in an nn.Sequential are folded.
+    pass over each activation is saved. Only neighbours in an nn.Sequential are folded, and no layer that is used twice.
     """
     folded = copy.deepcopy(model).eval()
+    uses = Counter(id(module) for _, module in folded.named_modules(remove_duplicate=False))
     for sequence in [module for module in folded.modules() if isinstance(module, nn.Sequential)]:
         for (_, layer), (name, norm) in pairwise(list(sequence.named_children())):
-            if _fold(layer, norm):
+            if uses[id(layer)] == 1 and _fold(layer, norm):
                 setattr(sequence, name, nn.Identity())
     return folded
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cnvzoo.data.datasets import Dataset, load_dataset
+from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo.errors import ModelError
-from cnvzoo.models.classifier import Classifier
+from cnvzoo.files import expanded
+from cnvzoo.models.classifier import Classifier, class_names
 from cnvzoo.models.modes import dtype_of, evaluating, moved, unwrapped
 from cnvzoo.models.registry import ModelSpec, model_spec
 from cnvzoo.progress import counted
@@ -117,24 +118,36 @@ def evaluate(
     Args:
         model: maps images [B, C, H, W] to logits [B, K]. It is left as it was: in mode, device and memory
             layout. The wrappers of torch.compile and DataParallel are not used.
-        dataset: name of a dataset or path of own images, as for `load_dataset`, or a loaded one.
+        dataset: name of a dataset or path of own images, as for `load_dataset`, or a loaded one. Images of a folder are
+            resized and converted to what the model was trained on, where that is known.
         preprocessing: from uint8 images to the model's inputs; by default that of training, for models of this library.
         device: `auto`, or anything torch.device takes.
         data_root: folder of the dataset cache.
 
     Raises:
-        ModelError: the model is not from this library and no preprocessing was given, or it has another number of
-            classes or channels than the dataset.
+        ModelError: the model is not from this library and no preprocessing was given, or it has other classes or
+            another number of channels than the dataset.
         DatasetError: the dataset cannot be loaded, or its images cannot be padded to the size that the model takes.
         CnvzooError: the device is not available.
     """
     model = unwrapped(model)
-    data = dataset if isinstance(dataset, Dataset) else load_dataset(dataset, root=data_root)
+    own = preprocessing or getattr(model, "preprocessing", None)
+    if isinstance(dataset, Dataset):
+        data = dataset
+    elif isinstance(own, Preprocessing) and is_dataset_path(dataset) and expanded(dataset).is_dir():
+        data = load_dataset(dataset, size=own.native_size, in_chans=own.in_chans)
+    else:
+        data = load_dataset(dataset, root=data_root)
     preprocessing = preprocessing or preprocessing_of_model(model, data.info)
-    if isinstance(
-        model, Classifier
-    ):  # checked before any image is classified; other models are checked by their logits
+    if isinstance(model, Classifier):  # before any image is classified; other models are checked by their logits
         _check_classes(model.num_classes, data.info)
+        names, others = class_names(model, model.num_classes), data.info.classes
+        unknown = tuple(map(str, range(len(others))))
+        if names != others and unknown not in (names, others):
+            raise ModelError(
+                f"the model is for the classes {', '.join(names[:_NAMED])}, and {data.info.name} has "
+                f"{', '.join(others[:_NAMED])}: evaluate it on its own classes, in its order"
+            )
     target = resolve_device(device)
     with deterministic(target), moved(model, target), evaluating(model), torch.inference_mode():
         logits = []
@@ -146,6 +159,7 @@ def evaluate(
 
 
 _BATCH = 1000
+_NAMED = 5  # classes that an error names
 
 
 def _check_classes(outputs: int, info: DatasetInfo) -> None:

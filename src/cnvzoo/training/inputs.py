@@ -103,4 +103,4 @@ def _unfit_weights_named(recipe: Recipe, weights: str | Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, SafetensorError) as error:
-        raise RunError(f"{recipe.name}: {weights}: {error}") from None
+        raise RunError(f"{recipe.name}: {weights}: {' '.join(str(error).split())}") from None

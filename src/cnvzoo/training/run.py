@@ -95,8 +95,9 @@ def run_recipe(
             With a holdout, use teachers that held out the same images: others were trained on their labels. This is not
             checked.
         start: the checkpoint of the recipe's `start`; `cnvzoo.train` loads it.
-        validate: number of held-out images, at most `holdout`, that are scored after each epoch: the first ones. The
-            record's history has the accuracies. The weights are those of a run without validation.
+        validate: number of held-out images, at most `holdout`, that are scored after each epoch. They are spread
+            evenly, since own images are in the order of their classes. The record's history has the accuracies. The
+            weights are those of a run without validation.
         on_epoch: called with an `EpochReport` after each epoch that ends in this call. An exception that it raises
             stops the run, saves the state, and is raised.
         log: CSV file with a line for each epoch of the run.
@@ -174,7 +175,8 @@ def run_recipe(
 
         def epoch_ended(trainer: Trainer) -> None:
             if validate:
-                images, labels = data.test_images[:validate], data.test_labels[:validate]
+                chosen = torch.arange(validate, device="cpu") * len(data.test_labels) // validate
+                images, labels = data.test_images[chosen], data.test_labels[chosen]
                 right = count_correct(trainer.model, images, labels, preprocessing, quiet=True)
                 trainer.history[-1]["validation_accuracy"] = round(100 * right / validate, 4)
             watch.epoch_ended(trainer.history[-1])

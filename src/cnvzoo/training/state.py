@@ -229,8 +229,9 @@ def resume(trainer: Resumable, path: Path, identity: RunIdentity, conditions: di
             trainer.load_state(tensors, facts["values"])
             return None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
         raise RunError(
-            f"{path}: not a state that this run can resume from ({error}): delete it to start over"
+            f"{path}: not a state that this run can resume from ({reason}): delete it to start over"
         ) from None
     if found == identity:
         saved = facts["conditions"]
