@@ -182,7 +182,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
                 ({"size": 1025}, "size"),
                 ({"size": 0}, "size"),
                 ({"size": True}, "size"),
-                ({"size": 58}, "size: 58, more than twice the side of the images, image_size 28"),
+                ({"size": 66}, "size: 66, more than twice the side of the images, image_size 28"),
                 ({"image_size": 100_000}, "image_size"),
                 ({"mean": []}, "mean"),
                 ({"mean": "1"}, "mean"),
