@@ -12,7 +12,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -96,8 +96,10 @@ def _serve(
 ) -> None:
     """Warm up, then train for each number of seconds that is received, until the other end is closed."""
     torch.set_num_threads(threads)
-    ours = program == OURS
-    with deterministic(device) if ours else nullcontext(), keep_freed_memory() if ours else nullcontext():
+    with ExitStack() as settings:
+        if program == OURS:
+            settings.enter_context(deterministic(device))
+            settings.enter_context(keep_freed_memory())
         step = _start(program, recipe, device, data)
         _train(step, _WARM_UP_STEPS, device)
         connection.send(0.0)

@@ -137,7 +137,10 @@ def train(
 
 
 def _replaced(recipe: Recipe, dataset: Dataset | str | Path | None, start: str | Path | None) -> Recipe:
-    """The recipe with another dataset or start, without what only fits its own; a warning names what is left out."""
+    """The recipe with another dataset or start, without the float start and the teachers that no longer fit.
+
+    A warning names those that are left out because of another dataset.
+    """
     changes: dict[str, Any] = {}
     if isinstance(dataset, Dataset):  # a held-out split has the name of its dataset, and own images never have
         name = dataset.info.name

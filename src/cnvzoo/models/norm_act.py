@@ -5,8 +5,8 @@
 
 A quantizer rounds z and the residual before it adds them (`cnvzoo.models.residual.add_fake_quantized`).
 
-As separate layers they take a dozen passes, which memory bounds on a CPU (docs/design.md, Decisions). The gradient of
-BatchNorm is that of Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3; the quantizer is that of
+As separate layers they take a dozen passes, which on a CPU are limited by memory bandwidth (docs/design.md, Decisions).
+The gradient of BatchNorm is that of Ioffe & Szegedy 2015 (arXiv:1502.03167), section 3; the quantizer is that of
 `cnvzoo.models.fake_quant`. The arithmetic between x and y is float32.
 """
 
