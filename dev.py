@@ -130,10 +130,13 @@ def make_environment() -> int:
         pip.append("--quiet")  # errors are still printed, progress bars are not
     # one call for everything: torch and torchvision resolved separately may not be compatible
     project = ["--constraint", str(CONSTRAINTS), "--editable", "./runtime", "--editable", ".", "--group", "dev"]
-    for step in (["--upgrade", "pip"], project):
+    for step in (["--upgrade", "pip"], ["--no-compile", *project]):
         if status := subprocess.run([*pip, *step], cwd=ROOT).returncode:
             fail("the installation failed, see above; the same command tries again")
             return status
+    # pip would compile on one core. Some packages have files that are templates of code and do not compile.
+    packages = VENV / ("Lib" if os.name == "nt" else "lib")
+    subprocess.run([python(), "-m", "compileall", "-qq", "-j", "0", str(packages)])
     part = STAMP.with_suffix(".part")
     part.write_text(fingerprint())
     part.replace(STAMP)

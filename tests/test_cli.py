@@ -411,6 +411,7 @@ class TestInfo:
         assert "Traceback" not in result.err
 
 
+@pytest.mark.usefixtures("uncompiled")
 class TestTrain:
     @pytest.mark.parametrize(
         ("arguments", "folder"),
@@ -486,7 +487,7 @@ class TestTrain:
         )
         assert (record.seed, record.holdout, record.total, record.trial) == (7, 40, 40, True)
 
-    def test_watching(self, cnvzoo, recipe, small_datasets, tmp_path, uncompiled):
+    def test_watching(self, cnvzoo, recipe, small_datasets, tmp_path):
         small_datasets(train=64, test=10)
         before = torch.get_num_threads()
         watched = ("--holdout", 20, "--validate", 10, "--log", "log.csv", "--threads", before + 1, "--run-dir", "run")
@@ -529,7 +530,7 @@ class TestTrain:
         assert "Traceback" not in result.err
 
     @pytest.mark.parametrize(("purpose", "says"), [("float_start", "starts from"), ("teacher", "learns from")])
-    def test_weights_that_a_recipe_needs(self, cnvzoo, recipe, small_datasets, uncompiled, purpose, says):
+    def test_weights_that_a_recipe_needs(self, cnvzoo, recipe, small_datasets, purpose, says):
         small_datasets(train=64, test=10)
         one_epoch = ("--epochs", 1, "--device", "cpu", "--run-dir")
         assert cnvzoo("train", recipe("cnv", "schedule: {warmup_epochs: 0}"), *one_epoch, "cnv").status == 0
@@ -582,7 +583,7 @@ class TestTrain:
         assert not asked
 
     def test_the_record_names_the_checkpoint_that_a_run_started_from(
-        self, cnvzoo, recipe, small_datasets, make_checkpoint, uncompiled, tmp_path
+        self, cnvzoo, recipe, small_datasets, make_checkpoint, tmp_path
     ):
         small_datasets(train=64, test=10)
         folder = make_checkpoint(tmp_path / "hub", "cnv", "mnist")

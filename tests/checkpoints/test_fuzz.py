@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = int(os.environ.get("CNVZOO_FUZZ_CASES", "1500"))
+CASES = int(os.environ.get("CNVZOO_FUZZ_CASES", "700"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux'")

@@ -19,7 +19,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import cnvzoo
 from cnvzoo.errors import ModelError
-from cnvzoo.models import Classifier, build_model, model_spec
+from cnvzoo.models import Classifier, build_model, fake_quant, model_spec
 from cnvzoo.models.classifier import PooledClassifier
 from cnvzoo.models.layers import FloatLayers
 
@@ -313,7 +313,7 @@ def test_models_of_other_classes_have_the_attributes_too() -> None:
 @pytest.mark.parametrize(
     ("name", "node"), [("resnet20", "stages.1"), ("mobilenet_v1", "features.4"), ("cnv", "features")]
 )
-def test_torchvision_extracts_features(name: str, node: str, training: bool) -> None:
+def test_torchvision_extracts_features(uncompiled: None, name: str, node: str, training: bool) -> None:
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
     model = built(name).train(training)
@@ -327,7 +327,8 @@ def test_torchvision_extracts_features(name: str, node: str, training: bool) -> 
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1", "quant_resnet20", "quant_mobilenet_v1"])
-def test_hooks_of_fused_layers_fire(name: str) -> None:
+def test_hooks_of_fused_layers_fire(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(fake_quant, "runs_compiled", lambda x: False)  # layers with hooks are not fused
     model = built(name).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fired: list[str] = []
     hooked = [n for n, m in model.named_modules() if isinstance(m, (nn.BatchNorm2d, QuantReLU)) or type(m) is nn.ReLU]

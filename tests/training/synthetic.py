@@ -34,23 +34,30 @@ CNV_BITS = {"model": "quant_cnv", "w_bits": 2, "a_bits": 2}
 
 @contextmanager
 def small_resnets() -> Iterator[None]:
-    """Register ResNet-8 and ResNet-14: what does not depend on the model takes half the time with them.
+    """Register ResNet-8, ResNet-14 and a quantized one of one block: what does not depend on the model is fast on them.
 
     They cannot be registered on import, as other tests list the models.
     """
+    summary = "CIFAR ResNet of few layers, for tests"
     for blocks in (1, 2):
-        name = f"resnet{6 * blocks + 2}"
         build = functools.partial(_small_resnet, blocks)
-        register_model(name, summary="CIFAR ResNet of few layers, for tests", headless=True)(build)
+        register_model(f"resnet{6 * blocks + 2}", summary=summary, headless=True)(build)
+    register_model("quant_resnet4", summary=summary, quantized=True, headless=True)(_quant_resnet4)
     try:
         yield
     finally:
-        for name in ("resnet8", "resnet14"):
+        for name in ("resnet8", "resnet14", "quant_resnet4"):
             unregister_model(name)
 
 
 def _small_resnet(blocks: int, num_classes: int, in_chans: int) -> ResNet:
     return ResNet((16, 32, 64), (blocks,) * 3, num_classes, in_chans, FloatLayers())
+
+
+def _quant_resnet4(num_classes: int, in_chans: int, w_bits: int, a_bits: int) -> ResNet:
+    from cnvzoo.models.quant_layers import QuantLayers  # Brevitas takes a second to import
+
+    return ResNet((16,), (1,), num_classes, in_chans, QuantLayers(w_bits, a_bits, 8))
 
 
 def noise(name: str = "mnist", train: int = 48, test: int = 40, seed: int = 0) -> Dataset:

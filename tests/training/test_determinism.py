@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
-from synthetic import CNV_BITS, EVERY_AUGMENTATION
+from synthetic import EVERY_AUGMENTATION
 
 from cnvzoo.files import sha256_of
 
@@ -25,9 +25,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "augmentation": EVERY_AUGMENTATION,
         "early_crops": {"side": 20, "epochs": 1},
     },
-    "quantized": CNV_BITS
-    | {
-        "name": "mnist_quant_cnv_w2a2",
+    "quantized": {
+        "name": "mnist_quant_resnet4_w2a2",
+        "model": "quant_resnet4",
+        "w_bits": 2,
+        "a_bits": 2,
         "optimizer": {"name": "muon", "lr": 0.02, "sgd_lr": 0.05, "momentum": 0.95},
         "augmentation": EVERY_AUGMENTATION,
         "label_smoothing": 0.1,

@@ -24,8 +24,8 @@ VIEWS = 2
 EPOCHS = 5
 CROPS = {"crop_padding": 2, "flip": True}
 TAUGHT: dict[str, Any] = {
-    "name": "mnist_resnet20",
-    "teacher": "mnist_resnet32",
+    "name": "mnist_resnet8",
+    "teacher": "mnist_resnet14",
     "epochs": EPOCHS,
     "augmentation": CROPS,
 }
@@ -38,7 +38,7 @@ def taught(views: int | None = VIEWS, **changes: Any) -> Recipe:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
-    run(recipe(name="mnist_resnet32", model="resnet32"), folder, epochs=1)
+    run(recipe(name="mnist_resnet14", model="resnet14"), folder, epochs=1)
     return folder / "weights.safetensors"
 
 
@@ -58,15 +58,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def new_trainer(weights: Path) -> Trainer:
     torch.manual_seed(0)
-    data, wanted, normalised = noise(), taught(), preprocessing_of("resnet20", "mnist")
+    data, wanted, normalised = noise(), taught(), preprocessing_of("resnet8", "mnist")
     batches = TrainBatches(
         data.train_images, data.train_labels, num_classes=10, preprocessing=normalised,
         augmentation=wanted.augmentation, batch_size=8, seed=0, device="cpu", views=VIEWS,
     )  # fmt: skip
-    net = build_model("resnet32", in_chans=1)
+    net = build_model("resnet14", in_chans=1)
     net.load_state_dict(load_file(weights))
     teacher = Teacher([(net, normalised)], normalised, Distillation())
-    return Trainer(build_model("resnet20", in_chans=1), batches, wanted, EPOCHS, teacher)
+    return Trainer(build_model("resnet8", in_chans=1), batches, wanted, EPOCHS, teacher)
 
 
 def precompute(trainer: Trainer, path: Path, views: dict[int, int | None]) -> bool:
@@ -165,13 +165,13 @@ def test_training_with_precomputed_logits_equals_training_with_logits_computed_i
     monkeypatch.setattr(importlib.import_module("cnvzoo.training.run"), "precompute_logits", lambda *_, **__: True)
     computed = run(taught(), tmp_path / "computed", teacher=weights)
     losses = [[epoch["loss"] for epoch in record.history] for record in (looked_up, computed)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     crops_computed = run(taught(**cropped), tmp_path / "crops_computed", teacher=weights)
     crop_losses = [[epoch["loss"] for epoch in record.history] for record in (crops_looked_up, crops_computed)]
-    assert crop_losses[0] == pytest.approx(crop_losses[1], rel=0.02)
-    assert crop_losses[0] != pytest.approx(losses[0], rel=0.02)
+    assert crop_losses[0] == pytest.approx(crop_losses[1], rel=1e-3)
+    assert crop_losses[0] != pytest.approx(losses[0], rel=4e-3)
     fresh = run(taught(None), tmp_path / "fresh", teacher=weights)
-    assert [epoch["loss"] for epoch in fresh.history] != pytest.approx(losses[0], rel=0.02)
+    assert [epoch["loss"] for epoch in fresh.history] != pytest.approx(losses[0], rel=4e-3)
 
 
 def stopped_after(batches: int, wanted: Recipe, folder: Path, weights: Path) -> RunInterrupted:

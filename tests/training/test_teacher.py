@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from synthetic import CNV_BITS, StepHook, coloured, interrupted, noise, recipe, run
+from synthetic import StepHook, coloured, interrupted, noise, recipe, run
 from torch import Tensor, nn
 
 from cnvzoo.files import sha256_of
@@ -134,11 +134,12 @@ def teacher_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunReco
 
 def test_a_student_learns_from_its_teacher_where_all_labels_are_wrong(tmp_path: Path) -> None:
     optimizer = {"lr": 0.05}
-    common = {"dataset": "cifar10", "epochs": 4, "batch_size": 16, "optimizer": optimizer, "model": "cnv"}
+    common = {"dataset": "cifar10", "epochs": 4, "batch_size": 16, "optimizer": optimizer}
     data = coloured(train=256, test=100)
-    run(recipe(**common | {"name": "cifar10_cnv"}), tmp_path / "teacher", data)
+    run(recipe(**common | {"name": "cifar10_resnet8"}), tmp_path / "teacher", data)
     wrong = replace(data, train_labels=(data.train_labels + 1) % 10)
-    taught = recipe(**common | CNV_BITS | {"teacher": "cifar10_cnv", "distillation": {"weight": 1.0}})
+    quantized = {"model": "quant_resnet4", "w_bits": 2, "a_bits": 2}
+    taught = recipe(**common | quantized | {"teacher": "cifar10_resnet8", "distillation": {"weight": 1.0}})
     record = run(taught, tmp_path / "student", wrong, teacher=tmp_path / "teacher" / "weights.safetensors")
     assert record.accuracy > 60  # of the test set's right labels
 
