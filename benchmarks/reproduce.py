@@ -1,4 +1,4 @@
-"""Reproduce the tables of this project: train what has no record yet, and show the results.
+"""Reproduce the tables of this project: train what has no valid record yet, and show the results.
 
     python benchmarks/reproduce.py --table cifar10                              every entry of a table, three seeds
     python benchmarks/reproduce.py --table mnist --entry mnist_cnv --seeds 0    one run
@@ -8,26 +8,27 @@
     python benchmarks/reproduce.py --table cifar100 --on ray                    on a Ray cluster (docs/cluster.md)
     python benchmarks/reproduce.py --table cifar10 --publish hf://ORG           and publish the checkpoints at the end
 
-It works like make: a run with a valid record under benchmarks/results/ is not trained again, an interrupted run is
-resumed, and a record whose recipe has changed is out of date. Several runs are trained at once, by default as many as
-keep the machine busy: on a CPU each in a process of its own with one thread, on a GPU in one process, each on a stream
-of its own. A run's bits do not depend on what runs beside it. To merge the work of several machines, copy their records
-into benchmarks/results/: the tables, printed and written to benchmarks/RESULTS.md and README.md, are made of these and
-of benchmarks/retired.json, which keeps the results of replaced records.
+It works like make: a run with a valid record of the current arithmetic under benchmarks/results/ is not trained again,
+an interrupted run is resumed, and a record whose recipe has changed is out of date. Several runs are trained at once,
+by default as many as keep the machine busy: on a CPU each in a process of its own with one thread, on a GPU in one
+process, each on a stream of its own. A run's bits do not depend on what runs beside it. To merge the work of several
+machines, copy their records into benchmarks/results/, and the folders of their runs of seed 0 into runs/: the tables,
+printed and written to benchmarks/RESULTS.md and README.md, are made of the records and of benchmarks/retired.json,
+which keeps the results of replaced records; the checkpoints are the weights of seed 0.
 
-When nothing is left to train, and before the time limit, the checkpoints of the selected entries are measured as
+After the runs, unless a signal or the time limit stopped them, the checkpoints of the selected entries are measured as
 integer graphs, if they are quantized and have not been measured, and verified as `cnvzoo verify` does it: a minute and
-some seconds each. With --publish they are verified after the time limit too, and then sent to a directory or to the
-Hugging Face Hub, unless one of them fails its verification.
+some seconds each. This is left out with --epochs, and where --seeds has no 0. With --publish they are verified after
+the time limit too, and then sent to a directory or to the Hugging Face Hub, unless one of them fails its verification.
 
 Several of these commands may share their folders: each leaves alone what another is training, and does not train again
 what another has finished. A run that fails does not stop the others, and tables that cannot be written are still
 printed.
 
-Exit status: 0 every selected run has its record; 1 a run failed, a checkpoint is not as published or could not be
-published, or a file of the results is out of date and cannot be written; 2 invalid request, recipe or reference;
-3 stopped at the time limit; 4 all is done except what another process is training, and what needs that; 130 or 143
-stopped by Ctrl-C or SIGTERM. After 3, 4, 130 and 143 the same command resumes.
+Exit status: 0 every selected run has a valid record; 1 a run failed or has none, a checkpoint is not as published or
+could not be published, or a file of the results is out of date and cannot be written; 2 invalid request, recipe or
+reference; 3 stopped at the time limit; 4 all is done except what another process is training, and what needs that;
+130 or 143 stopped by Ctrl-C or SIGTERM. After 3, 4, 130 and 143 the same command resumes.
 """
 
 from __future__ import annotations
@@ -122,16 +123,18 @@ def _reproduce(
     on_ray = arguments.on == "ray"
     device = None if on_ray else _device(arguments.device)
     deadline = None if arguments.time_limit is None else time.monotonic() + arguments.time_limit
-    outputs = Outputs(selected, records, references, verify, _say)
+    outputs = Outputs(list(selected), records, references, verify, _say)
     outputs.collect_records(seeds)
     for problem in records.problems():
         _say(f"in no table: {problem}")
 
     runs = make_plan(selected, seeds, records=records, epochs=arguments.epochs, retrain=arguments.retrain)
+    outputs.add_entries(run.entry for run in runs if run.record_path is not None)
     outcome = _train(runs, arguments, device, deadline, train, outputs)
     outputs.update()
     verified: list[Verification] = []
     publish_to: str | None = arguments.publish if outcome.stopped in (None, "time limit") else None
+    published = True
     in_time = outcome.stopped is None and (deadline is None or time.monotonic() < deadline)
     complete = in_time and arguments.epochs is None and PUBLISHED_SEED in seeds
     if complete:
@@ -147,14 +150,42 @@ def _reproduce(
         outputs.out_of_date.add("the printed tables")
         _say(f"the tables are not printed: {in_a_line(error)}")
     if publish_to is not None:
-        if any(result.problem for result in verified):
-            _say("nothing is published: a checkpoint is not as published, see below")
-        else:
-            publish_checkpoints(selected, layout, publish_to, tag=arguments.tag, dry_run=False, say=_say)
+        published = _publish(selected, arguments, outputs, verified)
     if outputs.out_of_date:
         _say(f"not written, see above: {', '.join(sorted(outputs.out_of_date))}")
     status = _conclude(outcome, verified, arguments.retrain)
-    return 1 if outputs.out_of_date and status in (0, _EXIT["time limit"], _EXIT_LEFT_TO_OTHERS) else status
+    if status == 0 and arguments.epochs is None and (missing := _without_record(selected, seeds, records)):
+        _say(f"without a valid record, see above: {', '.join(missing)}")
+        return 1
+    incomplete = outputs.out_of_date or not published
+    return 1 if incomplete and status in (0, _EXIT["time limit"], _EXIT_LEFT_TO_OTHERS) else status
+
+
+def _publish(
+    selected: Sequence[Entry], arguments: argparse.Namespace, outputs: Outputs, verified: Sequence[Verification]
+) -> bool:
+    """Publish the checkpoints of the selected entries, and return whether all of them were; says why if not."""
+    if any(result.problem for result in verified):
+        _say("nothing is published: a checkpoint fails its verification, see below")
+        return False
+    ready = [entry for entry in selected if outputs.has_checkpoint_of_record(entry)]
+    if left_out := [entry.name for entry in selected if entry not in ready]:
+        _say(f"not published, because the checkpoint is not that of the record, see above: {', '.join(left_out)}")
+    try:
+        publish_checkpoints(
+            ready, outputs.records.layout, arguments.publish, tag=arguments.tag, dry_run=False, say=_say
+        )
+    except (CnvzooError, OSError) as error:  # no reason to leave out what follows
+        _say(f"not published: {in_a_line(error)}")
+        return False
+    return not left_out
+
+
+def _without_record(selected: Sequence[Entry], seeds: Sequence[int], records: Records) -> list[str]:
+    """The selected runs that have no valid record of the current arithmetic."""
+    survey = records.survey()
+    runs = ((entry.name, seed) for entry in selected for seed in seeds)
+    return [f"{name} seed {seed}" for name, seed in runs if survey[name, seed].done is None]
 
 
 def _check_publish(arguments: argparse.Namespace) -> None:
@@ -230,7 +261,7 @@ def _conclude(outcome: Outcome, verified: Sequence[Verification], retrain: bool)
         _say(f"failed, see above: {', '.join(map(str, outcome.failed))}")
     different = [result for result in verified if result.problem]
     for result in different:
-        _say(f"{result.name}: not as published: {result.problem}")
+        _say(f"{result.name} fails its verification: {result.problem}")
     if len(verified) > len(different):
         _say(f"{len(verified) - len(different)} checkpoints verified: their files, and their accuracy on the test set")
     if outcome.stopped and not outcome.left:

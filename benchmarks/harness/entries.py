@@ -170,11 +170,17 @@ class Entry:
 def load_entries(configs: Path) -> dict[str, Entry]:
     """Every entry of every table by name, in the order of the tables.
 
-    Raises HarnessError for a misnamed file or a dataset without a table, and cnvzoo.training.RecipeError for a recipe
-    that is not valid or whose float start is not beside it.
+    Raises HarnessError for a misnamed file, a dataset without a table, or a float start or teacher that is no entry,
+    and cnvzoo.training.RecipeError for a recipe that is not valid or whose float start is not beside it.
     """
-    entries = [_load_entry(path) for path in sorted(configs.glob("*.yaml")) if not path.name.startswith("_")]
-    return {entry.name: entry for entry in sorted(entries, key=_order)}
+    loaded = [_load_entry(path) for path in sorted(configs.glob("*.yaml")) if not path.name.startswith("_")]
+    entries = {entry.name: entry for entry in sorted(loaded, key=_order)}
+    for entry in loaded:
+        for key, names in entry.recipe.needs.items():
+            for name in names:
+                if name not in entries:
+                    raise HarnessError(f"{entry.path}: {key}: {name} is no entry of a table: {nearest(name, entries)}")
+    return entries
 
 
 def select_entries(entries: Mapping[str, Entry], table: str, names: Sequence[str] | None = None) -> list[Entry]:

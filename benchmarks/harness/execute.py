@@ -21,7 +21,7 @@ from cnvzoo.training.state import RECORD, RunError, RunInterrupted, RunUnderWay,
 from harness.entries import Entry, HarnessError, set_aside, shown
 from harness.records import Records, misplaced
 from harness.report import duration
-from harness.schedule import Run, needed_entries, resolve_weights
+from harness.schedule import Run, needed_entries, other_weights, resolve_weights
 from harness.workers import Runner
 
 _POLL_SECONDS = 0.2
@@ -212,7 +212,8 @@ class _Execution:
             return False
         needed = for_its_weights or any(run.run_dir in self._needed_runs(self.runs[n]) for n in self.waiting)
         if needed and resolve_weights(run.entry, self.records, trial_epochs=run.trial_epochs) is None:
-            return False
+            # other bits than the record has: they would come out of training it here again
+            return for_its_weights and other_weights(run.entry, self.records) is not None
         if record is not None and run.record_path is not None:
             self._keep(run, record)
         return True
@@ -249,9 +250,16 @@ class _Execution:
 
     def _weights_of(self, needed: Entry, run: Run) -> Path:
         found = resolve_weights(needed, self.records, trial_epochs=needed.trial_epochs(run.trial_epochs))
-        if found is None:
-            raise RunError(f"it needs the weights of {needed.name} seed {PUBLISHED_SEED}, which are missing")
-        return found
+        if found is not None:
+            return found
+        if (others := other_weights(needed, self.records)) is not None:
+            layout = self.records.layout
+            raise RunError(
+                f"it needs the weights of {needed.name} seed {PUBLISHED_SEED} of "
+                f"{shown(layout.record(needed.name, PUBLISHED_SEED))}, and {shown(others)} are others: restore "
+                f"{shown(layout.checkpoint(needed.recipe))}, or replace the record by --retrain --entry {needed.name}"
+            )
+        raise RunError(f"it needs the weights of {needed.name} seed {PUBLISHED_SEED}, which are missing")
 
     def _conclude(self, number: int, future: Future[RunRecord]) -> None:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -29,7 +29,8 @@ class Outputs:
     """Writes what follows from the records. A file that cannot be written does not keep others from being written.
 
     Attributes:
-        selected: the entries whose checkpoints are written and measured.
+        entries: those whose checkpoints are written and measured: the selected ones, and with `add_entries` those that
+            are trained for them.
         records: of all entries.
         references: what the tables compare with.
         verify: called as cnvzoo.verify.
@@ -37,7 +38,7 @@ class Outputs:
         out_of_date: what could not be written when it was last tried.
     """
 
-    selected: Sequence[Entry]
+    entries: list[Entry]
     records: Records
     references: Mapping[str, Reference]
     verify: Callable[..., list[Verification]]
@@ -47,17 +48,27 @@ class Outputs:
 
     def collect_records(self, seeds: Sequence[int]) -> None:
         """Copy records of finished runs that are not yet among the results."""
-        for entry in self.selected:
+        for entry in self.entries:
             for seed in seeds:
                 collect = partial(self.records.collect, entry, seed)
                 if path := self._attempt(f"the record of {entry.name} seed {seed}", collect, None):
                     self.say(f"{shown(path)}: copied from the finished run")
 
+    def add_entries(self, entries: Iterable[Entry]) -> None:
+        """Write the checkpoints of these entries too."""
+        for entry in entries:
+            if entry not in self.entries:
+                self.entries.append(entry)
+
+    def has_checkpoint_of_record(self, entry: Entry) -> bool:
+        """False if the checkpoint of an entry could not be made that of its record when it was last tried."""
+        return _checkpoint_of(entry) not in self.out_of_date
+
     def update(self) -> None:
         """Write everything that is missing or out of date."""
-        for entry in self.selected:
+        for entry in self.entries:
             write = partial(keep_missing, [entry], self.records, self.verify)
-            for folder in self._attempt(f"the checkpoint of {entry.name}", write, []):
+            for folder in self._attempt(_checkpoint_of(entry), write, []):
                 self.say(f"{shown(folder)}: checkpoint written")
         with self.records.locked():
             self._update_shared()
@@ -92,7 +103,7 @@ class Outputs:
     def measure(self, measure: Callable[[nn.Module, str], IntegerResult]) -> None:
         """Measure the integer graphs of the quantized checkpoints that have not been measured."""
         layout = self.records.layout
-        for entry in self.selected:
+        for entry in self.entries:
             write = partial(measure_missing, [entry], layout, measure, self.say)
             if self._attempt(f"the config of {layout.checkpoint(entry.recipe).name}", write, []):
                 self.update()
@@ -124,3 +135,7 @@ class Outputs:
         if text not in self._reported:
             self._reported.add(text)
             self.say(text)
+
+
+def _checkpoint_of(entry: Entry) -> str:
+    return f"the checkpoint of {entry.name}"

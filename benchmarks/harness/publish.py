@@ -67,7 +67,8 @@ def keep_missing(entries: Iterable[Entry], records: Records, verify: Callable[..
     finished since, only the config and the model card are written.
 
     Raises:
-        HarnessError: the weights do not have the accuracy of their record; their checkpoint is not written.
+        HarnessError: the weights do not have the accuracy of their record; their checkpoint is not written. Or the
+            published checkpoint has other weights than the record, and those of the record are not here.
     """
     kept = []
     for entry in entries:
@@ -88,6 +89,7 @@ def keep_missing(entries: Iterable[Entry], records: Records, verify: Callable[..
             _check(facts, weights, records.layout.record(entry.name, PUBLISHED_SEED), verify)
             write_checkpoint(folder, facts, weights)
         else:
+            _check_published(folder, record, records.layout)
             continue
         if write_card(folder) or is_new:
             kept.append(folder)
@@ -102,6 +104,20 @@ def _check(facts: CheckpointFacts, weights: Path, record: Path, verify: Callable
         (result,) = verify([staged])
     if result.problem:
         raise HarnessError(f"{shown(record)}: not published, because its weights do not confirm it: {result.problem}")
+
+
+def _check_published(folder: Path, record: RunRecord, layout: Layout) -> None:
+    """Raise HarnessError if the checkpoint in `folder`, where there is one, has other weights than `record`."""
+    try:
+        published = read_config(folder).weights_sha256
+    except CheckpointError:  # there is none, or `cnvzoo verify` reports it
+        return
+    if published != record.weights_sha256:
+        weights = layout.run_dir(record.entry, record.seed) / RUN_WEIGHTS
+        raise HarnessError(
+            f"its weights are not those of {shown(layout.record(record.entry, record.seed))}: copy those of that run "
+            f"to {shown(weights)}, and its record beside them"
+        )
 
 
 def _published(folder: Path, facts: CheckpointFacts) -> CheckpointConfig | None:
@@ -180,13 +196,16 @@ def update_index(path: Path, hub: Path) -> list[str]:
     """Write the index at `path` for the checkpoints in `hub`; returns a line for each problem.
 
     Raises:
-        HarnessError: a checkpoint is damaged, and the index that holds its entry cannot be read. It stays as it was.
+        HarnessError: a checkpoint is damaged, and the index that holds its entry cannot be read; or `hub` is missing.
+            The index stays as it was.
     """
     damage, before = None, {}
     try:
         before = read_index(path).checkpoints if path.is_file() else {}
     except CheckpointError as error:
         damage = error
+    if before and not hub.is_dir():
+        raise HarnessError(f"{shown(hub)} is missing, and the index lists {len(before)} checkpoints in it: restore it")
     text, problems = render_index(hub, before)
     if damage and problems:
         raise HarnessError(f"{'; '.join(problems)}; and the index is damaged too: restore one or the other: {damage}")

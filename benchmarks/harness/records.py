@@ -195,7 +195,7 @@ class Records:
                 f"({entry.fingerprint[:8]}); run again, or restore the recipe"
             )
             return RunStatus(Status.STALE, problem=problem)
-        if problem := self._foreign(record, entry):
+        if problem := self._foreign(record, entry) or (None if trial else self._copied(record)):
             return RunStatus(Status.INVALID, problem=f"{where}: {problem}")
         found = self._judged_by_arithmetic(record) if trial else self._judged_by_inputs(record)
         return found if found.problem is None else RunStatus(found.status, found.record, f"{where}: {found.problem}")
@@ -220,6 +220,15 @@ class Records:
             )
         return None
 
+    def _copied(self, record: RunRecord) -> str | None:
+        """Why `record` is a copy of that of an earlier seed, whose weights are the same; None if it is not."""
+        for seed in range(record.seed):
+            with suppress(RecordError):
+                other = RunRecord.read(self.layout.record(record.entry, seed))
+                if (other.entry, other.seed, other.weights_sha256) == (record.entry, seed, record.weights_sha256):
+                    return f"the weights are those of seed {seed}; delete it and run again"
+        return None
+
     def _judged_by_arithmetic(self, record: RunRecord) -> RunStatus:
         if record.numerics < NUMERICS:
             problem = f"of arithmetic version {record.numerics}, and the current one is {NUMERICS}; it is due again"
@@ -232,7 +241,7 @@ class Records:
         if found.problem is None and record.recipe_sha256 != self.entries[record.entry].fingerprint:
             problem = "the recipe of its float start or of a teacher has changed; it is due again"
             found = RunStatus(Status.OLDER, record, problem)
-        for (name, seed), sha256 in record.inputs().items():
+        for name, seed, sha256 in record.inputs():
             source = self.status(self.entries[name], seed)
             if source.record is not None and source.record.weights_sha256 == sha256:
                 if source.status is Status.OLDER:
@@ -267,20 +276,7 @@ class Records:
                 if run_status.status is Status.MISSING and (self.layout.run_dir(entry.name, seed) / STATE).exists():
                     run_status = RunStatus(Status.STARTED)
                 found[entry.name, seed] = run_status
-            self._mark_copies(found, entry)
         return found
-
-    def _mark_copies(self, found: dict[tuple[str, int], RunStatus], entry: Entry) -> None:
-        """Records of two seeds with the same weights: the later one is a copy, and not valid."""
-        seeds: dict[str, int] = {}
-        for seed in SEEDS:
-            if (record := found[entry.name, seed].record) is None:
-                continue
-            first = seeds.setdefault(record.weights_sha256, seed)
-            if first != seed:
-                where = shown(self.layout.record(entry.name, seed))
-                problem = f"{where}: the weights are those of seed {first}; delete it and run again"
-                found[entry.name, seed] = RunStatus(Status.INVALID, problem=problem)
 
     def problems(self) -> list[str]:
         """A line for each file in results/ that is in no table: out of date, not valid, or of no run of a table."""

@@ -71,7 +71,7 @@ def make_plan(
     epochs: int | None = None,
     retrain: bool = False,
 ) -> list[Run]:
-    """The runs of `selected` that have no valid record, all of the first seed before any of the next.
+    """The runs of `selected` without a valid record of the current arithmetic, all of the first seed before any other.
 
     So every row has a number early. Runs that have a record of older arithmetic come after all others. A run that
     starts or learns from float weights comes after the run that makes them, which is put in front of it if its weights
@@ -100,6 +100,8 @@ def make_plan(
             is_wanted = (needed.name, PUBLISHED_SEED) in wanted
             why = reason_to_run(needed, PUBLISHED_SEED, needed_epochs) if is_wanted else None
             if why is None and resolve_weights(needed, records, trial_epochs=needed_epochs) is None:
+                if other_weights(needed, records) is not None:
+                    continue  # trained here already, with other bits than its record has: `entry` fails, and says so
                 why = f"{entry.name} needs its weights, which are not under {shown(layout.runs)}"
             if why is not None:
                 add(needed, PUBLISHED_SEED, needed_epochs, why)
@@ -141,17 +143,33 @@ def resolve_weights(entry: Entry, records: Records, *, trial_epochs: int | None 
 
     Searched among the runs, then among the published checkpoints, then, with `trial_epochs`, among the trials of that
     length. Weights count only if their sha256 is the one in their record, and if that is of the current arithmetic.
+    Where the table has a record of the entry, they have to be those of that record.
     """
     found = _from_run(entry, records) or _from_checkpoint(entry, records)
     if found is None and trial_epochs is not None:
-        found = _from_run(entry, records, trial_epochs)
+        folder = records.layout.run_dir(entry.name, PUBLISHED_SEED, trial_epochs)
+        record = records.status(entry, PUBLISHED_SEED, folder / RECORD, trial_epochs=trial_epochs).done
+        found = recorded_weights(folder / WEIGHTS, record)
     return found
 
 
-def _from_run(entry: Entry, records: Records, trial_epochs: int | None = None) -> Path | None:
-    folder = records.layout.run_dir(entry.name, PUBLISHED_SEED, trial_epochs)
-    record = records.status(entry, PUBLISHED_SEED, folder / RECORD, trial_epochs=trial_epochs).done
-    return recorded_weights(folder / WEIGHTS, record)
+def other_weights(entry: Entry, records: Records) -> Path | None:
+    """The weights of the finished run of `entry` with PUBLISHED_SEED if they are not those of its record in the table.
+
+    They were trained on another kind of machine. Runs that learned from them would not be valid.
+    """
+    folder = records.layout.run_dir(entry.name, PUBLISHED_SEED)
+    here, recorded = (records.status(entry, PUBLISHED_SEED, path).done for path in (folder / RECORD, None))
+    if here is None or recorded is None or here.weights_sha256 == recorded.weights_sha256:
+        return None
+    return recorded_weights(folder / WEIGHTS, here)
+
+
+def _from_run(entry: Entry, records: Records) -> Path | None:
+    if other_weights(entry, records) is not None:
+        return None
+    folder = records.layout.run_dir(entry.name, PUBLISHED_SEED)
+    return recorded_weights(folder / WEIGHTS, records.status(entry, PUBLISHED_SEED, folder / RECORD).done)
 
 
 def _from_checkpoint(entry: Entry, records: Records) -> Path | None:

@@ -186,7 +186,7 @@ def _contenders(names: Sequence[str], data: Dataset, folder: Path, progress: Con
 def _not_comparable(kept: Mapping[str, Any], batches: Sequence[int]) -> str | None:
     """Why figures measured now cannot stand beside those that are kept; None if they can."""
     machine, versions = shared.describe_machine(torch.device("cpu")), shared.versions(*PACKAGES)
-    if kept["machine"] != machine:
+    if any(kept["machine"].get(key) != value for key, value in machine.items() if key != "torch"):  # a package, below
         return f"are of {shared.machine_in_words(kept['machine'])}, and this is {shared.machine_in_words(machine)}"
     if kept["versions"] != versions:
         return "are of other versions of " + ", ".join(

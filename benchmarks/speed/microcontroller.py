@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
         parser.error(f"not installed: {', '.join(missing)}")
-    compilers = [_first_line("gcc"), _first_line("arm-none-eabi-gcc")]
+    compilers = [_output(compiler, "--version").splitlines()[0] for compiler in ("gcc", "arm-none-eabi-gcc")]
     others: list[dict[str, Any]] = []
     if arguments.checkpoints and arguments.keep:
         kept = json.loads((HERE / KEPT).read_text())
@@ -88,9 +88,14 @@ def published() -> list[str]:
     return sorted(path.name for path in (ROOT / "hub").glob("quant_*"))
 
 
-def _first_line(compiler: str) -> str:
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()[0]
+def _output(*command: str, folder: Path | None = None) -> str:
+    """What a program prints; CnvzooError, with its last line, if it fails."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        last = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "it printed nothing")
+        remedy = "; apt install libnewlib-arm-none-eabi has the C library of arm-none-eabi-gcc"
+        raise CnvzooError(f"{' '.join(command)} failed: {last}{remedy if '.h: No such file' in done.stderr else ''}")
+    return done.stdout
 
 
 def measured(name: str) -> dict[str, Any]:
@@ -107,18 +112,14 @@ def measured(name: str) -> dict[str, Any]:
         run = library(here, facts.in_chans * facts.size**2, len(facts.classes))
         differing = sum(not np.array_equal(run(image), scores) for image, scores in zip(images, expected, strict=True))
         times = in_turns(runner, run, images)
-        stack = subprocess.run(
-            ["arm-none-eabi-gcc", "-mcpu=cortex-m4", "-mthumb", "-O3", "-fstack-usage", "-c", "net.c", "-o", "stack.o"],
-            cwd=here, capture_output=True, check=True,
-        )  # fmt: skip
-        assert not stack.stderr
+        target = ("-mcpu=cortex-m4", "-mthumb", "-O3")
+        _output("arm-none-eabi-gcc", *target, "-fstack-usage", "-Werror", "-c", "net.c", "-o", "stack.o", folder=here)
         usage = sum(int(line.split()[1]) for line in (here / "stack.su").read_text().splitlines())
-        make = ["make", "-s", "-C", str(EXAMPLE), f"DIR={here}"]
-        size = subprocess.run([*make, "size"], capture_output=True, text=True, check=True).stdout
-        text, data, bss = map(int, size.splitlines()[1].split()[:3])
-        emulated = subprocess.run([*make, "emulate"], capture_output=True, text=True, check=True).stdout
-        lines = re.findall(r"^.*: (.*); (\d+) instructions$", emulated, re.MULTILINE)
-        assert [list(map(int, scores.split())) for scores, _ in lines] == expected[:EMULATED].tolist(), name
+        make = ("make", "-s", "-C", str(EXAMPLE), f"DIR={here}")
+        text, data, bss = map(int, _output(*make, "size").splitlines()[1].split()[:3])
+        lines = re.findall(r"^.*: (.*); (\d+) instructions$", _output(*make, "emulate"), re.MULTILINE)
+        if [list(map(int, scores.split())) for scores, _ in lines] != expected[:EMULATED].tolist():
+            raise CnvzooError(f"{name}: the emulated processor gives other scores than ONNX Runtime")
         return {
             "name": name, "sha256": sha256_of(checkpoint / "model.safetensors"),
             "flash": text + data, "ram": data + bss, "stack": usage,
@@ -138,8 +139,8 @@ def test_images(dataset: str) -> NDArray[np.uint8]:
 
 def library(folder: Path, size: int, classes: int) -> Any:
     """A function from an image to its scores, compiled for this computer."""
-    flags = ["-std=c99", "-O3", "-march=native", "-shared", "-fPIC"]
-    subprocess.run(["gcc", *flags, "-o", "net.so", "net.c"], cwd=folder, check=True)
+    flags = ("-std=c99", "-O3", "-march=native", "-shared", "-fPIC")
+    _output("gcc", *flags, "-o", "net.so", "net.c", folder=folder)
     function = ctypes.CDLL(str(folder / "net.so")).net_run
     scores = np.zeros(classes, np.int32)
 

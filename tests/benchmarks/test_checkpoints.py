@@ -111,7 +111,7 @@ class TestVerification:
     def test_reports_a_difference_and_returns_1(self, trained_once, capsys):
         trained_once.problem = "model.safetensors: damaged"
         assert trained_once.run("--table", "mnist", "--seeds", "0") == 1
-        assert "cnv.mnist: not as published: model.safetensors: damaged" in capsys.readouterr().err
+        assert "cnv.mnist fails its verification: model.safetensors: damaged" in capsys.readouterr().err
 
     @pytest.mark.parametrize("arguments", [["--time-limit", "0"], ["--seeds", "1"], ["--epochs", "2"]])
     def test_does_not_run_when_no_run_of_seed_0_was_requested(self, trained_once, arguments):
@@ -125,6 +125,37 @@ def test_weights_that_differ_from_the_record_do_not_become_a_checkpoint(bench):
     bench.put(NAME, 0, weights_sha256="1" * 64)  # a record from another machine, without its weights
     bench.run("--table", "mnist", "--seeds", "0")
     assert not bench.hub.exists()
+
+
+def test_a_record_whose_weights_are_not_those_of_the_checkpoint_is_reported(trained_once, tmp_path, capsys):
+    """As when the record of another machine is copied here, and the folder of its run is not."""
+    shutil.rmtree(trained_once.runs)
+    trained_once.put(NAME, 0, accuracy=95.0, weights_sha256="1" * 64)
+    command = ("--table", "mnist", "--seeds", "0", "--publish", str(tmp_path / "store"))
+    assert trained_once.run(*command) == 1
+    said = capsys.readouterr().err
+    weights = trained_once.runs / NAME / "seed0" / "weights.safetensors"
+    assert f"its weights are not those of {trained_once.result(NAME)}: copy those of that run to {weights}" in said
+    assert f"not published, because the checkpoint is not that of the record, see above: {NAME}" in said
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_float_start_that_is_trained_for_another_entry_becomes_a_checkpoint_too(bench):
+    bench.recipe("cifar10_cnv")
+    bench.recipe("cifar10_quant_cnv_w4a4", float_start="cifar10_cnv")
+    assert bench.run("--table", "cifar10", "--entry", "cifar10_quant_cnv_w4a4", "--seeds", "0") == 0
+    assert sorted(path.name for path in bench.hub.iterdir()) == ["cnv.cifar10", "quant_cnv_w4a4.cifar10"]
+
+
+def test_the_index_is_kept_where_the_checkpoints_are_missing(trained_once, capsys):
+    index = trained_once.home.parent / "src" / "cnvzoo" / "checkpoints" / "index.json"
+    before = index.read_text()
+    shutil.rmtree(trained_once.hub)
+    shutil.rmtree(trained_once.runs)
+    assert trained_once.run("--table", "mnist", "--seeds", "1") == 0
+    said = capsys.readouterr().err
+    assert f"{trained_once.hub} is missing, and the index lists 1 checkpoints in it: restore it" in said
+    assert index.read_text() == before
 
 
 def test_a_trial_does_not_become_a_checkpoint(bench):

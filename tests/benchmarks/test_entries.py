@@ -52,6 +52,14 @@ def test_a_file_whose_name_does_not_match_its_recipe_is_refused(bench, wrong):
         load_entries(bench.home / "configs")
 
 
+def test_a_float_start_that_is_no_entry_is_refused(bench):
+    bench.recipe("mnist_cnv", file="_own_cnv")
+    path = bench.recipe("mnist_quant_cnv_w4a4", float_start="_own_cnv")
+    with pytest.raises(HarnessError) as error:
+        load_entries(bench.home / "configs")
+    assert str(error.value).startswith(f"{path}: float_start: _own_cnv is no entry of a table: ")
+
+
 def test_selected_entries_have_the_order_of_the_tables(bench):
     for name in NAMES:
         bench.recipe(name)

@@ -41,7 +41,7 @@ def test_figures_of_one_checkpoint_are_kept_beside_those_of_the_others(kept, tmp
     monkeypatch.setattr(microcontroller, "HERE", tmp_path)
     monkeypatch.setattr(microcontroller, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(microcontroller.shutil, "which", lambda tool: tool)
-    monkeypatch.setattr(microcontroller, "_first_line", lambda compiler: f"{compiler} 12")
+    monkeypatch.setattr(microcontroller, "_output", lambda compiler, option: f"{compiler} 12\n")
     first, second = (network["name"] for network in kept["networks"][:2])
     old = {"compilers": ["gcc 12", "arm-none-eabi-gcc 12"]}
     old["networks"] = [kept["networks"][0], kept["networks"][1], kept["networks"][0] | {"name": "quant_gone.mnist"}]
@@ -59,7 +59,7 @@ def test_figures_of_one_checkpoint_are_kept_beside_those_of_the_others(kept, tmp
     assert page.endswith("after\n")
     assert f"| {second} | 123,456 |" in page
 
-    monkeypatch.setattr(microcontroller, "_first_line", lambda compiler: f"{compiler} 13")
+    monkeypatch.setattr(microcontroller, "_output", lambda compiler, option: f"{compiler} 13\n")
     with pytest.raises(SystemExit):
         microcontroller.main([second, "--keep"])
     assert "measured with gcc 12, arm-none-eabi-gcc 12: name none" in capsys.readouterr().err
@@ -68,11 +68,19 @@ def test_figures_of_one_checkpoint_are_kept_beside_those_of_the_others(kept, tmp
 @pytest.mark.parametrize(("name", "problem"), [("quant_gone.mnist", "quant_gone.mnist"), ("cnv.mnist", "quantized")])
 def test_a_checkpoint_that_cannot_be_measured_is_an_error_of_one_line(monkeypatch, capsys, name, problem):
     monkeypatch.setattr(microcontroller.shutil, "which", lambda tool: tool)
-    monkeypatch.setattr(microcontroller, "_first_line", lambda compiler: f"{compiler} 12")
+    monkeypatch.setattr(microcontroller, "_output", lambda compiler, option: f"{compiler} 12\n")
     assert microcontroller.main([name]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("microcontroller.py: error: ")
     assert problem in line
+
+
+def test_the_error_of_a_compiler_is_its_last_line_with_a_remedy():
+    code = "import sys; sys.exit('one\\nstring.h: No such file or directory\\n')"
+    with pytest.raises(
+        cnvzoo.CnvzooError, match=r"failed: string\.h: No such file or directory; apt install libnewlib"
+    ):
+        microcontroller._output(sys.executable, "-c", code)
 
 
 def test_every_network_has_the_scores_of_onnxruntime_and_fits(kept):

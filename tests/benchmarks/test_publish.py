@@ -106,6 +106,15 @@ def test_nothing_is_published_after_an_interrupt_or_a_failed_verification(traine
     assert not store.exists()
 
 
+def test_after_a_store_that_cannot_be_written_the_failed_runs_are_listed(trained, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    trained.training.fail_at.add(("mnist_resnet20", 0))
+    assert trained.run("--table", "mnist", "--seeds", "0", "--publish", str(tmp_path / "file" / "store")) == 1
+    said = capsys.readouterr().err
+    assert f"not published: cnv.mnist: {tmp_path / 'file' / 'store'}" in said
+    assert "failed, see above: mnist_resnet20 seed 0" in said
+
+
 def test_a_folder_that_was_left_without_a_config_does_not_end_the_command(trained, tmp_path, capsys):
     (trained.hub / "resnet20.mnist").mkdir()
     command = ("--table", "mnist", "--entry", "mnist_resnet20", "--time-limit", "0", "--publish")

@@ -10,7 +10,7 @@ import pytest
 from harness import outputs
 from harness.entries import Layout
 from harness.records import Records, load_retired
-from workbench import label_of, make_record
+from workbench import FakeTraining, label_of, make_record
 
 from cnvzoo.files import sha256_of
 from cnvzoo.training import NUMERICS, RunRecord
@@ -245,14 +245,28 @@ class TestFloatStart:
         assert float_and_quantized.run("--table", "cifar10", "--seeds", "1", "--retrain") == 0
         assert float_and_quantized.training.calls == [(FLOAT, 1), (QUANTIZED, 1)]
 
-    def test_is_trained_when_its_record_exists_but_its_weights_are_missing(self, float_and_quantized, capsys):
-        kept = float_and_quantized.put(FLOAT, accuracy=91.5)
+    def test_is_trained_when_its_record_exists_but_its_weights_are_missing(self, float_and_quantized, tmp_path, capsys):
+        record = FakeTraining()(float_and_quantized.entry(FLOAT).recipe, run_dir=tmp_path, seed=0, epochs=None)
+        record.write(float_and_quantized.result(FLOAT))
         assert float_and_quantized.run("--table", "cifar10", "--seeds", "0") == 0
         assert float_and_quantized.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
-        message = capsys.readouterr().err
-        assert f"{QUANTIZED} needs its weights, which are not under" in message
-        assert "its weights differ from those of" in message
+        assert f"{QUANTIZED} needs its weights, which are not under" in capsys.readouterr().err
+
+    def test_with_other_weights_than_those_of_its_record_is_not_used(self, float_and_quantized, capsys):
+        """As when the record came from another kind of machine: a run from these weights would not be valid."""
+        kept = float_and_quantized.put(FLOAT, accuracy=91.5)
+        for calls in ([(FLOAT, 0)], []):  # it is not trained again
+            assert float_and_quantized.run("--table", "cifar10", "--seeds", "0") == 1
+            assert float_and_quantized.training.calls == calls
+            float_and_quantized.training.calls.clear()
+            message = capsys.readouterr().err
+            assert ("its weights differ from those of" in message) == bool(calls)
+            assert f"{QUANTIZED} seed 0 failed: it needs the weights of {FLOAT} seed 0 of " in message
+            assert f"weights.safetensors are others: restore {float_and_quantized.hub / 'cnv.cifar10'}, or" in message
         assert RunRecord.read(float_and_quantized.result(FLOAT)) == kept
+        assert not float_and_quantized.result(QUANTIZED).exists()
+        assert float_and_quantized.run("--table", "cifar10", "--seeds", "0", "--retrain", "--entry", FLOAT) == 0
+        assert float_and_quantized.run("--table", "cifar10", "--seeds", "0") == 0
 
     def test_is_not_trained_for_a_run_that_is_finished(self, float_and_quantized):
         float_and_quantized.put(FLOAT)
@@ -296,8 +310,8 @@ class TestFloatStart:
         if config == {"weights_sha256": "RECORD"}:  # the config has the right checksum, but the weights file is another
             config = {"weights_sha256": record.weights_sha256}
         self.publish(float_and_quantized, "published", config)
-        assert float_and_quantized.run("--table", "cifar10", "--seeds", "0") == 0
-        assert float_and_quantized.training.calls == [(FLOAT, 0), (QUANTIZED, 0)]
+        assert float_and_quantized.run("--table", "cifar10", "--seeds", "0") == 1
+        assert float_and_quantized.training.calls == [(FLOAT, 0)]
 
 
 class TestTeacher:
@@ -556,6 +570,38 @@ def test_two_seeds_with_the_same_weights_are_one_run_and_its_copy(bench, capsys)
         bench.put("mnist_cnv", seed, weights_sha256="a" * 64)
     assert bench.run("--table", "mnist", "--time-limit", "0") == 3
     assert "seed1.json: the weights are those of seed 0; delete it and run again" in capsys.readouterr().err
+    assert bench.run("--table", "mnist", "--seeds", "1") == 0
+    assert bench.training.calls == [("mnist_cnv", 1)]
+
+
+def test_a_record_of_an_unknown_float_start_is_refused_where_the_teacher_is_the_same_entry(bench, capsys):
+    bench.recipe(FLOAT)
+    bench.recipe(QUANTIZED, float_start=FLOAT, teacher=FLOAT)
+    bench.put(FLOAT)
+    known = {"entry": FLOAT, "seed": 0, "weights_sha256": "0" * 64}
+    for start, teacher in (
+        (known | {"weights_sha256": "f" * 64}, known),
+        (known, known | {"weights_sha256": "f" * 64}),
+    ):
+        bench.put(QUANTIZED, float_start=start, teacher=[teacher])
+        assert bench.run("--table", "cifar10", "--seeds", "0", "--time-limit", "0") == 3
+        assert f"uses weights of {FLOAT} seed 0 (ffffffff) that have no record" in capsys.readouterr().err
+
+
+def test_a_command_whose_runs_end_without_valid_records_returns_1(bench, capsys):
+    """As when another process replaces the record of the float start while the quantized run is trained."""
+    bench.recipe(FLOAT)
+    bench.recipe(QUANTIZED, float_start=FLOAT)
+
+    def train(recipe, **arguments):
+        record = bench.training(recipe, **arguments)
+        if recipe.name == QUANTIZED:
+            bench.put(FLOAT, weights_sha256="e" * 64)
+        return record
+
+    bench.train = train
+    assert bench.run("--table", "cifar10", "--seeds", "0") == 1
+    assert f"without a valid record, see above: {QUANTIZED} seed 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("epochs", "holdout"), [(2, 0), (3, 5000)])

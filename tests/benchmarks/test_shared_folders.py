@@ -147,18 +147,28 @@ class TestRetrain:
 class TestWeights:
     """The weights of a float start, whose record may exist without them."""
 
+    COMMAND = ("--table", "cifar10", "--entry", FIRST, QUANTIZED, "--seeds", "0")
+
     def test_from_another_process_are_used(self, bench, other_process, during):
-        kept = bench.put(FLOAT, accuracy=91.5)
+        kept = other_process.finishes(FLOAT)
+        shutil.rmtree(bench.runs / FLOAT)
         training = during(FIRST, lambda: other_process.finishes(FLOAT, recorded=False))
-        assert bench.run("--table", "cifar10", "--entry", FIRST, QUANTIZED, "--seeds", "0") == 0
+        assert bench.run(*self.COMMAND) == 0
         assert training.fake.calls == [(FIRST, 0), (QUANTIZED, 0)]
         assert training.fake.options[-1]["float_start"] == bench.runs / FLOAT / "seed0" / "weights.safetensors"
         assert RunRecord.read(bench.result(FLOAT)) == kept
 
+    def test_from_another_process_are_not_used_if_they_are_not_those_of_the_record(self, bench, other_process, during):
+        kept = bench.put(FLOAT, accuracy=91.5)
+        training = during(FIRST, lambda: other_process.finishes(FLOAT, recorded=False))
+        assert bench.run(*self.COMMAND) == 1
+        assert training.fake.calls == [(FIRST, 0)]
+        assert RunRecord.read(bench.result(FLOAT)) == kept
+
     def test_are_trained_when_only_the_record_is_added(self, bench, other_process, during):
         training = during(FIRST, lambda: bench.put(FLOAT, accuracy=66.0))
-        assert bench.run("--table", "cifar10", "--entry", FIRST, QUANTIZED, "--seeds", "0") == 0
-        assert training.fake.calls == [(FIRST, 0), (FLOAT, 0), (QUANTIZED, 0)]
+        assert bench.run(*self.COMMAND) == 1
+        assert training.fake.calls == [(FIRST, 0), (FLOAT, 0)]
         assert RunRecord.read(bench.result(FLOAT)).accuracy == 66
 
 

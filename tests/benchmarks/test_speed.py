@@ -617,6 +617,8 @@ def test_the_figures_of_one_net_are_kept_beside_those_of_the_others(
     assert shared.kept("infer") == kept
     assert measured == []
 
+    # another build of the same version of torch is not another machine
+    monkeypatch.setattr(shared, "describe_machine", lambda _: kept["machine"] | {"torch": "another build"})
     assert infer.main([name, "--keep"]) == 0
     assert measured == [[name]]
     after = shared.kept("infer")

@@ -15,7 +15,7 @@ from cnvzoo.checkpoints.locations import check_exists, find_checkpoint
 from cnvzoo.checkpoints.scoring import load_test_set
 from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
 from cnvzoo.data.published import list_datasets
-from cnvzoo.errors import CnvzooError
+from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo.files import expanded
 from cnvzoo.training.device import describe_device, keep_freed_memory, resolve_device
 from cnvzoo.training.evaluation import evaluate
@@ -110,7 +110,7 @@ def _verify(
         )  # fmt: skip
         result = evaluate(model, data, preprocessing=preprocessing, device=device)
     except CnvzooError as error:
-        return Verification(name, problem=str(error))
+        return Verification(name, problem=in_a_line(error))
     if config.correct is None or config.total is None:
         return Verification(name, None, result.correct, result.total)
     allowed = 0 if is_kind_of_machine(config, device) else ALLOWED_ELSEWHERE

@@ -193,10 +193,10 @@ class RunRecord(BaseModel):
         """The recipe as a `Recipe`, with the seed of this run."""
         return Recipe.model_validate_json(json.dumps(self.recipe))
 
-    def inputs(self) -> dict[tuple[str, int], str]:
-        """sha256 of the weights that the run started or learned from, by entry and seed."""
+    def inputs(self) -> list[tuple[str, int, str]]:
+        """Entry, seed and sha256 of the weights that the run started from, then of those that it learned from."""
         found = [*self._inputs("float_start"), *self._inputs("teacher")]
-        return {(weights["entry"], weights["seed"]): weights["weights_sha256"] for weights in found}
+        return [(weights["entry"], weights["seed"], weights["weights_sha256"]) for weights in found]
 
     def _entries_of(self, purpose: Literal["float_start", "teacher"]) -> list[str]:
         return [weights["entry"] for weights in self._inputs(purpose)]
