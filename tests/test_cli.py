@@ -675,6 +675,14 @@ class TestTrain:
         assert result.status == 2
         assert "'mein Modell' is not the name of a checkpoint" in " ".join(result.said.replace("│", " ").split())
 
+    def test_a_folder_of_something_else_is_refused_before_the_run(self, cnvzoo, recipe, monkeypatch, tmp_path):
+        monkeypatch.setattr(sys.modules["cnvzoo"], "train", lambda *_, **__: pytest.fail("it was trained"))
+        (tmp_path / "project").mkdir()
+        (tmp_path / "project" / "README.md").write_text("precious")
+        result = cnvzoo("train", recipe(), "--checkpoint", tmp_path / "project")
+        says = "README.md would be replaced, and this is not the folder of a checkpoint that this cnvzoo reads"
+        assert (result.status, result.err) == (1, f"error: {tmp_path / 'project'}: {says}: choose another folder\n")
+
     def test_an_unknown_device(self, cnvzoo, recipe, small_datasets):
         small_datasets()
         result = cnvzoo("train", recipe(), "--device", "gpu")

@@ -110,6 +110,20 @@ def test_a_folder_without_a_card_is_refused(hub: Path, tmp_path: Path) -> None:
         cnvzoo.publish("cnv.mnist", tmp_path / "store")
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_two_folders_of_one_name_are_refused_before_the_first_is_sent(hub: Path, tmp_path: Path, dry_run: bool) -> None:
+    other = shutil.copytree(hub / "cnv.mnist", tmp_path / "desk" / "cnv.mnist")
+    with pytest.raises(CheckpointError) as error:
+        cnvzoo.publish(["cnv.mnist", other], tmp_path / "store", dry_run=dry_run)
+    assert str(error.value) == (
+        f"{hub / 'cnv.mnist'} and {other}: both would be published as cnv.mnist: rename one, or publish them to two "
+        "stores"
+    )
+    assert not (tmp_path / "store").exists()
+    twice = cnvzoo.publish(["cnv.mnist", hub / "cnv.mnist"], tmp_path / "store", dry_run=dry_run)
+    assert [p.name for p in twice] == ["cnv.mnist", "cnv.mnist"]
+
+
 def test_an_unknown_name(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint 'cnv.mnst' in .*hub: did you mean 'cnv.mnist'"):
         cnvzoo.publish("cnv.mnst", tmp_path / "store")
@@ -216,6 +230,34 @@ def test_an_interrupted_save_leaves_no_checkpoint_of_two_models(
         cnvzoo.save_checkpoint(second, tmp_path / "a", preprocessing=preprocessing)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: not the file that config\.json describes"):
         cnvzoo.publish(tmp_path / "a", tmp_path / "store")
+
+
+@pytest.mark.parametrize("file", ["README.md", "config.json", "model.safetensors"])
+def test_saving_replaces_no_file_of_something_else(tmp_path: Path, file: str) -> None:
+    model, preprocessing = cnvzoo.create_model("resnet20"), cnvzoo.Preprocessing(32, (0.0,) * 3, (1.0,) * 3)
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / file).write_text("{}")
+    (project / "main.py").touch()
+    with pytest.raises(CheckpointError) as error:
+        cnvzoo.save_checkpoint(model, project, preprocessing=preprocessing)
+    assert str(error.value) == (
+        f"{project}: {file} would be replaced, and this is not the folder of a checkpoint that this cnvzoo reads: "
+        "choose another folder"
+    )
+    assert sorted(path.name for path in project.iterdir()) == sorted([file, "main.py"])
+    assert (project / file).read_text() == "{}"
+
+
+@pytest.mark.parametrize("left", [("model.safetensors",), ("model.safetensors", "README.md"), FILES])
+def test_a_checkpoint_and_an_interrupted_one_can_be_saved_again(tmp_path: Path, left: tuple[str, ...]) -> None:
+    model, preprocessing = cnvzoo.create_model("resnet20"), cnvzoo.Preprocessing(32, (0.0,) * 3, (1.0,) * 3)
+    for _ in range(2):
+        config = cnvzoo.save_checkpoint(model, tmp_path / "mine", preprocessing=preprocessing)
+        for file in set(FILES).difference(left):
+            (tmp_path / "mine" / file).unlink()
+        (tmp_path / "mine" / ".config.json.abc.tmp").touch()
+    assert config.name == "mine"
 
 
 def test_paths_of_a_recipe_are_not_published(tmp_path: Path) -> None:

@@ -266,7 +266,8 @@ def save_checkpoint(
 
     Raises:
         ModelError: not a model of this library, it does not know its preprocessing, or has another number of classes.
-        CheckpointError: the folder's name is not that of a checkpoint, or a tensor is not a model's.
+        CheckpointError: the folder's name is not that of a checkpoint, a file of something else in it would be
+            replaced, or a tensor is not a model's.
         FileError: a file cannot be written.
     """
     record = model.record if isinstance(model, TrainResult) else None

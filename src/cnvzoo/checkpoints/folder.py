@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,6 +82,7 @@ def read_limited(path: Path, limit: int, too_large: str) -> bytes:
 
 
 FILES = (WEIGHTS, CARD, CONFIG)  # in the order of writing: a folder without a config is not a checkpoint
+_OWN_CARD = b"\nlibrary_name: cnvzoo\n"  # in the metadata of every card
 
 
 def plain_name(name: str, kind: str) -> str:
@@ -188,6 +190,31 @@ def write_encoded(folder: str | Path, config: CheckpointConfig, content: bytes, 
     if card is not None:
         update_text(Path(folder) / CARD, card)
     write_text(Path(folder) / CONFIG, text)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise CheckpointError where writing a checkpoint would replace a file of something else, such as a project.
+
+    A checkpoint may be replaced, and so may what an interrupted first writing of one left: weights, perhaps a card, no
+    config, and nothing else.
+    """
+    present = [file for file in FILES if os.path.lexists(folder / file)]
+    if not present:
+        return
+    try:
+        if CONFIG in present:
+            read_config(folder)
+            return
+        others = [path.name for path in folder.iterdir() if path.name not in present]
+        temporary = all(any(is_temporary_of(name, file) for file in FILES) for name in others)
+        if WEIGHTS in present and temporary and (CARD not in present or _OWN_CARD in (folder / CARD).read_bytes()):
+            return
+    except (CheckpointError, OSError):
+        pass
+    raise CheckpointError(
+        f"{folder}: {' and '.join(present)} would be replaced, and this is not the folder of a checkpoint that this "
+        "cnvzoo reads: choose another folder"
+    )
 
 
 def write_config(folder: str | Path, config: CheckpointConfig) -> None:

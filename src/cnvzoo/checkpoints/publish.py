@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cnvzoo.checkpoints.card import render_card
 from cnvzoo.checkpoints.folder import (
+    check_replaceable,
     checkpoint_files,
     checkpoint_folders,
     encoded,
@@ -69,12 +70,14 @@ def publish(
         For each checkpoint, which files are new, changed and unchanged, and the commit.
 
     Raises:
-        CheckpointError: a folder is not a whole checkpoint with its card; nothing was published.
+        CheckpointError: a folder is not a whole checkpoint with its card, or two folders have the same name; nothing
+            was published.
         StoreError: the store refused a checkpoint; those before it are published.
     """
     if isinstance(checkpoints, (str, Path)):
         checkpoints = [checkpoints]
     folders = [_folder(checkpoint, hub) for checkpoint in checkpoints]
+    _check_names(folders)
     scored = [_checked(folder) for folder in folders]  # all of them, before the first is sent
     store = open_store(to) if isinstance(to, (str, Path)) else to
     publications = []
@@ -119,6 +122,7 @@ def write_model(
             checkpoint has no dataset and no accuracy either.
     """
     folder = expanded(folder)
+    check_replaceable(folder)
     arguments, outputs = getattr(model, "arguments", None), getattr(model, "num_classes", 0)
     if not isinstance(arguments, dict):
         raise ModelError(f"{type(model).__name__} is not a model of cnvzoo: only those can be saved")
@@ -190,6 +194,19 @@ def _folder(checkpoint: str | Path, hub: str | Path | None) -> Path:
         choices = nearest(str(checkpoint), known) if known else "it has no checkpoints"
         raise CheckpointError(f"no checkpoint {str(checkpoint)!r} in {root}: {choices}")
     return root / checkpoint
+
+
+def _check_names(folders: Iterable[Path]) -> None:
+    """Raise CheckpointError for two folders of one name, of which the second would replace the first in the store."""
+    seen: dict[str, Path] = {}
+    for folder in folders:
+        whole = folder.resolve()
+        first = seen.setdefault(whole.name, folder)
+        if first.resolve() != whole:
+            raise CheckpointError(
+                f"{first} and {folder}: both would be published as {whole.name}: rename one, or publish them to two "
+                "stores"
+            )
 
 
 def _checked(folder: Path) -> str:

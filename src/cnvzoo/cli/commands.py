@@ -101,6 +101,7 @@ def train(
     Example: `cnvzoo train mnist_cnv --epochs 2 --holdout 5000`, or, on own images,
     `cnvzoo train cifar10_quant_cnv_w2a2 --start quant_cnv_w2a2.cifar10 --dataset photos/ --checkpoint my_model`
     """
+    from cnvzoo.checkpoints.folder import check_replaceable
     from cnvzoo.checkpoints.format import checked_name
     from cnvzoo.files import expanded
     from cnvzoo.training.state import RunInterrupted
@@ -110,6 +111,7 @@ def train(
             checked_name(expanded(checkpoint).name)
         except ValueError as error:
             raise typer.BadParameter(f"--checkpoint {checkpoint}: {error}") from None
+        check_replaceable(expanded(checkpoint))
     loaded = cnvzoo.load_recipe(recipe)
     folder = _run_dir(loaded, seed, epochs, holdout, dataset, start) if run_dir is None else expanded(run_dir)
     deadline = None if time_limit is None else time.monotonic() + time_limit
