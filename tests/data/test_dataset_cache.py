@@ -154,6 +154,23 @@ def test_no_cache_and_no_network(network: Downloader, tmp_path: Path) -> None:
     assert files(tmp_path) == set()
 
 
+def test_a_message_of_torchvision_is_quoted_in_one_line(
+    network: Downloader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(root: str, train: bool, download: bool) -> None:
+        raise RuntimeError("Error downloading a.gz:\nTried https://a/, got:\n\t404\n")
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", refuse)
+    with pytest.raises(DatasetError) as error:
+        load_dataset("mnist", root=tmp_path)
+    path = tmp_path / "mnist.safetensors"
+    assert str(error.value).startswith(
+        f"mnist: {path} is not in the dataset cache, and downloading it failed: torchvision's download raised "
+        "RuntimeError: Error downloading a.gz: Tried https://a/, got: 404. Try again"
+    )
+    assert "\n" not in str(error.value)
+
+
 def test_other_data_from_the_downloader_is_refused(network: Downloader, tmp_path: Path) -> None:
     network.images[4][0, 0, 0] ^= 1
     with pytest.raises(DatasetError, match="other data than the published set: sha256 of test_images"):

@@ -15,11 +15,12 @@ class CnvzooError(Exception):
 def in_a_line(error: BaseException) -> str:
     """The message to print instead of a traceback.
 
-    For a CnvzooError, its message; for an OSError, the file and the reason; for any other error, its class, its message
-    on one line, and the file and line of the code that raised it.
+    For a CnvzooError, its message, whose lines are joined, since it may quote another library; for an OSError, the file
+    and the reason; for any other error, its class, its message on one line, and the file and line of the code that
+    raised it.
     """
     if isinstance(error, CnvzooError):
-        return str(error)
+        return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     frames = traceback.extract_tb(error.__traceback__)

@@ -279,7 +279,8 @@ def _download(name: str, scratch: Path) -> dict[str, Tensor]:
                 warnings.simplefilter("ignore")  # NumPy warns of CIFAR's pickles
                 source = getattr(datasets, class_name)(str(scratch / "download"), train=split == "train", download=True)
         except Exception as error:  # of many classes, from DNS to a mirror's error page, with one remedy
-            raise DatasetError(f"torchvision's download raised {type(error).__name__}: {error}") from error
+            said = " ".join(str(error).split())  # torchvision puts each mirror on a line
+            raise DatasetError(f"torchvision's download raised {type(error).__name__}: {said}") from error
         images = torch.as_tensor(source.data)
         arrays[f"{split}_images"] = (images if images.ndim == 4 else images.unsqueeze(-1)).contiguous()
         arrays[f"{split}_labels"] = torch.as_tensor(source.targets, dtype=torch.uint8)
