@@ -23,9 +23,9 @@ from cnvzoo.checkpoints.publish import write_card
 from cnvzoo.checkpoints.verify import verify
 from cnvzoo.cli import main
 from cnvzoo.cli.output import print_json
-from cnvzoo.data import Preprocessing
+from cnvzoo.data import Preprocessing, published
 from cnvzoo.data.published import list_datasets
-from cnvzoo.errors import CnvzooError
+from cnvzoo.errors import CnvzooError, DatasetError, in_a_line
 from cnvzoo.files import sha256_of
 from cnvzoo.models.registry import unregister_model
 from cnvzoo.train_and_save import save_checkpoint
@@ -843,6 +843,11 @@ class TestListCheckpoints:
         assert "no published checkpoint matches '*.cifar100'" in result.err
 
 
+@pytest.mark.parametrize(("message", "line"), [("a  b: c", "a  b: c"), ("a\n", "a"), ("\na:\r\n  b\n\nc", "a: b c")])
+def test_the_lines_of_an_error_are_joined(message, line):
+    assert in_a_line(CnvzooError(message)) == line
+
+
 class TestVerify:
     def test_a_checkpoint_as_published(self, cnvzoo, hub, small_datasets):
         small_datasets()
@@ -856,7 +861,9 @@ class TestVerify:
         result = cnvzoo("verify", "resnet20.mnist", "--device", "cpu", "--json")
         (verified,) = json.loads(result.out)
         assert (result.status == 0) == (verified.pop("problem") is None)
-        assert verified == {"name": "resnet20.mnist", "published": 5, "found": found, "total": 50, "allowed": 5}
+        assert verified == {
+            "name": "resnet20.mnist", "published": 5, "found": found, "total": 50, "allowed": 5, "missing_data": False,
+        }  # fmt: skip
 
     def test_all_and_a_difference(self, cnvzoo, hub, small_datasets):
         small_datasets()
@@ -866,6 +873,32 @@ class TestVerify:
         assert all(name in result.out for name in ("quant_cnv_w4a4.cifar10", "resnet20.mnist"))
         assert f"resnet20.mnist: {hub / 'resnet20.mnist' / 'config.json'}: " in result.err
         assert "Traceback" not in result.err
+
+    def test_a_missing_test_set_is_tried_once_and_no_difference(self, cnvzoo, hub, make_checkpoint, monkeypatch):
+        tried = []
+
+        def unreachable(name, root):
+            tried.append(name)
+            raise DatasetError(f"{name}: no network\n connect to one")
+
+        make_checkpoint(hub, "cnv", "mnist")
+        monkeypatch.setattr(published, "load_arrays", unreachable)
+        names = ("resnet20.mnist", "cnv.mnist", "quant_cnv_w4a4.cifar10")
+        (hub / "quant_cnv_w4a4.cifar10" / "config.json").unlink()
+        result = cnvzoo("verify", *names, "--device", "cpu")
+        rows = [" ".join(line.split()) for line in result.out.splitlines()]
+        assert rows[-3:] == [
+            "resnet20.mnist 5 - 50 0 not verified",
+            "cnv.mnist 5 - 50 0 not verified",
+            "quant_cnv_w4a4.cifar10 - - - 0 differs",
+        ]
+        assert result.status == 1
+        assert result.err.startswith(
+            "error: not verified: resnet20.mnist, cnv.mnist: mnist: no network connect to one; "
+            f"not as recorded: quant_cnv_w4a4.cifar10: {hub / 'quant_cnv_w4a4.cifar10' / 'config.json'}: "
+        )
+        assert len(result.err.splitlines()) == 1
+        assert tried == ["mnist"]
 
     def test_a_typo_is_an_unknown_name_not_a_difference(self, cnvzoo, hub):
         result = cnvzoo("verify", "resnet20.mnits")

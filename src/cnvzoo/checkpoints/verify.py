@@ -15,7 +15,7 @@ from cnvzoo.checkpoints.locations import check_exists, find_checkpoint
 from cnvzoo.checkpoints.scoring import load_test_set
 from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
 from cnvzoo.data.published import list_datasets
-from cnvzoo.errors import CnvzooError, in_a_line
+from cnvzoo.errors import CnvzooError, DatasetError, in_a_line
 from cnvzoo.files import expanded
 from cnvzoo.training.device import describe_device, keep_freed_memory, resolve_device
 from cnvzoo.training.evaluation import evaluate
@@ -33,6 +33,7 @@ class Verification:
         total: number of test images.
         allowed: allowed difference of the two: 0 on the kind of machine that published it, else `ALLOWED_ELSEWHERE`.
         problem: what is wrong, or None.
+        missing_data: whether the problem is that the test set cannot be loaded, so that only files were compared.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Verification:
     total: int | None = None
     allowed: int = 0
     problem: str | None = None
+    missing_data: bool = False
 
 
 @keep_freed_memory()  # otherwise most of the time goes to page faults
@@ -76,10 +78,10 @@ def verify(
     checkpoints = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
     for checkpoint in checkpoints:
         check_exists(checkpoint, hub)
-    target, loaded = resolve_device(device), {}
+    target, loaded, missing = resolve_device(device), {}, {}
     if dataset is not None and not isinstance(dataset, Dataset) and not _is_folder(dataset):
         dataset = load_dataset(dataset, root=data_root)
-    return [_verify(checkpoint, hub, target, data_root, loaded, dataset) for checkpoint in checkpoints]
+    return [_verify(checkpoint, hub, target, data_root, loaded, missing, dataset) for checkpoint in checkpoints]
 
 
 def _is_folder(dataset: str | Path) -> bool:
@@ -92,6 +94,7 @@ def _verify(
     device: torch.device,
     data_root: str | Path | None,
     loaded: dict[tuple[str | None, int, int], Dataset],
+    missing: dict[str, DatasetError],
     own: str | Path | Dataset | None,
 ) -> Verification:
     name = str(checkpoint)
@@ -103,11 +106,19 @@ def _verify(
             return Verification(name, published=config.correct, total=config.total)
         preprocessing = preprocessing_from(config)
         side, channels = preprocessing.native_size, preprocessing.in_chans
-        key = (None if source is own else config.dataset, side, channels)
-        loaded[key] = data = load_test_set(
-            loaded.get(key, source), "its config", image_size=side, in_chans=channels, classes=config.classes,
-            data_root=data_root,
-        )  # fmt: skip
+        named = None if source is own else config.dataset
+        key = (named, side, channels)
+        try:
+            if named in missing:  # trying again would take as long, and fail again
+                raise missing[named]
+            loaded[key] = data = load_test_set(
+                loaded.get(key, source), "its config", image_size=side, in_chans=channels, classes=config.classes,
+                data_root=data_root,
+            )  # fmt: skip
+        except DatasetError as error:
+            if named is not None:
+                missing[named] = error
+            return Verification(name, config.correct, None, config.total, problem=in_a_line(error), missing_data=True)
         result = evaluate(model, data, preprocessing=preprocessing, device=device)
     except CnvzooError as error:
         return Verification(name, problem=in_a_line(error))

@@ -259,7 +259,7 @@ def verify(
     """Compare files of checkpoints with the index, and their test scores with the published ones.
 
     The number of correct images must equal the published one on the kind of machine that published it; elsewhere it
-    may differ by a few images. The exit status is 1 if anything differs.
+    may differ by a few images. The exit status is 1 if anything differs or cannot be compared.
 
     Example: `cnvzoo verify cnv.mnist`, or `cnvzoo verify --all`
     """
@@ -273,8 +273,16 @@ def verify(
         print_json([asdict(result) for result in results])
     else:
         _print_verifications(results)
-    if problems := [f"{result.name}: {result.problem}" for result in results if result.problem]:
-        raise CnvzooError(f"not as recorded: {'; '.join(problems)}")
+    problems: dict[str, dict[str, list[str]]] = {}
+    for result in results:
+        if result.problem:
+            kind = "not verified" if result.missing_data else "not as recorded"
+            problems.setdefault(kind, {}).setdefault(result.problem, []).append(result.name)
+    if problems:
+        said = {
+            kind: "; ".join(f"{', '.join(n)}: {what}" for what, n in found.items()) for kind, found in problems.items()
+        }
+        raise CnvzooError("; ".join(f"{kind}: {text}" for kind, text in said.items()))
 
 
 def _print_verifications(results: list[Verification]) -> None:
@@ -292,7 +300,7 @@ def _print_verifications(results: list[Verification]) -> None:
 
 def _verdict(result: Verification) -> str:
     if result.problem:
-        return "differs"
+        return "not verified" if result.missing_data else "differs"
     if result.published is None:
         return "nothing published to compare"
     return "not scored: give --dataset" if result.found is None else "as recorded"
