@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import cnvzoo
 from cnvzoo.cli.app import app
 from cnvzoo.data import Dataset, dataset_info
 from cnvzoo.training import RunError, recipe_from_dict, run_recipe
+from cnvzoo_runtime.images import ImageError
 
 COLOURS = {"blue": (20, 40, 220), "green": (20, 200, 40), "red": (220, 30, 30)}
 
@@ -163,6 +165,33 @@ def test_a_start_with_other_options_is_refused(photos: Path, tmp_path: Path) -> 
         cnvzoo.unregister_model("wide")
 
 
+def test_a_finished_run_of_another_version_of_the_model_is_refused(tmp_path: Path, uncompiled: None) -> None:
+    widths = [4]
+
+    @cnvzoo.register_model("edited", summary="of tests")
+    def edited(num_classes: int, in_chans: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(in_chans, widths[0], 8), nn.Flatten(), nn.Linear(widths[0], num_classes))
+
+    images = torch.randint(256, (24, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = Dataset.from_arrays(images, [0, 1] * 12, ["even", "odd"], test_images=images, test_labels=[0, 1] * 12)
+    values = recipe_text(name="edited", model="edited", dataset="mnist", epochs=1, batch_size=8)
+    recipe = recipe_from_dict({k: v for k, v in values.items() if k not in ("start", "w_bits", "a_bits")}, "test")
+    arguments: dict[str, Any] = {"dataset": data, "run_dir": tmp_path / "run", "device": "cpu", "quiet": True}
+    try:
+        record = cnvzoo.train(recipe, **arguments).record
+        widths[0] = 6
+        says = (
+            f"{tmp_path / 'run'}: holds the finished run of another version of edited, with other tensors: give "
+            "another run_dir, or move that folder away"
+        )
+        with pytest.raises(RunError, match=f"^{re.escape(says)}$"):
+            cnvzoo.train(recipe, **arguments)
+        widths[0] = 4
+        assert cnvzoo.train(recipe, **arguments).record == record
+    finally:
+        cnvzoo.unregister_model("edited")
+
+
 def test_paths_are_paths_wherever_they_lead(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uncompiled: None
 ) -> None:
@@ -284,6 +313,61 @@ def test_a_head_replaced_by_hand_does_not_keep_the_old_labels() -> None:
     model = cnvzoo.create_model("resnet20.cifar10", pretrained=True)
     model.fc = nn.Linear(64, 3)  # type: ignore[attr-defined]
     assert {guess.label for guess in cnvzoo.predict(model, Image.new("RGB", (32, 32)))} == {"0", "1", "2"}
+
+
+def test_predict_refuses_a_model_without_a_last_layer() -> None:
+    """Its outputs are features: a softmax of them would be named after classes."""
+    image = Image.new("RGB", (32, 32))
+    model = cnvzoo.create_model("resnet20.cifar10")
+    model.reset_classifier(0)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("it must not be computed"))
+    says = r"^the ResNet has no last layer: reset_classifier\(n\), or create it with num_classes=$"
+    with pytest.raises(cnvzoo.ModelError, match=says):
+        cnvzoo.predict(model, image)
+    model = cnvzoo.create_model("resnet20.cifar10", num_classes=0)
+    with pytest.raises(cnvzoo.ModelError, match=says):
+        cnvzoo.predict(model, image)
+    model.reset_classifier(2)
+    assert len(cnvzoo.predict(model, image)) == 2
+
+
+def test_a_batch_is_a_list_of_images() -> None:
+    model = cnvzoo.create_model("resnet20.cifar10")
+    images = torch.randint(256, (3, 3, 40, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = cnvzoo.predict(model, list(images))
+    assert len(expected) == 3
+    assert cnvzoo.predict(model, images) == expected
+    assert cnvzoo.predict(model, images.permute(0, 2, 3, 1).numpy()) == expected
+    assert cnvzoo.predict(model, images[:0]) == []
+
+
+def test_an_error_of_predict_says_which_image_of_a_list_is_bad() -> None:
+    model, image = cnvzoo.create_model("resnet20.cifar10"), torch.zeros(3, 32, 32, dtype=torch.uint8)
+    bad: list[tuple[Any, str]] = [
+        (image.float(), "an image tensor has to be uint8 (0 to 255), got torch.float32"),
+        (image[None], "a batch of shape [1, 3, 32, 32] in a list of images: give its images one by one"),
+        ("photo.png", "expected a PIL image or a uint8 array [H, W, C], got str"),
+    ]
+    for wrong, says in bad:
+        with pytest.raises(ImageError, match=f"^{re.escape(f'images[1]: {says}')}$"):
+            cnvzoo.predict(model, [image, wrong])
+    with pytest.raises(ImageError, match=f"^{re.escape(bad[0][1])}$"):
+        cnvzoo.predict(model, image.float())
+
+
+def test_a_model_that_does_not_know_its_preprocessing_is_refused_with_what_the_function_takes(tmp_path: Path) -> None:
+    model = cnvzoo.create_model("resnet20", num_classes=2)
+    unknown = "the ResNet does not know its preprocessing"
+    with pytest.raises(cnvzoo.ModelError, match=f"^{unknown}: set model.preprocessing$"):
+        cnvzoo.predict(model, Image.new("RGB", (32, 32)))
+    with pytest.raises(cnvzoo.ModelError, match=f"^{unknown}: give preprocessing=, or set model.preprocessing$"):
+        cnvzoo.save_checkpoint(model, tmp_path / "mine")
+    says = f"^{unknown}: give the dataset that it was trained on, or set model.preprocessing$"
+    with pytest.raises(cnvzoo.ModelError, match=says):
+        cnvzoo.transforms(model)
+    says = "^Linear is not a model of cnvzoo: give a Preprocessing in its place$"
+    with pytest.raises(cnvzoo.ModelError, match=says):
+        cnvzoo.transforms(nn.Linear(1, 1), "mnist")
 
 
 def test_saving_says_only_what_is_known(tmp_path: Path) -> None:
@@ -441,6 +525,14 @@ def test_transforms_ask_the_model_for_its_normalisation() -> None:
     grey = cnvzoo.transforms(cnvzoo.create_model("cnv", in_chans=1), "mnist")(image)
     assert grey.shape == (1, 32, 32)  # padded to what CNV takes
     assert cnvzoo.transforms("cifar10")(torch.stack([image, image])).shape == (2, 3, 32, 32)
+
+
+def test_transforms_take_a_loaded_dataset() -> None:
+    images = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = Dataset.from_arrays(images, [0, 1] * 4, ["a", "b"], test_images=images, test_labels=[0, 1] * 4)
+    image, expected = images[0].permute(2, 0, 1), cnvzoo.Preprocessing.for_dataset(data.info)(images[:1])[0]
+    assert torch.equal(cnvzoo.transforms(data)(image), expected)
+    assert torch.equal(cnvzoo.transforms(cnvzoo.create_model("resnet20", num_classes=2), data)(image), expected)
 
 
 def test_quantize_asks_the_model_for_its_preprocessing() -> None:

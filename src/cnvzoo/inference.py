@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from cnvzoo.checkpoints.folder import preprocessing_from
 from cnvzoo.checkpoints.format import CheckpointConfig
+from cnvzoo.data.datasets import Dataset
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.preprocessing import transforms as data_transforms
 from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo.errors import ModelError
-from cnvzoo.models.classifier import class_names
+from cnvzoo.models.classifier import Classifier, class_names
 from cnvzoo.models.modes import dtype_of, evaluating, unwrapped
 from cnvzoo.training.evaluation import preprocessing_of_model
+from cnvzoo_runtime.images import ImageError
 from cnvzoo_runtime.metadata import whole_number
 from cnvzoo_runtime.runner import Prediction
 
@@ -30,7 +32,8 @@ _BATCH = 256  # images that are classified at a time
 
 
 def transforms(
-    source: str | DatasetInfo | Preprocessing | CheckpointConfig | nn.Module, dataset: str | DatasetInfo | None = None
+    source: str | Dataset | DatasetInfo | Preprocessing | CheckpointConfig | nn.Module,
+    dataset: str | Dataset | DatasetInfo | None = None,
 ) -> Compose:
     """The torchvision v2 preprocessing of images for a model.
 
@@ -38,9 +41,11 @@ def transforms(
     uint8 batch [N, C, H, W] it makes [N, C, size, size].
 
     Args:
-        source: a model, a checkpoint's config, a preprocessing, or a dataset. For a model adapted to other channels (1
-            or 3), images are converted to them and normalised by the mean over the checkpoint's channels.
-        dataset: with a model that does not know its preprocessing, the dataset that it was trained on.
+        source: a model, a checkpoint's config, a preprocessing, or a dataset by name or loaded. For a model adapted to
+            other channels (1 or 3), images are converted to them and normalised by the mean over the checkpoint's
+            channels.
+        dataset: with a model that does not know its preprocessing, the dataset that it was trained on, by name or
+            loaded.
 
     Raises:
         ModelError: the model does not know its preprocessing, or it takes neither 1 nor 3 channels.
@@ -49,27 +54,28 @@ def transforms(
     if isinstance(source, nn.Module):
         model = unwrapped(source)
         if dataset is not None:
-            source = preprocessing_of_model(model, dataset_info(dataset) if isinstance(dataset, str) else dataset)
+            info = dataset_info(dataset) if isinstance(dataset, str) else dataset
+            info = info.info if isinstance(info, Dataset) else info
+            source = preprocessing_of_model(model, info, "give a Preprocessing in its place")
         else:
-            source = known_preprocessing(model)
+            source = known_preprocessing(model, "give the dataset that it was trained on, or set model.preprocessing")
     elif dataset is not None:
         raise ModelError("transforms takes a dataset beside a model only: leave one out")
     if isinstance(source, CheckpointConfig):  # of an adapted model, it may have any number of channels
         _check_channels(source.model["in_chans"])
         source = preprocessing_from(source)
+    elif isinstance(source, Dataset):
+        source = source.info
     return data_transforms(source)
 
 
-def known_preprocessing(model: nn.Module) -> Preprocessing:
-    """The preprocessing that a model carries. Raises ModelError where it has none."""
+def known_preprocessing(model: nn.Module, remedy: str) -> Preprocessing:
+    """The preprocessing that a model carries. Raises ModelError, with the caller's `remedy`, where it has none."""
     found = getattr(model, "preprocessing", None)
     if isinstance(found, Preprocessing):
         return found
     _check_channels(getattr(model, "in_chans", 3))
-    raise ModelError(
-        f"the {type(model).__name__} does not know its preprocessing: give the dataset that it was trained on, or set "
-        "model.preprocessing"
-    )
+    raise ModelError(f"the {type(model).__name__} does not know its preprocessing: {remedy}")
 
 
 def _check_channels(channels: int) -> None:
@@ -78,7 +84,13 @@ def _check_channels(channels: int) -> None:
 
 
 @overload
-def predict(model: nn.Module, images: Image | Tensor | NDArray[np.uint8], top: int = 5) -> list[Prediction]: ...
+def predict(model: nn.Module, images: Image, top: int = 5) -> list[Prediction]: ...
+
+
+@overload
+def predict(  # of an image or a batch, whose types are the same
+    model: nn.Module, images: Tensor | NDArray[np.uint8], top: int = 5
+) -> list[Any]: ...
 
 
 @overload
@@ -95,31 +107,45 @@ def predict(model: nn.Module, images: Any, top: int = 5) -> list[Prediction] | l
 
     Args:
         model: a model of this library that knows its preprocessing, such as a pretrained one.
-        images: a PIL image, a uint8 tensor [C, H, W] or a uint8 array [H, W, C], of any size; or a list of them.
+        images: a PIL image, a uint8 tensor [C, H, W] or a uint8 array [H, W, C], of any size; or a list of them. A
+            tensor [N, C, H, W] or an array [N, H, W, C] is a list of N images.
         top: number of classes to return, at least 1, most probable first.
 
     Raises:
-        ModelError: the model does not know its preprocessing, or `top` is below 1.
-        ImageError: not an 8-bit image of 1 or 3 channels.
+        ModelError: the model does not know its preprocessing or has no last layer, or `top` is below 1.
+        ImageError: not an 8-bit image of 1 or 3 channels; of a list, the message has its index.
     """
     count = whole_number(top)
     if count is None or count < 1:
         raise ModelError(f"top={top!r}: a whole number of at least 1")
     model = unwrapped(model)
-    transform = transforms(model)
-    if not isinstance(images, Sequence):
-        return _classify(model, [images], transform, count)[0]
-    return [
-        found
-        for start in range(0, len(images), _BATCH)
-        for found in _classify(model, images[start : start + _BATCH], transform, count)
-    ]
+    if getattr(model, "num_classes", None) == 0:  # its outputs are features, whose softmax would mean nothing
+        new = "reset_classifier(n), or " if isinstance(model, Classifier) else ""
+        raise ModelError(f"the {type(model).__name__} has no last layer: {new}create it with num_classes=")
+    transform = transforms(known_preprocessing(model, "set model.preprocessing"))
+    if not isinstance(images, Sequence) and getattr(images, "ndim", 3) != 4:
+        return _classify(model, [transform(images)], count)[0]
+    found = []
+    for start in range(0, len(images), _BATCH):
+        batch = [_transformed(transform, images[n], n) for n in range(start, min(start + _BATCH, len(images)))]
+        found += _classify(model, batch, count)
+    return found
 
 
-def _classify(model: nn.Module, images: Sequence[Any], transform: Compose, top: int) -> list[list[Prediction]]:
+def _transformed(transform: Compose, image: Any, index: int) -> Tensor:
+    """The input for one image of a list; errors say which."""
+    try:
+        if getattr(image, "ndim", 3) == 4:  # `transform` takes a batch
+            raise ImageError(f"a batch of shape {list(image.shape)} in a list of images: give its images one by one")
+        return transform(image)
+    except ImageError as error:
+        raise ImageError(f"images[{index}]: {error}") from None
+
+
+def _classify(model: nn.Module, inputs: Sequence[Tensor], top: int) -> list[list[Prediction]]:
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode():
-        batch = torch.stack([transform(image) for image in images]).to(device, dtype_of(model))
+        batch = torch.stack(list(inputs)).to(device, dtype_of(model))
         probabilities = model(batch).float().softmax(1).cpu()
     names = class_names(model, probabilities.shape[1])
     best = probabilities.argsort(dim=1, descending=True, stable=True)[:, :top].tolist()

@@ -36,7 +36,7 @@ from cnvzoo.training.recipe_file import load_recipe, recipe_from_dict
 from cnvzoo.training.record import RunRecord
 from cnvzoo.training.run import run_recipe
 from cnvzoo.training.state import WEIGHTS as RUN_WEIGHTS
-from cnvzoo.training.state import RunInterrupted
+from cnvzoo.training.state import RunError, RunInterrupted
 from cnvzoo.training.watch import EpochReport
 from cnvzoo.zoo import quantize
 
@@ -102,7 +102,8 @@ def train(
         The model, with the names of its classes and its preprocessing, and the record.
 
     Raises:
-        As `cnvzoo.training.run_recipe`, and CheckpointError or ModelError where a checkpoint cannot be loaded, or is of
+        As `cnvzoo.training.run_recipe`, RunError also where `run_dir` holds the finished run of another version of the
+        model, with other tensors; and CheckpointError or ModelError where a checkpoint cannot be loaded, or is of
         another model than the recipe's, for a float start or a teacher also of another dataset or seed.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -131,7 +132,13 @@ def train(
     info = dataset_info(recipe.dataset) if data is None else data.info
     arguments = {"num_classes": info.num_classes, "in_chans": info.in_chans}
     model = build_empty({"name": recipe.model, **arguments, **recipe.bit_widths})
-    model.load_state_dict(state, strict=True)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError:  # a run that was finished before: its recipe names the model, and cannot tell its versions
+        raise RunError(
+            f"{folder}: holds the finished run of another version of {recipe.model}, with other tensors: give another "
+            "run_dir, or move that folder away"
+        ) from None
     model.classes, model.preprocessing = info.classes, preprocessing_for(model.spec, info)
     return TrainResult(model.eval(), record)
 
@@ -272,5 +279,5 @@ def save_checkpoint(
     """
     record = model.record if isinstance(model, TrainResult) else None
     source = unwrapped(model.model if isinstance(model, TrainResult) else model)
-    preprocessing = preprocessing or known_preprocessing(source)
+    preprocessing = preprocessing or known_preprocessing(source, "give preprocessing=, or set model.preprocessing")
     return write_model(source, folder, classes=classes, preprocessing=preprocessing, record=record)

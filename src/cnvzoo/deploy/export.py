@@ -153,7 +153,10 @@ def _describe(
         name = name or config.name
     if dataset is not None:
         info = dataset_info(dataset)
-        preprocessing, name = preprocessing_of_model(model, info), name or f"{spec.name}.{dataset}"
+        preprocessing, name = (
+            preprocessing_of_model(model, info, "only those can be exported"),
+            name or f"{spec.name}.{dataset}",
+        )
         classes = info.classes if classes is None else classes
     elif isinstance(config, CheckpointConfig):
         dataset = config.dataset

@@ -31,17 +31,22 @@ def preprocessing_for(spec: ModelSpec, info: DatasetInfo) -> Preprocessing:
     return Preprocessing.for_dataset(info, size=spec.input_size, normalize=not spec.quantized)
 
 
-def preprocessing_of_model(model: nn.Module, info: DatasetInfo) -> Preprocessing:
+def preprocessing_of_model(model: nn.Module, info: DatasetInfo, remedy: str) -> Preprocessing:
     """Preprocessing of a dataset's images for a model of this library.
 
     Mean and standard deviation are those that the model was trained with, where it knows them.
+
+    Args:
+        model: the model.
+        info: the dataset.
+        remedy: what the caller takes in place of a model of this library, for the error.
 
     Raises:
         ModelError: not a model of this library, or it takes images of another number of channels.
     """
     spec, own = getattr(model, "spec", None), getattr(model, "preprocessing", None)
     if not isinstance(spec, ModelSpec):
-        raise ModelError(f"{type(model).__name__} is not a model of cnvzoo: give its preprocessing=")
+        raise ModelError(f"{type(model).__name__} is not a model of cnvzoo: {remedy}")
     found = preprocessing_for(spec, info)
     if not isinstance(own, Preprocessing):
         return found
@@ -138,7 +143,7 @@ def evaluate(
         data = load_dataset(dataset, size=own.native_size, in_chans=own.in_chans)
     else:
         data = load_dataset(dataset, root=data_root)
-    preprocessing = preprocessing or preprocessing_of_model(model, data.info)
+    preprocessing = preprocessing or preprocessing_of_model(model, data.info, "give its preprocessing=")
     if isinstance(model, Classifier):  # before any image is classified; other models are checked by their logits
         _check_classes(model.num_classes, data.info)
         names, others = class_names(model, model.num_classes), data.info.classes
