@@ -402,6 +402,34 @@ def test_a_finished_run_is_not_overwritten_by_another(tmp_path: Path, other: dic
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
 
 
+@pytest.mark.parametrize("other", ["model", "key"])
+def test_a_finished_run_that_cannot_be_read_here_is_not_overwritten(
+    tmp_path: Path, each_step: StepHook, other: str
+) -> None:
+    """Its model is not registered in this program, or its record has a key of a later version."""
+    record = run(recipe(), tmp_path)
+    values = json.loads((tmp_path / "record.json").read_text())
+    values |= {"later": 1} if other == "key" else {"recipe": values["recipe"] | {"model": "my_net"}}
+    (tmp_path / "record.json").write_text(json.dumps(values))
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    each_step(fail)
+    says = (
+        f"{tmp_path}: holds the finished run of mnist_resnet8, seed 0, which differs in recipe "
+        f"{record.recipe_sha256!r}: give another folder, or move that one away"
+    )
+    with pytest.raises(RunError, match=f"^{re.escape(says)}$"):
+        run(recipe(batch_size=16), tmp_path)
+    with pytest.raises(RunError, match=r"differs in seed 0, holdout 0: give another folder, or move that one away$"):
+        run(recipe(), tmp_path, seed=1, holdout=8)
+    says = rf"^{re.escape(str(tmp_path / 'record.json'))}: not a valid run record: [^\n]*: give another folder, or move"
+    with pytest.raises(RunError, match=says):
+        run(recipe(), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+    (tmp_path / "weights.safetensors").unlink()
+    each_step(None)
+    assert run(recipe(), tmp_path).weights_sha256 == record.weights_sha256
+
+
 def test_a_record_has_the_checksum_of_the_images(tmp_path: Path) -> None:
     data = noise(seed=1)
     ours, theirs = run(recipe(), tmp_path / "ours", data, epochs=1), run(recipe(), tmp_path / "theirs", epochs=1)

@@ -8,6 +8,7 @@ complete state, and ends with the bits of a run that was never interrupted.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -243,20 +244,39 @@ def _checked_seed(recipe: Recipe, seed: Any) -> int:
 
 
 def _finished_record(run_dir: Path, identity: RunIdentity) -> RunRecord | None:
-    """The record of this run, if the folder holds it with its weights; raises RunError for another finished run."""
+    """The record of this run, if the folder holds it with its weights; raises RunError for another finished run.
+
+    So is one whose record only another program can read, with a model that is not registered here or a later key:
+    training would replace it. A record that was cut off counts as none.
+    """
+    remedy = "give another folder, or move that one away"
     try:
-        record = RunRecord.read(run_dir / RECORD)
-        if sha256_of(run_dir / WEIGHTS) != record.weights_sha256:
+        record, problem = RunRecord.read(run_dir / RECORD), ""
+        values = record.model_dump()
+    except RecordError as error:
+        record, problem, values = None, " ".join(str(error).split()), _json_object(run_dir / RECORD)
+    try:
+        if values is None or sha256_of(run_dir / WEIGHTS) != values.get("weights_sha256"):
             return None
-    except (RecordError, OSError):
+    except OSError:
         return None
-    if (found := RunIdentity.of(record)) == identity:
-        return record
-    differences = [f"{key} {value!r}" for key, value in asdict(found).items() if value != getattr(identity, key)]
-    raise RunError(
-        f"{run_dir}: holds the finished run of {record.entry}, seed {record.seed}, which differs in "
-        f"{', '.join(differences)}: give another folder, or move that one away"
-    )
+    if (found := RunIdentity.of(values)) != identity:
+        differences = [f"{key} {value!r}" for key, value in asdict(found).items() if value != getattr(identity, key)]
+        raise RunError(
+            f"{run_dir}: holds the finished run of {values.get('entry')}, seed {found.seed}, which differs in "
+            f"{', '.join(differences)}: {remedy}"
+        )
+    if record is None:
+        raise RunError(f"{problem}: {remedy}")
+    return record
+
+
+def _json_object(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def _train_batches(recipe: Recipe, data: Dataset, device: torch.device) -> TrainBatches:

@@ -15,7 +15,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +26,6 @@ from torch import Tensor, contiguous_format, uint8
 
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import remove_leftovers, replacing, writing
-from cnvzoo.training.record import RunRecord
 
 STATE, TEACHER_LOGITS = "state.safetensors", "teacher_logits.safetensors"
 RECORD, WEIGHTS = "record.json", "weights.safetensors"
@@ -185,11 +184,10 @@ class RunIdentity:
     start: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, record: RunRecord) -> RunIdentity:
-        return cls(
-            record.recipe_sha256, record.seed, record.epochs, record.holdout, record.numerics, record.data_sha256,
-            record.float_start, record.teacher, record.start,
-        )  # fmt: skip
+    def of(cls, record: Mapping[str, Any]) -> RunIdentity:
+        """The identity of a run by the keys of its record, with None for those that it lacks."""
+        recorded = {"recipe": "recipe_sha256", "data": "data_sha256"}
+        return cls(**{field.name: record.get(recorded.get(field.name, field.name)) for field in fields(cls)})
 
 
 def save_state(trainer: Resumable, path: Path, identity: RunIdentity, conditions: dict[str, Any]) -> None:
