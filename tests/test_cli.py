@@ -25,7 +25,7 @@ from cnvzoo.cli import main
 from cnvzoo.cli.output import print_json
 from cnvzoo.data import Preprocessing, published
 from cnvzoo.data.published import list_datasets
-from cnvzoo.errors import CnvzooError, DatasetError, in_a_line
+from cnvzoo.errors import CnvzooError, DatasetError, ModelError, in_a_line
 from cnvzoo.files import sha256_of
 from cnvzoo.models.registry import unregister_model
 from cnvzoo.train_and_save import save_checkpoint
@@ -378,6 +378,21 @@ class TestInfo:
         assert (result.status, result.err) == (0, "")
         assert "input 1 x 20 x 20" in result.said
         assert "checkpoint mine" in result.said
+
+    def test_a_folder_without_a_separator_is_named(self, cnvzoo, tmp_path):
+        save_checkpoint(
+            create_model("cnv"), tmp_path / "my_model", preprocessing=Preprocessing(32, (0.0,) * 3, (1.0,) * 3)
+        )
+        hint = "there is a folder of that name: write './my_model'"
+        assert cnvzoo("info", "my_model").err == f"error: unknown model 'my_model': {hint}\n"
+        with pytest.raises(ModelError, match=f"^unknown model 'my_model': {hint}$"):
+            create_model("my_model", pretrained=True)
+        missing = f"error: no checkpoint 'my_model', neither published nor in {tmp_path}/hub: {hint}\n"
+        for command in (("eval", "my_model"), ("verify", "my_model")):
+            assert cnvzoo(*command, "--hub", tmp_path / "hub").err == missing
+        result = cnvzoo("publish", "my_model", "--to", "store", "--hub", tmp_path / "hub")
+        assert result.err == f"error: no checkpoint 'my_model' in {tmp_path}/hub: {hint}\n"
+        assert cnvzoo("info", "./my_model").status == 0
 
     def test_a_checkpoint_of_ones_own_with_a_damaged_config(self, cnvzoo, tmp_path):
         (config := tmp_path / "hub" / "resnet20.own" / "config.json").parent.mkdir(parents=True)

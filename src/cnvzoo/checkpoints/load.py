@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cnvzoo.checkpoints.folder import preprocessing_from, read_model
 from cnvzoo.checkpoints.format import CheckpointConfig, CheckpointError
-from cnvzoo.checkpoints.locations import find_checkpoint
+from cnvzoo.checkpoints.locations import find_checkpoint, folder_hint
 from cnvzoo.checkpoints.weights import build_empty, build_float32, build_skeleton, fit_scale
 from cnvzoo.errors import ModelError
 from cnvzoo.models.classifier import NEEDS_A_CLASS, Classifier, check_count
@@ -53,6 +53,8 @@ def parse_name(name: str) -> ModelName:
         model, bits = tag, {}
     else:
         model, bits = match[1], {"w_bits": int(match[2]), "a_bits": int(match[3])}
+    if model not in model_names() and (hint := folder_hint(name)):
+        raise ModelError(f"unknown model {name!r}: {hint}")
     return ModelName(model_spec(model).name, bits, dataset if dot else None)
 
 

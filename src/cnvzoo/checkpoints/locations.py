@@ -125,7 +125,16 @@ def check_exists(checkpoint: str | Path, hub: str | Path | None = None) -> None:
         raise _unknown(name, location)
 
 
+def folder_hint(name: str) -> str:
+    """The end of a message about an unknown name where a folder here is a checkpoint of it; else empty."""
+    if not name or is_path(name) or not os.path.isfile(Path(name) / CONFIG):
+        return ""
+    return f"there is a folder of that name: write {os.path.join(os.curdir, name)!r}"
+
+
 def _unknown(name: str, location: str | Path) -> CheckpointError:
+    if hint := folder_hint(name):
+        return CheckpointError(f"no checkpoint {name!r}, neither published nor in {printable(location)}: {hint}")
     known = sorted({*read_index().checkpoints, *_unpublished(location)})
     if not known:
         return CheckpointError(f"no checkpoint {name!r}: none is published, and none is in {printable(location)}")

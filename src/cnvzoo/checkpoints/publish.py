@@ -29,7 +29,7 @@ from cnvzoo.checkpoints.format import (
     Trial,
     checked_name,
 )
-from cnvzoo.checkpoints.locations import is_path, open_store, printable, store_location
+from cnvzoo.checkpoints.locations import folder_hint, is_path, open_store, printable, store_location
 from cnvzoo.checkpoints.store import Publication, Store
 from cnvzoo.checkpoints.weights import tensors_file
 from cnvzoo.data.datasets import is_dataset_path
@@ -192,6 +192,7 @@ def _folder(checkpoint: str | Path, hub: str | Path | None) -> Path:
     known = checkpoint_folders(root)
     if str(checkpoint) not in known:
         choices = nearest(str(checkpoint), known) if known else "it has no checkpoints"
+        choices = folder_hint(str(checkpoint)) or choices
         raise CheckpointError(f"no checkpoint {str(checkpoint)!r} in {root}: {choices}")
     return root / checkpoint
 
