@@ -205,6 +205,44 @@ def test_auto_takes_openvino_for_many_images_where_it_is_installed(exported, noi
         cnvzoo.deploy.load(exported, runtime="openvino")
 
 
+def test_a_folder_called_openvino_is_not_the_package(exported, noise, monkeypatch, tmp_path):
+    (tmp_path / "openvino").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(p for p in sys.path if not (Path(p) / "openvino").exists())])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "openvino"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sessions, "sums_products_exactly", lambda: True)
+    model = cnvzoo.deploy.load(exported, threads=1)
+    assert model.runtime(1000) == "onnxruntime"
+    assert model.logits(noise(16).numpy()).shape == (16, 10)
+    with pytest.raises(DeployError, match=r"^runtime='openvino' needs the openvino package: pip install openvino$"):
+        cnvzoo.deploy.load(exported, runtime="openvino")
+
+
+@pytest.mark.parametrize("fault", ["import", "start"])
+def test_auto_falls_back_where_openvino_does_not_work(exported, noise, monkeypatch, tmp_path, fault):
+    (tmp_path / "openvino").mkdir()
+    starts = "class Core:\n    def __init__(self):\n        raise RuntimeError('no\\nplugin')\n"
+    code = "raise OSError('no library')" if fault == "import" else starts
+    (tmp_path / "openvino" / "__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "openvino"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sessions, "sums_products_exactly", lambda: True)
+    model, images = cnvzoo.deploy.load(exported, threads=1), noise(16).numpy()
+    np.testing.assert_array_equal(model.logits(images)[:15], model.logits(images[:15]))
+    assert model.runtime(16) == "onnxruntime"
+    with pytest.raises(DeployError) as error:
+        cnvzoo.deploy.load(exported, runtime="openvino")
+    assert (
+        str(error.value)
+        == {
+            "import": "the openvino package cannot be imported: OSError: no library: install it again",
+            "start": f"{exported}: OpenVINO cannot run it: no plugin",
+        }[fault]
+    )
+    sys.modules.pop("openvino", None)
+
+
 def test_auto_takes_onnx_runtime_where_fast_kernels_may_saturate(exported, monkeypatch):
     monkeypatch.setattr(sessions, "sums_products_exactly", lambda: False)
     assert cnvzoo.deploy.load(exported, threads=1).runtime(1000) == "onnxruntime"

@@ -81,15 +81,18 @@ class OpenVinoGraph:
     """
 
     def __init__(self, content: bytes, path: Path, threads: int | None) -> None:
+        if not _openvino_is_installed():
+            raise DeployError("runtime='openvino' needs the openvino package: pip install openvino")
         try:
             import openvino
-        except ImportError:
-            raise DeployError("runtime='openvino' needs the openvino package: pip install openvino") from None
+        except Exception as error:  # also OSError for a library, or what an unfit NumPy raises
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise DeployError(f"the openvino package cannot be imported: {reason}: install it again") from None
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
-        core = _made_once(openvino.Core)
         try:
+            core = _made_once(openvino.Core)
             compiled = core.compile_model(core.read_model(content), "CPU", settings)
         except RuntimeError as error:
             raise _refused(path, "OpenVINO", error) from None
@@ -141,7 +144,7 @@ class Graphs:
 
     `auto` takes OpenVINO for `qdq` files where it is installed, for calls with `LEAST_FOR_OPENVINO` images or more, on
     CPUs on which ONNX Runtime's fast kernels are exact; ONNX Runtime for everything else. OpenVINO reads the file at
-    the first such call.
+    the first such call; where it cannot be imported, or cannot run the file, ONNX Runtime does.
 
     Args:
         content: the ONNX file.
@@ -190,10 +193,14 @@ class Graphs:
             assert self.onnxruntime is not None
             return self.onnxruntime.run
         with self._lock:
-            if self._openvino is None:
-                assert self._unread is not None
-                self._openvino = OpenVinoGraph(*self._unread)
-            return self._openvino.run
+            if self._openvino is None and self._unread is not None:
+                try:
+                    self._openvino = OpenVinoGraph(*self._unread)
+                except DeployError:  # `auto` chose it, and ONNX Runtime runs the file too
+                    self._unread = None
+            graph = self._openvino or self.onnxruntime
+            assert graph is not None
+            return graph.run
 
 
 def _checked_threads(threads: Any) -> int:
@@ -204,7 +211,8 @@ def _checked_threads(threads: Any) -> int:
 
 
 def _openvino_is_installed() -> bool:
-    return importlib.util.find_spec("openvino") is not None
+    spec = importlib.util.find_spec("openvino")
+    return spec is not None and spec.origin is not None  # a folder of that name beside the user's script has none
 
 
 def sums_products_exactly(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
