@@ -21,7 +21,7 @@ from cnvzoo.deploy.integer_onnx import integer_graph
 from cnvzoo.deploy.lowering import integer_net
 from cnvzoo.deploy.packing import pack
 from cnvzoo.deploy.reference import run_reference
-from cnvzoo.deploy.requantize import Staircase, requantize
+from cnvzoo.deploy.requantize import Staircase, _exact_steps, _search, requantize
 from cnvzoo.models.quant import quantizer_of
 
 
@@ -151,6 +151,30 @@ def test_differing_accumulators_are_counted():
     assert chosen.differing.sum() > 0
     assert np.abs(found - expected).max() == 1
     np.testing.assert_array_equal(chosen.reachable, 18001)
+
+
+def test_steps_are_found_from_any_start_with_few_evaluations():
+    rng = np.random.default_rng(3)
+    low, high = rng.integers(-3000, 0, 40), rng.integers(0, 3000, 40)
+    wanted = np.clip(rng.integers(-3500, 3500, (40, 5)), low[:, None], high[:, None] + 1)
+    exact = Staircase(np.zeros(40), np.zeros(40), low, high, 5)
+    evaluations = 0
+
+    def reached(acc):
+        nonlocal evaluations
+        evaluations += 1
+        return acc >= wanted
+
+    starts = [*(wanted + off for off in (-2.5, -1.0, 0.0, 0.5, 3.0)), *(np.full((40, 5), x) for x in (-np.inf, np.nan))]
+    for start in starts:
+        np.testing.assert_array_equal(_search(start, exact, reached), wanted)
+    assert evaluations < 100
+
+
+def test_a_channel_halfway_between_two_levels_for_every_input():
+    """As with gamma 0 and a beta of 1.5 scales; round(1.5) is 2, so that the first accumulator has reached it."""
+    exact = Staircase(np.zeros(1), np.array([1.5]), np.array([-(1 << 24)]), np.array([1 << 24]), 3)
+    assert _exact_steps(exact).tolist() == [[-(1 << 24), -(1 << 24), (1 << 24) + 1]]
 
 
 @pytest.mark.parametrize(("values", "per_byte"), [([-1, 1], 8), ([-1, 0, 1], 5), (range(-7, 8), 2)])

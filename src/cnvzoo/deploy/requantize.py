@@ -185,11 +185,18 @@ def _integer_steps(exact: Staircase, gain: int, bias: Floats, multiplier: NDArra
 
 
 def _search(start: Floats, exact: Staircase, reached: Callable[[Floats], NDArray[np.bool_]]) -> Ints:
-    """The smallest accumulators for which `reached` holds, by linear search from `start`, which is off by a few."""
+    """The smallest accumulators for which `reached`, which never falls, holds; high_acc + 1 if there is none.
+
+    The search goes from `start` in steps of growing size, then bisects: `start` is off by a few, except in channels
+    whose level does not depend on the input, where it may be at the wrong end.
+    """
     low, high = exact.low_acc[:, None].astype(np.float64), exact.high_acc[:, None] + 1.0
     at = np.clip(np.ceil(np.nan_to_num(start, nan=np.inf)), low, high)
-    while (late := (at > low) & reached(at - 1)).any():
-        at -= late
-    while (early := (at < high) & ~reached(at)).any():
-        at += early
-    return at.astype(np.int64)
+    least, most, step = np.broadcast_to(low, at.shape), np.broadcast_to(high, at.shape), 1.0
+    while (least < most).any():
+        below = reached(at)
+        least, most = np.where(below, least, np.maximum(least, at + 1)), np.where(below, np.minimum(most, at), most)
+        middle = np.floor((least + most) / 2)
+        at = np.where(below, np.maximum(middle, most - step), np.minimum(middle, least + step - 1))
+        step *= 2
+    return most.astype(np.int64)
