@@ -40,6 +40,24 @@ def as_uint8(x: Tensor) -> Tensor:
     return levels.round().to(torch.uint8)
 
 
+@pytest.mark.parametrize("views", [None, 2])
+def test_batches_do_not_depend_on_the_default_device(views: int | None) -> None:
+    """The meta device has no values, and a generator of the CPU draws none for it."""
+    images, labels = noise(24), torch.arange(24)
+    augmentation = EVERYTHING.model_copy(update={"mixup": 0.0}) if views else EVERYTHING
+
+    def batches() -> list[Tensor]:
+        made = make(images, labels, augmentation=augmentation, views=views)
+        shown = [*made.show(1, 8), *made.show(1, 8, 24)] if views else []
+        return [*shown, *(t for side in (None, 24) for batch in made.epoch(1, side=side) for t in batch)]
+
+    expected = batches()
+    with torch.device("meta"):
+        found = batches()
+    assert len(found) == len(expected)
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize(("padding", "flip"), [(4, True), (0, True), (31, False)])
 def test_crop_and_flip_equal_torchvision(padding: int, flip: bool) -> None:
     images = noise(24)

@@ -15,7 +15,7 @@ from cnvzoo.models import build_model, compiled
 from cnvzoo.models.fake_quant import IntRange
 from cnvzoo.models.norm_act import NormAct, QuantizedResidualActivation, block_inputs, norm_act
 from cnvzoo.models.quant import IntQuantizer, PlainQuantIdentity, ResidualQuantReLU, act_quant, quantizer_of
-from cnvzoo.models.quant_layers import QuantLayers
+from cnvzoo.models.quant_layers import QuantLayers, start_from_float
 from cnvzoo.models.residual import add_fake_quantized
 
 CHANNELS = 6
@@ -310,3 +310,15 @@ def test_depthwise_and_pointwise_layers_train_like_torchs(
         steps.append((output.detach(), given_x.grad, layer.weight.grad.clone(), quantizer.scale.grad.clone()))
     for found, expected in zip(*steps, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_scales_of_blocks_do_not_depend_on_the_default_device() -> None:
+    with torch.device("meta"):  # a builder that fits scales to no values
+        assert build_model("quant_resnet20", w_bits=4, a_bits=4).get_parameter("fc.weight").is_meta
+    models = [build_model("quant_resnet20", w_bits=4, a_bits=4) for _ in range(2)]
+    state = {n: t.clone() for n, t in models[0].state_dict().items() if not n.endswith(".scale")}
+    start_from_float(models[0], state, (0.0,) * 3, (1.0,) * 3)
+    with torch.device("meta"):
+        start_from_float(models[1], state, (0.0,) * 3, (1.0,) * 3)
+    expected, found = (model.state_dict() for model in models)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())

@@ -85,7 +85,7 @@ class TrainBatches:
         self._labels = labels.to(self.device, torch.int64)
         # from padded to real coordinates, so that no padded copy of the images is kept
         p, s = augmentation.crop_padding, self._size
-        self._reflect = (s - 1 - (s - 1 - torch.arange(-p, s + p).abs()).abs()).to(self.device)
+        self._reflect = (s - 1 - (s - 1 - torch.arange(-p, s + p, device="cpu").abs()).abs()).to(self.device)
         self._span = torch.arange(s, device=self.device)
         self._mean_colour = _mean_colour(images).to(self.device) if augmentation.cutout else None
 
@@ -142,23 +142,24 @@ class TrainBatches:
         shape = (self.steps_per_epoch, self.batch_size)
         g = torch.Generator().manual_seed(_hashed("epoch", self.seed, epoch))
         count = shape[0] * shape[1]
-        image = torch.randperm(len(self._labels), generator=g)[:count].view(shape)
+        image = torch.randperm(len(self._labels), generator=g, device="cpu")[:count].view(shape)
         if self.views is None:
             view, augmented = 0, self._draw_augmentation(shape, g)
             self._move_to_part_(augmented, side, epoch)
         else:
             view = self.view_of(epoch, side)
             augmented = self._draw_view(view, side)[:, image]
-        partner = torch.rand(shape, generator=g, dtype=torch.float32).argsort(dim=1)
+        partner = torch.rand(shape, generator=g, dtype=torch.float32, device="cpu").argsort(dim=1)
         lam = self._draw_lam(g)
         rows = torch.stack([image, *augmented, partner, view * len(self._labels) + image], dim=1)
         return BatchPlan(rows.to(self.device), None if lam is None else lam.to(self.device), side)
 
     def _draw_augmentation(self, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
         """Row and column of the crop, flip, row and column of the cutout: int64 [5, *shape]."""
-        row, col = torch.randint(2 * self.augmentation.crop_padding + 1, (2, *shape), generator=g)
-        flip = torch.rand(shape, generator=g, dtype=torch.float32) < (0.5 if self.augmentation.flip else 0.0)
-        cutout_row, cutout_col = torch.randint(self._size, (2, *shape), generator=g)
+        row, col = torch.randint(2 * self.augmentation.crop_padding + 1, (2, *shape), generator=g, device="cpu")
+        share = 0.5 if self.augmentation.flip else 0.0
+        flip = torch.rand(shape, generator=g, dtype=torch.float32, device="cpu") < share
+        cutout_row, cutout_col = torch.randint(self._size, (2, *shape), generator=g, device="cpu")
         return torch.stack([row, col, flip, cutout_row, cutout_col])
 
     def _move_to_part_(self, augmented: Tensor, side: int, number: int) -> None:
@@ -166,7 +167,7 @@ class TrainBatches:
         if side == self._size:
             return
         g = torch.Generator().manual_seed(_hashed("part", self.seed, number))
-        augmented[:2] += torch.randint(self._size - side + 1, augmented[:2].shape, generator=g)
+        augmented[:2] += torch.randint(self._size - side + 1, augmented[:2].shape, generator=g, device="cpu")
         augmented[3:] = augmented[3:] * side // self._size
 
     def view_of(self, epoch: int, side: int | None = None) -> int:
@@ -194,7 +195,7 @@ class TrainBatches:
             side: S, that of the epochs which show this view; None for whole images.
         """
         side = self._checked_side(side)
-        image = torch.arange(len(self._labels))
+        image = torch.arange(len(self._labels), device="cpu")
         rows = torch.stack([image, *self._draw_view(view, side), torch.zeros_like(image), image]).to(self.device)
         for part in rows.split(batch_size, dim=1):
             yield self.make_from(part, side=side)[0]
@@ -205,7 +206,7 @@ class TrainBatches:
         if not alpha:
             return None
         # torch's Beta takes no generator, so NumPy's is seeded from ours.
-        numpy_generator = np.random.default_rng(int(torch.randint(2**62, (), generator=g)))
+        numpy_generator = np.random.default_rng(int(torch.randint(2**62, (), generator=g, device="cpu")))
         return torch.from_numpy(numpy_generator.beta(alpha, alpha, self.steps_per_epoch)).float()
 
     def make_from(self, rows: Tensor, lam: Tensor | None = None, side: int | None = None) -> tuple[Tensor, Tensor]:
