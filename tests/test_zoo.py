@@ -18,6 +18,8 @@ from cnvzoo.checkpoints.format import CheckpointFacts, SeedResult
 from cnvzoo.data import Dataset, Preprocessing, dataset_info
 from cnvzoo.errors import ModelError
 from cnvzoo.files import sha256_of
+from cnvzoo.models.layers import FloatLayers, Layers
+from cnvzoo.models.quant_layers import QuantLayers
 
 # CNV at 10 classes and 3 channels: 3x3 filters and output side of each convolution, then weights of linear layers.
 CNV_CONVS = [(3 * 64, 30), (64 * 64, 28), (64 * 128, 12), (128 * 128, 10), (128 * 256, 3), (256 * 256, 1)]
@@ -349,6 +351,58 @@ def test_quantize_takes_a_registered_twin_without_bits_of_its_own_for_the_first_
     finally:
         cnvzoo.unregister_model("mine")
         cnvzoo.unregister_model("quant_mine")
+
+
+@pytest.mark.parametrize("order", ["pool", "no norm", "sum", "block"])
+def test_quantize_names_the_layer_of_a_pair_that_it_cannot_fit(order: str) -> None:
+    """Scales are fitted to what the BatchNorms give."""
+
+    class Pair(cnvzoo.Classifier):
+        def __init__(self, layers: Layers, num_classes: int, in_chans: int) -> None:
+            super().__init__()
+            self.input = layers.input()
+            self.conv = layers.conv(in_chans, 4, 3, padding=1, first=True)
+            self.norm = nn.Identity() if order == "no norm" else nn.BatchNorm2d(4)
+            self.pool = nn.MaxPool2d(2)
+            self.act = layers.residual_relu(1) if order == "sum" else layers.relu()
+            self.round = layers.block_input()
+            self.fc = layers.linear(4, num_classes, last=True)
+
+        def get_classifier(self) -> nn.Module:
+            return self.fc
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(self.conv(self.input(x)))
+            if order == "pool":
+                x = self.act(self.pool(x))
+            elif order == "sum":
+                x = self.act(x, self.pool(x), rounded=True)
+            else:
+                x = self.act(x)
+                x = self.round(x) if order == "block" else x
+            return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
+
+    @cnvzoo.register_model("pair", summary="of tests")
+    def pair(num_classes: int, in_chans: int) -> nn.Module:
+        return Pair(FloatLayers(), num_classes, in_chans)
+
+    @cnvzoo.register_model("quant_pair", summary="of tests", quantized=True, float_twin="pair")
+    def quant_pair(num_classes: int, in_chans: int, w_bits: int, a_bits: int) -> nn.Module:
+        return Pair(QuantLayers(w_bits, a_bits, 8), num_classes, in_chans)
+
+    says = {
+        "pool": "act: a quantized activation has to follow a BatchNorm",
+        "no norm": "conv: a quantized model has to begin with a quantized convolution and a BatchNorm, which take over "
+        "the normalisation of the images",
+        "sum": "act: a residual activation adds outputs of BatchNorms and of its own kind only",
+        "block": "round: what rounds the input of a block has to follow a residual activation",
+    }[order]
+    try:
+        with pytest.raises(ModelError, match=f"^pair cannot be quantized as quant_pair: {says}$"):
+            cnvzoo.quantize(cnvzoo.create_model("pair"), w_bits=4, a_bits=4, dataset="cifar10")
+    finally:
+        cnvzoo.unregister_model("pair")
+        cnvzoo.unregister_model("quant_pair")
 
 
 @pytest.mark.parametrize(("in_chans", "dataset"), [(3, "mnist"), (1, "cifar10")])

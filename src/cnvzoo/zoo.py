@@ -157,7 +157,8 @@ def quantize(
         A quantized model in training mode, which takes uint8 images divided by 255; train it further.
 
     Raises:
-        ModelError: no such model, its layers were changed, or `dataset` is missing or has other channels.
+        ModelError: no such model, its layers were changed or cannot be quantized, or `dataset` is missing or has other
+            channels.
         CheckpointError: the folder is not a checkpoint.
     """
     from cnvzoo.models.quant_layers import start_from_float  # Brevitas takes a second to import
@@ -201,6 +202,8 @@ def quantize(
     state = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith(".scale")}
     try:
         start_from_float(quantized, state, mean, std)
+    except ModelError as error:  # of the topology
+        raise ModelError(f"{source.spec.name} cannot be quantized as {twin.name}: {error}") from None
     except ValueError as error:
         raise ModelError(f"{source.spec.name} cannot be quantized after its layers were changed: {error}") from None
     own = preprocessing if isinstance(preprocessing, Preprocessing) else getattr(source, "preprocessing", None)

@@ -216,6 +216,9 @@ def _fit_activations(steps: Sequence[Step], *, of_blocks: bool = False) -> None:
     Args:
         steps: the model.
         of_blocks: fit only the outputs of residual blocks and what is rounded from these.
+
+    Raises:
+        ModelError: no BatchNorm gives the distribution of an activation.
     """
     given: list[_Normal | Tensor | None] = []  # what each step gives: a distribution, or samples [channels, samples]
     sums: dict[ResidualQuantReLU, list[Tensor]] = {}
@@ -226,27 +229,33 @@ def _fit_activations(steps: Sequence[Step], *, of_blocks: bool = False) -> None:
         if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
             result = _Normal(layer.weight, layer.bias)
         elif isinstance(layer, ResidualQuantReLU):
-            result = torch.relu(torch.stack([_shuffled(x, generator) for x in taken]).sum(0))
+            given_to = [x for x in taken if x is not None]
+            if len(given_to) < len(taken):
+                raise ModelError(
+                    f"{step.name}: a residual activation adds outputs of BatchNorms and of its own kind only"
+                )
+            result = torch.relu(torch.stack([_shuffled(x, generator) for x in given_to]).sum(0))
             sums.setdefault(layer, []).append(result)
         elif isinstance(layer, PlainQuantReLU) and not of_blocks:
-            (norm,) = taken
-            assert isinstance(norm, _Normal)
+            norm = taken[0]
+            if not isinstance(norm, _Normal):
+                raise ModelError(f"{step.name}: a quantized activation has to follow a BatchNorm")
             quantizer_of(layer).fit(torch.relu(norm.quantiles()))
         elif isinstance(layer, PlainQuantIdentity) and quantizer_of(layer).learned:
-            (samples,) = taken
-            assert isinstance(samples, Tensor)
+            samples = taken[0]
+            if not isinstance(samples, Tensor):
+                raise ModelError(f"{step.name}: what rounds the input of a block has to follow a residual activation")
             quantizer_of(layer).fit(samples)
         given.append(result)
     for layer, found in sums.items():
         quantizer_of(layer).fit(torch.cat([samples.flatten() for samples in found])[None])
 
 
-def _shuffled(values: _Normal | Tensor | None, generator: torch.Generator) -> Tensor:
+def _shuffled(values: _Normal | Tensor, generator: torch.Generator) -> Tensor:
     """Samples of what a step gives; those of a BatchNorm are independent of all others."""
     if isinstance(values, Tensor):
         return values
-    assert values is not None
-    order = torch.randperm(_BLOCK_SAMPLES, generator=generator)
+    order = torch.randperm(_BLOCK_SAMPLES, generator=generator, device="cpu")
     return values.quantiles(_BLOCK_SAMPLES)[:, order.to(values.gamma.device)]
 
 
@@ -268,6 +277,7 @@ def start_from_float(
 
     Raises:
         ValueError: tensors are missing, unexpected, or of another shape; the message names all of them.
+        ModelError: the model does not begin with a convolution and a BatchNorm, or an activation follows no BatchNorm.
     """
     own = model.state_dict()
     scales = {name for name in own if name.endswith(".scale")}
@@ -283,10 +293,13 @@ def start_from_float(
     model.load_state_dict({**own, **state}, strict=True)
 
     steps = trace(model)
-    first, norm = [s.layer for s in steps if isinstance(s.layer, (nn.Conv2d, nn.BatchNorm2d))][:2]
-    assert isinstance(first, QuantConv2d)
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.running_mean is not None
+    found = [s for s in steps if isinstance(s.layer, (nn.Conv2d, nn.BatchNorm2d))][:2]
+    first, norm = [s.layer for s in found] if len(found) == 2 else (None, None)
+    if not (isinstance(first, QuantConv2d) and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None):
+        raise ModelError(
+            f"{found[0].name if found else type(model).__name__}: a quantized model has to begin with a quantized "
+            "convolution and a BatchNorm, which take over the normalisation of the images"
+        )
     std_values = torch.tensor(std, device=first.weight.device, dtype=torch.float32).view(1, -1, 1, 1)
     mean_values = torch.tensor(mean, device=first.weight.device, dtype=torch.float32).view(1, -1, 1, 1)
     first.weight.div_(std_values)
