@@ -168,6 +168,35 @@ def test_builders_of_any_kind_are_registered_if_their_options_have_names() -> No
         register_model("loose", summary="of tests")(lambda num_classes, in_chans, **options: nn.Identity())
 
 
+def test_builders_that_could_not_be_called_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^model 'fixed': the builder has no argument num_classes: it is called with "
+    ):
+        register_model("fixed", summary="of tests")(lambda in_chans: nn.Identity())
+    says = "^model 'fixed': the builder has no argument in_chans: it is called with num_classes, in_chans$"
+    with pytest.raises(ValueError, match=says):
+        register_model("fixed", summary="of tests")(lambda num_classes: nn.Identity())
+    with pytest.raises(ValueError, match=r"no argument num_classes: it is called with num_classes, in_chans$"):
+        register_model("fixed", summary="of tests")(lambda num_classes, /, in_chans: nn.Identity())
+    with pytest.raises(ValueError, match=r"no argument a_bits: .* with num_classes, in_chans, w_bits, a_bits$"):
+        register_model("fixed", summary="of tests", quantized=True)(lambda num_classes, in_chans, w_bits: nn.Identity())
+    assert "fixed" not in model_names()
+
+
+def test_what_a_builder_lacks_or_forgets_to_return_is_named() -> None:
+    def build(num_classes: int, in_chans: int, width: int) -> nn.Module:
+        nn.Linear(in_chans, width)
+        return None  # type: ignore[return-value]
+
+    register_model("forgets", summary="of tests")(build)
+    try:
+        assert refusal("forgets") == "forgets needs width: its builder has no default for it: give width="
+        says = "forgets: its builder returned NoneType, not a module: have it return the model"
+        assert refusal("forgets", width=2) == says
+    finally:
+        unregister_model("forgets")
+
+
 class Tokens(nn.Module):
     """A linear layer on 16 tokens, and a convolution that is called twice."""
 

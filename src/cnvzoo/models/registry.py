@@ -104,7 +104,8 @@ def register_model(
 
     Raises:
         ValueError: the name has other characters than letters, digits, `_` and `-`; another builder has it, which
-            `unregister_model` frees; or the builder takes `*args` or `**kwargs`, so that its options are not known.
+            `unregister_model` frees; the builder takes `*args` or `**kwargs`, so that its options are not known; or it
+            does not take `num_classes`, `in_chans` and, of a quantized model, `w_bits` and `a_bits`.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(f"model {name!r}: give a name of letters, digits, _ and -: a dot separates model and dataset")
@@ -117,6 +118,12 @@ def register_model(
         parameters = inspect.signature(build).parameters
         if unnamed := [str(p) for p in parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]:
             raise ValueError(f"model {name!r}: the builder takes {unnamed[0]}: name each of its options")
+        given = _COMMON if quantized else _COMMON[:2]
+        by_name = [key for key, p in parameters.items() if p.kind is not p.POSITIONAL_ONLY]
+        if lacking := [key for key in given if key not in by_name]:
+            raise ValueError(
+                f"model {name!r}: the builder has no argument {lacking[0]}: it is called with {', '.join(given)}"
+            )
         options = tuple(p for p in parameters if p not in _COMMON)
         _REGISTRY[name] = ModelSpec(
             name,
@@ -209,7 +216,17 @@ def build_model(
     arguments = {"num_classes": num_classes, "in_chans": in_chans, **kwargs}
     for key, value in arguments.items():  # numpy's whole numbers become Python's, which JSON and pickle take
         arguments[key] = value if (number := whole_number(value)) is None else number
-    return _described(spec.build(**arguments), spec, arguments)
+    if lacking := [option for option in _required(spec.build) if option not in arguments]:
+        raise ModelError(f"{name} needs {lacking[0]}: its builder has no default for it: give {lacking[0]}=")
+    model = spec.build(**arguments)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{name}: its builder returned {type(model).__name__}, not a module: have it return the model")
+    return _described(model, spec, arguments)
+
+
+def _required(build: Callable[..., nn.Module]) -> list[str]:
+    """The names of a builder's arguments without a default."""
+    return [p.name for p in inspect.signature(build).parameters.values() if p.default is p.empty]
 
 
 def _described(model: nn.Module, spec: ModelSpec, arguments: dict[str, Any]) -> Classifier:
