@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from typing import cast
 
 import numpy as np
@@ -250,6 +251,44 @@ def test_a_field_number_that_protobuf_shortens_is_refused():
     content = field(7, field(5, field(EXTERNAL_DATA + (1 << 29), entry)))
     with pytest.raises(DeployError, match=r"^m\.onnx: not an ONNX file: a field number is out of range$"):
         read_properties(content, "m.onnx")
+
+
+def _message(number: int, content: bytes) -> bytes:
+    """A field that is a message."""
+    size, length = len(content), bytearray()
+    while size > 0x7F:
+        length.append(size & 0x7F | 0x80)
+        size >>= 7
+    return bytes([number << 3 | 2, *length, size]) + content
+
+
+def test_a_file_of_many_empty_messages_is_checked_in_little_memory():
+    content = _message(7, _message(1, b"") * 100_000)  # nodes of a graph
+    tracemalloc.start()
+    try:
+        assert read_properties(content, "m.onnx") == {}
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_is_too_deep_for_protobuf_is_refused():
+    content = _message(1, b"")
+    for _ in range(33):  # a graph with a node with an attribute with a graph
+        content = _message(1, _message(5, _message(6, content)))
+    content = _message(7, content)
+    with pytest.raises(DeployError, match=r"^m\.onnx: not an ONNX file: its messages are more than 100 deep$"):
+        read_properties(content, "m.onnx")
+
+
+def test_a_file_that_is_too_large_for_protobuf_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "large.onnx"
+    path.touch()
+    os.truncate(path, 1 << 31)
+    with pytest.raises(DeployError) as error:
+        cnvzoo.deploy.load(path)
+    says = "2,147,483,648 bytes, where an ONNX file has at most 2,147,483,647: export it again"
+    assert str(error.value) == f"{path}: {says}"
 
 
 def test_a_file_that_cnvzoo_did_not_export_is_refused(tmp_path):

@@ -29,6 +29,8 @@ _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf's types of values
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 _LONGEST_VARINT = 10  # bytes
+_DEEPEST = 100  # messages in each other; protobuf reads no more
+LARGEST = (1 << 31) - 1  # bytes; protobuf reads no more
 
 
 def read_properties(content: bytes, source: str) -> dict[str, str]:
@@ -65,15 +67,29 @@ def _is_external(tensor: memoryview) -> bool:
 
 
 def _messages(content: memoryview) -> Iterator[tuple[str, memoryview]]:
-    """The type and the bytes of every message that has a type in MESSAGES or is one of their fields."""
-    waiting = [("Model", content)]
-    while waiting:
-        kind, message = waiting.pop()
-        yield kind, message
-        fields = MESSAGES.get(kind, {})
-        for number, value in _fields(message) if fields else ():
-            if number in fields and isinstance(value, memoryview):
-                waiting.append((fields[number], value))
+    """The type and the bytes of every message that has a type in MESSAGES or is one of their fields; no empty ones.
+
+    Only the messages around the current one are kept, since a small file can have very many.
+    """
+    around = [_children("Model", content)]
+    while around:
+        found = next(around[-1], None)
+        if found is None:
+            around.pop()
+            continue
+        yield found
+        if found[0] in MESSAGES:
+            if len(around) == _DEEPEST:
+                raise ValueError(f"its messages are more than {_DEEPEST} deep")
+            around.append(_children(*found))
+
+
+def _children(kind: str, message: memoryview) -> Iterator[tuple[str, memoryview]]:
+    """The type and the bytes of the messages in a message of type `kind` that are to be visited."""
+    fields = MESSAGES[kind]
+    for number, value in _fields(message):
+        if number in fields and isinstance(value, memoryview) and value:
+            yield fields[number], value
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from cnvzoo_runtime.images import normalize, prepare
 from cnvzoo_runtime.metadata import KEY, DeployError, Metadata, is_printable
-from cnvzoo_runtime.onnx_file import read_properties
+from cnvzoo_runtime.onnx_file import LARGEST, read_properties
 from cnvzoo_runtime.sessions import Graphs
 
 if TYPE_CHECKING:
@@ -174,7 +174,11 @@ def _read(path: str | Path) -> tuple[Path, bytes, Metadata]:
     """The path of an exported file with the home folder in place of `~`, its content, and its metadata."""
     try:
         path = Path(path).expanduser()
+        if (size := path.stat().st_size) > LARGEST:
+            raise DeployError(f"{path}: {size:,} bytes, where an ONNX file has at most {LARGEST:,}: export it again")
         content = path.read_bytes()
+    except DeployError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # an unknown user's home folder, or a zero byte
         reason = getattr(error, "strerror", None) or error
         shown = path if is_printable(str(path)) else repr(str(path))
