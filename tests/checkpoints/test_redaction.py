@@ -16,7 +16,7 @@ import cnvzoo
 from cnvzoo.checkpoints.format import CheckpointError, FileFacts, StoreError
 from cnvzoo.checkpoints.huggingface import HubStore
 from cnvzoo.checkpoints.locations import open_store
-from cnvzoo.checkpoints.retry import RetryPolicy, redacted
+from cnvzoo.checkpoints.retry import RetryPolicy, _quoted, redacted
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own upload
 
@@ -55,6 +55,22 @@ def test_the_time_is_in_proportion_to_the_text() -> None:
     start = time.process_time()
     assert redacted(text) == text
     assert time.process_time() - start < 1
+
+
+def test_a_long_message_is_quoted_in_little_time() -> None:
+    start = time.process_time()
+    assert _quoted("no route " + "a://b:" * 20_000) == "no route"
+    assert _quoted("no route " * 20_000) == ("no route " * 40)[:300]
+    assert time.process_time() - start < 1
+
+
+def test_a_message_is_not_cut_within_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first URL becomes so short that the end of the cut text is quoted."""
+    monkeypatch.setenv("HF_TOKEN", OPAQUE)
+    for secret in (f"https://user:{'s3cret' * 99}@host", OPAQUE, "hf_s3crets3cret"):
+        for shift in range(20):
+            found = _quoted(f"https://u:{'p' * (3970 + shift)}@h {secret} end")
+            assert not any(part in found for part in ("s3cret", "c0ff", "user", "pp"))
 
 
 def everything_printed(error: BaseException, caplog: pytest.LogCaptureFixture) -> str:

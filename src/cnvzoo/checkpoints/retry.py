@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _LONGEST_QUOTE = 300  # characters
+_LONGEST_REDACTED = 4000  # characters; the time of redacting may grow with their square
 _DISK_PROBLEMS = frozenset((errno.EROFS, errno.ENOSPC, errno.EDQUOT))
 _OTHER_STORE = "choose a directory with hub= or CNVZOO_HUB"
 
 # User and password in a URL. A password may have an unescaped @ or /; host:port/path@x is not one. The length of the
 # scheme is limited, so that the time is in proportion to that of the text.
 _USER = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30}:/+)([^\s/?#\"<>]*|[^\s/?#\"<>:]*:(?!\d+/)[^\s\"<>]*)@")
+_END_OF_PASSWORD = re.compile(r"[\s\"<>]")  # what none has
 _HEADER = re.compile(
     r"((?:proxy-)?authorization[\"']?\s*[:=,]\s*[\"']?)(?:(?:bearer|basic|digest|token)\s+)?[^\s\"',;)}\]]+",
     re.IGNORECASE,
@@ -159,8 +161,13 @@ def _quoted(message: object) -> str:
     """A message of the server or the HTTP client: on one line, without credentials and control characters, cut."""
     from huggingface_hub import get_token
 
-    token = get_token()
-    text = " ".join(redacted(str(message), [token] if token else []).split())
+    text, token = str(message), get_token()
+    if token:
+        text = text.replace(token, "***")  # before the cut, which could leave a part of it
+    if len(text) > _LONGEST_REDACTED:  # without the last word, since a password ends with the @ that was cut off
+        text = text[:_LONGEST_REDACTED]
+        text = text[: max((found.end() for found in _END_OF_PASSWORD.finditer(text)), default=0)]
+    text = " ".join(redacted(text).split())
     return "".join(character if character.isprintable() else "?" for character in text)[:_LONGEST_QUOTE]
 
 
