@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -93,23 +93,29 @@ def error_at(key: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("at_key", "{message}", {"key": key, "message": message})
 
 
-def explain_with_lines(error: ValidationError, model: type[BaseModel], where: Where, source: str) -> str:
+def explain_with_lines(
+    error: ValidationError, model: type[BaseModel], where: Where, source: str, keys: Sequence[str] | None = None
+) -> str:
     """The mistakes that pydantic found in the values of a file, one line each, with place, key and remedy.
 
     Args:
         error: from the validation as `model`. Errors of the type "at_key" have the wrong `key` in their context.
         model: the type that the values were validated as.
         where: places of the keys; `source` is named for a key that has none.
+        keys: the keys that a file may have at its top, where they are not those of `model`.
     """
-    return "\n".join(_explain(dict(mistake), model, where, source) for mistake in error.errors())
+    return "\n".join(_explain(dict(mistake), model, where, source, keys) for mistake in error.errors())
 
 
-def _explain(mistake: dict[str, Any], model: type[BaseModel], where: Where, source: str) -> str:
+def _explain(
+    mistake: dict[str, Any], model: type[BaseModel], where: Where, source: str, keys: Sequence[str] | None
+) -> str:
     inner = mistake["ctx"]["key"].split(".") if mistake["type"] == "at_key" else []
     path = tuple(str(part) for part in (*mistake["loc"], *inner))
     place, key = place_of(where, path, source), ".".join(path)
     if mistake["type"] == "extra_forbidden":
-        return f"{place}: {key}: unknown key: {nearest(path[-1], _keys(model, path[:-1]))}"
+        choices = _keys(model, path[:-1]) if keys is None or len(path) > 1 else keys
+        return f"{place}: {key}: unknown key: {nearest(path[-1], choices)}"
     if mistake["type"] == "missing":
         return f"{place}: {key}: missing: add it"
     message = mistake["msg"].removeprefix("Value error, ")

@@ -332,6 +332,16 @@ def test_an_unknown_key_of_an_optional_section_is_refused_with_the_nearest(tmp_p
     assert f"{path}:12: early_crops.sied: unknown key: did you mean 'side'? Choices: side, epochs" in said
 
 
+def test_an_unknown_key_is_refused_with_the_keys_that_a_file_may_have(tmp_path: Path) -> None:
+    said = error(path := write(tmp_path, "extend: _base.yaml\n" + RESNET))
+    hint, _, choices = said.partition(" Choices: ")
+    assert hint == f"{path}:1: extend: unknown key: did you mean 'extends' or 'seed'?"
+    filled_in = {"name", "float_start_sha256", "teacher_sha256"}
+    assert set(choices.split(", ")) == {"extends", *Recipe.model_fields} - filled_in
+    with pytest.raises(RecipeError, match=r"^here: unknown: unknown key: Choices: name, model, [^\n]*teacher_sha256"):
+        recipe_from_dict(load_recipe(write(tmp_path, RESNET)).model_dump(mode="json") | {"unknown": 1}, "here")
+
+
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     assert error(tmp_path / "nowhere.yaml") == f"{tmp_path / 'nowhere.yaml'}: no such recipe"
 

@@ -636,6 +636,13 @@ def test_a_loss_of_either_infinity_stops_the_run(loss: float, tmp_path: Path, mo
         run(recipe(), tmp_path)
 
 
+def test_bits_of_a_layer_that_the_model_lacks_are_refused_with_the_recipe(tmp_path: Path) -> None:
+    wanted = recipe(**CNV_BITS, bits={"nolayer": [2, 2]})
+    says = r"^mnist_resnet8: bits: no quantized layer is called 'nolayer': [^\n]*Choices: features\.0, [^\n]*$"
+    with pytest.raises(RunError, match=says):
+        run(wanted, tmp_path)
+
+
 def test_a_batch_larger_than_the_training_set_is_refused(tmp_path: Path) -> None:
     says = "mnist_resnet8: batch_size: 49: must be at most 48, the training images of mnist"
     with pytest.raises(RecipeError, match=f"^{says}$"):

@@ -16,6 +16,7 @@ from torch import nn
 
 from cnvzoo.data.datasets import Dataset
 from cnvzoo.data.published import DatasetInfo
+from cnvzoo.errors import ModelError
 from cnvzoo.files import sha256_of
 from cnvzoo.models.layers import initialized_from, without_initialization
 from cnvzoo.models.registry import build_model, model_spec
@@ -67,12 +68,20 @@ def describe_inputs(recipe: Recipe, purpose: str, files: Sequence[str | Path]) -
 def initial_model(
     recipe: Recipe, data: Dataset, float_start: str | Path | None, start: StartingModel | None
 ) -> nn.Module:
-    """The model as the seed initialises it, or with the weights that it starts from, in channels_last."""
-    with initialized_from(recipe.seed):
-        model = start.build(data.info).train() if start else build_model(
-            recipe.model, num_classes=data.info.num_classes, in_chans=data.info.in_chans,
-            **recipe.bit_widths,
-        )  # fmt: skip
+    """The model as the seed initialises it, or with the weights that it starts from, in channels_last.
+
+    Raises:
+        RunError: the model cannot be built as the recipe says, for example because no layer has a name in `bits`, or
+            the weights are not those that it starts from.
+    """
+    try:
+        with initialized_from(recipe.seed):
+            model = start.build(data.info).train() if start else build_model(
+                recipe.model, num_classes=data.info.num_classes, in_chans=data.info.in_chans,
+                **recipe.bit_widths,
+            )  # fmt: skip
+    except ModelError as error:
+        raise RunError(f"{recipe.name}: {error}") from None
     if recipe.float_start and float_start:
         from cnvzoo.models.quant_layers import start_from_float
 

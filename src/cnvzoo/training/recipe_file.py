@@ -25,6 +25,7 @@ _FILLED_IN = {
     "float_start_sha256": "it follows from float_start",
     "teacher_sha256": "it follows from teacher",
 }
+_IN_A_FILE = ("extends", *(key for key in Recipe.model_fields if key not in _FILLED_IN))
 
 
 def load_recipe(recipe: str | Path) -> Recipe:
@@ -87,7 +88,8 @@ def recipe_from_dict(values: dict[str, Any], source: str, where: Where | None = 
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(explain_with_lines(error, Recipe, where or {}, source)) from None
+        keys = _IN_A_FILE if where is not None else None
+        raise RecipeError(explain_with_lines(error, Recipe, where or {}, source, keys)) from None
     except CnvzooError as error:
         raise RecipeError(f"{source}: {error}") from None
 
