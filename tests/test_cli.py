@@ -22,11 +22,13 @@ from cnvzoo.checkpoints.index import list_checkpoints
 from cnvzoo.checkpoints.publish import write_card
 from cnvzoo.checkpoints.verify import verify
 from cnvzoo.cli import main
+from cnvzoo.cli.options import LARGEST
 from cnvzoo.cli.output import print_json
 from cnvzoo.data import Preprocessing, published
 from cnvzoo.data.published import list_datasets
 from cnvzoo.errors import CnvzooError, DatasetError, ModelError, in_a_line
 from cnvzoo.files import sha256_of
+from cnvzoo.models import classifier
 from cnvzoo.models.registry import unregister_model
 from cnvzoo.train_and_save import save_checkpoint
 from cnvzoo.training import Recipe, RunRecord
@@ -326,6 +328,24 @@ class TestInfo:
         said = cnvzoo("info", "resnet20", "--num-classes", 10).said
         assert "parameters 272,474" in said
         assert "input 3 x 32 x 32" in said
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ("info", "cnv", "--num-classes", 10**18),
+            ("info", "cnv", "--in-chans", 10**18),
+            ("info", "cnv", "--input-size", 10**10),
+            ("eval", "cnv.mnist", "--threads", 5 * 10**9),
+        ],
+    )
+    def test_numbers_beyond_any_memory_are_refused(self, cnvzoo, command):
+        option = command[2]
+        most = 4096 if option == "--threads" else LARGEST[option.removeprefix("--").replace("-", "_")]
+        result = cnvzoo(*command)
+        assert result.status == 2
+        said = " ".join(result.said.replace("│", " ").split())
+        assert f"Invalid value for '{option}': Input should be less than or equal to {most}" in said
+        assert classifier.LARGEST == LARGEST
 
     def test_weight_bytes_follow_the_bit_width(self, cnvzoo):
         def weight_bytes(bits: int) -> int:

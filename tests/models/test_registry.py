@@ -111,6 +111,15 @@ def test_counts_below_one() -> None:
     assert "in_chans=0" in refusal("cnv", in_chans=0)
 
 
+@pytest.mark.parametrize(
+    ("argument", "most"), [("num_classes", "1,000,000"), ("in_chans", "10,000"), ("input_size", "4,096")]
+)
+def test_counts_beyond_any_memory(argument: str, most: str) -> None:
+    for count in (int(most.replace(",", "")) + 1, 10**18):
+        with pytest.raises(ModelError, match=f"^{argument}={count}: {most} at most$"):
+            model_info("cnv", **{argument: count})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["cnv", "quant_cnv"])
 def test_cnv_refuses_28x28(name: str) -> None:
     bits = {"w_bits": 2, "a_bits": 2} if name == "quant_cnv" else {}

@@ -10,7 +10,7 @@ import typer
 import cnvzoo
 from cnvzoo.cli.app import app
 from cnvzoo.cli.imports import Import
-from cnvzoo.cli.options import Bits, Hub, Json, dataset_names, model_names
+from cnvzoo.cli.options import LARGEST, Bits, Hub, Json, dataset_names, model_names
 from cnvzoo.cli.output import Column, print_json, print_table
 from cnvzoo.errors import CnvzooError
 
@@ -130,15 +130,28 @@ def info(
     w_bits: Bits = None,
     a_bits: Bits = None,
     num_classes: Annotated[
-        int | None, typer.Option(min=1, help="Number of classes; default that of the dataset in the name, else 10.")
+        int | None,
+        typer.Option(
+            min=1,
+            max=LARGEST["num_classes"],
+            help="Number of classes; default that of the dataset in the name, else 10.",
+        ),
     ] = None,
     in_chans: Annotated[
         int | None,
-        typer.Option(min=1, help="Image channels: 3 for colour, 1 for grey; default that of the dataset, else 3."),
+        typer.Option(
+            min=1,
+            max=LARGEST["in_chans"],
+            help="Image channels: 3 for colour, 1 for grey; default that of the dataset, else 3.",
+        ),
     ] = None,
     input_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Height and width at which MACs are counted; default the checkpoint's, else 32."),
+        typer.Option(
+            min=1,
+            max=LARGEST["input_size"],
+            help="Height and width at which MACs are counted; default the checkpoint's, else 32.",
+        ),
     ] = None,
     hub: Hub = None,
     imported: Import = None,

@@ -24,8 +24,10 @@ Hub = Annotated[
         "Hugging Face Hub."
     ),
 ]
+LARGEST = {"num_classes": 1_000_000, "in_chans": 10_000, "input_size": 4096}  # as of the models; a test compares
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads of a CPU; default as torch chooses. The bits depend on them.")
+    int | None,
+    typer.Option(min=1, max=4096, help="Threads of a CPU; default as torch chooses. The bits depend on them."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 

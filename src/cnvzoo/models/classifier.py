@@ -254,11 +254,17 @@ def check_layer_bits(bits: Any, model: str) -> dict[str, list[int | None]]:
     return found
 
 
+# more than any use; numbers far beyond need more memory than there is
+LARGEST = {"num_classes": 1_000_000, "in_chans": 10_000, "input_size": 4096}
+
+
 def check_count(argument: str, count: Any, remedy: str, *, least: int = 1) -> int:
-    """Return `count` as an int if it is a whole number of at least `least`, else raise ModelError."""
+    """Return `count` as an int if it is a whole number from `least` to that of `LARGEST`, else raise ModelError."""
     number = whole_number(count)
     if number is None:
         raise ModelError(f"{argument}={count!r} is not a whole number: {remedy}")
     if number < least:
         raise ModelError(f"{argument}={number}: {remedy}")
+    if number > LARGEST[argument]:
+        raise ModelError(f"{argument}={number}: {LARGEST[argument]:,} at most")
     return number
