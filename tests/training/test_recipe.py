@@ -342,6 +342,12 @@ def test_an_unknown_key_is_refused_with_the_keys_that_a_file_may_have(tmp_path: 
         recipe_from_dict(load_recipe(write(tmp_path, RESNET)).model_dump(mode="json") | {"unknown": 1}, "here")
 
 
+def test_a_recipe_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, RESNET)
+    assert load_recipe("~/entry.yaml") == load_recipe(Path("~/entry.yaml")) == load_recipe(tmp_path / "entry.yaml")
+
+
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
     assert error(tmp_path / "nowhere.yaml") == f"{tmp_path / 'nowhere.yaml'}: no such recipe"
 

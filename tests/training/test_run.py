@@ -521,6 +521,17 @@ def test_missing_weights_are_refused_with_the_entry_to_train(
     assert str(path or "no file") in str(caught.value)
 
 
+@pytest.mark.parametrize("purpose", NEEDS)
+def test_weights_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, purpose: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    damaged(tmp_path / "weights.safetensors")  # found, and refused when it is read
+    weights: dict[str, Any] = {purpose: "~/weights.safetensors"}
+    with pytest.raises(
+        RunError, match=f"^{NEEDS[purpose].get('name', 'mnist_resnet8')}: {tmp_path}/weights.safetensors: "
+    ):
+        run(recipe(**NEEDS[purpose]), tmp_path / "run", **weights)
+
+
 def weights_of(model: str, **arguments: Any) -> dict[str, torch.Tensor]:
     return {name: t.contiguous() for name, t in build_model(model, **arguments).state_dict().items()}
 

@@ -80,7 +80,7 @@ def run_recipe(
 
     Args:
         recipe: what to train.
-        run_dir: folder of this run alone; a leading `~` is the home folder.
+        run_dir: folder of this run alone; here and in other paths, a leading `~` is the home folder.
         seed: replaces the recipe's; 0 to 2**63 - 1.
         device: `auto`, or anything torch.device takes.
         epochs: replaces the recipe's; another number makes the run a trial.
@@ -130,7 +130,8 @@ def run_recipe(
     check_validation(recipe, validate, holdout)
     watch = Watch.of(recipe, epochs, on_epoch, log, tensorboard)
     target = resolve_device(device)
-    teachers = [teacher] if isinstance(teacher, (str, Path)) else teacher or []
+    float_start = None if float_start is None else expanded(float_start)
+    teachers = [expanded(path) for path in ([teacher] if isinstance(teacher, (str, Path)) else teacher or [])]
     started_from = describe_inputs(recipe, "float_start", [] if float_start is None else [float_start])
     taught_by = describe_inputs(recipe, "teacher", teachers)
     if recipe.start != (start.checkpoint if start else None):
