@@ -326,6 +326,16 @@ def test_quantize_takes_a_loaded_dataset() -> None:
         cnvzoo.quantize(model, w_bits=4, a_bits=4, dataset=3)  # type: ignore[arg-type]
 
 
+def test_quantize_asks_to_load_own_images() -> None:
+    model = cnvzoo.create_model("resnet20")
+    with pytest.raises(
+        ModelError, match=r"^dataset='\./photos': load it: dataset=cnvzoo\.load_dataset\('\./photos'\)$"
+    ):
+        cnvzoo.quantize(model, w_bits=4, a_bits=4, dataset="./photos")
+    with pytest.raises(ModelError, match=r"^dataset=\w+\('photos'\): load it: dataset=cnvzoo\.load_dataset\("):
+        cnvzoo.quantize(model, w_bits=4, a_bits=4, dataset=Path("photos"))  # type: ignore[arg-type]
+
+
 def test_quantize_refuses_an_unknown_dataset_for_quantized_models_too() -> None:
     for model in (cnvzoo.create_model("cnv"), cnvzoo.create_model("quant_cnv", w_bits=4, a_bits=4)):
         with pytest.raises(cnvzoo.DatasetError, match="unknown dataset 'cifar11': did you mean 'cifar10'"):

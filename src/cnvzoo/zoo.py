@@ -12,7 +12,7 @@ from torch import nn
 from cnvzoo.checkpoints.index import list_checkpoints, matches
 from cnvzoo.checkpoints.load import load_checkpoint, parse_name
 from cnvzoo.checkpoints.locations import choose_checkpoint, is_path, own_checkpoint
-from cnvzoo.data.datasets import Dataset
+from cnvzoo.data.datasets import Dataset, is_dataset_path
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import dataset_info
 from cnvzoo.errors import ModelError
@@ -173,6 +173,8 @@ def quantize(
             f"{type(source).__name__} has no quantized twin: a model registered with quantized=True and float_twin="
         )
     channels, like = source.in_chans, next(source.parameters())
+    if isinstance(preprocessing, (str, Path)) and is_dataset_path(preprocessing):
+        raise ModelError(f"dataset={preprocessing!r}: load it: dataset=cnvzoo.load_dataset({preprocessing!r})")
     if isinstance(preprocessing, str):
         preprocessing = preprocessing_of(source.spec.name, preprocessing)
     elif isinstance(preprocessing, Dataset):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cnvzoo.data import Dataset, DatasetError, load_dataset
+from cnvzoo.data import Dataset, DatasetError, dataset_info, load_dataset
 from cnvzoo_runtime.images import prepare
 
 
@@ -219,6 +219,8 @@ def test_a_folder_of_the_name_that_was_given_is_pointed_out(photos: Path, monkey
     monkeypatch.chdir(photos)
     with pytest.raises(DatasetError, match=r"^unknown dataset 'train': .*; the folder or file here is './train'$"):
         load_dataset("train")
+    with pytest.raises(DatasetError, match=r"^unknown dataset '\./train': Choices: mnist, [^;]*$"):
+        dataset_info("./train")  # a path already
 
 
 def test_arrays_are_on_the_cpu_whatever_the_default_device() -> None:

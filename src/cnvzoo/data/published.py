@@ -150,7 +150,8 @@ def dataset_info(name: str) -> DatasetInfo:
         DatasetError: no such dataset.
     """
     if name not in DATASETS:
-        here = f"; the folder or file here is './{name}'" if name and os.path.exists(name) else ""
+        is_here = name and os.path.basename(name) == name and os.path.exists(name)
+        here = f"; the folder or file here is './{name}'" if is_here else ""
         raise DatasetError(f"unknown dataset {name!r}: {nearest(name, DATASETS)}{here}")
     return DATASETS[name]
 
