@@ -120,6 +120,17 @@ def test_a_changed_file_of_any_name_fails(published, name: str) -> None:
     assert name in verify(folder)[0].problem
 
 
+def test_by_its_path_a_checkpoint_is_compared_with_its_own_config(published) -> None:
+    folder = published()
+    (folder / "README.md").write_text("another")
+    by_name, by_path = (cnvzoo.verify(c, hub=folder.parent, device="cpu")[0].problem for c in (folder.name, folder))
+    assert str(folder / "README.md") in by_name
+    assert by_path is None
+    assert "is compared with its own config.json instead of the" in str(cnvzoo.verify.__doc__)
+    (folder / "model.safetensors").write_bytes(b"")
+    assert str(folder / "model.safetensors") in cnvzoo.verify(folder, device="cpu")[0].problem
+
+
 @pytest.mark.parametrize("file", ["README.md", "config.json", "model.safetensors"])
 def test_one_flipped_bit_in_any_published_file_is_found(tmp_path: Path, file: str) -> None:
     hub, rng = tmp_path / "hub", random.Random(0)

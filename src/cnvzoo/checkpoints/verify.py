@@ -1,4 +1,4 @@
-"""Verifying published checkpoints: the bytes of their files, and their accuracy on the test set."""
+"""Verifying checkpoints: the bytes of their files, and their accuracy on the test set."""
 
 from __future__ import annotations
 
@@ -58,6 +58,10 @@ def verify(
 
     On the kind of machine that published a checkpoint (same device or processor and instruction set, same version of
     torch) the number of correct images must be the same, elsewhere it may differ by `ALLOWED_ELSEWHERE` images.
+
+    A checkpoint that is given by its path, or is not published, is compared with its own config.json instead of the
+    index, also where its name is that of a published one: its weights with the sha256 there, its accuracy with the
+    number there. That shows damage, and not whether these are the published files.
 
     Args:
         checkpoints: one or several names, or paths of folders; None for all published ones.

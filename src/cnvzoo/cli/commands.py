@@ -259,7 +259,8 @@ def verify(
     """Compare files of checkpoints with the index, and their test scores with the published ones.
 
     The number of correct images must equal the published one on the kind of machine that published it; elsewhere it
-    may differ by a few images. The exit status is 1 if anything differs or cannot be compared.
+    may differ by a few images. The exit status is 1 if anything differs or cannot be compared. A checkpoint given by
+    its path is compared with its own config.json instead of the index, also one with the name of a published one.
 
     Example: `cnvzoo verify cnv.mnist`, or `cnvzoo verify --all`
     """
