@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ from types import ModuleType
 import pytest
 
 import cnvzoo
+import cnvzoo.data
+import cnvzoo.training
 import cnvzoo_runtime
 
 SOURCE = Path(cnvzoo.__file__).parent
@@ -131,10 +135,20 @@ def test_public_names_are_listed_imported_for_types_and_defined(package: ModuleT
 
 
 def test_what_the_runtime_defines_is_the_same_in_both_packages() -> None:
-    for name in ("CnvzooError", "Metadata", "Prediction"):
+    for name in ("CnvzooError", "ImageError", "Metadata", "Prediction"):
         assert getattr(cnvzoo, name) is getattr(cnvzoo_runtime, name)
     assert issubclass(cnvzoo_runtime.DeployError, cnvzoo.CnvzooError)
     assert issubclass(cnvzoo_runtime.ImageError, cnvzoo.CnvzooError)
+
+
+def test_every_error_that_the_docstrings_of_public_functions_name_is_public() -> None:
+    modules = (cnvzoo, cnvzoo.data, cnvzoo.training, cnvzoo_runtime, builtins)
+    public = {name for module in modules for name in dir(module)}
+    for name in cnvzoo.__all__:
+        value = getattr(cnvzoo, name)
+        if value.__module__.startswith("cnvzoo"):
+            named = re.findall(r"^ +(\w+Error):", value.__doc__ or "", re.MULTILINE)
+            assert set(named) <= public, name
 
 
 def modules_after(code: str) -> set[str]:

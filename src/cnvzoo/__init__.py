@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cnvzoo.checkpoints.format import CheckpointConfig, CheckpointError
+    from cnvzoo.checkpoints.format import CheckpointConfig, CheckpointError, StoreError
     from cnvzoo.checkpoints.index import CheckpointInfo, list_checkpoints
     from cnvzoo.checkpoints.load import load_checkpoint
     from cnvzoo.checkpoints.publish import publish, write_card
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from cnvzoo.data.datasets import Dataset, load_dataset
     from cnvzoo.data.preprocessing import Preprocessing
     from cnvzoo.data.published import DatasetInfo, list_datasets
-    from cnvzoo.deploy import Metadata, Prediction
+    from cnvzoo.deploy import ImageError, Metadata, Prediction
     from cnvzoo.deploy.export import export
     from cnvzoo.errors import CnvzooError, DatasetError, ModelError
+    from cnvzoo.files import FileError
     from cnvzoo.inference import predict, transforms
     from cnvzoo.models.classifier import Classifier
     from cnvzoo.models.integers import IntegerWeight, integer_weights, quantize_bias
@@ -52,6 +53,8 @@ __all__ = [
     "DatasetInfo",
     "EpochReport",
     "Evaluation",
+    "FileError",
+    "ImageError",
     "IntegerWeight",
     "Metadata",
     "ModelError",
@@ -61,6 +64,7 @@ __all__ = [
     "Publication",
     "Recipe",
     "RunRecord",
+    "StoreError",
     "TrainResult",
     "Verification",
     "create_model",
@@ -92,6 +96,7 @@ _MODULES = {  # with the public names that each defines
     "checkpoints.format": (
         "CheckpointConfig",
         "CheckpointError",
+        "StoreError",
     ),
     "checkpoints.index": (
         "CheckpointInfo",
@@ -117,6 +122,7 @@ _MODULES = {  # with the public names that each defines
         "list_datasets",
     ),
     "deploy": (
+        "ImageError",
         "Metadata",
         "Prediction",
     ),
@@ -126,6 +132,7 @@ _MODULES = {  # with the public names that each defines
         "DatasetError",
         "ModelError",
     ),
+    "files": ("FileError",),
     "inference": (
         "predict",
         "transforms",

@@ -58,8 +58,8 @@ def publish(
 
     Args:
         checkpoints: one or several names in `hub`, or paths of folders.
-        to: an open store, a directory, or `hf://ORG` for the model repositories `ORG/<name>`. Missing repositories are
-            created. Log in with `hf auth login` first.
+        to: a directory, or `hf://ORG` for the model repositories `ORG/<name>`. Missing repositories are created. Log in
+            with `hf auth login` first.
         hub: directory of the named checkpoints; default `CNVZOO_HUB`, else the checkout's own `hub/`.
         message: commit message; default: name and accuracy.
         tag: tag to set at each commit, such as `v1`. An existing tag is never moved.

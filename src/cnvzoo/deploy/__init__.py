@@ -4,6 +4,6 @@ What runs the files is the package cnvzoo_runtime, which can be installed withou
 other modules write the files; call `cnvzoo.export`.
 """
 
-from cnvzoo_runtime import DeployedModel, DeployError, Metadata, Prediction, load
+from cnvzoo_runtime import DeployedModel, DeployError, ImageError, Metadata, Prediction, load
 
-__all__ = ["DeployError", "DeployedModel", "Metadata", "Prediction", "load"]
+__all__ = ["DeployError", "DeployedModel", "ImageError", "Metadata", "Prediction", "load"]
