@@ -99,6 +99,16 @@ def test_splits_have_the_same_classes(photos: Path, change, message: str | None)
         load_dataset(photos)
 
 
+def test_a_class_without_images_is_named(photos: Path) -> None:
+    (photos / "train" / "empty").mkdir()
+    with pytest.raises(DatasetError, match=r"/train: class 'empty' has no images: add some, or remove the folder$"):
+        load_dataset(photos / "train")
+    (photos / "train" / "none").mkdir()
+    says = r"/train: classes 'empty', 'none' have no images: add some, or remove the folders$"
+    with pytest.raises(DatasetError, match=says):
+        load_dataset(photos / "train")
+
+
 def test_folders_without_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"no images found: expected <class>/<image>, or train/<class>/<image>"):
         load_dataset(tmp_path)

@@ -67,15 +67,17 @@ def test_unknown_name_names_the_nearest_and_all(typed: str, meant: str | None) -
     ("argument", "bits", "nearest"),
     [
         ("w_bits", 0, 1), ("a_bits", 9, 8), ("first_w_bits", -3, 1), ("w_bits", 4.0, 4), ("a_bits", 3.7, 4),
-        ("w_bits", True, 1), ("a_bits", "4", None), ("first_w_bits", float("nan"), None),
+        ("w_bits", True, 1), ("a_bits", "4", 4), ("w_bits", "12", 8), ("w_bits", float("-inf"), 1),
+        ("first_w_bits", float("nan"), None), ("w_bits", "four", None), ("a_bits", (4,), None), ("a_bits", 10**400, 8),
     ],
 )  # fmt: skip
 def test_bits_that_are_not_1_to_8_are_refused(argument: str, bits: object, nearest: int | None) -> None:
     message = refusal("quant_cnv", **{"w_bits": 4, "a_bits": 4, argument: bits})
     assert f"{argument}={bits!r}" in message
     assert "whole number from 1 to 8" in message
-    if nearest is not None:
-        assert message.endswith(f"{argument}={nearest}")
+    model = "a quantized model" if argument == "first_w_bits" else "quant_cnv"
+    remedy = f": the nearest that {model} takes is {argument}={nearest}" if nearest is not None else ""
+    assert message.endswith(f"whole number from 1 to 8{remedy}")
 
 
 @pytest.mark.parametrize("missing", ["w_bits", "a_bits"])

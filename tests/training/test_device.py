@@ -33,6 +33,13 @@ def test_a_device_is_taken_by_name_or_as_it_is() -> None:
     assert resolve_device("cpu") == resolve_device(torch.device("cpu")) == torch.device("cpu")
 
 
+def test_what_is_no_device_is_refused_in_a_line() -> None:
+    for given, kind in ((None, "NoneType"), (1.5, "float")):
+        says = rf"^device '{given}' cannot be used \(of type {kind}\): use auto, cpu or cuda$"
+        with pytest.raises(CnvzooError, match=says):
+            resolve_device(given)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", [ABSENT, "gpu", "", "cpu:x"])
 def test_a_device_that_is_not_there_is_refused_with_the_choices(name: str) -> None:
     with pytest.raises(CnvzooError) as caught:

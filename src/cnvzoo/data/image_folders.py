@@ -64,7 +64,13 @@ def read_image_folder(root: Path, *, size: int | None = None, in_chans: int | No
     splits = _splits(root)
     classes = tuple(sorted({name for folders in splits.values() for name in folders}))
     for split, folders in splits.items():
-        if lacking := [name for name in classes if not folders.get(name)]:
+        lacking = [name for name in classes if not folders.get(name)]
+        if lacking and len(splits) == 1:
+            what = ("class", "has", "folder") if len(lacking) == 1 else ("classes", "have", "folders")
+            raise DatasetError(
+                f"{root}: {what[0]} {_listed(lacking)} {what[1]} no images: add some, or remove the {what[2]}"
+            )
+        if lacking:
             raise DatasetError(f"{root}: {split} has no images of {_listed(lacking)}: every split needs every class")
     if len(classes) < 2:
         raise DatasetError(

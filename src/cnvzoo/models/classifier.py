@@ -229,13 +229,22 @@ def check_bits(argument: str, bits: Any, model: str) -> int:
         raise ModelError(f"{model} needs {argument}: a whole number from {BITS[0]} to {BITS[-1]}")
     number = whole_number(bits)
     if number is None or number not in BITS:
-        near = number if number is not None else bits
-        close = round(min(max(BITS[0], near), BITS[-1])) if isinstance(near, (int, float)) else BITS[-1]
         raise ModelError(
-            f"{argument}={bits!r} is not a whole number from {BITS[0]} to {BITS[-1]}: "
-            f"the nearest that {model} takes is {argument}={close}"
+            f"{argument}={bits!r} is not a whole number from {BITS[0]} to {BITS[-1]}"
+            f"{_nearest_bits(argument, bits if number is None else number, model)}"
         )
     return number
+
+
+def _nearest_bits(argument: str, bits: Any, model: str) -> str:
+    """The remedy for a number out of range or in quotes; "" for anything else, which none is near."""
+    try:
+        near = float(bits) if isinstance(bits, str) else bits
+    except ValueError:
+        return ""
+    if not isinstance(near, (int, float)) or near != near:  # NaN
+        return ""
+    return f": the nearest that {model} takes is {argument}={round(min(max(BITS[0], near), BITS[-1]))}"
 
 
 def check_layer_bits(bits: Any, model: str) -> dict[str, list[int | None]]:

@@ -42,8 +42,9 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     try:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, TypeError) as error:
+        is_type = isinstance(error, TypeError)  # whose message lists all that torch.device takes
+        reason = f"of type {type(device).__name__}" if is_type else str(error).splitlines()[0]
         raise CnvzooError(f"device {str(device)!r} cannot be used ({reason}): use auto, cpu or cuda") from None
     return resolved
 
