@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytest
 import torch
 
+import cnvzoo
 from cnvzoo.models.compiled import compiles
 from cnvzoo.training.device import deterministic
-from cnvzoo.training.numerics import Machine, describe_machine
+from cnvzoo.training.numerics import Machine, describe_machine, describe_versions
 
 CPU = torch.device("cpu")
 DESCRIBE = """
@@ -30,6 +32,16 @@ wide_only = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() != "AVX512" or not compiles(CPU),
     reason="needs AVX512, to be told apart from AVX2, and a C++ compiler",
 )
+
+
+def test_a_checkout_that_is_not_installed_has_a_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_others(package: str) -> str:
+        if package == "cnvzoo":
+            raise PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr("cnvzoo.training.numerics.version", of_others)
+    assert describe_versions("cnv", CPU)["cnvzoo"] == cnvzoo.__version__
 
 
 def described(**environment: str) -> dict[str, Any]:

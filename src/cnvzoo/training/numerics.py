@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from cnvzoo import __version__
 from cnvzoo.models.compiled import compiler_version, compiles
 from cnvzoo.models.registry import model_spec
 from cnvzoo.training.device import describe_device
@@ -88,7 +89,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 def describe_versions(model: str, device: torch.device) -> dict[str, str]:
     """Versions of Python and of the libraries that training `model` on `device` uses, by name."""
     versions: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {package: version(package) for package in ("cnvzoo", "numpy")}
+    versions |= {"cnvzoo": __version__, "numpy": version("numpy")}  # a checkout may not be installed
     if model_spec(model).quantized:
         versions["brevitas"] = version("brevitas")
     if device.type == "cuda":

@@ -221,8 +221,6 @@ def check_validation(recipe: Recipe, validate: int, holdout: int) -> None:
     Only held-out images can be: a run without them trains on all training images, and reads the test set once, at its
     end.
     """
-    if isinstance(validate, bool) or not isinstance(validate, int) or validate < 0:
-        raise RunError(f"{recipe.name}: validate={validate!r}: a number of held-out images, 0 for no validation")
     if not validate:
         return  # a holdout that is impossible is refused elsewhere
     if not holdout:
