@@ -60,6 +60,7 @@ class Finished:
 def cnvzoo(monkeypatch, capsys, tmp_path) -> Callable[..., Finished]:
     """`cnvzoo(*arguments)`: run the command in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # --import adds to it
 
     def call(*arguments: object) -> Finished:
         monkeypatch.setattr(sys, "argv", ["cnvzoo", *map(str, arguments)])
@@ -227,6 +228,25 @@ def layers(inputs, outputs):
     def test_a_module_of_this_folder(self, cnvzoo, own, monkeypatch):
         monkeypatch.chdir(own.parent)
         assert "own_net" in cnvzoo("list", "own_*", "--import", "own_models").out
+
+    @pytest.mark.parametrize("source", ["own_models.py", "own_models"])
+    def test_a_neighbour_that_is_imported_when_the_model_is_built(self, cnvzoo, own, monkeypatch, source):
+        monkeypatch.chdir(own.parent)
+        imports = "from neighbour import layers"
+        text = self.OWN.replace(f"{imports}\n", "").replace("    return", f"    {imports}\n    return")
+        own.write_text(text)
+        before = list(sys.path)
+        result = cnvzoo("info", "own_net", "--import", source)
+        assert (result.status, result.err) == (0, "")
+        assert sys.path == [*before, str(own.parent)]
+
+    @pytest.mark.parametrize("source", ["own_models.py", "own_models"])
+    def test_an_entry_of_the_path_that_was_there_before_stays(self, cnvzoo, own, monkeypatch, source):
+        monkeypatch.chdir(own.parent)
+        sys.path.insert(1, str(own.parent))
+        before = list(sys.path)
+        assert cnvzoo("list", "own_*", "--import", source).status == 0
+        assert sys.path == before
 
     @pytest.mark.parametrize(
         ("lines", "says"),

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Annotated
@@ -53,19 +54,27 @@ def _import_file(path: Path) -> None:
         raise CnvzooError(f"--import {path}: no such file: give a Python file, or the name of a module")
     path = path.resolve()
     name = f"cnvzoo_import_{path.stem}"  # a file called torch.py does not take the place of torch
-    sys.path.insert(0, str(path.parent))  # it may import its neighbours, as when Python runs it
+    sys.path.insert(0, folder := str(path.parent))  # it may import its neighbours, as when Python runs it
     try:
         _execute(importlib.util.spec_from_file_location(name, path), str(path))
     finally:
-        sys.path.remove(str(path.parent))
+        with suppress(ValueError):  # the file itself removed it
+            sys.path.remove(folder)  # the first of equal entries, which is the one from above
+    if folder not in sys.path:
+        sys.path.append(folder)  # a builder may import a neighbour later; last, so that it hides no module
 
 
 def _import_module(name: str) -> None:
-    sys.path.append(folder := os.getcwd())  # as `python -m` finds modules; last, so that it hides none
+    folder = os.getcwd()  # as `python -m` finds modules
+    if is_new := folder not in sys.path:
+        sys.path.append(folder)  # last, so that it hides none; it stays, as that of a file does
     try:
         _execute(_found(name), name)
-    finally:
-        sys.path.remove(folder)
+    except CnvzooError:
+        if is_new:
+            with suppress(ValueError):
+                sys.path.remove(folder)
+        raise
 
 
 def _found(name: str) -> ModuleSpec | None:
