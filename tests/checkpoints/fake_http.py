@@ -175,12 +175,12 @@ class HubHandler(Handler):
 
     def refs(self, repo: str) -> None:
         if head := self._find(repo, "main"):
-            branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": head.id}
-            tags = [
-                {"name": name, "ref": f"refs/tags/{name}", "targetCommit": commit}
-                for name, commit in self.hub.repos[repo].tags.items()
-            ]
-            self.answer_json({"branches": [branch], "converts": [], "tags": tags})
+            found = self.hub.repos[repo]
+            branches, tags = (
+                [{"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit} for name, commit in refs.items()]
+                for kind, refs in (("heads", {"main": head.id} | found.branches), ("tags", found.tags))
+            )
+            self.answer_json({"branches": branches, "converts": [], "tags": tags})
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         commit = self._find(repo, revision)

@@ -52,11 +52,12 @@ class Commit:
 class Repo:
     commits: list[Commit] = field(default_factory=list)
     tags: dict[str, str] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)  # besides main
 
     def at(self, revision: str) -> Commit | None:
         if revision == "main":
             return self.commits[-1]
-        wanted = self.tags.get(revision, revision)
+        wanted = (self.branches | self.tags).get(revision, revision)
         return next((commit for commit in self.commits if commit.id == wanted), None)
 
 

@@ -216,6 +216,30 @@ def test_a_tag_is_set_once_and_never_moved(hub: FakeHub, store: HubStore, checkp
     assert hub.repos[REPO].tags == {"v1": commit, "v2": second, "v2.1": second}
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_branch_is_not_taken_for_a_tag(
+    hub: FakeHub, store: HubStore, checkpoint: Path, other: Path, dry_run: bool
+) -> None:
+    says = f"^{REPO}: main is a branch, and a tag needs a name of its own: choose another one$"
+    with pytest.raises(StoreError, match=says):
+        store.publish(checkpoint, message="first", tag="main", dry_run=dry_run)
+    assert hub.repos == {}
+    store.publish(checkpoint, message="first")
+    repo = hub.repos[REPO]
+    repo.branches["next"] = repo.commits[-1].id
+    for tag in ("main", "next"):
+        for folder in (checkpoint, other):
+            with pytest.raises(StoreError, match=says.replace("main", tag)):
+                store.publish(folder, message="second", tag=tag, dry_run=dry_run)
+    assert (len(repo.commits), repo.tags) == (2, {})
+
+
+def test_a_commit_is_not_taken_for_a_tag(hub: FakeHub, store: HubStore, checkpoint: Path, other: Path) -> None:
+    first = store.publish(checkpoint, message="first").commit
+    second = store.publish(other, message="second", tag=first).commit
+    assert hub.repos[REPO].tags == {first: second}
+
+
 def test_a_commit_of_another_publisher_during_the_upload(
     hub: FakeHub, store: HubStore, checkpoint: Path, contents: dict[str, bytes], other: Path, tmp_path: Path
 ) -> None:

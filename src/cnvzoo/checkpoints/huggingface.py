@@ -3,7 +3,7 @@
 huggingface_hub does login, cache, transfer and the retries of transfers. Added here: each file is compared with the
 index, a commit holds the files of one publisher, and a tag is never moved. Files are fetched one by one, not with
 `snapshot_download`, which returns a cached folder without all of the files where their list cannot be fetched.
-Uploads have no timeout, because huggingface_hub offers none.
+Uploads and the list of tags have no timeout, because huggingface_hub offers none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import validate_repo_id
@@ -101,11 +101,11 @@ class HubStore:
             plain_name(tag, "tag")
         files = checkpoint_files(folder)
         repo = self._repo(folder.resolve().name)
-        before = self._find(repo, None, RepositoryNotFoundError)
+        before = self._find(repo)
         present = [file for file in FILES if before and file in before.files]
         same = [file for file in present if before and before.has(file, files[file])]
         publication = Publication.of_comparison(folder.resolve().name, self.location, present, same, tag=tag)
-        tagged = self._find(repo, tag, RevisionNotFoundError) if before and tag else None
+        tagged = self._find_tag(repo, tag, is_new=before is None) if tag else None
         if tagged and not tagged.has_all(files):
             raise StoreError(
                 f"{repo}: tag {tag} is at commit {tagged.commit[:12]} with other files, and a tag is never moved: "
@@ -176,9 +176,8 @@ class HubStore:
 
     def _tag(self, repo: str, tag: str, commit: str, files: Mapping[str, bytes]) -> None:
         def create() -> None:
-            try:
-                found = self._snapshot(repo, tag)
-            except RevisionNotFoundError:
+            found = self._tagged(repo, tag)
+            if found is None:
                 self._api.create_tag(repo, tag=tag, revision=commit)
                 return
             if not found.has_all(files):
@@ -189,14 +188,26 @@ class HubStore:
 
         self._retry.call(f"Tag {tag} of {repo} at {self.endpoint}", create, retry_on=_CONFLICTS)
 
-    def _find(self, repo: str, revision: str | None, not_found: type[Exception]) -> _Snapshot | None:
+    def _find(self, repo: str) -> _Snapshot | None:
         def find() -> _Snapshot | None:
             try:
-                return self._snapshot(repo, revision)
-            except not_found:
+                return self._snapshot(repo, None)
+            except RepositoryNotFoundError:
                 return None
 
         return self._retry.call(self._get(repo), find)
+
+    def _find_tag(self, repo: str, tag: str, *, is_new: bool) -> _Snapshot | None:
+        """The repository at a tag, None where it has no such tag. Raises StoreError for the name of a branch."""
+        if tag == constants.DEFAULT_REVISION:  # the branch that a new repository will have
+            raise _is_branch(repo, tag)
+        return None if is_new else self._retry.call(self._get(repo), partial(self._tagged, repo, tag))
+
+    def _tagged(self, repo: str, tag: str) -> _Snapshot | None:
+        refs = self._api.list_repo_refs(repo)  # as a revision, the name of a branch or a commit would be found too
+        if tag in {branch.name for branch in refs.branches}:
+            raise _is_branch(repo, tag)
+        return self._snapshot(repo, tag) if tag in {known.name for known in refs.tags} else None
 
     def _snapshot(self, repo: str, revision: str | None) -> _Snapshot:
         info = self._api.model_info(repo, revision=revision, files_metadata=True, timeout=self._retry.timeout)
@@ -220,6 +231,10 @@ def _checked_commit(commit: object) -> str:
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
         raise ValueError(f"{commit!r} is not a commit")
     return commit
+
+
+def _is_branch(repo: str, tag: str) -> StoreError:
+    return StoreError(f"{repo}: {tag} is a branch, and a tag needs a name of its own: choose another one")
 
 
 def _damaged(folder: Path, files: Mapping[str, FileFacts]) -> dict[str, str]:
