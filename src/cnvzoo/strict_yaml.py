@@ -114,7 +114,7 @@ def _explain(
     path = tuple(str(part) for part in (*mistake["loc"], *inner))
     place, key = place_of(where, path, source), ".".join(path)
     if mistake["type"] == "extra_forbidden":
-        choices = _keys(model, path[:-1]) if keys is None or len(path) > 1 else keys
+        choices = _keys(model, path[:-1]) if keys is None or path[:-1] else keys
         return f"{place}: {key}: unknown key: {nearest(path[-1], choices)}"
     if mistake["type"] == "missing":
         return f"{place}: {key}: missing: add it"

@@ -187,7 +187,8 @@ class RunIdentity:
     def of(cls, record: Mapping[str, Any]) -> RunIdentity:
         """The identity of a run by the keys of its record, with None for those that it lacks."""
         recorded = {"recipe": "recipe_sha256", "data": "data_sha256"}
-        return cls(**{field.name: record.get(recorded.get(field.name, field.name)) for field in fields(cls)})
+        found: dict[str, Any] = {f.name: record.get(recorded.get(f.name, f.name)) for f in fields(cls)}
+        return cls(**found)
 
 
 def save_state(trainer: Resumable, path: Path, identity: RunIdentity, conditions: dict[str, Any]) -> None:
