@@ -9,7 +9,6 @@ import fnmatch
 from pathlib import Path
 
 from cnvzoo.errors import CnvzooError, nearest
-from cnvzoo.files import expanded
 
 _PACKAGE = Path(__file__).resolve().parent
 _FOLDERS = (_PACKAGE.parents[1] / "benchmarks" / "configs", _PACKAGE / "recipes")
@@ -36,14 +35,12 @@ def find_recipe(recipe: str | Path) -> Path:
     """The path of a recipe's file: of a file that is there, or of the recipe of that name that comes with cnvzoo.
 
     Args:
-        recipe: a path, whose leading `~` is the home folder; or a name, which is text without a separator and without
-            the suffix of YAML files.
+        recipe: a path; or a name, which is text without a separator and without the suffix of YAML files.
 
     Raises:
         RecipeError: a name that is neither a file's nor a recipe's.
-        FileError: the home folder of an unknown user.
     """
-    path = expanded(recipe)
+    path = Path(recipe)
     is_name = isinstance(recipe, str) and path.name == recipe and path.suffix not in _SUFFIXES
     if not is_name or path.is_file():
         return path

@@ -31,13 +31,13 @@ _IN_A_FILE = ("extends", *(key for key in Recipe.model_fields if key not in _FIL
 def load_recipe(recipe: str | Path) -> Recipe:
     """Read and validate a recipe file, or a recipe of `list_recipes()`, and those that it extends or needs.
 
-    The recipe's `name` is the file's, without extension.
+    The recipe's `name` is the file's, without extension. A leading `~` of a path is the home folder.
 
     Raises:
         RecipeError: a file cannot be read or is not YAML, a key is unknown, a value has the wrong type or is
             impossible.
     """
-    path = find_recipe(recipe)
+    path = expanded(find_recipe(recipe))
     return _with_needs(*_load(path), path, ())
 
 
