@@ -257,7 +257,7 @@ def test_a_checkpoint_and_an_interrupted_one_can_be_saved_again(tmp_path: Path, 
         for file in set(FILES).difference(left):
             (tmp_path / "mine" / file).unlink()
         (tmp_path / "mine" / ".config.json.abc.tmp").touch()
-    assert config.name == "mine"
+        assert config.name == "mine"
 
 
 def test_paths_of_a_recipe_are_not_published(tmp_path: Path) -> None:
