@@ -331,28 +331,20 @@ def test_predict_refuses_a_model_without_a_last_layer() -> None:
     assert len(cnvzoo.predict(model, image)) == 2
 
 
-def test_a_batch_is_a_list_of_images() -> None:
-    model = cnvzoo.create_model("resnet20.cifar10")
-    images = torch.randint(256, (3, 3, 40, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    expected = cnvzoo.predict(model, list(images))
-    assert len(expected) == 3
-    assert cnvzoo.predict(model, images) == expected
-    assert cnvzoo.predict(model, images.permute(0, 2, 3, 1).numpy()) == expected
-    assert cnvzoo.predict(model, images[:0]) == []
-
-
 def test_an_error_of_predict_says_which_image_of_a_list_is_bad() -> None:
     model, image = cnvzoo.create_model("resnet20.cifar10"), torch.zeros(3, 32, 32, dtype=torch.uint8)
     bad: list[tuple[Any, str]] = [
         (image.float(), "an image tensor has to be uint8 (0 to 255), got torch.float32"),
-        (image[None], "a batch of shape [1, 3, 32, 32] in a list of images: give its images one by one"),
+        (image[None], "a batch of shape [1, 3, 32, 32]: give a list of its images, list(batch)"),
         ("photo.png", "expected a PIL image or a uint8 array [H, W, C], got str"),
     ]
     for wrong, says in bad:
         with pytest.raises(ImageError, match=f"^{re.escape(f'images[1]: {says}')}$"):
             cnvzoo.predict(model, [image, wrong])
-    with pytest.raises(ImageError, match=f"^{re.escape(bad[0][1])}$"):
-        cnvzoo.predict(model, image.float())
+    for wrong, says in bad[:2]:
+        with pytest.raises(ImageError, match=f"^{re.escape(says)}$"):
+            cnvzoo.predict(model, wrong)
+    assert len(cnvzoo.predict(model, list(image[None].expand(300, -1, -1, -1)), top=1)) == 300
 
 
 def test_a_model_that_does_not_know_its_preprocessing_is_refused_with_what_the_function_takes(tmp_path: Path) -> None:

@@ -84,13 +84,7 @@ def _check_channels(channels: int) -> None:
 
 
 @overload
-def predict(model: nn.Module, images: Image, top: int = 5) -> list[Prediction]: ...
-
-
-@overload
-def predict(  # of an image or a batch, whose types are the same
-    model: nn.Module, images: Tensor | NDArray[np.uint8], top: int = 5
-) -> list[Any]: ...
+def predict(model: nn.Module, images: Image | Tensor | NDArray[np.uint8], top: int = 5) -> list[Prediction]: ...
 
 
 @overload
@@ -107,8 +101,8 @@ def predict(model: nn.Module, images: Any, top: int = 5) -> list[Prediction] | l
 
     Args:
         model: a model of this library that knows its preprocessing, such as a pretrained one.
-        images: a PIL image, a uint8 tensor [C, H, W] or a uint8 array [H, W, C], of any size; or a list of them. A
-            tensor [N, C, H, W] or an array [N, H, W, C] is a list of N images.
+        images: a PIL image, a uint8 tensor [C, H, W] or a uint8 array [H, W, C], of any size; or a list of them,
+            such as `list(batch)`.
         top: number of classes to return, at least 1, most probable first.
 
     Raises:
@@ -123,23 +117,23 @@ def predict(model: nn.Module, images: Any, top: int = 5) -> list[Prediction] | l
         new = "reset_classifier(n), or " if isinstance(model, Classifier) else ""
         raise ModelError(f"the {type(model).__name__} has no last layer: {new}create it with num_classes=")
     transform = transforms(known_preprocessing(model, "set model.preprocessing"))
-    if not isinstance(images, Sequence) and getattr(images, "ndim", 3) != 4:
-        return _classify(model, [transform(images)], count)[0]
+    if not isinstance(images, Sequence):
+        return _classify(model, [_transformed(transform, images)], count)[0]
     found = []
     for start in range(0, len(images), _BATCH):
-        batch = [_transformed(transform, images[n], n) for n in range(start, min(start + _BATCH, len(images)))]
+        batch = [_transformed(transform, image, start + n) for n, image in enumerate(images[start : start + _BATCH])]
         found += _classify(model, batch, count)
     return found
 
 
-def _transformed(transform: Compose, image: Any, index: int) -> Tensor:
-    """The input for one image of a list; errors say which."""
+def _transformed(transform: Compose, image: Any, index: int | None = None) -> Tensor:
+    """The input for one image; errors say which of a list it is."""
     try:
-        if getattr(image, "ndim", 3) == 4:  # `transform` takes a batch
-            raise ImageError(f"a batch of shape {list(image.shape)} in a list of images: give its images one by one")
+        if getattr(image, "ndim", 3) == 4:  # `transform` would take it
+            raise ImageError(f"a batch of shape {list(image.shape)}: give a list of its images, list(batch)")
         return transform(image)
     except ImageError as error:
-        raise ImageError(f"images[{index}]: {error}") from None
+        raise ImageError(f"images[{index}]: {error}" if index is not None else str(error)) from None
 
 
 def _classify(model: nn.Module, inputs: Sequence[Tensor], top: int) -> list[list[Prediction]]:

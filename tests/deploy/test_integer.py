@@ -177,6 +177,21 @@ def test_a_channel_halfway_between_two_levels_for_every_input():
     assert _exact_steps(exact).tolist() == [[-(1 << 24), -(1 << 24), (1 << 24) + 1]]
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 15), (-128, 127), (0, 255)])
+@pytest.mark.parametrize("gain", [1, 1024])
+def test_channels_whose_level_hardly_depends_on_the_input(gain, low, high):
+    """Their bias would exceed int32: the offset needs another multiplier than the accumulators have."""
+    offset = np.array([1.7, 0.3, 14.9, -2.6, 0.0, 100.2, -100.7, 1.7, 0.49])
+    multiplier = np.array([0.0] * 7 + [1e-9, 1e-13])
+    ends = np.full(len(offset), 2000)
+    exact = Staircase(multiplier, offset, -ends, ends, high, low)
+    found = requantize(exact, gain)
+    assert not found.differing.any()
+    assert found.fits_int32(exact)
+    accumulators = np.arange(-2000, 2001)[:, None]
+    np.testing.assert_array_equal(found.levels(gain * accumulators), exact.clipped(multiplier * accumulators + offset))
+
+
 @pytest.mark.parametrize(("values", "per_byte"), [([-1, 1], 8), ([-1, 0, 1], 5), (range(-7, 8), 2)])
 def test_unpacked_weights_are_those_that_were_packed(values, per_byte):
     weight = np.random.default_rng(0).choice(np.array(values, np.int8), (7, 3, 3, 3))

@@ -150,7 +150,9 @@ def _multiplier_for(exact: Staircase, wanted: Ints, bias: Floats, gain: int) -> 
     most = np.where((half > 0) & is_passed & (before > 0), at_before, np.inf)
     most = np.where((half < 0) & is_reached & (after < 0), at_after, most)
     low, high = least.max(1), most.min(1)
-    plain = exact.multiplier / gain
+    # where the bias had to be limited, the offset needs a larger multiplier; such a level hardly depends on the input
+    limited = np.where(np.abs(bias) < LARGEST_BIAS, 0, np.abs(exact.offset) / LARGEST_BIAS)
+    plain = np.maximum(exact.multiplier / gain, limited)
     low, high = np.maximum(low, plain * 0.5), np.minimum(high, plain * 2)
     return (low + high) / 2
 
