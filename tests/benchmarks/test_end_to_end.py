@@ -7,7 +7,7 @@ import signal
 from functools import partial
 
 import pytest
-from tiny import tiny
+from tiny import publish_tiny, tiny
 from workbench import Bench
 
 from cnvzoo.files import sha256_of
@@ -16,7 +16,8 @@ from cnvzoo.training.optimizers import lr_factor
 
 
 @pytest.fixture
-def real(bench: Bench) -> Bench:
+def real(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    publish_tiny(monkeypatch.setattr)
     bench.recipe("mnist_resnet20", epochs=3, batch_size=16)
     bench.train = partial(run_recipe, dataset=tiny(), quiet=True)
     return bench

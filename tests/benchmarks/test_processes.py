@@ -21,7 +21,7 @@ from harness.execute import Outcome, execute
 from harness.records import Records
 from harness.schedule import Run, make_plan
 from harness.workers import ProcessRunner
-from tiny import TINY, Script, tiny, train_tiny
+from tiny import TINY, Script, publish_tiny, tiny, train_tiny
 from workbench import Bench, make_record
 
 from cnvzoo.errors import CnvzooError
@@ -34,6 +34,7 @@ TIMEOUT = 120
 def prepared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """Add an entry of 5 epochs of 2 steps, which trains uncompiled: compiling would take most of the time."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    publish_tiny(monkeypatch.setattr)
     bench.recipe(ENTRY, epochs=5, batch_size=32)
     bench.train = partial(run_recipe, dataset=tiny(), quiet=True)
     return bench
@@ -57,7 +58,7 @@ def run(
 
 def test_a_worker_gets_its_arguments_and_its_record_is_returned(entry, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    record = make_record(entry.entry(ENTRY).recipe, 2)
+    record = make_record(entry.entry(ENTRY).recipe, 2, total=20, correct=18)
     record.write(entry.runs / "record.json")
     code = f"""
         import os, signal, time, torch
