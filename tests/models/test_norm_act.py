@@ -46,7 +46,8 @@ class QuantReLU(QuantizedActivation):
 
 
 def layers(act: str, pool: bool) -> NormActSequential:
-    norm = nn.BatchNorm2d(CHANNELS, eps=1e-3, momentum=0.3)
+    # only one kind has values of its own: the loops of a kind are compiled again for others than the default
+    norm = nn.BatchNorm2d(CHANNELS, eps=1e-3, momentum=0.3) if act == "none" else nn.BatchNorm2d(CHANNELS)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
