@@ -38,8 +38,9 @@ def latencies(root: Path) -> dict[str, float]:
             continue
         for contender in measured["contenders"]:
             runtime = INTEGER_RUNTIME if "_w" in name else FLOAT_RUNTIME
-            if contender["runtime"] == runtime and contender["net"] == name.partition(".")[0]:
-                found |= {name: ms for batch, ms in contender["milliseconds"].items() if batch == "1"}
+            milliseconds = contender["milliseconds"]
+            if contender["runtime"] == runtime and contender["net"] == name.partition(".")[0] and "1" in milliseconds:
+                found[name] = milliseconds["1"]
     return found
 
 

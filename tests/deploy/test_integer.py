@@ -188,8 +188,10 @@ def test_channels_whose_level_hardly_depends_on_the_input(gain, low, high):
     found = requantize(exact, gain)
     assert not found.differing.any()
     assert found.fits_int32(exact)
-    accumulators = np.arange(-2000, 2001)[:, None]
-    np.testing.assert_array_equal(found.levels(gain * accumulators), exact.clipped(multiplier * accumulators + offset))
+    accumulators = np.arange(-2000.0, 2001.0)[:, None]
+    np.testing.assert_array_equal(
+        found.levels((gain * accumulators).astype(np.int64)), exact.clipped(multiplier * accumulators + offset)
+    )
 
 
 @pytest.mark.parametrize(("values", "per_byte"), [([-1, 1], 8), ([-1, 0, 1], 5), (range(-7, 8), 2)])
