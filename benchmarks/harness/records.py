@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from cnvzoo.checkpoints.folder import read_config
 from cnvzoo.checkpoints.format import CheckpointError
 from cnvzoo.data.published import published_sha256
+from cnvzoo.errors import in_a_line
 from cnvzoo.files import write_text
 from cnvzoo.training.numerics import NUMERICS
 from cnvzoo.training.recipe import PUBLISHED_SEED
@@ -185,7 +186,7 @@ class Records:
         try:
             record = RunRecord.read(path)
         except RecordError as error:
-            problem = f"{' '.join(str(error).split())}; restore it, or delete it and run again"
+            problem = f"{in_a_line(error)}; restore it, or delete it and run again"
             return RunStatus(Status.INVALID, problem=problem)
         if problem := misplaced(record, entry, seed, trial_epochs=trial_epochs):
             return RunStatus(Status.INVALID, problem=f"{where}: {problem}; move it to its place, or delete it")

@@ -147,9 +147,7 @@ def resolve_weights(entry: Entry, records: Records, *, trial_epochs: int | None 
     """
     found = _from_run(entry, records) or _from_checkpoint(entry, records)
     if found is None and trial_epochs is not None:
-        folder = records.layout.run_dir(entry.name, PUBLISHED_SEED, trial_epochs)
-        record = records.status(entry, PUBLISHED_SEED, folder / RECORD, trial_epochs=trial_epochs).done
-        found = recorded_weights(folder / WEIGHTS, record)
+        found = _from_run(entry, records, trial_epochs)
     return found
 
 
@@ -165,11 +163,12 @@ def other_weights(entry: Entry, records: Records) -> Path | None:
     return recorded_weights(folder / WEIGHTS, here)
 
 
-def _from_run(entry: Entry, records: Records) -> Path | None:
-    if other_weights(entry, records) is not None:
+def _from_run(entry: Entry, records: Records, trial_epochs: int | None = None) -> Path | None:
+    if trial_epochs is None and other_weights(entry, records) is not None:
         return None
-    folder = records.layout.run_dir(entry.name, PUBLISHED_SEED)
-    return recorded_weights(folder / WEIGHTS, records.status(entry, PUBLISHED_SEED, folder / RECORD).done)
+    folder = records.layout.run_dir(entry.name, PUBLISHED_SEED, trial_epochs)
+    record = records.status(entry, PUBLISHED_SEED, folder / RECORD, trial_epochs=trial_epochs).done
+    return recorded_weights(folder / WEIGHTS, record)
 
 
 def _from_checkpoint(entry: Entry, records: Records) -> Path | None:

@@ -255,7 +255,7 @@ def _finished_record(run_dir: Path, identity: RunIdentity) -> RunRecord | None:
         record, problem = RunRecord.read(run_dir / RECORD), ""
         values = record.model_dump()
     except RecordError as error:
-        record, problem, values = None, " ".join(str(error).split()), _json_object(run_dir / RECORD)
+        record, problem, values = None, in_a_line(error), _json_object(run_dir / RECORD)
     try:
         if values is None or sha256_of(run_dir / WEIGHTS) != values.get("weights_sha256"):
             return None
