@@ -25,10 +25,11 @@ Several of these commands may share their folders: each leaves alone what anothe
 what another has finished. A run that fails does not stop the others, and tables that cannot be written are still
 printed.
 
-Exit status: 0 every selected run has a valid record; 1 a run failed or has none, a checkpoint is not as published or
-could not be published, or a file of the results is out of date and cannot be written; 2 invalid request, recipe or
-reference; 3 stopped at the time limit; 4 all is done except what another process is training, and what needs that;
-130 or 143 stopped by Ctrl-C or SIGTERM. After 3, 4, 130 and 143 the same command resumes.
+Exit status: 0 every selected run has a valid record; 1 a run failed, a selected run has no valid record, a checkpoint
+fails its verification or could not be published, or a file of the results is out of date and cannot be written;
+2 invalid request, recipe or reference; 3 stopped at the time limit; 4 all is done except what another process is
+training, and what needs that; 130 or 143 stopped by Ctrl-C or SIGTERM. After 3, 4, 130 and 143 the same command
+resumes.
 """
 
 from __future__ import annotations
