@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
-__all__ = ["CnvzooError", "ModelError", "explain", "in_a_line", "nearest"]
+__all__ = ["CnvzooError", "DatasetError", "ModelError", "explain", "in_a_line", "nearest"]
 
 
 class DatasetError(CnvzooError, ValueError):

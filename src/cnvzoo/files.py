@@ -218,6 +218,12 @@ def expanded(path: str | Path) -> Path:
         ) from None
 
 
+def check_readable(path: str | Path) -> None:
+    """Raise the OSError that opening a file raises; safetensors says of every one that there is no such file."""
+    with Path(path).open("rb"):
+        pass
+
+
 def sha256_of(path: str | Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()

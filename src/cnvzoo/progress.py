@@ -94,7 +94,7 @@ class TrainingProgress:
             self._print(_joined(f"epoch {epoch + 1}/{self._epochs}, step {step}/{trainer.steps_per_epoch}", left))
 
     def _print(self, line: str) -> None:
-        self._console.print(f"{self._name}: {line}", soft_wrap=True)
+        self._console.print(f"{self._name}: {line}", soft_wrap=True, markup=False)
         self._printed = time.monotonic()
 
 
@@ -130,7 +130,7 @@ def counting(total: int, name: str, *, quiet: bool = False) -> Iterator[Callable
             now = time.monotonic()
             if not _has_terminal(console) and now - printed >= _LINE_EVERY_SECONDS:
                 left = (now - started) / done * (total - done)
-                console.print(f"{name}: {done}/{total}, {left:.0f} s left")
+                console.print(f"{name}: {done}/{total}, {left:.0f} s left", soft_wrap=True, markup=False)
                 printed = now
 
         yield one_more
@@ -151,11 +151,13 @@ def _bar(console: Console, status: str | None = None) -> Progress:
     from rich import progress
 
     return progress.Progress(
-        progress.TextColumn("[bold]{task.description}"),
+        progress.TextColumn("{task.description}", style="bold", markup=False),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
-        progress.TextColumn(status) if status else progress.TimeRemainingColumn(elapsed_when_finished=True),
+        progress.TextColumn(status, markup=False)
+        if status
+        else progress.TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
         disable=console.quiet or not _has_terminal(console),
     )

@@ -21,9 +21,10 @@ from cnvzoo.checkpoints.locations import find_checkpoint, is_path
 from cnvzoo.checkpoints.publish import write_model
 from cnvzoo.checkpoints.weights import build_empty
 from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
+from cnvzoo.data.image_folders import default_side
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import DatasetInfo, dataset_info
-from cnvzoo.errors import DatasetError, ModelError
+from cnvzoo.errors import ModelError
 from cnvzoo.files import expanded
 from cnvzoo.inference import known_preprocessing
 from cnvzoo.models.classifier import Classifier
@@ -172,14 +173,11 @@ def _replaced(recipe: Recipe, dataset: Dataset | str | Path | None, start: str |
 
 def _own_images(recipe: Recipe) -> Dataset:
     """The images at the path that the recipe names, those of a folder resized where the model takes another size."""
-    data, size = load_dataset(recipe.dataset), model_spec(recipe.model).input_size
-    if size is None or not expanded(recipe.dataset).is_dir():
-        return data
-    try:
-        preprocessing_for(model_spec(recipe.model), data.info).pad(data.train_images[:1])
-    except DatasetError:  # larger than the model's, or by an odd number of pixels smaller
-        return load_dataset(recipe.dataset, size=size)
-    return data
+    size, folder = model_spec(recipe.model).input_size, expanded(recipe.dataset)
+    if size is None or not folder.is_dir():
+        return load_dataset(recipe.dataset)
+    margin = size - default_side(folder)  # is padded, by the same number of pixels on each side
+    return load_dataset(recipe.dataset, size=size if margin < 0 or margin % 2 else None)
 
 
 def _name_or_path(source: str | Path) -> str:
@@ -195,6 +193,8 @@ def _weights_files(recipe: Recipe, purpose: str, given: Sequence[str | Path], hu
     """
     prefix = f"{recipe.dataset_name}_"
     models = [entry.removeprefix(prefix) for entry in recipe.needs.get(purpose, ())]
+    if models and purpose == "float_start":  # the recipe of a float start may have any name
+        models = [str(model_spec(recipe.model).float_twin)]
     files = [expanded(source) for source in given]
     for number, (source, model) in enumerate(zip(given, models, strict=False)):  # run_recipe refuses other counts
         folder = files[number]
@@ -279,5 +279,7 @@ def save_checkpoint(
     """
     record = model.record if isinstance(model, TrainResult) else None
     source = unwrapped(model.model if isinstance(model, TrainResult) else model)
+    if not isinstance(preprocessing, (Preprocessing, type(None))):
+        raise ModelError(f"preprocessing={preprocessing!r}: give a cnvzoo.Preprocessing")
     preprocessing = preprocessing or known_preprocessing(source, "give preprocessing=, or set model.preprocessing")
     return write_model(source, folder, classes=classes, preprocessing=preprocessing, record=record)

@@ -296,3 +296,10 @@ def test_wrong_arguments_are_refused(changes: dict[str, Any], error: type[Except
 def test_epoch_and_start_out_of_range_are_refused_at_the_call(epoch: int, start: int) -> None:
     with pytest.raises(ValueError, match=f"start of 0 to 3, got epoch {epoch}, start {start}"):
         make(noise(24)).epoch(epoch, start)
+
+
+def test_early_crops_below_the_cutout_are_refused() -> None:
+    batches = make(noise(24), augmentation=Augmentation(cutout=12))
+    next(batches.epoch(0, side=12))
+    with pytest.raises(ValueError, match="cutout must be at most side, got a cutout of 12 and side 11"):
+        batches.epoch(0, side=11)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cnvzoo.data import Dataset, DatasetError, dataset_info, load_dataset
+from cnvzoo.data import Dataset, DatasetError, dataset_info, datasets, image_folders, load_dataset, published
+from cnvzoo.data.image_folders import default_side
 from cnvzoo_runtime.images import prepare
 
 
@@ -245,3 +249,66 @@ def test_arrays_are_on_the_cpu_whatever_the_default_device() -> None:
 def test_classes_that_no_checkpoint_could_have_are_refused(name: str) -> None:
     with pytest.raises(DatasetError, match=r"^own: class .*: give printable text of 1 to 200 characters$"):
         Dataset.from_arrays(np.zeros((10, 8, 8), np.uint8), [0, 1] * 5, ["a", name])
+
+
+def test_a_link_that_leads_nowhere_is_named(photos: Path) -> None:
+    (photos / "train" / "red" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(DatasetError, match=r"red/gone\.png: .*No such file.*: repair or remove them$"):
+        load_dataset(photos)
+
+
+def test_the_only_image_of_a_class_is_trained_on(tmp_path: Path) -> None:
+    for name in "abcde":
+        write(tmp_path / name / "0.png", 1, (8, 8))
+    for n in range(100):
+        write(tmp_path / "many" / f"{n}.png", 2, (8, 8))
+    data = load_dataset(tmp_path)
+    assert data.train_labels.bincount().tolist() == [1, 1, 1, 1, 1, 79]
+    assert data.test_labels.bincount().tolist() == [0, 0, 0, 0, 0, 21]
+
+
+def test_the_default_side_is_found_without_reading_images(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_folders, "read_image", None)
+    assert default_side(photos) == 32
+    for n, path in enumerate(sorted(photos.glob("t*/*/**/*.[pj][np]g"))):
+        Image.new("RGB", (20, 20), (n, 0, 0)).save(path)
+    assert default_side(photos) == 20
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_dataset_has_images_and_labels_of_its_classes(split: str) -> None:
+    info = replace(dataset_info("mnist"), train_size=2, test_size=2)
+    arrays = {f"{s}_{key}": torch.zeros(2, *shape, dtype=torch.uint8)
+              for s in ("train", "test") for key, shape in (("images", (28, 28, 1)), ("labels", ()))}  # fmt: skip
+    Dataset(info, **arrays)
+    labels = torch.tensor([0, 10], dtype=torch.uint8)
+    with pytest.raises(DatasetError, match=f"^{split}_labels of mnist are up to 10, and it has 10 classes: labels are"):
+        Dataset(info, **arrays | {f"{split}_labels": labels})
+    empty = {f"{split}_{key}": arrays[f"{split}_{key}"][:0] for key in ("images", "labels")}
+    with pytest.raises(DatasetError, match=f"^mnist has no {split} images: give at least one$"):
+        Dataset(replace(info, **{f"{split}_size": 0}), **arrays | empty)
+
+
+@pytest.mark.parametrize(("key", "value"), [("mean", math.nan), ("std", math.inf), ("std", 0.0)])
+def test_a_saved_dataset_with_impossible_statistics_is_refused(tmp_path: Path, key: str, value: float) -> None:
+    images = torch.randint(256, (10, 8, 8, 1), dtype=torch.uint8)
+    data = Dataset.from_arrays(images, [0, 1] * 5, ["a", "b"])
+    replace(data, info=replace(data.info, **{key: (value,)})).save(path := tmp_path / "x.safetensors")
+    with pytest.raises(DatasetError, match=r"x\.safetensors: its metadata 'cnvzoo' is damaged: mean and std"):
+        load_dataset(path)
+
+
+def test_a_file_that_cannot_be_opened_is_not_taken_for_a_missing_one(tmp_path: Path, monkeypatch) -> None:
+    """safetensors says of every failure to open a file that there is no such file."""
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (path := tmp_path / "mnist.safetensors").touch()
+    for module in (datasets, published):
+        monkeypatch.setattr(module, "check_readable", refuse)
+    with pytest.raises(DatasetError, match=r"mnist\.safetensors: cannot be read: Permission denied: change its"):
+        load_dataset(path)
+    with pytest.raises(DatasetError, match=r"mnist\.safetensors cannot be read: Permission denied\. Change its"):
+        load_dataset("mnist", root=tmp_path)
+    assert path.exists()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +21,7 @@ import cnvzoo
 from cnvzoo.errors import CnvzooError
 from cnvzoo.models import build_model
 from cnvzoo.training import RunRecord, resolve_device
-from cnvzoo.training.device import _malloc_settings, describe_device, deterministic
+from cnvzoo.training.device import _malloc_settings, describe_device, deterministic, keep_freed_memory
 
 ABSENT = "cuda:99" if torch.cuda.is_available() else "cuda"
 
@@ -293,3 +296,21 @@ def test_the_setting_of_glibc_from_the_environment_is_restored(
     environment: dict[str, str], expected: dict[str, int]
 ) -> None:
     assert _malloc_settings(environment) == expected
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_a_threshold_above_32_bits_is_restored_to_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """glibc reads the environment as a size_t, and mallopt takes an int, of which ctypes keeps the lowest bits: 0."""
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", str(2**35))
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "9" * 20)
+    calls: list[tuple[int, int]] = []
+    libc = SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments), malloc_trim=lambda pad: 0)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: libc)
+    with keep_freed_memory():
+        calls.clear()
+    assert calls == [(-1, 2**31 - 1), (-3, 128 << 10), (-4, 2**31 - 1)]
+
+
+def test_the_meta_device_cannot_be_used() -> None:
+    with pytest.raises(CnvzooError, match=r"^device 'meta' cannot be used .*: use auto, cpu or cuda$"):
+        resolve_device("meta")

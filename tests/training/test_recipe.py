@@ -689,3 +689,29 @@ def test_an_invalid_dict_is_refused_with_its_source() -> None:
 def test_recipes_cannot_be_changed_by_accident() -> None:
     with pytest.raises(ValueError, match="frozen"):
         base_recipe().epochs = 3  # type: ignore[misc]
+
+
+def test_cutout_is_not_larger_than_early_crops(tmp_path: Path) -> None:
+    """It would cover all of most of them."""
+    text = RESNET.replace("flip: true", "cutout: 12") + "early_crops: {side: 12, epochs: 5}\n"
+    assert load_recipe(write(tmp_path, text)).early_crops == EarlyCrops(side=12, epochs=5)
+    text = text.replace("side: 12", "side: 11")
+    said = error(path := write(tmp_path, text))
+    place = f"{path}:{line_of(text, '  cutout: 12')}"
+    assert said == f"{place}: augmentation.cutout: 12: must be at most 11, the side of early_crops"
+
+
+def test_null_gives_the_defaults_back_that_a_base_has_changed(tmp_path: Path) -> None:
+    write(tmp_path, RESNET56, "cifar10_resnet56")
+    write(tmp_path, taught_by("cifar10_resnet56", RESNET) + "distillation: {views: 3}\n", "_base")
+    groups = ("teacher", "distillation", "augmentation", "schedule")
+    found = load_recipe(write(tmp_path, "extends: _base.yaml\n" + "".join(f"{key}: null\n" for key in groups)))
+    assert [getattr(found, key) for key in groups] == [Recipe.model_fields[key].default for key in groups]
+
+
+@pytest.mark.parametrize("key", ["dataset", "start"])
+def test_the_path_of_an_unknown_user_is_refused_by_line(tmp_path: Path, key: str) -> None:
+    line = f"{key}: ~no-such-user/x"
+    text = RESNET.replace("dataset: cifar10", line) if key == "dataset" else f"{RESNET}{line}\n"
+    said = error(path := write(tmp_path, text))
+    assert said.startswith(f"{path}:{line_of(text, line)}: {key}: ~no-such-user/x: ~no-such-user is not a known home")

@@ -9,8 +9,7 @@ from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
 from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo.errors import ModelError
 from cnvzoo.files import expanded
-
-_NAMED = 5  # classes that an error names
+from cnvzoo.training.evaluation import check_class_names
 
 
 def load_test_set(
@@ -25,7 +24,7 @@ def load_test_set(
     """The dataset to score a model on, after a check that its images and classes are those of the model.
 
     Images of a folder are resized and converted to what the model takes. The names of a user's own classes have to be
-    the model's, in its order, where it has other names than "0", "1", and so on.
+    the model's, in its order, where both have other names than "0", "1", and so on.
 
     Args:
         source: name of a dataset or path of own images, as for `load_dataset`, or a loaded one.
@@ -45,9 +44,7 @@ def load_test_set(
         found = _images(info.image_size, info.in_chans, info.num_classes)
         if expected != found:
             raise ModelError(f"{model} is for {expected}, and {info.name} has {found}")
-        are_known = tuple(classes) != tuple(map(str, range(len(classes))))
-        if are_known and info.classes != tuple(classes):
-            raise ModelError(f"{model} is for the classes {_listed(classes)}; {info.name} has {_listed(info.classes)}")
+        check_class_names(model, classes, info)
 
     if isinstance(source, Dataset):
         data = source
@@ -64,8 +61,3 @@ def load_test_set(
 
 def _images(side: int, channels: int, classes: int) -> str:
     return f"images of {side}x{side} pixels, {channels} channel(s) and {classes} classes"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

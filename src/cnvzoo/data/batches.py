@@ -26,7 +26,7 @@ class BatchPlan(NamedTuple):
     Attributes:
         rows: int64 [steps, 8, B]: index of the image, row and column of the crop, flip, row and column of the cutout,
             mixup partner, and view * N + image, which numbers the augmented images of all views, those of whole images
-            and of parts.
+            and of early crops.
         lam: float32 [steps], the share of each image itself in mixup; None without mixup.
         side: height and width in pixels of the batches' images.
     """
@@ -48,8 +48,8 @@ class TrainBatches:
         batch_size: B; the partial last batch of an epoch is dropped.
         seed: any integer.
         device: where the batches are made.
-        views: V, number of augmented versions of each image: epoch e shows version e % V, of whole images or of a fixed
-            part of each. None: a new version in every epoch.
+        views: V, number of augmented versions of each image: epoch e shows version e % V, of whole images or of fixed
+            early crops. None: a new version in every epoch.
 
     Raises:
         TypeError: images that are not uint8, labels that are not integers.
@@ -94,7 +94,7 @@ class TrainBatches:
         return len(self._labels) // self.batch_size
 
     @property
-    def images(self) -> int:
+    def num_images(self) -> int:
         """Number of images of the training set."""
         return len(self._labels)
 
@@ -103,16 +103,17 @@ class TrainBatches:
 
         Args:
             epoch, start: from 0 on.
-            side: S, height and width in pixels of a random part of each image that is shown. None: the whole image.
-                With views it must be the same in all epochs on parts: the numbers of the views do not tell sides apart.
+            side: S, height and width in pixels of the early crop of each image, at a random place. None: the whole
+                image. With views it must be the same in all epochs of early crops: the numbers of the views do not
+                tell sides apart.
 
         Yields:
             x: float32 [B, C, S, S] in channels_last.
             target: int64 [B], or float32 [B, K] with rows that sum to 1 with mixup.
 
         Raises:
-            ValueError: a negative epoch, `start` outside 0..steps_per_epoch, or `side` below 1 or larger than the
-                images.
+            ValueError: a negative epoch, `start` outside 0..steps_per_epoch, or `side` below 1, below the cutout or
+                larger than the images.
         """
         if epoch < 0 or not 0 <= start <= self.steps_per_epoch:
             raise ValueError(
@@ -130,6 +131,10 @@ class TrainBatches:
             return self._size
         if not 1 <= side <= self._size:
             raise ValueError(f"side must be 1 to {self._size}, the side of the images, got {side}.")
+        if self.augmentation.cutout > side:
+            raise ValueError(
+                f"cutout must be at most side, got a cutout of {self.augmentation.cutout} and side {side}."
+            )
         return side
 
     def make(self, plan: BatchPlan, step: int) -> tuple[Tensor, Tensor]:
@@ -145,7 +150,7 @@ class TrainBatches:
         image = torch.randperm(len(self._labels), generator=g, device="cpu")[:count].view(shape)
         if self.views is None:
             view, augmented = 0, self._draw_augmentation(shape, g)
-            self._move_to_part_(augmented, side, epoch)
+            self._move_to_crop_(augmented, side, epoch)
         else:
             view = self.view_of(epoch, side)
             augmented = self._draw_view(view, side)[:, image]
@@ -162,16 +167,17 @@ class TrainBatches:
         cutout_row, cutout_col = torch.randint(self._size, (2, *shape), generator=g, device="cpu")
         return torch.stack([row, col, flip, cutout_row, cutout_col])
 
-    def _move_to_part_(self, augmented: Tensor, side: int, number: int) -> None:
-        """Change random numbers drawn for whole images into those for a random part of each, in place."""
+    def _move_to_crop_(self, augmented: Tensor, side: int, number: int) -> None:
+        """Change random numbers drawn for whole images into those for an early crop of each, in place."""
         if side == self._size:
             return
+        # "part" is what early crops were called first: another word would draw other numbers
         g = torch.Generator().manual_seed(_hashed("part", self.seed, number))
         augmented[:2] += torch.randint(self._size - side + 1, augmented[:2].shape, generator=g, device="cpu")
         augmented[3:] = augmented[3:] * side // self._size
 
     def view_of(self, epoch: int, side: int | None = None) -> int:
-        """The view that an epoch shows: 0 to V - 1 of whole images, V to 2 V - 1 of parts.
+        """The view that an epoch shows: 0 to V - 1 of whole images, V to 2 V - 1 of early crops.
 
         Args:
             epoch, side: as for `epoch`; the batches have views.
@@ -180,10 +186,10 @@ class TrainBatches:
         return epoch % self.views + (0 if self._checked_side(side) == self._size else self.views)
 
     def _draw_view(self, view: int, side: int) -> Tensor:
-        """`_draw_augmentation` for all images, in their order, and for parts of this side."""
+        """`_draw_augmentation` for all images, in their order, and for crops of this side."""
         g = torch.Generator().manual_seed(_hashed("view", self.seed, view))
         augmented = self._draw_augmentation((len(self._labels),), g)
-        self._move_to_part_(augmented, side, view)
+        self._move_to_crop_(augmented, side, view)
         return augmented
 
     def show(self, view: int, batch_size: int, side: int | None = None) -> Iterator[Tensor]:
@@ -197,8 +203,8 @@ class TrainBatches:
         side = self._checked_side(side)
         image = torch.arange(len(self._labels), device="cpu")
         rows = torch.stack([image, *self._draw_view(view, side), torch.zeros_like(image), image]).to(self.device)
-        for part in rows.split(batch_size, dim=1):
-            yield self.make_from(part, side=side)[0]
+        for batch in rows.split(batch_size, dim=1):
+            yield self.make_from(batch, side=side)[0]
 
     def _draw_lam(self, g: torch.Generator) -> Tensor | None:
         """lam of every step, float32 [steps]; None without mixup."""
@@ -242,7 +248,7 @@ def _hashed(what: str, seed: int, number: int) -> int:
 def _mean_colour(images: Tensor) -> Tensor:
     """uint8 [C], the mean of all pixels: cutout fills before scaling, so network inputs stay multiples of 1/255."""
     n, _, w, c = images.shape
-    # float32 sums of 4096 images are below 2**24, so they are exact
+    # sums of 4096 rows, at most 4096 * 255, are exact in float32
     rows = images.reshape(-1, w * c).split(4096)
     total = torch.stack([r.float().sum(0) for r in rows]).sum(0, dtype=torch.float64)
     return (total.view(w, c).sum(0) / (n * w * w)).round().to(torch.uint8)

@@ -6,6 +6,7 @@ What turns images into network inputs is in `cnvzoo.data.preprocessing` and `cnv
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from cnvzoo.data import published
 from cnvzoo.data.image_folders import LARGEST_SIDE, read_image_folder
 from cnvzoo.data.published import ARRAYS, DatasetInfo, combined_sha256, dataset_info, default_root, list_datasets
 from cnvzoo.errors import DatasetError, in_a_line
-from cnvzoo.files import expanded, replacing
+from cnvzoo.files import check_readable, expanded, replacing
 from cnvzoo_runtime.metadata import is_printable, whole_number
 
 
@@ -35,7 +36,8 @@ class Dataset:
     The tensors are shared, not copied: do not write to them. `load_dataset` and `Dataset.from_arrays` make one.
 
     Raises:
-        DatasetError: arrays whose shape or dtype is not what `info` says.
+        DatasetError: arrays whose shape or dtype is not what `info` says, or that are empty; or labels that are no
+            class of `info`.
     """
 
     info: DatasetInfo
@@ -56,6 +58,13 @@ class Dataset:
                         f"{split}_{key} of {self.info.name} must be uint8 {list(shape)}, "
                         f"not {str(array.dtype).removeprefix('torch.')} {list(array.shape)}"
                     )
+            if size < 1:
+                raise DatasetError(f"{self.info.name} has no {split} images: give at least one")
+            if (largest := int(labels.max())) >= self.info.num_classes:
+                raise DatasetError(
+                    f"{split}_labels of {self.info.name} are up to {largest}, and it has {self.info.num_classes} "
+                    f"classes: labels are 0 to {self.info.num_classes - 1}"
+                )
 
     @classmethod
     def from_arrays(
@@ -97,19 +106,17 @@ class Dataset:
         if (test_images is None) != (test_labels is None):
             raise DatasetError(f"{name}: give test_images and test_labels, or neither")
         if test_images is None or test_labels is None:
-            test = (train[0][:0], train[1][:0])
+            count = len(train[0])
+            if count < 5:
+                raise DatasetError(f"{name}: {count} images: a fifth is split off for testing, so give at least 5")
+            held = _held_out(train[1], count // 5)
+            train, test = (train[0][~held], train[1][~held]), (train[0][held], train[1][held])
         else:
             test = _own_split(name, "test_", test_images, test_labels, len(names))
             if test[0].shape[1:] != train[0].shape[1:]:
                 shapes = (list(part.shape[1:]) for part in (train[0], test[0]))
                 raise DatasetError("{}: images are {} and test_images {}: make them the same".format(name, *shapes))
-        data = cls(_own_info(name, names, train[0], len(test[0])), *train, *test)
-        if len(test[0]):
-            return data
-        if len(train[0]) < 5:
-            raise DatasetError(f"{name}: {len(train[0])} images: a fifth is split off for testing, so give at least 5")
-        split = data.holdout(len(train[0]) // 5)
-        return replace(split, info=_own_info(name, names, split.train_images, len(split.test_labels)))
+        return cls(_own_info(name, names, train[0], len(test[0])), *train, *test)
 
     def save(self, path: str | Path) -> None:
         """Write arrays, classes and the other facts to a safetensors file, which `load_dataset(path)` reads.
@@ -134,9 +141,9 @@ class Dataset:
     def holdout(self, n: int) -> Dataset:
         """Split `n` training images off as a test set, to choose recipes without reading the real test set.
 
-        The split depends on `n` and the labels only: each class gives its share of `n` (rounded by largest remainders),
-        evenly spaced over the class in the published order. No random numbers are involved, so the split is the same
-        under every seed and library version.
+        The split depends on `n` and the labels only: each class gives its share of `n` (rounded by largest remainders,
+        but for classes that would give their last image), evenly spaced over the class in the published order. No
+        random numbers are involved, so the split is the same under every seed and library version.
 
         Raises:
             DatasetError: `n` is not from 1 to len(train_images) - 1.
@@ -147,12 +154,9 @@ class Dataset:
                 f"holdout({n!r}): {self.info.name} has {len(self.train_labels)} training images, and at least one must "
                 f"be left on either side: expected a whole number from 1 to {len(self.train_labels) - 1}"
             )
-        n = number
-        held = torch.zeros(len(self.train_labels), dtype=torch.bool, device="cpu")
-        for members, share in zip(*_shares(self.train_labels, n), strict=True):
-            held[members[(torch.arange(share, device="cpu") * 2 + 1) * len(members) // (2 * share)]] = True
+        held = _held_out(self.train_labels, number)
         return Dataset(
-            replace(self.info, train_size=len(held) - n, test_size=n),
+            replace(self.info, train_size=len(held) - number, test_size=number),
             self.train_images[~held],
             self.train_labels[~held],
             self.train_images[held],
@@ -160,11 +164,20 @@ class Dataset:
         )
 
 
+def _held_out(labels: Tensor, n: int) -> Tensor:
+    """Which images `Dataset.holdout(n)` takes: bool [N]."""
+    held = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
+    for members, share in zip(*_shares(labels, n), strict=True):
+        held[members[(torch.arange(share, device="cpu") * 2 + 1) * len(members) // (2 * share)]] = True
+    return held
+
+
 def _shares(labels: Tensor, n: int) -> tuple[list[Tensor], list[int]]:
     """The indices of the images of each class, and how many of them a stratified sample of `n` takes."""
     classes = [torch.nonzero(labels == label).squeeze(1) for label in torch.unique(labels)]
     shares = [len(members) * n // len(labels) for members in classes]
-    by_remainder = sorted(range(len(classes)), key=lambda c: (-(len(classes[c]) * n % len(labels)), c))
+    takes_all = [share + 1 >= len(members) for share, members in zip(shares, classes, strict=True)]
+    by_remainder = sorted(range(len(classes)), key=lambda c: (takes_all[c], -(len(classes[c]) * n % len(labels)), c))
     for c in by_remainder[: n - sum(shares)]:
         shares[c] += 1
     kept = [c for c, share in enumerate(shares) if share]
@@ -236,7 +249,13 @@ def _own_info(name: str, classes: tuple[str, ...], images: Tensor, test_size: in
 
 
 def is_dataset_path(source: str | Path) -> bool:
-    """Whether this is a path of own images, not a name: a Path, or text with a separator or ending in .safetensors."""
+    """Whether this is a path of own images, not a name: a Path, or text with a separator or ending in .safetensors.
+
+    Raises:
+        DatasetError: it is neither text nor a Path.
+    """
+    if not isinstance(source, (str, Path)):
+        raise DatasetError(f"{source!r}: a dataset is given by its name, which is text, or by its path")
     separators = [s for s in (os.sep, os.altsep) if s]
     return isinstance(source, Path) or source.endswith(".safetensors") or any(s in source for s in separators)
 
@@ -290,7 +309,7 @@ def load_dataset(
 
 def dataset_path_name(source: str | Path) -> str:
     """The name of the dataset at a path: that of the folder or file, with other characters than names have as `_`."""
-    stem = expanded(source).absolute().name.removesuffix(".safetensors")
+    stem = Path(os.path.abspath(expanded(source))).name.removesuffix(".safetensors")
     name = re.sub(r"[^A-Za-z0-9_-]", "_", stem).lstrip("-")[:60] or "own"
     return f"own_{name}" if name in list_datasets() else name
 
@@ -298,11 +317,16 @@ def dataset_path_name(source: str | Path) -> str:
 def _read_saved(path: Path) -> Dataset:
     """The dataset in a file that `Dataset.save` wrote, or in one of the cache of the benchmark's."""
     try:
+        check_readable(path)
         with safe_open(path, framework="pt") as file:
             metadata, arrays = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DatasetError(f"{path}: no such file or folder: give images in a folder <class>/*, or a file") from None
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise DatasetError(
+            f"{path}: cannot be read: {error.strerror}: change its permissions, or give another"
+        ) from None
+    except SafetensorError as error:
         raise DatasetError(f"{path}: not a complete safetensors file: {error}") from None
     if _FACTS not in metadata and path.stem in list_datasets():
         if problem := published.mismatch(path.stem, arrays):
@@ -320,7 +344,11 @@ def _read_saved(path: Path) -> Dataset:
             test_images=arrays["test_images"], test_labels=arrays["test_labels"],
         )  # fmt: skip
         mean, std = (tuple(float(value) for value in facts[key]) for key in ("mean", "std"))
-        if not len(mean) == len(std) == data.info.in_chans or not all(s > 0 for s in std):
+        if (
+            not len(mean) == len(std) == data.info.in_chans
+            or not all(map(math.isfinite, mean))
+            or not all(0 < s < math.inf for s in std)
+        ):
             raise ValueError("mean and std do not fit the images")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DatasetError(f"{path}: its metadata {_FACTS!r} is damaged: {error}") from None

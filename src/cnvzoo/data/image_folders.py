@@ -44,6 +44,15 @@ class ImageFolder:
     labels: dict[str, NDArray[np.uint8]]
 
 
+def default_side(root: Path) -> int:
+    """The side in pixels that `read_image_folder(root)` makes, from the headers of the files alone.
+
+    Raises:
+        DatasetError: there are no images, or the folder has other names of splits.
+    """
+    return _format([path for folders in _splits(root).values() for paths in folders.values() for path in paths])[0]
+
+
 def read_image_folder(root: Path, *, size: int | None = None, in_chans: int | None = None) -> ImageFolder:
     """Read all images of `root`.
 
@@ -137,7 +146,7 @@ def _files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
     for path in _visible(folder):
         if path.is_dir():
             yield from _files(path, (*above, real))
-        elif path.is_file():
+        elif path.is_file() or path.is_symlink():  # reading a link that leads nowhere is an error that names it
             yield path
 
 

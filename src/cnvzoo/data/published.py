@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cnvzoo.errors import DatasetError, nearest
-from cnvzoo.files import expanded
+from cnvzoo.files import check_readable, expanded
 
 # for each dataset, array name -> {"shape", "dtype", "sha256"}
 CHECKSUMS: dict[str, dict[str, dict[str, Any]]] = json.loads(
@@ -196,7 +196,8 @@ def load_arrays(name: str, root: Path) -> dict[str, Tensor]:
             return _read_or_download(name, path)
     except OSError as error:
         raise DatasetError(
-            f"{name} cannot be written to the dataset cache {root}: {error}. {_remedy(name, path)}"
+            f"{name} cannot be written to the dataset cache {root}: {error.strerror}. Free some space or allow writing "
+            "there, or point CNVZOO_DATA (or root=) at another directory."
         ) from error
 
 
@@ -236,12 +237,15 @@ def _remedy(name: str, path: Path) -> str:
 def _read(name: str, path: Path) -> tuple[dict[str, Tensor] | None, str | None]:
     """(arrays, None), or (None, what is wrong with the file), or (None, None) where there is no file."""
     try:
+        check_readable(path)
         arrays = load_file(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None, None
-    except PermissionError as error:
-        raise DatasetError(f"{path} cannot be read: {error}. Change its permissions, or use another root.") from error
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise DatasetError(
+            f"{path} cannot be read: {error.strerror}. Change its permissions, or use another root."
+        ) from error
+    except SafetensorError as error:
         return None, f"not a complete safetensors file: {error}"
     problem = mismatch(name, arrays)
     return ({key: arrays[key] for key in CHECKSUMS[name]}, None) if problem is None else (None, problem)

@@ -41,7 +41,7 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-        torch.empty(0, device=resolved)
+        torch.empty((), device=resolved).item()  # a tensor of the device `meta` has no value
     except (RuntimeError, AssertionError, TypeError) as error:
         is_type = isinstance(error, TypeError)  # whose message lists all that torch.device takes
         reason = f"of type {type(device).__name__}" if is_type else str(error).splitlines()[0]
@@ -235,7 +235,8 @@ def _kept_memory() -> Iterator[None]:
         yield
     finally:
         for name, value in _malloc_settings(os.environ).items():
-            libc.mallopt(_MALLOC_PARAMETERS[name], value)
+            # the parameter is a C int, while the environment may have more, which glibc reads as a size_t
+            libc.mallopt(_MALLOC_PARAMETERS[name], max(-(2**31), min(value, 2**31 - 1)))
         gc.collect()  # a Trainer and its Steps refer to each other
         libc.malloc_trim(0)
 

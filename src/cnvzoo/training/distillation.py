@@ -200,7 +200,7 @@ def precompute_logits(
     """
     logits, seconds = _load(path, facts)
     missing = [view for view in views if view not in logits]
-    with counting(len(missing) * -(-batches.images // _BATCH), label, quiet=quiet) as one_more:
+    with counting(len(missing) * -(-batches.num_images // _BATCH), label, quiet=quiet) as one_more:
         for view in missing:
             began, parts = time.monotonic(), []
             for images in batches.show(view, _BATCH, views[view]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,12 +49,11 @@ def preprocessing_of_model(model: nn.Module, info: DatasetInfo, remedy: str) -> 
     if not isinstance(spec, ModelSpec):
         raise ModelError(f"{type(model).__name__} is not a model of cnvzoo: {remedy}")
     found = preprocessing_for(spec, info)
+    channels = own.in_chans if isinstance(own, Preprocessing) else getattr(model, "in_chans", info.in_chans)
+    if channels != info.in_chans:
+        raise ModelError(f"the model takes {channels} channel(s), and the images of {info.name} have {info.in_chans}")
     if not isinstance(own, Preprocessing):
         return found
-    if own.in_chans != info.in_chans:
-        raise ModelError(
-            f"the model takes {own.in_chans} channel(s), and the images of {info.name} have {info.in_chans}"
-        )
     return replace(found, mean=own.mean, std=own.std)
 
 
@@ -135,6 +135,8 @@ def evaluate(
         DatasetError: the dataset cannot be loaded, or its images cannot be padded to the size that the model takes.
         CnvzooError: the device is not available.
     """
+    if not isinstance(preprocessing, (Preprocessing, type(None))):
+        raise ModelError(f"preprocessing={preprocessing!r}: give a cnvzoo.Preprocessing")
     model = unwrapped(model)
     own = preprocessing or getattr(model, "preprocessing", None)
     if isinstance(dataset, Dataset):
@@ -144,15 +146,14 @@ def evaluate(
     else:
         data = load_dataset(dataset, root=data_root)
     preprocessing = preprocessing or preprocessing_of_model(model, data.info, "give its preprocessing=")
+    if preprocessing.in_chans != data.info.in_chans:
+        raise ModelError(
+            f"the preprocessing is for images of {preprocessing.in_chans} channel(s), and {data.info.name} has "
+            f"{data.info.in_chans}: give one for its images"
+        )
     if isinstance(model, Classifier):  # before any image is classified; other models are checked by their logits
         _check_classes(model.num_classes, data.info)
-        names, others = class_names(model, model.num_classes), data.info.classes
-        unknown = tuple(map(str, range(len(others))))
-        if names != others and unknown not in (names, others):
-            raise ModelError(
-                f"the model is for the classes {', '.join(names[:_NAMED])}, and {data.info.name} has "
-                f"{', '.join(others[:_NAMED])}: evaluate it on its own classes, in its order"
-            )
+        check_class_names("the model", class_names(model, model.num_classes), data.info)
     target = resolve_device(device)
     with deterministic(target), moved(model, target), evaluating(model), torch.inference_mode():
         logits = []
@@ -165,6 +166,27 @@ def evaluate(
 
 _BATCH = 1000
 _NAMED = 5  # classes that an error names
+
+
+def check_class_names(model: str, classes: Sequence[str], info: DatasetInfo) -> None:
+    """Raise ModelError if a dataset has other classes than a model, or in another order, where both are known.
+
+    Args:
+        model: how the message names the model.
+        classes: those of the model, as many as the dataset has.
+        info: of the dataset.
+    """
+    unknown = tuple(map(str, range(info.num_classes)))
+    if tuple(classes) != info.classes and unknown not in (tuple(classes), info.classes):
+        raise ModelError(
+            f"{model} is for the classes {_listed(classes)}, and {info.name} has {_listed(info.classes)}: evaluate it "
+            "on its own classes, in its order"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _check_classes(outputs: int, info: DatasetInfo) -> None:

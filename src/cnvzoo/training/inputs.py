@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from cnvzoo.data.datasets import Dataset
 from cnvzoo.data.published import DatasetInfo
 from cnvzoo.errors import ModelError
-from cnvzoo.files import sha256_of
+from cnvzoo.files import check_readable, sha256_of
 from cnvzoo.models.layers import initialized_from, without_initialization
 from cnvzoo.models.registry import build_model, model_spec
 from cnvzoo.training.distillation import Teacher
@@ -88,28 +87,41 @@ def initial_model(
         twin = model_spec(recipe.model).float_twin
         assert twin is not None
         normalisation = preprocessing_for(model_spec(twin), data.info)
-        with _unfit_weights_named(recipe, float_start):
-            start_from_float(model, load_file(float_start), normalisation.mean, normalisation.std)
+        with without_initialization():
+            expected = build_model(twin, num_classes=data.info.num_classes, in_chans=data.info.in_chans)
+        state = _read_weights(recipe, float_start, expected, recipe.float_start)
+        start_from_float(model, state, normalisation.mean, normalisation.std)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def load_teacher(recipe: Recipe, data: Dataset, files: Sequence[str | Path], device: torch.device) -> Teacher | None:
     """The teachers with the weights in `files`, on the device; None for a recipe without a teacher."""
     nets = []
-    for name, weights in zip(recipe.teacher_models, files, strict=True):
+    for entry, name, weights in zip(recipe.teacher, recipe.teacher_models, files, strict=True):
         with without_initialization():
             model = build_model(name, num_classes=data.info.num_classes, in_chans=data.info.in_chans)
-        with _unfit_weights_named(recipe, weights):
-            model.load_state_dict(load_file(weights), strict=True)
+        model.load_state_dict(_read_weights(recipe, weights, model, entry), strict=True)
         nets.append((model.to(device), preprocessing_for(model_spec(name), data.info)))
     own = preprocessing_for(model_spec(recipe.model), data.info)
     return Teacher(nets, own, recipe.distillation) if nets else None
 
 
-@contextmanager
-def _unfit_weights_named(recipe: Recipe, weights: str | Path) -> Iterator[None]:
-    """Name the recipe and the file in errors about weights that cannot be loaded."""
+def _read_weights(recipe: Recipe, weights: str | Path, model: nn.Module, entry: str) -> dict[str, Tensor]:
+    """The tensors of a file, which have to be those of `model`, the float net of `entry`."""
+    remedy = f"give the weights of {entry}"
     try:
-        yield
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        raise RunError(f"{recipe.name}: {weights}: {' '.join(str(error).split())}") from None
+        check_readable(weights)
+        state = load_file(weights)
+    except OSError as error:
+        raise RunError(f"{recipe.name}: {weights}: cannot be read: {error.strerror}: {remedy}") from None
+    except SafetensorError as error:
+        raise RunError(f"{recipe.name}: {weights}: not a complete safetensors file: {error}: {remedy}") from None
+    shapes, found = ({name: list(t.shape) for name, t in tensors.items()} for tensors in (model.state_dict(), state))
+    if differing := [name for name in {**shapes, **found} if shapes.get(name) != found.get(name)]:
+        name = differing[0]
+        more = f" and {len(differing) - 1} other tensors" if len(differing) > 1 else ""
+        raise RunError(
+            f"{recipe.name}: {weights}: not the weights of {entry}: {name} is {found.get(name, 'missing')} and not "
+            f"{shapes.get(name, 'expected')}{more}: {remedy}"
+        )
+    return state

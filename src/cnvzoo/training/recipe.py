@@ -277,6 +277,9 @@ class Recipe(_Section):
             raise error_at("early_crops", f"{self.model} takes images of {spec.input_size} pixels only: leave it out")
         if not spec.min_size <= crops.side < own:
             raise error_at("early_crops.side", f"{crops.side}: must be {spec.min_size} to {own - 1} for {self.model}")
+        if self.augmentation.cutout > crops.side:
+            most = f"must be at most {crops.side}, the side of early_crops"
+            raise error_at("augmentation.cutout", f"{self.augmentation.cutout}: {most}")
         for teacher in self.teacher_models:
             teacher_spec = model_spec(teacher)
             if teacher_spec.input_size:
@@ -301,7 +304,7 @@ class Recipe(_Section):
 
     @property
     def dataset_name(self) -> str:
-        """Name of the dataset; for own images, that of the folder or file, as in `DatasetInfo.name`."""
+        """Name of the dataset; for own images, that of the folder or file, whatever `DatasetInfo.name` a file holds."""
         return dataset_path_name(self.dataset) if is_dataset_path(self.dataset) else self.dataset
 
     @property

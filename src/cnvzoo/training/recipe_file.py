@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from cnvzoo.data.datasets import is_dataset_path
 from cnvzoo.errors import CnvzooError, nearest
-from cnvzoo.files import expanded
+from cnvzoo.files import FileError, expanded
 from cnvzoo.models.registry import model_spec
 from cnvzoo.recipe_folder import RecipeError, find_recipe
 from cnvzoo.strict_yaml import StrictYamlError, Where, explain_with_lines, read_yaml
@@ -25,6 +25,7 @@ _FILLED_IN = {
     "float_start_sha256": "it follows from float_start",
     "teacher_sha256": "it follows from teacher",
 }
+_GROUPS = ("bits", "schedule", "augmentation", "distillation")  # null, over what a recipe extends: the defaults
 _IN_A_FILE = ("extends", *(key for key in Recipe.model_fields if key not in _FILLED_IN))
 
 
@@ -57,6 +58,7 @@ def _load(path: Path) -> tuple[Recipe, Where]:
     for key, origin in _FILLED_IN.items():
         if key in values:
             raise RecipeError(f"{where[(key,)]}: {key}: {origin}: remove this line")
+    values = {key: value for key, value in values.items() if value is not None or key not in _GROUPS}
     return recipe_from_dict({**values, "name": path.stem}, str(path), where), where
 
 
@@ -109,8 +111,11 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], Where
         raise RecipeError(f"{path}:1: a recipe is a mapping of keys to values, not {type(values).__name__}")
     for key, is_relative in (("dataset", is_dataset_path), ("start", lambda text: os.sep in text)):
         text = values.get(key)
-        if isinstance(text, str) and is_relative(text) and not expanded(text).is_absolute():
-            values[key] = str((path.parent / text).absolute())
+        try:
+            if isinstance(text, str) and is_relative(text) and not expanded(text).is_absolute():
+                values[key] = str((path.parent / text).absolute())
+        except FileError as error:
+            raise RecipeError(f"{where[(key,)]}: {key}: {error}") from None
     base = values.pop("extends", None)
     if base is None:
         return values, where

@@ -46,7 +46,7 @@ def current_commit(package: Path = _PACKAGE) -> str | None:
         return None
 
 
-_LARGEST_RECORD = 1 << 22  # bytes; a history of 10,000 epochs is below 1 MiB
+_LARGEST_RECORD = 1 << 22  # bytes; a history of 10,000 epochs is below 1.5 MiB
 
 
 class RecordError(CnvzooError, ValueError):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, contiguous_format, uint8
 
 from cnvzoo.errors import CnvzooError
-from cnvzoo.files import remove_leftovers, replacing, writing
+from cnvzoo.files import check_readable, remove_leftovers, replacing, writing
 
 STATE, TEACHER_LOGITS = "state.safetensors", "teacher_logits.safetensors"
 RECORD, WEIGHTS = "record.json", "weights.safetensors"
@@ -227,7 +227,11 @@ def resume(trainer: Resumable, path: Path, identity: RunIdentity, conditions: di
         if found == identity and facts["conditions"] == conditions:
             trainer.load_state(tensors, facts["values"])
             return None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be read: {error.strerror}: change its permissions, or give another run_dir"
+        ) from None
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise RunError(
             f"{path}: not a state that this run can resume from ({reason}): delete it to start over"
@@ -255,6 +259,7 @@ def load_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         SafetensorError, OSError, ValueError: the file cannot be read, or is not what was saved.
     """
+    check_readable(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     expected = metadata.pop(_CHECKSUM, None)

@@ -83,6 +83,7 @@ class CsvLog:
     def __init__(self, path: str | Path, recipe: Recipe, epochs: int) -> None:
         self._path = expanded(path)
         self._run = {"entry": recipe.name, "seed": recipe.seed}
+        self._text = ""
         self._check_existing({**self._run, "epochs": epochs})
 
     def _check_existing(self, run: Mapping[str, Any]) -> None:
@@ -110,11 +111,14 @@ class CsvLog:
                 aside = self._path.with_name(f"{self._path.stem}-{sha256_of(self._path)[:8]}{self._path.suffix}")
                 self._path.replace(aside)
                 print(f"{self._path}: had other epochs than this run, and is now {aside}", file=sys.stderr)
-        write_text(self._path, lines)
+        self._write(lines)
 
     def add(self, report: EpochReport) -> None:
-        with writing(self._path), self._path.open("a", newline="", encoding="utf-8") as file:
-            file.write(self._line(report))
+        self._write(self._text + self._line(report))
+
+    def _write(self, text: str) -> None:
+        write_text(self._path, text)  # anew, since a full disk could leave a part of an appended line
+        self._text = text
 
     def close(self) -> None:
         pass
@@ -228,5 +232,5 @@ def check_validation(recipe: Recipe, validate: int, holdout: int) -> None:
             f"{recipe.name}: validate={validate} needs held-out images: without them a run trains on all training "
             f"images, and reads the test set once, at its end: give holdout={validate} too, or more"
         )
-    if validate > holdout > 0:
+    if validate > holdout:
         raise RunError(f"{recipe.name}: validate={validate}: only {holdout} images are held out: validate those")
