@@ -24,7 +24,7 @@ from cnvzoo.deploy.fixed_point import fixed_point
 from cnvzoo.deploy.integer import Head, Image, IntegerNet, Layer, Node, Rounding, Sum
 from cnvzoo.deploy.lowering import integer_net
 from cnvzoo.deploy.reference import run_reference
-from cnvzoo.deploy.requantize import Requantization, Staircase, requantize
+from cnvzoo.deploy.requantize import Requantization, StepFunctions, requantize
 
 HUB = Path(__file__).resolve().parents[2] / "hub"
 EXAMPLE = HUB.parent / "examples" / "microcontroller"
@@ -176,6 +176,8 @@ def random_weights(*shape: int) -> NDArray[np.int8]:
         {"stride": (3, 2), "padding": (0, 1), "pooled": True},
         {"groups": 2, "padding": (1, 1)},
         {"groups": 6, "padding": (1, 1), "pooled": True},
+        {"padding": (5, 5)},
+        {"padding": (6, 1), "pooled": True},
     ],
 )
 def test_strides_padding_groups_and_pooling(tmp_path, settings):
@@ -214,7 +216,7 @@ def test_sums_and_roundings_are_clipped_for_every_pair_of_levels(tmp_path):
     images = pairs.reshape(-1, 2, 1, 1)
     first = layer(0, [[[[1]], [[0]]]])
     second = layer(0, [[[[0]], [[1]]]], bias=-128, low=-128)
-    exact = Staircase(np.array([1 / 17]), np.zeros(1), np.zeros(1, np.int64), np.full(1, 255), 15)
+    exact = StepFunctions(np.array([1 / 17]), np.zeros(1), np.zeros(1, np.int64), np.full(1, 255), 15)
     rounded = Rounding("rounding", (3,), requantize(exact, 1, biased=False))
     net = net_of(2, 1, first, second, Sum("sum", (2, 1)), rounded, weight=np.ones((1, 1), np.int8))
     write_c(net, tmp_path)
@@ -227,7 +229,7 @@ def test_sums_and_roundings_are_clipped_for_every_pair_of_levels(tmp_path):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_image_is_rounded_to_fewer_levels(tmp_path, channels):
     """A grey image is read where the caller has it, so its levels need a place of their own."""
-    exact = Staircase(np.array([1 / 17]), np.zeros(1), np.zeros(1, np.int64), np.full(1, 255), 15)
+    exact = StepFunctions(np.array([1 / 17]), np.zeros(1), np.zeros(1, np.int64), np.full(1, 255), 15)
     rounded = Rounding("rounding", (0,), requantize(exact, 1, biased=False))
     net = net_of(channels, 5, rounded, weight=random_weights(3, channels * 25))
     assert_equals_reference(net, images_for(net, 20), tmp_path)
@@ -361,3 +363,14 @@ def test_labels_are_escaped(make_net, tmp_path, label, literal):
     header = (tmp_path / "net.h").read_text()
     assert f"NET_LABELS {{{literal}," in header
     assert "/* cnvzoo: C source of a * / b, with" in header
+
+
+@needs_compiler
+def test_a_layer_may_have_the_name_of_a_function_of_the_source(tmp_path):
+    """The table of a rounding `round` was called as the function that rounds."""
+    image = Image("image", (), 1, 4)
+    counts = np.zeros(1, np.int64)
+    steps = Requantization(1, np.zeros(1, np.int32), np.full(1, 0.1, np.float32), 0, 25, counts, counts)
+    head = Head("score", (1,), np.ones((2, 16), np.int8), 8, 1, None, None, 1.0)
+    net = IntegerNet((image, Rounding("round", (0,), steps), head))
+    assert_equals_reference(net, images_for(net, 8), tmp_path)

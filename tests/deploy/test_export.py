@@ -21,6 +21,7 @@ from cnvzoo.deploy import DeployError
 from cnvzoo.deploy.export import evaluate_file
 from cnvzoo.errors import ModelError
 from cnvzoo.files import FileError
+from cnvzoo.models.quant import PlainQuantReLU
 from cnvzoo_runtime import runner
 
 HUB = Path(__file__).resolve().parents[2] / "hub"
@@ -86,7 +87,7 @@ def test_export_eval_and_predict_on_the_command_line(make_checkpoint, small_data
 def test_the_dataset_must_be_known_and_fit_the_model(make_net, tmp_path):
     with pytest.raises(ModelError, match="give dataset="):
         cnvzoo.export(make_net(2, 2), tmp_path / "m.onnx")
-    with pytest.raises(ModelError, match=r"3 channel\(s\) and 10 classes, and mnist has 1"):
+    with pytest.raises(ModelError, match=r"takes 3 channel\(s\), and the images of mnist have 1"):
         cnvzoo.export(make_net(2, 2), tmp_path / "m.onnx", dataset="mnist")
     with pytest.raises(ModelError, match="the model has no last layer: give it one"):
         cnvzoo.export(cnvzoo.create_model("cnv", num_classes=0), tmp_path / "m.onnx", format="onnx", dataset="mnist")
@@ -219,3 +220,21 @@ def test_a_published_checkpoint_classifies_real_images_as_pytorch_does(real_data
     found = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1).logits(images.numpy()).argmax(1)
     assert (found == expected).mean() >= 0.99
     assert (found == data.test_labels[:300].numpy()).mean() > 0.85
+
+
+@pytest.mark.parametrize("format", ["integer", "qdq", "c"])
+def test_a_layer_whose_class_may_do_something_else_is_refused(make_net, tmp_path, format):
+    net = copy.deepcopy(make_net(w_bits=4, a_bits=4))
+    target = tmp_path / f"net.{'c' if format == 'c' else 'onnx'}"
+    name, layer = next((name, layer) for name, layer in net.named_modules() if type(layer) is PlainQuantReLU)
+    layer.__class__ = type("Halved", (PlainQuantReLU,), {"__module__": __name__})
+    with pytest.raises(DeployError, match=rf"{name} is of the class Halved, whose forward may be another: use a layer"):
+        cnvzoo.export(net, target, format=format, dataset="cifar10")
+    assert not target.exists()
+
+
+def test_the_wrong_type_of_an_argument_is_named(make_net, tmp_path):
+    with pytest.raises(DeployError, match=r"^unknown format None: "):
+        cnvzoo.export(make_net(w_bits=4, a_bits=4), tmp_path / "net.onnx", format=None)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"^classes='cat': give a list of names, not one text$"):
+        cnvzoo.export(make_net(w_bits=4, a_bits=4), tmp_path / "net.onnx", classes="cat", dataset="cifar10")

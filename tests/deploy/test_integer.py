@@ -21,7 +21,7 @@ from cnvzoo.deploy.integer_onnx import integer_graph
 from cnvzoo.deploy.lowering import integer_net
 from cnvzoo.deploy.packing import pack
 from cnvzoo.deploy.reference import run_reference
-from cnvzoo.deploy.requantize import Staircase, _exact_steps, _search, requantize
+from cnvzoo.deploy.requantize import StepFunctions, _exact_steps, _search, requantize
 from cnvzoo.models.quant import quantizer_of
 
 
@@ -128,7 +128,7 @@ def test_requantization_to_2_bits_is_exact_for_every_accumulator():
     rng = np.random.default_rng(0)
     multiplier, offset = rng.uniform(1e-3, 0.5, 200), rng.normal(0, 3, 200)
     low, high = np.full(200, -900), np.full(200, 1100)
-    exact = Staircase(multiplier, offset, low, high, 3)
+    exact = StepFunctions(multiplier, offset, low, high, 3)
     chosen = requantize(exact, 127)
     assert not chosen.differing.any()
     acc = np.arange(-900, 1101)[None, :]
@@ -141,7 +141,7 @@ def test_differing_accumulators_are_counted():
     """As by brute force over all accumulators; with gain 1, integer biases are coarse."""
     rng = np.random.default_rng(1)
     multiplier, offset = rng.uniform(0.01, 0.05, 20), rng.normal(0, 9, 20)
-    exact = Staircase(multiplier, offset, np.full(20, -9000), np.full(20, 9000), 255)
+    exact = StepFunctions(multiplier, offset, np.full(20, -9000), np.full(20, 9000), 255)
     chosen = requantize(exact, 1)
     acc = np.arange(-9000, 9001)[None, :]
     expected = np.clip(np.rint(multiplier[:, None] * acc + offset[:, None]), 0, 255)
@@ -157,7 +157,7 @@ def test_steps_are_found_from_any_start_with_few_evaluations():
     rng = np.random.default_rng(3)
     low, high = rng.integers(-3000, 0, 40), rng.integers(0, 3000, 40)
     wanted = np.clip(rng.integers(-3500, 3500, (40, 5)), low[:, None], high[:, None] + 1)
-    exact = Staircase(np.zeros(40), np.zeros(40), low, high, 5)
+    exact = StepFunctions(np.zeros(40), np.zeros(40), low, high, 5)
     evaluations = 0
 
     def reached(acc):
@@ -173,7 +173,7 @@ def test_steps_are_found_from_any_start_with_few_evaluations():
 
 def test_a_channel_halfway_between_two_levels_for_every_input():
     """As with gamma 0 and a beta of 1.5 scales; round(1.5) is 2, so that the first accumulator has reached it."""
-    exact = Staircase(np.zeros(1), np.array([1.5]), np.array([-(1 << 24)]), np.array([1 << 24]), 3)
+    exact = StepFunctions(np.zeros(1), np.array([1.5]), np.array([-(1 << 24)]), np.array([1 << 24]), 3)
     assert _exact_steps(exact).tolist() == [[-(1 << 24), -(1 << 24), (1 << 24) + 1]]
 
 
@@ -184,7 +184,7 @@ def test_channels_whose_level_hardly_depends_on_the_input(gain, low, high):
     offset = np.array([1.7, 0.3, 14.9, -2.6, 0.0, 100.2, -100.7, 1.7, 0.49])
     multiplier = np.array([0.0] * 7 + [1e-9, 1e-13])
     ends = np.full(len(offset), 2000)
-    exact = Staircase(multiplier, offset, -ends, ends, high, low)
+    exact = StepFunctions(multiplier, offset, -ends, ends, high, low)
     found = requantize(exact, gain)
     assert not found.differing.any()
     assert found.fits_int32(exact)

@@ -11,7 +11,7 @@ import pytest
 from cnvzoo.deploy.integer import Head, Image, IntegerNet, Layer, Node, Rounding, Sum
 from cnvzoo.deploy.integer_onnx import integer_graph
 from cnvzoo.deploy.reference import run_reference
-from cnvzoo.deploy.requantize import Requantization, Staircase, requantize
+from cnvzoo.deploy.requantize import Requantization, StepFunctions, requantize
 
 COUNTS = np.zeros(1, np.int64)
 
@@ -78,7 +78,7 @@ def test_a_summand_is_rounded_half_to_even_and_clipped_below_zero():
 )
 def test_levels_are_rounded_to_fewer_bits(ratio, high, expected):
     """Half to even, for each of the 256 levels; `ratio` is their scale, in units of the new one."""
-    exact = Staircase(np.array([ratio]), np.zeros(1), np.zeros(1, np.int64), np.full(1, 255), high)
+    exact = StepFunctions(np.array([ratio]), np.zeros(1), np.zeros(1, np.int64), np.full(1, 255), high)
     chosen = requantize(exact, 1, biased=False)
     assert (chosen.differing.tolist(), chosen.reachable.tolist(), chosen.bias.tolist()) == ([0], [256], [0])
     images = np.arange(256)[:, None, None, None]
@@ -122,7 +122,7 @@ def test_differing_accumulators_are_counted_for_levels_below_zero(low, high):
     """As by brute force over all accumulators; one that is off by two levels counts twice."""
     rng = np.random.default_rng(2)
     multiplier, offset = rng.uniform(0.01, 0.05, 20), rng.normal(0, 9, 20)
-    exact = Staircase(multiplier, offset, np.full(20, -9000), np.full(20, 9000), high, low)
+    exact = StepFunctions(multiplier, offset, np.full(20, -9000), np.full(20, 9000), high, low)
     acc = np.arange(-9000, 9001)[None, :]
     expected = np.clip(np.rint(multiplier[:, None] * acc + offset[:, None]), low, high)
     for gain in (1, 127):
@@ -136,7 +136,7 @@ def test_differing_accumulators_are_counted_for_levels_below_zero(low, high):
 
 def test_levels_below_zero_have_the_wanted_steps():
     """round(0.3 * acc - 1.2): the levels -2, -1, 0 and 1 begin at -4 (-2.4), 0 (-1.2), 3 (-0.3) and 6 (0.6)."""
-    exact = Staircase(np.array([0.3]), np.array([-1.2]), np.array([-20]), np.array([20]), 1, -3)
+    exact = StepFunctions(np.array([0.3]), np.array([-1.2]), np.array([-20]), np.array([20]), 1, -3)
     chosen = requantize(exact, 127)
     assert chosen.differing.tolist() == [0]
     found = chosen.levels(127 * np.arange(-20, 21)[:, None])[:, 0]

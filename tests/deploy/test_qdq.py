@@ -22,10 +22,9 @@ from cnvzoo.deploy.integer import Head, Image, IntegerNet, Layer, Node, Rounding
 from cnvzoo.deploy.lowering import integer_net
 from cnvzoo.deploy.qdq_onnx import qdq_graph
 from cnvzoo.deploy.reference import run_reference
-from cnvzoo.deploy.requantize import Requantization, Staircase, requantize
+from cnvzoo.deploy.requantize import Requantization, StepFunctions, requantize
 from cnvzoo_runtime import sessions
 from cnvzoo_runtime.metadata import KEY, Metadata
-from cnvzoo_runtime.sessions import sums_products_exactly
 
 COUNTS = np.zeros(1, np.int64)
 RUNTIMES = ("onnxruntime", "openvino")
@@ -105,7 +104,7 @@ def test_levels_are_rounded_half_to_even_and_clipped(tmp_path):
 
 @pytest.mark.parametrize(("ratio", "high"), [(1 / 17, 15), (0.5, 3), (2.0, 255)])
 def test_levels_are_rounded_to_fewer_bits(tmp_path, ratio, high):
-    exact = Staircase(np.array([ratio]), np.zeros(1), np.zeros(1, np.int64), np.full(1, 255), high)
+    exact = StepFunctions(np.array([ratio]), np.zeros(1), np.zeros(1, np.int64), np.full(1, 255), high)
     images = rgb(*((level, 0, 0) for level in range(256)))
     node = Rounding("rounding", (0,), requantize(exact, 1, biased=False))
     found = logits(tmp_path, images, node, weight=np.array([[1, 0, 0]], np.int8))
@@ -193,10 +192,12 @@ def test_onnx_runtime_computes_every_layer_in_integers(exported, tmp_path):
     assert not {"Conv", "FusedConv", "Gemm", "DequantizeLinear", "QuantizeLinear"} & set(kinds)
 
 
-def test_auto_takes_openvino_for_many_images_where_it_is_installed(exported, noise, monkeypatch):
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_auto_takes_openvino_for_many_images_where_it_is_installed_and_exact(exported, noise, monkeypatch, is_exact):
+    monkeypatch.setattr(sessions, "sums_products_exactly", lambda: is_exact)
     model, images = cnvzoo.deploy.load(exported, threads=1), noise(16).numpy()
-    if sums_products_exactly():
-        assert [model.runtime(n) for n in (0, 1, 15, 16, 1000)] == ["onnxruntime"] * 3 + ["openvino"] * 2
+    many = "openvino" if is_exact else "onnxruntime"
+    assert [model.runtime(n) for n in (0, 1, 15, 16, 1000)] == ["onnxruntime"] * 3 + [many] * 2
     np.testing.assert_allclose(model.logits(images)[:15], model.logits(images[:15]), rtol=1e-6)
     monkeypatch.setitem(sys.modules, "openvino", None)
     model = cnvzoo.deploy.load(exported, threads=1)

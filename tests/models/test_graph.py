@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -144,3 +145,65 @@ def test_a_model_that_does_something_else_is_refused(registered: Any, middle: An
     with pytest.raises(ModelError, match=message) as caught:
         trace(model)
     assert "\n" not in str(caught.value)
+
+
+def test_what_the_output_does_not_need_is_left_out(registered: Any) -> None:
+    class Auxiliary(Own):
+        def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+            features = self.forward_features(x)
+            logits = self.forward_head(features)
+            self.second(features)  # for a loss, for example
+            return logits
+
+    assert described(trace(registered(Auxiliary))) == described(trace(build_model("own", num_classes=3)))
+    assert described(trace(build_model("own", num_classes=3)))[-1] == ("fc", (FLATTEN,))
+
+
+def test_more_than_images_or_logits_are_refused(registered: Any) -> None:
+    class Two(Own):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), x
+
+    with pytest.raises(
+        ModelError, match=r"^Two returns something else than one tensor: have it return the logits only"
+    ):
+        trace(registered(Two))
+
+    class Masked(Own):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.fc(torch.flatten(mask, 1))
+
+    cnvzoo.unregister_model("own")
+    with pytest.raises(ModelError, match=r"^Masked takes more than images: its output depends on mask$"):
+        trace(registered(Masked))
+
+
+def test_a_model_is_traced_while_others_run_and_are_traced() -> None:
+    """torch.fx has all modules of the process call it meanwhile; two traces at once would leave them like that."""
+    call = nn.Module.__call__
+    model, other = build_model("quant_cnv", w_bits=4, a_bits=4), nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    expected, found, failed, done = described(trace(model)), [], [], threading.Event()
+
+    def follow() -> None:
+        try:
+            found.extend(described(trace(model)) for _ in range(5))
+        except Exception as error:
+            failed.append(error)
+
+    def run() -> None:
+        try:
+            while not done.is_set():
+                other(torch.ones(1, 2))
+        except Exception as error:
+            failed.append(error)
+
+    running, threads = threading.Thread(target=run), [threading.Thread(target=follow) for _ in range(2)]
+    for thread in (running, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    running.join()
+    assert failed == []
+    assert found == [expected] * 10
+    assert nn.Module.__call__ is call

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import cnvzoo
 from cnvzoo.errors import ModelError
+from cnvzoo.models import build_model
 from cnvzoo.models.fake_quant import IntRange
-from cnvzoo.models.integers import int8_gain
+from cnvzoo.models.integers import int8_gain, quantize_bias
 from cnvzoo.models.quant import quantizer_of
 
 GAINS = {8: 1, 4: 18, 3: 42, 2: 127, 1: 127}
@@ -96,3 +97,27 @@ def test_the_bias_of_a_channel_with_a_gamma_near_0_stays_as_it_is() -> None:
 def test_a_float_model_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match="has no quantized layer followed by a BatchNorm"):
         cnvzoo.quantize_bias(cnvzoo.create_model(name))
+
+
+def change_affine(norm: Any) -> None:
+    norm.weight = norm.bias = None
+
+
+def change_statistics(norm: Any) -> None:
+    norm.running_mean = norm.running_var = None
+
+
+@pytest.mark.parametrize("change", [change_affine, change_statistics])
+def test_a_norm_without_weight_or_statistics_is_named(change: Any) -> None:
+    model = build_model("quant_cnv", w_bits=4, a_bits=4)
+    change(model.get_submodule("features.4"))
+    with pytest.raises(ModelError, match=r"^features\.4: must have a weight, a bias and running statistics$"):
+        quantize_bias(model)
+
+
+def test_a_quantizer_of_brevitas_is_named() -> None:
+    model = build_model("quant_cnv", w_bits=4, a_bits=4)
+    features: Any = model.get_submodule("features")
+    features[3] = QuantConv2d(64, 64, 3, bias=False, weight_bit_width=4)
+    with pytest.raises(ModelError, match=r"^features\.3: not a quantizer of cnvzoo: build it with the layers of"):
+        quantize_bias(model)

@@ -17,7 +17,7 @@ from cnvzoo.checkpoints.format import CheckpointError
 from cnvzoo.checkpoints.load import load_checkpoint
 from cnvzoo.data import Preprocessing
 from cnvzoo.errors import ModelError
-from cnvzoo.models import build_model
+from cnvzoo.models import build_model, quant
 from cnvzoo.models.quant import quantizer_of
 from cnvzoo.training import RecipeError, load_recipe, recipe_from_dict
 
@@ -111,12 +111,11 @@ def test_scales_fit_the_bits_of_each_layer() -> None:
 @pytest.mark.parametrize("name", ["quant_cnv", "quant_resnet20", "quant_mobilenet_v1"])
 def test_an_unknown_layer_is_refused_with_the_nearest(name: str) -> None:
     layer = {"quant_cnv": "classifier.6", "quant_resnet20": "stages.2", "quant_mobilenet_v1": "features.3"}[name]
-    with pytest.raises(
-        ModelError, match=rf"^bits: no quantized layer is called 'x{layer}': did you mean.*'{layer}"
-    ) as e:
+    refused = "names no layer whose bit width can be chosen"
+    with pytest.raises(ModelError, match=rf"^bits: 'x{layer}' {refused}: did you mean.*'{layer}") as e:
         build_model(name, **SIX, bits={f"x{layer}": (2, 2)})
     assert "\n" not in str(e.value)
-    with pytest.raises(ModelError, match="no quantized layer is called 'input'"):
+    with pytest.raises(ModelError, match=f"'input' {refused}"):
         build_model(name, **SIX, bits={"input": (4, 4)})
 
 
@@ -217,7 +216,7 @@ def test_a_reset_head_has_the_bits_of_the_head() -> None:
     for other in (model, headless):
         other.reset_classifier(2)
         assert widths(other) == before
-    with pytest.raises(ModelError, match="no quantized layer is called 'fd'"):
+    with pytest.raises(ModelError, match="'fd' names no layer whose bit width can be chosen"):
         build_model("quant_resnet20", num_classes=0, **SIX, bits={"fd": (3, None)})
 
 
@@ -343,3 +342,22 @@ def test_a_run_trains_the_bits_of_its_recipe(uncompiled: None, small_datasets: A
         again = recipe_from_dict(values | {"start": str(tmp_path / "c"), "bits": other}, "test")
         tuned = cnvzoo.train(again, epochs=1, device="cpu", quiet=True).model
         assert widths(tuned) == widths(build_model("quant_resnet20", in_chans=1, w_bits=4, a_bits=4, bits=other))
+
+
+def test_a_state_of_other_bits_is_refused_before_a_part_of_it_is_loaded() -> None:
+    model, other = (build_model("quant_cnv", w_bits=bits, a_bits=4) for bits in (4, 2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ModelError, match=r"scale is of 2 bits, and the model has 4 there"):
+        model.load_state_dict(other.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    with pytest.raises(ModelError, match=r"^m\.[\w.]*scale is of 2 bits, and the model has 4 there"):
+        nn.ModuleDict({"m": model}).load_state_dict(nn.ModuleDict({"m": other}).state_dict())
+
+
+def test_the_activation_of_a_user_is_not_fused() -> None:
+    """Its forward may do something else than the quantizer."""
+    layer = quant.PlainQuantReLU(quant.act_quant(quant.IntQuantizer(4, signed=False)))
+    assert layer.activation_quantizer is not None
+    layer.__class__ = type("Own", (quant.PlainQuantReLU,), {"__module__": __name__})
+    assert layer.activation_quantizer is None

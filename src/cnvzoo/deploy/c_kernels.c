@@ -30,6 +30,12 @@ static int32_t smaller(int32_t a, int32_t b)
     return a < b ? a : b;
 }
 
+/* section: larger */
+static int32_t larger(int32_t a, int32_t b)
+{
+    return a > b ? a : b;
+}
+
 /* section: unpack_ternary */
 /* Five weights of -1, 0 and 1 in a byte, as the first digits of byte / 256 in base 3. Those of byte i are the weights
    i, i + bytes, i + 2 * bytes and so on, so that compilers vectorise the loop. */
@@ -126,6 +132,9 @@ static void to_levels(const struct layer *layer, int32_t channel, int32_t count,
         levels[i] = (uint8_t)(level > steps->most ? steps->most : level);
     }
     /* if changes */
+    if (!steps->changes) {
+        return;
+    }
     const int32_t *change = steps->changes, *const end = change + 3 * steps->change_count;
     while (change < end && change[0] < channel) {
         change += 3;

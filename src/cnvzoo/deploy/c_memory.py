@@ -23,7 +23,7 @@ class Place:
     Attributes:
         shape: rows, columns and channels.
         kept: the rows that are in memory at a time; row y is at y % kept.
-        start: position of the first byte in the array; None for a gray image, which is read where the caller has it.
+        start: position of the first byte in the array; None for a grey image, which is read where the caller has it.
         below: what is added to the levels when they are stored: 128 for summands, else 0.
         high: the largest stored level.
     """

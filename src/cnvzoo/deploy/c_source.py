@@ -118,12 +118,16 @@ class _Writer:
         assert isinstance(second, Layer)
         rows, in_rows = self._place(2).shape[0], self._place(1).shape[0]
         pool, height = 2 if second.pooled else 1, second.weight.shape[2]
-        needed = f"(end{f' * {pool}' if pool > 1 else ''} - 1) * {second.stride[0]} - {second.padding[0]} + {height}"
+        rows_read = f"(end{f' * {pool}' if pool > 1 else ''} - 1) * {second.stride[0]} - {second.padding[0]} + {height}"
+        needed = f"smaller({rows_read}, {in_rows})"
+        if (pool - 1) * second.stride[0] - second.padding[0] + height < 0:  # the first rows are of padding alone
+            self.used.add("larger")
+            needed = f"larger(ready, {needed})"
         return [
             f"    /* {comment(first.name)} and {comment(second.name)} in strips of {strip} rows of the second */",
             f"    for (int32_t row = 0, ready = 0; row < {rows}; row += {strip}) {{",
             f"        const int32_t end = smaller(row + {strip}, {rows});",
-            f"        const int32_t needed = smaller({needed}, {in_rows});",
+            f"        const int32_t needed = {needed};",
             f"        {self._call(1, first, 'ready', 'needed')}",
             f"        {self._call(2, second, 'row', 'end')}",
             "        ready = needed;",
@@ -154,7 +158,7 @@ class _Writer:
         )
         packed = self._add_weights(name, rows, layer.w_bits)
         fields: dict[str, Any] = {
-            "weights": f"{name}_weights", "bits": layer.w_bits, "row_bytes": packed.shape[1],
+            "weights": f"table_{name}_weights", "bits": layer.w_bits, "row_bytes": packed.shape[1],
             "row_weights": rows.shape[1], "row": _row(layer), "block": block,
             "in_rows": source.shape[0], "in_columns": source.shape[1], "in_channels": source.shape[2],
             "in_kept": source.kept, "kernel_rows": kernel[0], "kernel_columns": kernel[1],
@@ -171,17 +175,17 @@ class _Writer:
         fields: dict[str, Any] = {"most": steps.most}
         if not steps.has_multipliers:
             self.used.add("thresholds")
-            self._table(f"{name}_thresholds", steps.thresholds.T.astype(np.int32))
-            return designated(fields | {"thresholds": f"{name}_thresholds"})
+            self._table(f"table_{name}_thresholds", steps.thresholds.T.astype(np.int32))
+            return designated(fields | {"thresholds": f"table_{name}_thresholds"})
         self.used.add("multipliers")
-        self._table(f"{name}_multiplier", steps.multiplier.astype(np.int32))
-        self._table(f"{name}_offset", steps.offset)
-        self._table(f"{name}_shift", steps.shift.astype(np.uint8))
-        fields |= {key: f"{name}_{key}" for key in ("multiplier", "offset", "shift")}
+        self._table(f"table_{name}_multiplier", steps.multiplier.astype(np.int32))
+        self._table(f"table_{name}_offset", steps.offset)
+        self._table(f"table_{name}_shift", steps.shift.astype(np.uint8))
+        fields |= {key: f"table_{name}_{key}" for key in ("multiplier", "offset", "shift")}
         if len(steps.changes):
             self.used.add("changes")
-            self._table(f"{name}_changes", steps.changes.astype(np.int32))
-            fields |= {"changes": f"{name}_changes", "change_count": len(steps.changes)}
+            self._table(f"table_{name}_changes", steps.changes.astype(np.int32))
+            fields |= {"changes": f"table_{name}_changes", "change_count": len(steps.changes)}
         return designated(fields)
 
     def _rounding(self, position: int, node: Rounding) -> str:
@@ -190,10 +194,9 @@ class _Writer:
         source = self._place(taken)
         table = node.requantization.levels(np.arange(source.high + 1)[:, None])[:, 0]
         self._comment(f"{node.name}: levels of 0 to {source.high} rounded to 0 to {node.requantization.high}")
-        self._table(f"{name}_levels", table.astype(np.uint8))
-        return (
-            f"    round_levels({name}_levels, {self._at(taken)}, {self._at(position)}, {self._place(position).size});"
-        )
+        levels = f"table_{name}_levels"
+        self._table(levels, table.astype(np.uint8))
+        return f"    round_levels({levels}, {self._at(taken)}, {self._at(position)}, {self._place(position).size});"
 
     def _sum(self, position: int, node: Sum) -> str:
         self.used.add("add")
@@ -213,10 +216,10 @@ class _Writer:
         self._comment(f"{head.name}: {weight.shape[1]} features, {averaged}to {len(weight)} scores")
         packed, bias = self._add_weights(name, weight, head.w_bits), "0"
         if head.bias is not None:
-            bias = f"{name}_bias"
+            bias = f"table_{name}_bias"
             self._table(bias, head.bias.astype(np.int32))
         fields = {
-            "weights": f"{name}_weights", "bits": head.w_bits, "row_bytes": packed.shape[1],
+            "weights": f"table_{name}_weights", "bits": head.w_bits, "row_bytes": packed.shape[1],
             "row_weights": weight.shape[1], "row": _row(head), "block": self._block(head), "out_channels": len(weight),
         }  # fmt: skip
         self.tables.append(f"static const struct layer layer_{name} = {designated(fields)};\n")
@@ -241,7 +244,7 @@ class _Writer:
         self.used |= (
             {"bits8"} if bits == 8 else {"bits2", "unpack_ternary"} if bits == 2 else {"bits_other", "unpack_bits"}
         )
-        self._table(f"{name}_weights", packed)
+        self._table(f"table_{name}_weights", packed)
         return packed
 
     def _table(self, name: str, values: NDArray[Any]) -> None:
@@ -273,7 +276,7 @@ class _Writer:
         return "".join(chosen)
 
     def _top(self, stem: str) -> Iterable[str]:
-        size = self.memory.size  # none in a network that is only a head, of a gray image
+        size = self.memory.size  # none in a network that is only a head, of a grey image
         levels = (
             [f"static uint8_t memory[{size}]; /* levels of all layers, [rows][columns][channels] */"] if size else []
         )

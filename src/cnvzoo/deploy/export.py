@@ -75,7 +75,7 @@ def export(
         ModelError: unknown dataset, or its classes or channels are not the model's.
     """
     if format not in FORMATS:
-        raise DeployError(f"unknown format {format!r}: {nearest(format, FORMATS)}")
+        raise DeployError(f"unknown format {format!r}: {nearest(str(format), FORMATS)}")
     path = expanded(path)
     if format == "c":
         _check_c_path(path)
@@ -170,6 +170,8 @@ def _describe(
             f"format {format!r} takes images as pixels / 255, and this model has mean {preprocessing.mean} and std "
             f"{preprocessing.std}: train it without normalisation (Preprocessing.for_dataset(..., normalize=False))"
         )
+    if isinstance(classes, str):
+        raise ModelError(f"classes={classes!r}: give a list of names, not one text")
     names = class_names(model, outputs) if classes is None else tuple(classes)
     if (channels, outputs) != (preprocessing.in_chans, len(names)):
         source = dataset or "what was given"

@@ -54,7 +54,8 @@ class Layer(Node):
 
     Attributes:
         weight: int8 [out, in / groups, height, width], before multiplication by the gain; linear layers are 1x1. The
-            range is -(2^(w_bits-1) - 1) to 2^(w_bits-1) - 1, and -1 or 1 for 1 bit.
+            range is -(2^(w_bits-1) - 1) to 2^(w_bits-1) - 1, and -1 or 1 for 1 bit; 0 in channels that have the same
+            level for every input.
         w_bits: bit width of the weights.
         requantization: from accumulators to levels, of one value for each channel.
         stride, padding: of the rows and of the columns; padded with zeros on both sides.
@@ -154,7 +155,10 @@ class IntegerNet:
 
     @property
     def differing(self) -> int:
-        """Number of reachable accumulators, over all channels, whose level differs from the trained model's."""
+        """Number of reachable accumulators, over all channels, whose level differs from the trained model's.
+
+        One that is off by n levels counts n times.
+        """
         return int(sum(r.differing.sum() for r in self.requantizations))
 
     @property

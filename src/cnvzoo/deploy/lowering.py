@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cnvzoo.deploy.integer import Head, Image, IntegerNet, Layer, Node, Rounding, Sum
-from cnvzoo.deploy.requantize import Requantization, Staircase, requantize
+from cnvzoo.deploy.requantize import Requantization, StepFunctions, requantize
 from cnvzoo.errors import ModelError
 from cnvzoo.models.graph import FLATTEN, GLOBAL_POOL, Step, trace
 from cnvzoo.models.integers import int8_gain
@@ -72,10 +72,24 @@ def quantized_steps(model: nn.Module, graph: str) -> list[Step]:
         raise DeployError(f"{', '.join(bad[:3])}: not finite numbers: train the model again from an earlier state")
     try:
         steps = trace(model)
-        check_quantizers({step.name: step.layer for step in steps if step.layer is not None})
+        layers = {step.name: step.layer for step in steps if step.layer is not None}
+        check_quantizers(layers)
+        if graph != "QONNX":  # which PyTorch exports from what the layers do
+            _check_forwards(layers)
         return steps
     except ModelError as error:
         raise DeployError(f"{graph} cannot express this model: {error}") from None
+
+
+def _check_forwards(layers: Mapping[str, nn.Module]) -> None:
+    """Raise ModelError for a layer in a class of a user, which may do something else than its kind.
+
+    Hooks are left out of the graph, as most only observe.
+    """
+    for name, layer in layers.items():
+        if not type(layer).__module__.startswith(("cnvzoo.models.", "brevitas.nn.", "torch.nn.")):
+            kind = type(layer).__qualname__
+            raise ModelError(f"{name} is of the class {kind}, whose forward may be another: use a layer of cnvzoo")
 
 
 @dataclass(frozen=True)
@@ -188,7 +202,7 @@ class _Lowering:
         if scale == x.scale and x.high <= high:
             return x
         start, end = np.zeros(1, np.int64), np.full(1, x.high)
-        exact = Staircase(np.array([x.scale / scale]), np.zeros(1), start, end, high)
+        exact = StepFunctions(np.array([x.scale / scale]), np.zeros(1), start, end, high)
         node = Rounding(step.name, (x.node,), requantize(exact, 1, biased=False))
         return replace(x, node=self._add(node), scale=scale, high=high)
 
@@ -252,7 +266,7 @@ def _layer(weighted: _Weighted, out_scale: float, low: int, high: int) -> Layer:
     weight = weight.reshape(len(weight), *taken.shape) if is_linear else weight
     weight = np.where(multiplier[:, None, None, None] < 0, -weight, weight)
     rows = weight.reshape(len(weight), -1).astype(np.int64)
-    exact = Staircase(
+    exact = StepFunctions(
         np.abs(multiplier), offset, taken.high * np.minimum(rows, 0).sum(1), taken.high * np.maximum(rows, 0).sum(1),
         high, low,
     )  # fmt: skip
@@ -309,7 +323,7 @@ def _integer_weights(layer: Any) -> tuple[NDArray[np.int8], torch.Tensor, int]:
     return quantizer.integers(layer.weight.detach()).to(torch.int8).cpu().numpy(), scale, quantizer.bits
 
 
-def _requantize(weight: NDArray[np.int8], exact: Staircase, gain: int) -> tuple[NDArray[np.int8], Requantization]:
+def _requantize(weight: NDArray[np.int8], exact: StepFunctions, gain: int) -> tuple[NDArray[np.int8], Requantization]:
     """Requantize a layer, with special treatment of channels that have the same level for every input.
 
     Such a channel gets weights of 0, multiplier 1 and its level as the bias: its own multiplier may be zero, and its

@@ -57,7 +57,9 @@ class GraphBuilder:
         content = array.dtype.str, array.shape, array.tobytes()
         if self.compact and shared and content in self._constant_names:
             return self._constant_names[content]
-        name = self._constant_names[content] = self._name(name)
+        name = self._name(name)
+        if shared:
+            self._constant_names[content] = name
         self.constants.append(numpy_helper.from_array(array, name))
         return name
 

@@ -27,7 +27,7 @@ _LARGEST_INT32 = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
-class Staircase:
+class StepFunctions:
     """The step functions of a trained layer, one for each channel: round(multiplier * acc + offset) in low..high.
 
     Attributes:
@@ -63,7 +63,8 @@ class Requantization:
         bias: int32 [channels].
         multiplier: float32 [channels].
         low, high: the smallest and the largest level.
-        differing: int64 [channels], number of reachable accumulators whose level differs from the trained layer's.
+        differing: int64 [channels], number of reachable accumulators whose level differs from the trained layer's; one
+            that is off by n levels counts n times.
         reachable: int64 [channels], number of reachable accumulators.
     """
 
@@ -97,16 +98,16 @@ class Requantization:
             [channels, high - low], from low_acc to high_acc + 1, which stands for no such accumulator.
         """
         nothing = np.zeros(len(self.bias))
-        reachable = Staircase(nothing, nothing, low_acc, high_acc, self.high, self.low)
+        reachable = StepFunctions(nothing, nothing, low_acc, high_acc, self.high, self.low)
         return _integer_steps(reachable, self.gain, self.bias.astype(np.float64), self.multiplier)
 
-    def fits_int32(self, exact: Staircase) -> bool:
+    def fits_int32(self, exact: StepFunctions) -> bool:
         """Whether every reachable accumulator is an int32, also after the bias is added."""
         largest = self.gain * np.maximum(np.abs(exact.low_acc), np.abs(exact.high_acc))
         return bool((largest + np.abs(self.bias.astype(np.int64)) <= _LARGEST_INT32).all())
 
 
-def requantize(exact: Staircase, gain: int, *, biased: bool = True) -> Requantization:
+def requantize(exact: StepFunctions, gain: int, *, biased: bool = True) -> Requantization:
     """Choose bias and multiplier, for weights multiplied by `gain`, such that the fewest accumulators differ.
 
     Args:
@@ -134,7 +135,7 @@ def requantize(exact: Staircase, gain: int, *, biased: bool = True) -> Requantiz
     return best
 
 
-def _multiplier_for(exact: Staircase, wanted: Ints, bias: Floats, gain: int) -> Floats:
+def _multiplier_for(exact: StepFunctions, wanted: Ints, bias: Floats, gain: int) -> Floats:
     """The middle of the interval of multipliers that put every step at its wanted accumulator, if there is one.
 
     Step k is at accumulator T if multiplier * (gain * T + bias) >= k - 1/2 > multiplier * (gain * (T - 1) + bias). The
@@ -157,7 +158,7 @@ def _multiplier_for(exact: Staircase, wanted: Ints, bias: Floats, gain: int) -> 
     return (low + high) / 2
 
 
-def _exact_steps(exact: Staircase) -> Ints:
+def _exact_steps(exact: StepFunctions) -> Ints:
     """The smallest reachable accumulators with level k or more; high_acc + 1 if there is none.
 
     [channels, high - low], k from low + 1.
@@ -173,7 +174,7 @@ def _exact_steps(exact: Staircase) -> Ints:
     return _search(start, exact, reached)
 
 
-def _integer_steps(exact: Staircase, gain: int, bias: Floats, multiplier: NDArray[np.float32]) -> Ints:
+def _integer_steps(exact: StepFunctions, gain: int, bias: Floats, multiplier: NDArray[np.float32]) -> Ints:
     """As `_exact_steps`, for the step functions of the integer graph."""
     k = exact.halves + 0.5
     m, b = multiplier[:, None], bias[:, None]
@@ -186,7 +187,7 @@ def _integer_steps(exact: Staircase, gain: int, bias: Floats, multiplier: NDArra
     return _search(start, exact, reached)
 
 
-def _search(start: Floats, exact: Staircase, reached: Callable[[Floats], NDArray[np.bool_]]) -> Ints:
+def _search(start: Floats, exact: StepFunctions, reached: Callable[[Floats], NDArray[np.bool_]]) -> Ints:
     """The smallest accumulators for which `reached`, which never falls, holds; high_acc + 1 if there is none.
 
     The search goes from `start` in steps of growing size, then bisects: `start` is off by a few, except in channels

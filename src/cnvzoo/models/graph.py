@@ -6,6 +6,7 @@ on symbols.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from cnvzoo.errors import ModelError
 from cnvzoo.models.norm_act import QuantizedActivation
 
 FLATTEN, GLOBAL_POOL = "flatten", "global pool"
+_tracing = threading.Lock()  # torch.fx changes nn.Module for the whole process while it traces
 _FUNCTIONS: dict[Any, str] = {torch.flatten: FLATTEN, F.adaptive_avg_pool2d: GLOBAL_POOL}
 
 
@@ -41,7 +43,26 @@ class Step:
 
 
 class _Tracer(fx.Tracer):
-    """Takes the layers of torch and of Brevitas as they are, and looks into all others."""
+    """Takes the layers of torch and of Brevitas as they are, and looks into all others.
+
+    While it traces, torch.fx has `nn.Module` of the whole process call it: what other threads run is left as it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.Sequential):
@@ -54,15 +75,18 @@ class _Tracer(fx.Tracer):
 def trace(model: nn.Module) -> list[Step]:
     """The steps of a model, in the order of execution; the first is its input, and the last gives its output.
 
-    `nn.Identity` is left out.
+    `nn.Identity` is left out, and so is what the output does not depend on.
 
     Raises:
-        ModelError: the model does something else than to call layers, to flatten, and to average over all pixels.
+        ModelError: the model does something else than to call layers, to flatten, and to average over all pixels; or
+            it takes more than images, or returns more than logits.
     """
     try:
-        graph = _Tracer().trace(model)
+        with _tracing:
+            graph = _Tracer().trace(model)
     except (TypeError, RuntimeError, TraceError) as error:
         raise ModelError(f"the layers of {type(model).__name__} cannot be followed: {error}") from None
+    _keep_needed(graph, type(model).__name__)
     steps: list[Step] = []
     position: dict[fx.Node, int] = {}
     for node in graph.nodes:
@@ -77,6 +101,18 @@ def trace(model: nn.Module) -> list[Step]:
         position[node] = len(steps)
         steps.append(Step(name, layer, inputs, node.kwargs.get("rounded", True)))
     return steps
+
+
+def _keep_needed(graph: fx.Graph, model: str) -> None:
+    """Remove what the output does not depend on, but for the first argument."""
+    if not isinstance(graph.output_node().args[0], fx.Node):
+        raise ModelError(f"{model} returns something else than one tensor: have it return the logits only")
+    images, *others = (node for node in graph.nodes if node.op == "placeholder")
+    for node in [*graph.nodes][::-1]:
+        if not node.users and node.op != "output" and node is not images:
+            graph.erase_node(node)
+    if others := [node for node in others if node in {*graph.nodes}]:
+        raise ModelError(f"{model} takes more than images: its output depends on {others[0].target}")
 
 
 def _is_known(node: fx.Node) -> bool:

@@ -91,7 +91,8 @@ def quantize_bias(model: nn.Module) -> None:
     Call it at the end of training and evaluate the model after it, as recipes with `quantize_bias: true` do.
 
     Raises:
-        ModelError: the model has no quantized layer followed by a BatchNorm, or its layers cannot be followed.
+        ModelError: the model has no quantized layer followed by a BatchNorm, its layers cannot be followed, a BatchNorm
+            has no weight or no running statistics, or a quantizer is not one of this library.
     """
     model = unwrapped(model)
     found = False
@@ -130,6 +131,7 @@ def _biased_with_units(model: nn.Module) -> Iterator[tuple[nn.BatchNorm1d | nn.B
     """
     is_quantized = any(isinstance(layer, (QuantConv2d, QuantLinear)) for layer in model.modules())
     steps = trace(model) if is_quantized else []
+    check_quantizers({step.name: step.layer for step in steps if step.layer is not None})
     pixel = torch.tensor(1 / 255, dtype=torch.float32).double()
     scales: list[Tensor] = []  # of the integers that each step gives
     for step in steps:
@@ -141,6 +143,8 @@ def _biased_with_units(model: nn.Module) -> Iterator[tuple[nn.BatchNorm1d | nn.B
                 yield layer, scale
         elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
             if isinstance(steps[step.inputs[0]].layer, (QuantConv2d, QuantLinear)):
+                if layer.weight is None or layer.running_var is None:
+                    raise ModelError(f"{step.name}: must have a weight, a bias and running statistics")
                 yield layer, scale
         elif layer is not None and hasattr(layer, "act_quant"):
             scale = quantizer_of(layer).effective_scale().double()

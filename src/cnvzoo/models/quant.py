@@ -145,16 +145,20 @@ class IntQuantizer(nn.Module):
         if (metadata := getattr(destination, "_metadata", None)) is not None:  # beside the tensors; torch.save keeps it
             metadata[prefix[:-1]]["bits"] = self.bits
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
+    def check_state_bits(self, prefix: str, local_metadata: Any) -> None:
+        """Raise ModelError for the metadata of a state of another bit width; arguments as of load_state_dict."""
         bits = local_metadata.get("bits", self.bits)
         if bits != self.bits:
             raise ModelError(
                 f"{prefix}scale is of {bits} bits, and the model has {self.bits} there: build the model with "
                 "the bits of the state, or make one of other bits from it by cnvzoo.quantize(model, w_bits=, a_bits=)"
             )
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        self.check_state_bits(prefix, local_metadata)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -246,7 +250,9 @@ class _PlainActivation(QuantNonLinearActLayer):
 
     @property
     def activation_quantizer(self) -> IntQuantizer | None:
-        return quantizer_of(self) if _is_plain(self, self.act_quant, None) else None
+        """None, for a step that is not fused, in a class of a user, whose forward may be another."""
+        is_own = type(self).__module__.startswith("cnvzoo.models.")
+        return quantizer_of(self) if is_own and _is_plain(self, self.act_quant, None) else None
 
 
 class PlainQuantIdentity(_CopiedLayer, _PlainActivation, QuantIdentity, QuantizedActivation):  # type: ignore[misc]

@@ -159,11 +159,11 @@ def set_layer_bits(
         matching = [name for name in layers if _matches(name, pattern)]
         if known is not None and not any(_matches(name, pattern) for name in known):
             names = [*known, *dict.fromkeys(name.rpartition(".")[0] for name in known if "." in name)]
-            raise ModelError(f"bits: no quantized layer is called {pattern!r}: {nearest(pattern, names)}")
-        for name in matching:
-            width = w_bits if isinstance(layers[name], (QuantConv2d, QuantLinear)) else a_bits
-            if width is not None:
-                wanted[name] = width
+            raise ModelError(
+                f"bits: {pattern!r} names no layer whose bit width can be chosen: {nearest(pattern, names)}"
+            )
+        widths = {name: w_bits if isinstance(layers[name], (QuantConv2d, QuantLinear)) else a_bits for name in matching}
+        wanted |= {name: width for name, width in widths.items() if width is not None}
     changed = [layers[name] for name, width in wanted.items() if quantizer_of(layers[name]).bits != width]
     for name, width in wanted.items():
         quantizer_of(layers[name]).set_bits(width)
@@ -227,6 +227,8 @@ def _fit_activations(steps: Sequence[Step], *, of_blocks: bool = False) -> None:
         layer, taken = step.layer, [given[i] for i in step.inputs]
         result: _Normal | Tensor | None = None
         if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            if layer.weight is None:
+                raise ModelError(f"{step.name}: must have a weight and a bias, which scales are fitted to")
             result = _Normal(layer.weight, layer.bias)
         elif isinstance(layer, ResidualQuantReLU):
             given_to = [x for x in taken if x is not None]

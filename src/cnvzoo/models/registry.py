@@ -72,7 +72,8 @@ class ModelSpec:
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*", re.ASCII)
 _REGISTRY: dict[str, ModelSpec] = {}
-_COMMON = ("num_classes", "in_chans", "w_bits", "a_bits")
+_WIDTHS = ("w_bits", "a_bits")
+_COMMON = ("num_classes", "in_chans", *_WIDTHS)
 _SET_ON_MODELS = ("spec", "arguments", "classes", "preprocessing", "pretrained_cfg", "_input_layer")
 
 
@@ -199,20 +200,15 @@ def build_model(
     least, needs = (0, OR_NO_HEAD) if spec.headless else (1, NEEDS_A_CLASS)
     num_classes = check_count("num_classes", num_classes, needs, least=least)
     in_chans = check_count("in_chans", in_chans, "an image has at least 1 channel")
-    unknown = [key for key in kwargs if key not in spec.options]
-    if unknown:
-        takes = nearest(unknown[0], spec.options) if spec.options else "it takes no further options"
-        raise ModelError(f"{name} has no option {unknown[0]!r}: {takes}")
+    widths = {"w_bits": w_bits, "a_bits": a_bits}
+    if spec.quantized:
+        widths = {key: check_bits(key, bits, name) for key, bits in widths.items()}
+    given = {key: bits for key, bits in widths.items() if bits is not None}
+    kwargs = check_options(spec, given | kwargs)
     if not kwargs.get("bits", True):  # none, or an empty mapping
         del kwargs["bits"]
     elif "bits" in kwargs:
         kwargs["bits"] = check_layer_bits(kwargs["bits"], name)
-    if spec.quantized:
-        kwargs = {"w_bits": check_bits("w_bits", w_bits, name), "a_bits": check_bits("a_bits", a_bits, name), **kwargs}
-    elif w_bits is not None or a_bits is not None:
-        twin = quantized_twin(spec)
-        remedy = f"use {twin.name!r}, its quantized twin" if twin else "leave w_bits and a_bits out"
-        raise ModelError(f"{name} is a float model and has no bit widths: {remedy}")
     arguments = {"num_classes": num_classes, "in_chans": in_chans, **kwargs}
     for key, value in arguments.items():  # numpy's whole numbers become Python's, which JSON and pickle take
         arguments[key] = value if (number := whole_number(value)) is None else number
@@ -222,6 +218,24 @@ def build_model(
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name}: its builder returned {type(model).__name__}, not a module: have it return the model")
     return _described(model, spec, arguments)
+
+
+def check_options(spec: ModelSpec, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a model and its `w_bits` and `a_bits`, those that are given, after checks.
+
+    Raises:
+        ModelError: an unknown option; or bit widths out of range, or of a float model.
+    """
+    for key in given:
+        if key not in (*_WIDTHS, *spec.options):
+            takes = nearest(key, spec.options) if spec.options else "it takes no further options"
+            raise ModelError(f"{spec.name} has no option {key!r}: {takes}")
+    widths = {key: given[key] for key in _WIDTHS if key in given}
+    if widths and not spec.quantized:
+        twin = quantized_twin(spec)
+        remedy = f"use {twin.name!r}, its quantized twin" if twin else "leave w_bits and a_bits out"
+        raise ModelError(f"{spec.name} is a float model and has no bit widths: {remedy}")
+    return {**given, **{key: check_bits(key, bits, spec.name) for key, bits in widths.items()}}
 
 
 def _required(build: Callable[..., nn.Module]) -> list[str]:
@@ -242,7 +256,16 @@ def _described(model: nn.Module, spec: ModelSpec, arguments: dict[str, Any]) -> 
             if not hasattr(model, name):
                 setattr(model, name, arguments.get(name))
     model.register_forward_pre_hook(check_input, with_kwargs=True)
+    model.register_load_state_dict_pre_hook(_check_state_bits)
     return described
+
+
+def _check_state_bits(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a state of other bit widths before a part of it is loaded."""
+    metadata = getattr(state, "_metadata", None) or {}
+    for name, layer in model.named_modules():
+        if callable(check := getattr(layer, "check_state_bits", None)):
+            check(f"{prefix}{name}.", metadata.get(f"{prefix}{name}", {}))
 
 
 @dataclass(frozen=True)

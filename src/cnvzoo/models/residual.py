@@ -28,7 +28,7 @@ def sum_forward(v: Tensor, residual: Tensor, inverse: Tensor, rounded: bool) -> 
         inverse: 1 / scale.
         residual, rounded: as in `add_fake_quantized`.
     """
-    u = residual.float() * inverse  # off by less than half if it is bfloat16 and rounded already
+    u = residual.float() * inverse  # in bfloat16, one above 127 that is rounded already may become its neighbour
     return _addend(v) + (u if rounded else _addend(u))
 
 
