@@ -17,9 +17,10 @@ printed and written to benchmarks/RESULTS.md and README.md, are made of the reco
 which keeps the results of replaced records; the checkpoints are the weights of seed 0.
 
 After the runs, unless a signal or the time limit stopped them, the checkpoints of the selected entries are measured as
-integer graphs, if they are quantized and have not been measured, and verified as `cnvzoo verify` does it: a minute and
-some seconds each. This is left out with --epochs, and where --seeds has no 0. With --publish they are verified after
-the time limit too, and then sent to a directory or to the Hugging Face Hub, unless one of them fails its verification.
+integer graphs, if they are quantized and have not been measured, and verified as `cnvzoo verify` does it: about a
+minute for each measurement, and some seconds for each verification. This is left out with --epochs, and where --seeds
+has no 0. With --publish they are verified after the time limit too, and then sent to a directory or to the Hugging Face
+Hub, unless one of them fails its verification.
 
 Several of these commands may share their folders: each leaves alone what another is training, and does not train again
 what another has finished. A run that fails does not stop the others, and tables that cannot be written are still
@@ -124,6 +125,7 @@ def _reproduce(
     on_ray = arguments.on == "ray"
     device = None if on_ray else _device(arguments.device)
     deadline = None if arguments.time_limit is None else time.monotonic() + arguments.time_limit
+    verify = partial(verify, device="auto" if on_ray else arguments.device)
     outputs = Outputs(list(selected), records, references, verify, _say)
     outputs.collect_records(seeds)
     for problem in records.problems():
@@ -143,7 +145,7 @@ def _reproduce(
     if complete or publish_to is not None:
         present = checkpoint_folders(layout.hub)
         names = [name for entry in selected if (name := layout.checkpoint(entry.recipe).name) in present]
-        verified = verify(names, hub=layout.hub, device="auto" if on_ray else arguments.device)
+        verified = verify(names, hub=layout.hub)
 
     try:
         _print_tables(arguments, selected, seeds, outputs)
@@ -158,7 +160,7 @@ def _reproduce(
     if status == 0 and arguments.epochs is None and (missing := _without_record(selected, seeds, records)):
         _say(f"without a valid record, see above: {', '.join(missing)}")
         return 1
-    incomplete = outputs.out_of_date or not published
+    incomplete = outcome.failed or outputs.out_of_date or not published
     return 1 if incomplete and status in (0, _EXIT["time limit"], _EXIT_LEFT_TO_OTHERS) else status
 
 
@@ -179,7 +181,16 @@ def _publish(
     except (CnvzooError, OSError) as error:  # no reason to leave out what follows
         _say(f"not published: {in_a_line(error)}")
         return False
-    return not left_out
+    present = checkpoint_folders(outputs.records.layout.hub)
+    lacking = [
+        entry.name
+        for entry in ready
+        if outputs.records.status(entry, PUBLISHED_SEED).record is not None
+        and outputs.records.layout.checkpoint(entry.recipe).name not in present
+    ]
+    if lacking:
+        _say(f"not published, because there is a record and no checkpoint: {', '.join(lacking)}")
+    return not left_out and not lacking
 
 
 def _without_record(selected: Sequence[Entry], seeds: Sequence[int], records: Records) -> list[str]:

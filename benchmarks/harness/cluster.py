@@ -26,7 +26,7 @@ from cnvzoo.files import FileError, replacing, sha256_of
 from cnvzoo.training.record import RunRecord, current_commit
 from cnvzoo.training.run import run_recipe
 from cnvzoo.training.state import RECORD, STATE, TEACHER_LOGITS, WEIGHTS, RunError, RunInterrupted, alone_in
-from harness.cluster_worker import Assignment, Known, Outcome, UnfitNode, Worker, installed_versions, refusal
+from harness.cluster_worker import Assignment, Known, RunResult, UnfitNode, Worker, installed_versions, refusal
 from harness.entries import HarnessError
 from harness.schedule import Run
 from harness.workers import AT_ONCE_ON_A_GPU, Stop, Train, Weights, WorkerEnded, usable_cores
@@ -232,7 +232,7 @@ class RayRunner:
         if not known:
             self.say(f"{problem}; no run is given to it")
 
-    def _train_on(self, worker: Any, name: str, run: Run, weights: Weights, stop: Stop) -> Outcome:
+    def _train_on(self, worker: Any, name: str, run: Run, weights: Weights, stop: Stop) -> RunResult:
         """Wait for what the worker returns; raises _Lost if it dies before."""
         ray, started = self._files.ray, False
         try:
@@ -278,7 +278,7 @@ class RayRunner:
         state = (run.run_dir / STATE).read_bytes() if run.started else None
         return worker.train.remote(assignment, state, *(files.sent(path, sha256_of(path)) for _, path in inputs))
 
-    def _watch(self, worker: Any, training: Any, name: str, run: Run, stop: Stop) -> Outcome:
+    def _watch(self, worker: Any, training: Any, name: str, run: Run, stop: Stop) -> RunResult:
         """Forward lines, states and the first reason to stop until the worker returns."""
         ray = self._files.ray
         asked = False

@@ -162,9 +162,9 @@ def cluster_table(records: Records) -> str:
         [
             *lines,
             "",
-            f"The {len(runs)} runs take {total / 3600:,.1f} core hours. The longest chain of runs that need each "
-            f"other, which no number of cores shortens, takes {sum(map(seconds, chain)) / 3600:,.1f} hours: {steps}. "
-            + _sources(costs),
+            f"The {len(runs)} runs take {total / 3600:,.1f} core hours. The longest chain of runs, each of "
+            f"which needs the weights of the one before, takes {sum(map(seconds, chain)) / 3600:,.1f} hours, which no "
+            f"number of cores shortens: {steps}. " + _sources(costs),
         ]
     )
 

@@ -27,7 +27,7 @@ from cnvzoo.training.state import STATE, WEIGHTS, RunError, UnfitState
 from harness.schedule import Run
 from harness.workers import ProcessRunner, Train, picklable
 
-Outcome = tuple["RunRecord | CnvzooError", dict[str, bytes]]  # with the files of the run folder, by name
+RunResult = tuple["RunRecord | CnvzooError", dict[str, bytes]]  # with the files of the run folder, by name
 Known = tuple[int, ...]  # tells versions of a file apart
 
 _DECIDE_BITS = ("torch", "numpy", "brevitas")  # those of describe_versions that the code sent along does not decide
@@ -121,7 +121,7 @@ class Worker:
             temporary.write_bytes(content)
         return _received(sha256)
 
-    def train(self, assignment: Assignment, state: bytes | None, *weights: bytes) -> Outcome:
+    def train(self, assignment: Assignment, state: bytes | None, *weights: bytes) -> RunResult:
         """Train or resume the run; returns its record with the weights, or its error with the state, if there is one.
 
         A state that does not fit this machine is not used: the run starts anew.

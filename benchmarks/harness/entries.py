@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict
+
 from cnvzoo.data.published import dataset_info
 from cnvzoo.errors import CnvzooError, nearest
 from cnvzoo.files import FileError, expanded
@@ -47,6 +49,12 @@ def read_harness_file(path: Path) -> YamlFile:
         raise HarnessError(f"{path}: cannot be read ({error.strerror}); restore it from version control") from error
     except StrictYamlError as error:
         raise HarnessError(str(error)) from None
+
+
+class FileSection(BaseModel):
+    """A mapping in such a file: unknown keys and values of other types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

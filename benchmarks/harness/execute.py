@@ -152,7 +152,8 @@ class _Execution:
             if others and not told and (reason := self.stop()):
                 self.say(f"stopping ({reason}): {len(others)} under way, to be saved")
                 told = True
-        reason = self.stop()  # a signal after the last step stops what follows the runs
+        # a signal after the last step, or while states are saved at the time limit, stops what follows the runs
+        reason = next(iter(self.stop.caught), None) or self.stop()
         left = [n for n in sorted((*self.stopped, *self.waiting, *self.elsewhere)) if not self._is_kept(n)]
         return Outcome(
             failed=[self.runs[number] for number in sorted(self.failed)],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cnvzoo.checkpoints.index import CheckpointInfo, read_index, row
 from cnvzoo.data.published import dataset_info, list_datasets
@@ -20,6 +20,7 @@ from harness.entries import TABLES, Layout, shown
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
 
 _FLOAT, _QUANTIZED, _INK, _GRID = "#3d5a80", "#d1495b", "#2b2d42", "#e6e9ef"
 _WIDTH, _HEIGHT = 9.0, 3.6  # inches
@@ -129,13 +130,27 @@ def _set_axes(axes: Axes, points: Sequence[CheckpointInfo]) -> None:
 
 
 def _label(axes: Axes, points: Sequence[CheckpointInfo]) -> None:
-    """The name of each point above or below it in turn, from the smallest file to the largest."""
+    """The name of each point above or below it, where it covers the fewest other names and points."""
+    positions = [axes.transData.transform((point["bytes"], point["accuracy"])) for point in points]
+    placed: list[Any] = []
     for rank, point in enumerate(points):
-        above = rank % 2 == 0
-        axes.annotate(
-            point["name"].partition(".")[0], (point["bytes"], point["accuracy"]), (0, 7 if above else -7),
-            textcoords="offset points", ha="center", va="bottom" if above else "top", fontsize=8, color=_INK,
-        )  # fmt: skip
+        choices = []
+        for above in (rank % 2 == 0, rank % 2 == 1):
+            name = _annotate(axes, point, above=above)
+            box = name.get_window_extent()
+            name.remove()
+            covered = sum(box.overlaps(other) for other in placed) + sum(box.contains(*xy) for xy in positions)
+            choices.append((covered, len(choices), above, box))
+        _, _, above, box = min(choices, key=lambda choice: choice[:2])
+        _annotate(axes, point, above=above)
+        placed.append(box)
+
+
+def _annotate(axes: Axes, point: CheckpointInfo, *, above: bool) -> Annotation:
+    return axes.annotate(
+        point["name"].partition(".")[0], (point["bytes"], point["accuracy"]), (0, 7 if above else -7),
+        textcoords="offset points", ha="center", va="bottom" if above else "top", fontsize=8, color=_INK,
+    )  # fmt: skip
 
 
 def _widths_of_graphs(points: Sequence[CheckpointInfo]) -> list[list[CheckpointInfo]]:

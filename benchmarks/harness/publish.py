@@ -103,7 +103,8 @@ def _check(facts: CheckpointFacts, weights: Path, record: Path, verify: Callable
         write_checkpoint(staged, facts, weights)
         (result,) = verify([staged])
     if result.problem:
-        raise HarnessError(f"{shown(record)}: not published, because its weights do not confirm it: {result.problem}")
+        why = "it could not be scored again" if result.missing_data else "its weights do not confirm it"
+        raise HarnessError(f"{shown(record)}: not published, because {why}: {result.problem}")
 
 
 def _check_published(folder: Path, record: RunRecord, layout: Layout) -> None:

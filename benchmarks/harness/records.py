@@ -350,7 +350,7 @@ def _differs_in_inputs_alone(record: RunRecord, entry: Entry) -> bool:
 
 
 def misplaced(record: RunRecord, entry: Entry, seed: int, *, trial_epochs: int | None = None) -> str | None:
-    """Why `record` belongs to another run, or None; with `trial_epochs`, than the trial of so many epochs."""
+    """Why `record` is not of this run, or None. With `trial_epochs`, the run is the trial of so many epochs."""
     if (record.entry, record.seed) != (entry.name, seed):
         return f"the record of {record.entry} seed {record.seed}, not of {entry.name} seed {seed}"
     if record.trial != (trial_epochs is not None):

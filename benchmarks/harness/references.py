@@ -8,21 +8,17 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from cnvzoo.errors import nearest
 from cnvzoo.strict_yaml import Where, error_at, explain_with_lines, place_of
-from harness.entries import Entry, HarnessError, read_harness_file
+from harness.entries import Entry, FileSection, HarnessError, read_harness_file
 
 _TOLERANCE = 0.0101  # points between a published figure of two decimals, rounded or truncated, and that of the runs
 _Accuracy = Annotated[float, Field(strict=True, gt=0, le=100)]  # in percent
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Source(_Section):
+class Source(FileSection):
     """Who measured figures, where they are published, and the hardware and versions; see references.yaml."""
 
     project: str = Field(min_length=1)
@@ -39,7 +35,7 @@ class Source(_Section):
         return f"[{self.project}]({self.url}), the tables of {self.document} ({self.version}); {seeds}; {self.setting}"
 
 
-class _Figures(_Section):
+class _Figures(FileSection):
     source: str
     runs: list[_Accuracy] | None = Field(default=None, min_length=1)
     mean: _Accuracy | None = None
@@ -62,7 +58,7 @@ class _Figures(_Section):
             raise error_at(key, message)
 
 
-class _File(_Section):
+class _File(FileSection):
     sources: dict[str, Source] = Field(default_factory=dict)
     entries: dict[str, _Figures] = Field(default_factory=dict)
 

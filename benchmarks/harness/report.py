@@ -112,11 +112,13 @@ def page(rows: Sequence[Row], survey: Survey, plotted: Collection[str]) -> str:
         f"published ones, of seed {PUBLISHED_SEED}: their variation is not part of its deviation.\n",
         "The difference is our mean minus the reference's, in percentage points, ± its standard error, "
         "√(s₁²/n₁ + s₂²/n₂) with the sample standard deviation s and the number n of runs of each side; a difference "
-        "within two standard errors is shown as none. Where a side has one run, there is no standard error.\n",
+        "within two standard errors is shown as none. There is no standard error where a side has one run, or only its "
+        "mean was published.\n",
         "Each run reads the test set once, at its end. The last column counts the recipes of an entry that were ever "
         "scored on it, replaced ones included ([retired.json](retired.json)): if they are several, the choice of the "
-        "recipe has seen the test set. Recipes are now chosen on held-out training images "
-        "([comparisons.yaml](comparisons.yaml)) or from the literature; the comments in a recipe say which.\n",
+        "recipe has seen the test set. A recipe was chosen on held-out training images "
+        "([comparisons.yaml](comparisons.yaml)) or from the literature where its comments say so; they also say where "
+        "a choice has seen the test set. Other settings were not compared.\n",
         f"The arithmetic of training has a version, now {NUMERICS} ([numerics](../docs/numerics.md)). Runs marked "
         f"{_OLDER} are of an older one, or start or learn from weights that are, or that a new run or recipe has "
         "replaced: the current recipes and code give other bits, and they are due again.\n",

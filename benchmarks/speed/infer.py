@@ -10,7 +10,8 @@ The published float CNV in PyTorch (contiguous; channels_last in float32, bfloat
 OpenVINO (float32, and int8 after the quantization without training that comes with each), and the published quantized
 ones as Brevitas' layers, as Brevitas' QCDQ export in ONNX Runtime and in OpenVINO, and as this library's files: the
 integer graph in ONNX Runtime and the QDQ graph in both. Of other nets, the files alone. All are in one process, with
-the same number of threads, and take turns; a figure is the median over the runs of all turns. Half of the time goes
+the same number of threads, and take turns; a figure is the median over the runs of all turns. Figures of nets that were
+measured at another time are not divided by one another. Half of the time goes
 into turns, the rest into building every contender, scoring it on the whole test set and measuring its memory. Making
 float images of 8-bit ones, which all but this library's files need, is left out.
 """
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ import cnvzoo
 from cnvzoo.checkpoints.index import IndexEntry
 from cnvzoo.checkpoints.locations import find_checkpoint
 from cnvzoo.data import Dataset, load_dataset
-from cnvzoo.errors import CnvzooError
+from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo.files import sha256_of
 
 FLOAT = "cnv.cifar10"
@@ -90,16 +92,16 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     if unknown := [name for name in arguments.checkpoints if name not in CHECKPOINTS]:
         parser.error(f"{unknown[0]} is not among those measured: {', '.join(CHECKPOINTS)}")
-    others = shared.kept("infer") if arguments.checkpoints and arguments.keep else None
-    if others is not None and (problem := _not_comparable(others, arguments.batches)):
-        parser.error(f"the figures of the other nets {problem}: name no net, which measures all again")
     try:
+        others = shared.kept("infer") if arguments.checkpoints and arguments.keep else None
+        if others is not None and (problem := _not_comparable(others, arguments.batches)):
+            parser.error(f"the figures of the other nets {problem}: name no net, which measures all again")
         data = load_dataset("cifar10", root=arguments.data_root)
         names = arguments.checkpoints or CHECKPOINTS
         result = measure(names, arguments.batches, data, turns=arguments.turns, seconds=arguments.seconds)
         shared.deliver(arguments, "infer", REPORT, result if others is None else merged(others, result))
-    except CnvzooError as error:
-        print(f"infer.py: error: {error}", file=sys.stderr)
+    except (CnvzooError, OSError) as error:
+        print(f"infer.py: error: {in_a_line(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -119,8 +121,8 @@ def measure(
     Returns:
         {"machine", "versions", "checkpoints": {name: {"model.safetensors": sha256}}, "macs": {net: of one image},
         "contenders": [{"runtime", "net", "bytes", "correct", "agreeing", "total", "memory": {batch: MiB} or None,
-        "milliseconds": {batch: median}, "spread": {batch: [least, most]}}]}; "agreeing" is the number of test images
-        with the class that the net has in PyTorch.
+        "measured": time in UTC, "milliseconds": {batch: median}, "spread": {batch: [least, most]}}]}; "agreeing" is the
+        number of test images with the class that the net has in PyTorch, and figures of one time may be compared.
 
     Raises:
         CnvzooError: none of the nets is published, a checkpoint is damaged, or a batch is larger than the test set.
@@ -129,6 +131,7 @@ def measure(
         raise CnvzooError(f"--batches {max(batches)}: there are {len(data.test_images):,} test images: give fewer")
     progress = Console(stderr=True, highlight=False)
     images = np.ascontiguousarray(data.test_images.permute(0, 3, 1, 2).numpy())
+    measured_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory() as folder:
         contenders = list(_contenders(names, data, Path(folder), progress))
         if not contenders:
@@ -144,7 +147,7 @@ def measure(
             correct = int((classes == data.test_labels.numpy()).sum())
             agreeing = int((classes == in_pytorch[net]).sum())
             found = {"runtime": contender.runtime, "net": net, "bytes": contender.bytes, "correct": correct}
-            found |= {"agreeing": agreeing, "total": len(images), "memory": _memory(contender)}
+            found |= {"agreeing": agreeing, "total": len(images), "memory": _memory(contender), "measured": measured_at}
             rows.append({**found, "milliseconds": {}, "spread": {}})
             line = f"{net}, {contender.runtime}: {correct:,} of {len(images):,} correct, {agreeing:,} as in PyTorch"
             progress.print(line, soft_wrap=True)

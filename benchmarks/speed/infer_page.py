@@ -57,8 +57,9 @@ def rows(result: Result) -> list[tuple[str, ...]]:
         times = row["milliseconds"]
         one = [f"{times['1']:.2f}"] if "1" in times else []
         images = [f"{images_per_second(row, batch):,.0f}" for batch in times if batch != "1"]
-        faster = images_per_second(row, _COMPARED) / images_per_second(baseline, _COMPARED) if _COMPARED in times else 0
-        ratio = [f"{faster:.2f}"] if faster else []
+        comparable = _COMPARED in times and row.get("measured") == baseline.get("measured")
+        faster = images_per_second(row, _COMPARED) / images_per_second(baseline, _COMPARED) if comparable else 0
+        ratio = [f"{faster:.2f}" if faster else ""] if _COMPARED in times else []
         accuracy = f"{100 * row['correct'] / row['total']:.2f}"
         counts = f"{row['bytes']:,}", accuracy, f"{row['agreeing']:,}"
         lines.append((row["net"], row["runtime"], *counts, *one, *images, *ratio))
@@ -77,12 +78,13 @@ def choice_columns(result: Result) -> tuple[str, ...]:
 def choice_rows(result: Result) -> list[tuple[str, ...]]:
     """One line of texts under `choice_columns(result)` for each net and each of the runtimes `CHOICES`."""
     contenders, lines = result["contenders"], []
-    rivals = {row["net"]: row["milliseconds"] for row in contenders if row["runtime"] == OPENVINO_INT8}
+    rivals = {row["net"]: row for row in contenders if row["runtime"] == OPENVINO_INT8}
     for row in contenders:
         if row["runtime"] not in CHOICES:
             continue
         net, times, memory = row["net"], row["milliseconds"], row.get("memory") or {}
-        rival = rivals.get(float_twin(net))
+        twin = rivals.get(float_twin(net))
+        rival = twin["milliseconds"] if twin and twin.get("measured") == row.get("measured") else None
         one = [f"{times['1']:.2f}"] if "1" in times else []
         images = [f"{images_per_second(row, batch):,.0f}" for batch in times if batch != "1"]
         used = [f"{memory[str(n)]:.0f}" if str(n) in memory else "" for n in MEMORY_BATCHES]
@@ -131,9 +133,10 @@ def section(result: Result) -> str:
   symmetric, and fast bias correction; its bytes are those of the two files of OpenVINO's own format."""
     return f"""## Inference
 
-Trained nets on CIFAR-10 images, in one process, where all runtimes take turns with the same number of threads; a
-figure is the median over the runs of all turns. `python benchmarks/speed/infer.py --keep` measures again and writes
-this part; [infer.json](infer.json) has the sha256 of the checkpoints that were measured.
+Trained nets on CIFAR-10 images. The runtimes of one measurement share a process and take turns with the same number of
+threads; a figure is the median over the runs of all turns. There is no ratio between nets that were measured at
+different times. `python benchmarks/speed/infer.py --keep` measures again and writes this part;
+[infer.json](infer.json) has the times, and the sha256 of the checkpoints that were measured.
 
 ### Accuracy, size and speed
 

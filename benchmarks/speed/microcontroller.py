@@ -24,22 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shared
 import torch
 from numpy.typing import NDArray
 
 import cnvzoo
 import cnvzoo.deploy
-from cnvzoo.errors import CnvzooError
+from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo.files import sha256_of, write_text
 from cnvzoo.training.device import describe_device
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-EXAMPLE, PAGE, KEPT = (
-    ROOT / "examples" / "microcontroller",
-    ROOT / "docs" / "microcontrollers.md",
-    "microcontroller.json",
-)
+EXAMPLE, PAGE = ROOT / "examples" / "microcontroller", ROOT / "docs" / "microcontrollers.md"
 START, END = "<!-- begin: benchmarks/speed/microcontroller.py -->", "<!-- end -->"
 TOOLS = ("gcc", "make", "arm-none-eabi-gcc", "qemu-system-arm")
 COMPARED, EMULATED = 1000, 2  # images
@@ -55,31 +52,41 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"not installed: {', '.join(missing)}")
     compilers = [_output(compiler, "--version").splitlines()[0] for compiler in ("gcc", "arm-none-eabi-gcc")]
     others: list[dict[str, Any]] = []
-    if arguments.checkpoints and arguments.keep:
-        kept = json.loads((HERE / KEPT).read_text())
-        if kept["compilers"] != compilers:
-            parser.error(f"the figures of the others were measured with {', '.join(kept['compilers'])}: name none")
-        others = kept["networks"]
     result = {"compilers": compilers, "networks": []}
     try:
-        for name in arguments.checkpoints or published():
+        if arguments.checkpoints and arguments.keep:
+            kept = shared.kept("microcontroller")
+            if kept["compilers"] != compilers:
+                parser.error(f"the figures of the others were measured with {', '.join(kept['compilers'])}: name none")
+            others = kept["networks"]
+        names = arguments.checkpoints or published()
+        if not names:
+            raise CnvzooError(f"{ROOT / 'hub'}: no quantized checkpoints in it: restore it from version control")
+        for name in names:
             result["networks"].append(measured(name))
             print(json.dumps(result["networks"][-1]), flush=True)
-    except CnvzooError as error:
-        print(f"microcontroller.py: error: {error}", file=sys.stderr)
+        if arguments.keep:
+            keep(result, others)
+        print(table(result))
+    except (CnvzooError, OSError) as error:
+        print(f"microcontroller.py: error: {in_a_line(error)}", file=sys.stderr)
         return 1
-    print(table(result))
-    if arguments.keep:
-        keep(result, others)
     return 0
 
 
 def keep(result: dict[str, Any], others: list[dict[str, Any]]) -> None:
-    """Write the figures, with those of the other networks that are still published, and the table of the page."""
+    """Write the figures, with those of the other networks that are still published, and the table of the page.
+
+    Raises:
+        CnvzooError: the page has no place for the table; nothing was written.
+    """
+    page = PAGE.read_text(encoding="utf-8")
+    before, start, rest = page.partition(START)
+    if not start or END not in rest:
+        raise CnvzooError(f"{PAGE}: no {START} with {END} after it: restore it from version control")
     networks = {network["name"]: network for network in (*others, *result["networks"])}
     whole = result | {"networks": [networks[name] for name in published() if name in networks]}
-    write_text(HERE / KEPT, json.dumps(whole, indent=1) + "\n")
-    before, _, rest = PAGE.read_text().partition(START)
+    write_text(HERE / "microcontroller.json", json.dumps(whole, indent=1) + "\n")
     write_text(PAGE, f"{before}{START}\n\n{table(whole)}\n{END}{rest.partition(END)[2]}")
 
 

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo.files import FileError, replacing, write_text
 from cnvzoo.training.device import describe_device
 
@@ -94,7 +95,7 @@ class Report:
 
 
 def deliver(arguments: argparse.Namespace, name: str, report: Report, result: dict[str, Any]) -> None:
-    """Print the figures, and write the files that --json and --keep ask for.
+    """Write the files that --json and --keep ask for, and print the figures.
 
     Args:
         arguments: with `json` and `keep`.
@@ -102,7 +103,6 @@ def deliver(arguments: argparse.Namespace, name: str, report: Report, result: di
         report: how the figures are printed, written and plotted.
         result: the figures.
     """
-    report.print_table(Console(width=None if sys.stdout.isatty() else _WIDTH), result)
     text = json.dumps(result, indent=1) + "\n"
     if arguments.json:
         write_text(arguments.json, text)
@@ -110,17 +110,30 @@ def deliver(arguments: argparse.Namespace, name: str, report: Report, result: di
         write_text(HERE / f"{name}.json", text)
         replace_section(HERE / "README.md", report.section(result))
         report.plot(result, HERE / f"{name}.svg")
+    report.print_table(Console(width=None if sys.stdout.isatty() else _WIDTH), result)
 
 
 def kept(name: str) -> dict[str, Any]:
-    """The figures in `<name>.json` of this folder."""
-    return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+    """The figures in `<name>.json` of this folder. Raises CnvzooError if it is missing or damaged."""
+    path = HERE / f"{name}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CnvzooError(
+            f"{path}: {in_a_line(error)}: restore it from version control, or measure all again"
+        ) from None
 
 
 def replace_section(path: Path, section: str) -> None:
-    """Replace the section of a Markdown file that has the same heading (`## ...`) as `section`."""
+    """Replace the section of a Markdown file that has the same heading (`## ...`) as `section`.
+
+    Raises:
+        CnvzooError: there is no such section, and nothing was written.
+    """
     parts = re.split(r"^(?=## )", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     heading = section.partition("\n")[0]
+    if heading not in (part.partition("\n")[0] for part in parts):
+        raise CnvzooError(f"{path}: no heading {heading!r}: restore it from version control")
     parts = [section + "\n" if part.partition("\n")[0] == heading else part for part in parts]
     write_text(path, "".join(parts).rstrip("\n") + "\n")
 

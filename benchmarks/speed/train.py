@@ -62,7 +62,10 @@ Result = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = shared.parse(_parser(), argv)
+    parser = _parser()
+    arguments = shared.parse(parser, argv)
+    if arguments.keep and {*arguments.models} != {*MODELS}:
+        parser.error("--keep replaces the figures of all nets: leave --models out")
     try:
         result = measure(
             arguments.models,

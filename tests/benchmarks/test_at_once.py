@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import signal
@@ -11,8 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import harness.execute
 import pytest
 import torch
 from harness import outputs, workers
@@ -178,10 +181,15 @@ def test_a_run_that_reaches_the_time_limit_stops_the_others(three_entries, capsy
     assert unfinished(capsys.readouterr().err) == [f"{FLOAT} seed 0", f"{OTHER} seed 0", f"{QUANTIZED} seed 0"]
 
 
-def test_after_the_time_limit_no_run_starts_and_a_run_that_finishes_is_recorded(three_entries, capsys):
-    end = time.monotonic() + 4
-    three_entries.train = training = HookedTraining(lambda key, stop: time.sleep(max(0, end - time.monotonic())))
-    assert three_entries.run("--table", "cifar10", "--seeds", "0", "--at-once", "2", "--time-limit", "3") == 3
+def test_after_the_time_limit_no_run_starts_and_a_run_that_finishes_is_recorded(three_entries, capsys, monkeypatch):
+    both_run = threading.Barrier(2)
+
+    def pass_the_limit(key: tuple[str, int], stop: object) -> None:
+        both_run.wait(timeout=60)
+        monkeypatch.setattr(harness.execute, "time", SimpleNamespace(monotonic=lambda: math.inf))
+
+    three_entries.train = training = HookedTraining(pass_the_limit)
+    assert three_entries.run("--table", "cifar10", "--seeds", "0", "--at-once", "2", "--time-limit", "600") == 3
     assert sorted(training.fake.calls) == [(FLOAT, 0), (OTHER, 0)]
     assert three_entries.result(FLOAT).exists()
     assert three_entries.result(OTHER).exists()
@@ -350,3 +358,29 @@ def test_a_device_that_is_missing_is_an_invalid_request(
     error = "error: --device cuda: device 'cuda' cannot be used (Torch not compiled with CUDA enabled)"
     assert error in capsys.readouterr().err
     assert bench.training.calls == []
+
+
+def test_a_signal_while_states_are_saved_at_the_time_limit_stops_what_follows(three_entries, capsys):
+    def interrupt_once_asked_to_stop(key: tuple[str, int], stop: Callable[[], str | None]) -> str:
+        if key == (OTHER, 0):
+            return "time limit"
+        reason = until_stopped(stop)
+        os.kill(os.getpid(), signal.SIGINT)
+        return reason
+
+    three_entries.train = HookedTraining(interrupt_once_asked_to_stop)
+    assert three_entries.run("--table", "cifar10", "--seeds", "0", "--at-once", "2", "--publish", "store") == 130
+    assert "stopped (SIGINT); the same command resumes here" in capsys.readouterr().err
+    assert three_entries.verified == []
+
+
+def test_a_failed_run_is_told_by_the_status_after_the_time_limit_too(three_entries, capsys):
+    def fail_or_stop(key: tuple[str, int], stop: Callable[[], str | None]) -> str:
+        if key == (OTHER, 0):
+            return "time limit"
+        until_stopped(stop)
+        raise RuntimeError("a bug")
+
+    three_entries.train = HookedTraining(fail_or_stop)
+    assert three_entries.run("--table", "cifar10", "--seeds", "0", "--at-once", "2") == 1
+    assert f"failed, see above: {FLOAT} seed 0" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
-from harness.cluster_worker import Assignment, Outcome, Worker, installed_versions, refusal
+from harness.cluster_worker import Assignment, RunResult, Worker, installed_versions, refusal
 from harness.schedule import Run
 from tiny import Script
 from workbench import Bench, make_record
@@ -21,7 +21,7 @@ ENTRY = "mnist_resnet20"
 
 def train(
     bench: Bench, code: str, *weights: bytes, state: bytes | None = None, **changes: Any
-) -> tuple[Worker, Outcome]:
+) -> tuple[Worker, RunResult]:
     bench.recipe(ENTRY)
     values: dict[str, Any] = {
         "run": Run(bench.entry(ENTRY), 2, bench.runs / "at-home"), "train": Script(dedent(code)), "device": "cpu",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness.comparisons import load_comparisons
+from comparisons import load_comparisons
 from harness.entries import HarnessError
 from workbench import BENCHMARKS
 
@@ -59,6 +59,10 @@ def test_the_comparisons_of_this_repository_are_valid():
             ("[_base]", "[mnist_cnv, mnist_cvn]"),
             "1: entries: no recipe is named 'mnist_cvn': did you mean 'mnist_cnv'?",
         ),
+        (("seed: 0", "seed: -3"), "7: seed: -3: input should be greater than or equal to 0"),
+        (("[98, 107]", "[107, 98]"), "10: variants.0: seconds_per_epoch: give the least first, then the most"),
+        (("[98, 107]", "[98, 107, 110]"), "10: variants.0.seconds_per_epoch"),
+        (("2026-11-27", "2026-99-99"), "2: date: '2026-99-99': month must be in 1..12"),
         (("2026-11-27", "27.11.2026"), "2: date: '27.11.2026': string should match pattern"),
         ((VALID, "entries: []\n"), "1: comparisons are a list, not dict"),
     ],

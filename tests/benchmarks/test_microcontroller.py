@@ -20,7 +20,7 @@ import microcontroller  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 @pytest.fixture
 def kept() -> dict[str, Any]:
-    return json.loads((SPEED / microcontroller.KEPT).read_text())
+    return json.loads((SPEED / "microcontroller.json").read_text())
 
 
 def test_the_page_shows_the_figures(kept):
@@ -39,18 +39,19 @@ def test_the_figures_are_of_the_published_checkpoints(kept):
 
 def test_figures_of_one_checkpoint_are_kept_beside_those_of_the_others(kept, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(microcontroller, "HERE", tmp_path)
+    monkeypatch.setattr(microcontroller.shared, "HERE", tmp_path)
     monkeypatch.setattr(microcontroller, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(microcontroller.shutil, "which", lambda tool: tool)
     monkeypatch.setattr(microcontroller, "_output", lambda compiler, option: f"{compiler} 12\n")
     first, second = (network["name"] for network in kept["networks"][:2])
     old = {"compilers": ["gcc 12", "arm-none-eabi-gcc 12"]}
     old["networks"] = [kept["networks"][0], kept["networks"][1], kept["networks"][0] | {"name": "quant_gone.mnist"}]
-    (tmp_path / microcontroller.KEPT).write_text(json.dumps(old))
+    (tmp_path / "microcontroller.json").write_text(json.dumps(old))
     microcontroller.PAGE.write_text(f"before\n{microcontroller.START}\nold\n{microcontroller.END}\nafter\n")
     new = kept["networks"][1] | {"flash": 123_456}
     monkeypatch.setattr(microcontroller, "measured", lambda name: new | {"name": name})
     assert microcontroller.main([second, "--keep"]) == 0
-    networks = json.loads((tmp_path / microcontroller.KEPT).read_text())["networks"]
+    networks = json.loads((tmp_path / "microcontroller.json").read_text())["networks"]
     assert [(network["name"], network["flash"]) for network in networks] == [
         (first, kept["networks"][0]["flash"]), (second, 123_456),
     ]  # fmt: skip
@@ -98,3 +99,29 @@ def test_every_network_has_the_scores_of_onnxruntime_and_fits(kept):
         most = 3.3 if network["name"].startswith("quant_cnv") else 3.8
         assert 2 * macs < network["instructions"] < most * macs
     assert all(n["flash"] < 380_000 for n in kept["networks"] if "w2a2" in n["name"])
+
+
+@pytest.mark.parametrize("text", ["no place", f"keep me\n{microcontroller.START}\n| old |\nkeep me too\n"])
+def test_a_page_without_a_place_for_the_table_is_left_as_it_is(kept, tmp_path, monkeypatch, text):
+    monkeypatch.setattr(microcontroller, "HERE", tmp_path)
+    monkeypatch.setattr(microcontroller, "PAGE", tmp_path / "page.md")
+    microcontroller.PAGE.write_text(text)
+    with pytest.raises(cnvzoo.CnvzooError, match=r"page\.md: no <!-- begin: .* with <!-- end --> after it: restore it"):
+        microcontroller.keep(kept, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
+    assert microcontroller.PAGE.read_text() == text
+
+
+def test_nothing_to_measure_or_to_keep_is_an_error_of_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(microcontroller.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(microcontroller, "_output", lambda compiler, option: f"{compiler} 12\n")
+    monkeypatch.setattr(microcontroller, "ROOT", tmp_path)
+    monkeypatch.setattr(microcontroller.shared, "HERE", tmp_path)
+    for arguments, problem in (
+        ([], "no quantized checkpoints in it"),
+        (["x", "--keep"], "No such file or directory"),
+    ):
+        assert microcontroller.main(arguments) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("microcontroller.py: error: ")
+        assert problem in line

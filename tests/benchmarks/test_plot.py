@@ -73,9 +73,10 @@ def sizes_in(line: Line2D) -> list[float]:
     return np.asarray(line.get_xdata()).tolist()
 
 
+@pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize("dataset", [table for table in TABLES if table != EXTRA])
-def test_every_checkpoint_is_named_once_and_no_name_covers_another_or_a_point(dataset):
-    points = of(dataset)
+def test_every_checkpoint_is_named_once_and_no_name_covers_another_or_a_point(dataset, published):
+    points = list(plot.points(INDEX, dataset)) if published else of(dataset)
     figure = plot.figure(points)
     figure.draw_without_rendering()
     (axes,) = figure.axes

@@ -26,6 +26,7 @@ from workbench import Bench, make_record
 
 from cnvzoo.errors import CnvzooError
 from cnvzoo.training import RunError, RunInterrupted, RunRecord, RunUnderWay, run_recipe
+from cnvzoo.training.state import load_checked
 
 ENTRY = "mnist_resnet20"
 TIMEOUT = 120
@@ -210,12 +211,14 @@ def has_state(bench: Bench) -> list[bool]:
 def test_workers_stopped_by_the_time_limit_resume_to_the_weights_of_single_runs(
     entry, monkeypatch, weights_of_single_runs
 ):
-    monkeypatch.setenv("TINY_EPOCH_SECONDS", "1.5")
-    outcome = train_two_seeds(entry, lambda line: None, deadline=time.monotonic() + 2)
+    monkeypatch.setenv("TINY_LATE", "1")
+    outcome = train_two_seeds(entry, lambda line: None, deadline=time.monotonic() + 1000)
     assert (outcome.stopped, [run.seed for run in outcome.left]) == ("time limit", [0, 1])
-    assert has_state(entry) == [True, True]
+    states = [entry.runs / ENTRY / f"seed{seed}" / "state.safetensors" for seed in (0, 1)]
+    steps = [load_checked(state)[1]["values"]["step"] for state in states]
+    assert 2 <= max(steps) < 10
 
-    monkeypatch.setenv("TINY_EPOCH_SECONDS", "0")
+    monkeypatch.delenv("TINY_LATE")
     outcome = train_two_seeds(entry, lambda line: None)
     assert (outcome.failed, outcome.left, outcome.stopped) == ([], [], None)
     assert has_state(entry) == [False, False]
@@ -223,22 +226,22 @@ def test_workers_stopped_by_the_time_limit_resume_to_the_weights_of_single_runs(
 
 
 @pytest.fixture
-def command(entry: Bench) -> Iterator[Callable[[float], subprocess.Popen[str]]]:
-    """`command(seconds)`: reproduce.py with two workers in their first epoch, after which each pauses.
+def command(entry: Bench) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`command(**environment)`: reproduce.py with two workers that pause after their first epoch.
 
     It has its own process group, as in a terminal, because Ctrl-C is sent to the whole group.
     """
     options = f"--table mnist --seeds 0 1 --device cpu --at-once 2 --runs {entry.runs}"
     started: list[subprocess.Popen[str]] = []
 
-    def start(seconds: float) -> subprocess.Popen[str]:
+    def start(**environment: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, str(TINY), str(entry.home), *options.split()],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env=os.environ | {"TINY_EPOCH_SECONDS": str(seconds)},
+            env=os.environ | {"TINY_PAUSE": "1000"} | environment,
         )
         started.append(process)
         read_until(process, *(f"{ENTRY}, seed {seed}: epoch 1/5" for seed in (0, 1)))
@@ -263,7 +266,7 @@ def read_until(process: subprocess.Popen[str], *wanted: str) -> list[str]:
 
 
 def test_ctrl_c_stops_all_workers_and_the_same_command_resumes(entry, command, weights_of_single_runs):
-    process = command(4)
+    process = command()
     os.killpg(process.pid, signal.SIGINT)
     printed = process.communicate(timeout=TIMEOUT)[1]
     assert process.returncode == 130
@@ -276,7 +279,7 @@ def test_ctrl_c_stops_all_workers_and_the_same_command_resumes(entry, command, w
 
 
 def test_a_second_ctrl_c_kills_the_workers_too(entry, command):
-    process = command(1000)
+    process = command(TINY_DEAF="1")
     os.killpg(process.pid, signal.SIGINT)
     read_until(process, "stopping (SIGINT): 2 under way")
     time.sleep(1)  # the threads that tell the workers poll ten times a second
@@ -288,7 +291,7 @@ def test_a_second_ctrl_c_kills_the_workers_too(entry, command):
 
 
 def test_workers_whose_parent_is_killed_save_their_state_and_end(entry, command):
-    process = command(4)
+    process = command()
     os.kill(process.pid, signal.SIGKILL)
     for seed in (0, 1):
         with FileLock(entry.runs / ENTRY / f"seed{seed}" / ".lock", timeout=TIMEOUT):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from workbench import Bench
 
@@ -127,3 +129,23 @@ def test_a_folder_that_was_left_without_a_config_does_not_end_the_command(traine
 def test_an_invalid_store_is_one_line_of_error(trained, capsys):
     assert trained.run("--table", "mnist", "--seeds", "0", "--publish", "s3://bucket") == 2
     assert "'s3://bucket' is not a store" in capsys.readouterr().err
+
+
+def test_a_record_without_a_checkpoint_is_not_published(trained, tmp_path, capsys):
+    shutil.rmtree(trained.hub)
+    shutil.rmtree(trained.runs)
+    assert trained.run("--table", "mnist", "--entry", "mnist_cnv", "--seeds", "0", "--publish", str(tmp_path)) == 1
+    assert "not published, because there is a record and no checkpoint: mnist_cnv" in capsys.readouterr().err
+
+
+def test_everything_is_verified_on_the_device_of_the_runs(trained):
+    assert trained.run("--table", "mnist", "--seeds", "0") == 0
+    assert trained.devices == {"cpu"}
+
+
+def test_weights_that_cannot_be_scored_are_not_said_to_differ(bench, capsys):
+    bench.recipe("mnist_cnv")
+    bench.missing_data = True
+    bench.unproven = "mnist cannot be loaded"
+    assert bench.run("--table", "mnist", "--seeds", "0") == 1
+    assert "not published, because it could not be scored again: mnist cannot be loaded" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -220,6 +221,44 @@ def test_a_section_is_replaced_and_the_others_are_kept(tmp_path: Path) -> None:
     assert page.read_text() == "# Title\n\n## Training\n\nnew\n\n## Inference\n\nold\n"
     shared.replace_section(page, "## Inference\n\nnew\n")
     assert page.read_text() == "# Title\n\n## Training\n\nnew\n\n## Inference\n\nnew\n"
+    before = page.read_text()
+    with pytest.raises(CnvzooError, match=r"README\.md: no heading '## Memory': restore it from version control"):
+        shared.replace_section(page, "## Memory\n\nnew\n")
+    assert page.read_text() == before
+
+
+def test_figures_are_written_before_they_are_printed(tmp_path: Path) -> None:
+    """Measuring takes minutes, and the output may be a pipe that nobody reads any more."""
+
+    def fail(*_: Any) -> None:
+        raise BrokenPipeError
+
+    arguments = argparse.Namespace(json=tmp_path / "figures.json", keep=False)
+    with pytest.raises(BrokenPipeError):
+        shared.deliver(arguments, "infer", shared.Report(fail, str, fail), {"a": 1})
+    assert json.loads((tmp_path / "figures.json").read_text()) == {"a": 1}
+
+
+def test_figures_of_some_nets_do_not_replace_those_of_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--models", "cnv", "--keep"])
+    assert "--keep replaces the figures of all nets: leave --models out" in capsys.readouterr().err
+
+
+def test_nets_that_were_measured_at_different_times_have_no_ratio() -> None:
+    figures = shared.kept("infer")
+    for row in figures["contenders"]:
+        row["measured"] = "2026-01-01T00:00:00+00:00"
+
+    def ratios() -> dict[tuple[str, str], str]:
+        return {row[:2]: row[-1] for row in (*infer_page.rows(figures), *infer_page.choice_rows(figures))}
+
+    before = ratios()
+    assert all(ratio for (net, _), ratio in before.items() if net.endswith("cnv") or "_cnv_" in net)
+    for row in figures["contenders"]:
+        if row["net"] == "quant_cnv_w4a4":
+            row["measured"] = "2026-01-02T00:00:00+00:00"
+    assert ratios() == {key: "" if key[0] == "quant_cnv_w4a4" else ratio for key, ratio in before.items()}
 
 
 def test_the_figures_of_this_repository_are_of_the_current_recipes_and_checkpoints() -> None:

@@ -2,17 +2,22 @@
 
     python tiny.py HOME ARGUMENT ...    the command line of reproduce.py, with HOME instead of benchmarks/
 
-The environment variable TINY_EPOCH_SECONDS is a pause at the end of every epoch, so that a test can stop the run there.
+Environment variables let a test stop a run at the end of an epoch:
+- TINY_PAUSE: seconds to wait there for the request to stop, which ends the pause;
+- TINY_DEAF: the pause does not end before its time;
+- TINY_LATE: the time limit has passed.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,17 +57,22 @@ def publish_tiny(set_attribute: Callable[[object, str, object], object] = setatt
     set_attribute(published, "CHECKSUMS", {**published.CHECKSUMS, "mnist": checksums})
 
 
-class SlowProgress(run.TrainingProgress):
-    def __call__(self, trainer: TrainingStatus) -> None:
-        super().__call__(trainer)
-        if trainer.step % trainer.steps_per_epoch == 0:
-            time.sleep(float(os.environ.get("TINY_EPOCH_SECONDS", "0")))
-
-
 def train_tiny(recipe: Any, **arguments: Any) -> RunRecord:
     """Like run_recipe, on `tiny()` and with the pauses; for worker processes only, as it changes the library."""
+
+    class PausingProgress(run.TrainingProgress):
+        def __call__(self, trainer: TrainingStatus) -> None:
+            super().__call__(trainer)
+            if trainer.step % trainer.steps_per_epoch:
+                return
+            end = time.monotonic() + float(os.environ.get("TINY_PAUSE", "0"))
+            while time.monotonic() < end and ("TINY_DEAF" in os.environ or not arguments["stop"]()):
+                time.sleep(0.02)
+            if "TINY_LATE" in os.environ:
+                run.time = SimpleNamespace(**vars(time) | {"monotonic": lambda: math.inf})
+
     publish_tiny()
-    run.TrainingProgress = SlowProgress
+    run.TrainingProgress = PausingProgress
     return run.run_recipe(recipe, dataset=tiny(), **arguments)
 
 

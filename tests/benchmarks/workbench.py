@@ -139,10 +139,12 @@ class Bench:
         self.training = FakeTraining()
         self.train: Callable[..., RunRecord] = self.training
         self.verified: list[list[str]] = []
+        self.devices: set[str] = set()
         self.measured: list[tuple[str, str]] = []
         self.unmeasurable: str | None = None
         self.problem: str | None = None
         self.unproven: str | None = None
+        self.missing_data = False
         (self.home / "configs").mkdir(parents=True)
         self.write_references("")
 
@@ -180,12 +182,13 @@ class Bench:
     def verify(
         self, names: list[str] | list[Path], *, hub: Path | None = None, device: str = "auto"
     ) -> list[Verification]:
-        """Replaces cnvzoo.verify: keeps the names of each call, and reports `problem` for each of them.
+        """Replaces cnvzoo.verify: keeps names and devices of the calls, and reports `problem` for each of the names.
 
         For folders that are to be published, which are given as paths, it reports `unproven`.
         """
+        self.devices.add(device)
         if hub is None:
-            return [Verification(str(path), problem=self.unproven) for path in names]
+            return [Verification(str(p), problem=self.unproven, missing_data=self.missing_data) for p in names]
         assert hub == self.hub
         self.verified.append([str(name) for name in names])
         return [Verification(str(name), problem=self.problem) for name in names]

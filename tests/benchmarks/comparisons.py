@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from harness.entries import FileSection, HarnessError, read_harness_file
+from pydantic import Field, ValidationError, model_validator
 
 from cnvzoo.errors import nearest
 from cnvzoo.strict_yaml import Where, error_at, explain_with_lines, place_of
-from harness.entries import HarnessError, read_harness_file
 
 _Percent = Annotated[float, Field(strict=True, ge=0, le=100)]
 _Seconds = Annotated[float, Field(strict=True, gt=0)]
+_Range = Annotated[list[_Seconds], Field(min_length=2, max_length=2)]
 _Text = Annotated[str, Field(min_length=1)]
 _ROUNDING = 1e-6  # images that floating point may make of a whole number
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Variant(_Section):
+class Variant(FileSection):
     """One of the recipes compared; the keys are described in comparisons.yaml.
 
     Attributes:
@@ -36,16 +34,18 @@ class Variant(_Section):
     change: _Text | dict[str, Any]
     correct: int | None = Field(default=None, ge=0)
     accuracy: _Percent | None = None
-    seconds_per_epoch: _Seconds | list[_Seconds] | None = None
+    seconds_per_epoch: _Seconds | _Range | None = None
 
     @model_validator(mode="after")
     def _has_one_figure(self) -> Variant:
         if (self.correct is None) == (self.accuracy is None):
             raise ValueError("give either correct or accuracy")
+        if isinstance(self.seconds_per_epoch, list) and self.seconds_per_epoch != sorted(self.seconds_per_epoch):
+            raise ValueError("seconds_per_epoch: give the least first, then the most")
         return self
 
 
-class Comparison(_Section):
+class Comparison(FileSection):
     """Variants of a recipe, each trained once and scored on the same held-out training images."""
 
     entries: list[_Text] = Field(min_length=1)
@@ -54,13 +54,17 @@ class Comparison(_Section):
     machine: _Text
     versions: _Text
     holdout: int = Field(gt=0)
-    seed: int | None
+    seed: int | None = Field(ge=0)
     epochs: int = Field(ge=1)
     variants: list[Variant] = Field(min_length=2)
     chosen: str | None
 
     @model_validator(mode="after")
     def _is_possible(self) -> Comparison:
+        try:
+            date.fromisoformat(self.date)
+        except ValueError as error:
+            raise error_at("date", f"{self.date!r}: {error}") from None
         names = [variant.name for variant in self.variants]
         for number, variant in enumerate(self.variants):
             place = f"variants.{number}"
