@@ -123,6 +123,23 @@ assert not {{"torch", "numpy"}} & sys.modules.keys()
         assert result.status == 2
         assert "trian" in result.err
 
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["trian"], "error: No such command 'trian'"),
+            (["verify"], "error: Invalid value: give names of checkpoints, or --all: cnvzoo verify --help"),
+            (["info"], "error: Missing argument"),
+            (["list", "--bits", "4/4"], "error: Invalid value: --bits selects checkpoints: give --checkpoints too"),
+            (["info", "quant_cnv", "--w-bits", "9", "--a-bits", "4"], "error: Invalid value for '--w-bits'"),
+        ],
+    )
+    def test_usage_errors_are_one_line(self, cnvzoo, arguments, message):
+        result = cnvzoo(*arguments)
+        assert (result.status, result.out) == (2, "")
+        (line,) = result.err.splitlines()
+        assert line.startswith(message)
+        assert line.endswith("--help shows the usage")
+
 
 class TestList:
     def test_piped_output_has_every_model_and_number(self, cnvzoo):
@@ -806,7 +823,7 @@ class TestEval:
         for command in (("eval", "./mine", "--dataset"), ("verify", "./mine", "--dataset")):
             result = cnvzoo(*command, "./letters", "--device", "cpu")
             assert result.status == 1
-            assert "is for the classes cat, dog; letters has a, b\n" in result.err
+            assert "is for the classes cat, dog, and letters has a, b: evaluate it on its own" in result.err
         result = cnvzoo("eval", "./mine", "--dataset", "cifar10")
         says = "mine is for images of 48x48 pixels, 3 channel(s) and 2 classes, and cifar10 has images of 32x32"
         assert result.err.startswith(f"error: {says}")
@@ -819,6 +836,8 @@ class TestEval:
 
     def test_a_hub_folder_without_checkpoints(self, cnvzoo, monkeypatch, tmp_path):
         monkeypatch.setenv("CNVZOO_HUB", str(tmp_path / "empty"))
+        assert f"{tmp_path / 'empty'}: no such folder: give a directory" in cnvzoo("eval", "cnv.mnist").err
+        (tmp_path / "empty").mkdir()
         result = cnvzoo("eval", "cnv.mnist")
         assert result.status == 1
         assert str(tmp_path / "empty") in result.err

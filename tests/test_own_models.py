@@ -20,9 +20,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import cnvzoo
+from cnvzoo.checkpoints.folder import check_replaceable
+from cnvzoo.checkpoints.format import CheckpointError
 from cnvzoo.cli.app import app
 from cnvzoo.data import Dataset, dataset_info
-from cnvzoo.training import RunError, recipe_from_dict, run_recipe
+from cnvzoo.errors import ModelError
+from cnvzoo.train_and_save import _weights_files
+from cnvzoo.training import RunError, load_recipe, recipe_from_dict, run_recipe
 from cnvzoo_runtime.images import ImageError
 
 COLOURS = {"blue": (20, 40, 220), "green": (20, 200, 40), "red": (220, 30, 30)}
@@ -581,3 +585,83 @@ def test_logits_that_are_not_numbers_are_no_top5() -> None:
     found = cnvzoo.Evaluation.of_logits(partly, labels)
     assert found.predictions.tolist() == [4] * 10
     assert found.top5_correct == 5  # 4 to 8: six are NaN
+
+
+def test_a_checkpoint_is_not_written_to_a_file(tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(b"x")
+    model = cnvzoo.create_model("cnv.mnist")
+    for place in (tmp_path / "photo.png", tmp_path / "photo.png" / "x"):
+        with pytest.raises(CheckpointError, match=r"photo\.png is a file, not a folder: choose another folder$"):
+            check_replaceable(place)
+        with pytest.raises(CheckpointError, match=r"photo\.png is a file, not a folder"):
+            cnvzoo.save_checkpoint(model, place)
+    assert (tmp_path / "photo.png").read_bytes() == b"x"
+
+
+def test_a_model_without_a_last_layer_is_not_saved(tmp_path: Path) -> None:
+    model = cnvzoo.create_model("cnv.mnist", num_classes=0)
+    with pytest.raises(ModelError, match=r"^CNV has no last layer, and a checkpoint needs one: give it one"):
+        cnvzoo.save_checkpoint(model, tmp_path / "x")
+
+
+def test_own_weights_have_no_licence_of_ours(tmp_path: Path) -> None:
+    cnvzoo.save_checkpoint(cnvzoo.create_model("cnv.mnist"), tmp_path / "mine")
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "license" not in card
+    assert "- PyTorch runs the model" not in card  # of quantized ones
+    with (tmp_path / "mine" / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(CheckpointError, match=r"not the file that config\.json describes: it is damaged or"):
+        cnvzoo.load_checkpoint(tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: cnvzoo.create_model(None), "^None: the name of a model or checkpoint is text, and its"),
+        (lambda model: cnvzoo.load_checkpoint(None), "^None: the name of a model or checkpoint is text"),
+        (lambda model: cnvzoo.verify([None]), "^None: the name of a model or checkpoint is text"),
+        (lambda model: cnvzoo.export(None, "x.onnx"), "^None: the name of a model or checkpoint is text"),
+        (lambda model: cnvzoo.evaluate(model, None), "^None: a dataset is given by its name"),
+        (lambda model: cnvzoo.load_dataset(5), "^5: a dataset is given by its name"),
+        (lambda model: cnvzoo.evaluate(model, "mnist", preprocessing="mnist"), "^preprocessing='mnist': give"),
+        (lambda model: cnvzoo.save_checkpoint(model, "x", preprocessing="mnist"), "^preprocessing='mnist': give"),
+        (lambda model: cnvzoo.transforms(5), "^5: transforms takes a model, a config, a"),
+        (lambda model: cnvzoo.publish([], None), "^None is not a store: give a directory, hf://ORG or a Store$"),
+        (lambda model: cnvzoo.predict("cnv.mnist", None), "^str is not a model: cnvzoo.create_model"),
+        (lambda model: cnvzoo.predict(model, "photo.png"), "^expected images, got str: open a file"),
+        (lambda model: cnvzoo.predict(model, b""), "^expected images, got bytes: open a file"),
+        (lambda model: cnvzoo.create_model("cnv."), "^unknown dataset ''"),
+        (lambda model: cnvzoo.create_model("cnv.mnist", pretrained=True, foo=1), "^cnv has no option 'foo'"),
+        (lambda model: cnvzoo.create_model("cnv.mnist", pretrained=True, w_bits=4, a_bits=4), "^cnv is a float model"),
+        (lambda model: cnvzoo.create_model("quant_cnv_w9a9.mnist", pretrained=True), "^w_bits=9 is not a whole number"),
+        (lambda model: cnvzoo.create_model("quant_cnv.mnist", pretrained=True, w_bits=4.0, a_bits=4), "^w_bits=4.0 is"),
+        (lambda model: cnvzoo.create_model("./hub/cnv.mnist", pretrained=True, foo=1), "^cnv has no option 'foo'"),
+        (
+            lambda model: cnvzoo.load_checkpoint("cnv.mnist", num_classes=-1),
+            "without its last layer has 0$",
+        ),
+        (
+            lambda model: cnvzoo.load_checkpoint("cnv.mnist", hub="/nowhere"),
+            "^/nowhere: no such folder: give a",
+        ),
+        (
+            lambda model: cnvzoo.transforms(cnvzoo.create_model("cnv", in_chans=5), "mnist"),
+            r"^the model takes 5 channel\(s\), and the images of mnist have 1$",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_refused_in_a_line(call: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    model = cnvzoo.create_model("cnv.mnist")
+    with pytest.raises((cnvzoo.CnvzooError, ImageError), match=message) as caught:
+        call(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_float_start_is_known_by_its_model_whatever_its_recipe_is_called(tmp_path: Path) -> None:
+    recipe = "dataset: mnist\nepochs: 2\nbatch_size: 64\noptimizer: {lr: 0.1}\n"
+    (tmp_path / "mine.yaml").write_text(f"model: cnv\n{recipe}")
+    (tmp_path / "q.yaml").write_text(f"model: quant_cnv\nw_bits: 4\na_bits: 4\nfloat_start: mine\n{recipe}")
+    (found,) = _weights_files(load_recipe(tmp_path / "q.yaml"), "float_start", ["cnv.mnist"], None)
+    assert found.parts[-2:] == ("cnv.mnist", "model.safetensors")

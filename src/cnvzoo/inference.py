@@ -66,11 +66,17 @@ def transforms(
         source = preprocessing_from(source)
     elif isinstance(source, Dataset):
         source = source.info
+    elif not isinstance(source, (str, DatasetInfo, Preprocessing)):
+        raise ModelError(
+            f"{source!r}: transforms takes a model, a config, a Preprocessing, or a dataset, loaded or by name"
+        )
     return data_transforms(source)
 
 
 def known_preprocessing(model: nn.Module, remedy: str) -> Preprocessing:
     """The preprocessing that a model carries. Raises ModelError, with the caller's `remedy`, where it has none."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{type(model).__name__} is not a model: cnvzoo.create_model(NAME, pretrained=True) gives one")
     found = getattr(model, "preprocessing", None)
     if isinstance(found, Preprocessing):
         return found
@@ -117,6 +123,8 @@ def predict(model: nn.Module, images: Any, top: int = 5) -> list[Prediction] | l
         new = "reset_classifier(n), or " if isinstance(model, Classifier) else ""
         raise ModelError(f"the {type(model).__name__} has no last layer: {new}create it with num_classes=")
     transform = transforms(known_preprocessing(model, "set model.preprocessing"))
+    if isinstance(images, (str, bytes, bytearray)):
+        raise ImageError(f"expected images, got {type(images).__name__}: open a file with PIL.Image.open(path)")
     if not isinstance(images, Sequence):
         return _classify(model, [_transformed(transform, images)], count)[0]
     found = []

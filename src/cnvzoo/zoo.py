@@ -19,7 +19,14 @@ from cnvzoo.errors import ModelError
 from cnvzoo.models.classifier import Classifier, LayerBits, check_layer_bits
 from cnvzoo.models.layers import without_initialization
 from cnvzoo.models.modes import unwrapped
-from cnvzoo.models.registry import build_model, model_names, quantized_twin, with_defaults
+from cnvzoo.models.registry import (
+    build_model,
+    check_options,
+    model_names,
+    model_spec,
+    quantized_twin,
+    with_defaults,
+)
 from cnvzoo.training.evaluation import preprocessing_for, preprocessing_of
 
 
@@ -96,7 +103,7 @@ def create_model(
     if not isinstance(pretrained, (bool, str)):
         raise ModelError(f"pretrained={pretrained!r}: True, or the name of a dataset; load_checkpoint takes folders")
     if not pretrained:
-        info = dataset_info(parsed.dataset) if parsed.dataset else None
+        info = None if parsed.dataset is None else dataset_info(parsed.dataset)
         shapes = {"num_classes": info.num_classes, "in_chans": info.in_chans} if info else {}
         model = build_model(parsed.model, **(shapes | wanted))
         if info is not None and model.in_chans == info.in_chans:
@@ -108,10 +115,12 @@ def create_model(
         if dataset not in (None, pretrained):
             raise ModelError(f"{name} with pretrained={pretrained!r}: name one dataset")
         dataset = pretrained
+    shapes = {key: wanted.pop(key) for key in ("num_classes", "in_chans") if key in wanted}
+    wanted = check_options(model_spec(parsed.model), wanted)
     # A checkpoint whose dataset is named may be adapted; without a dataset, classes and channels help to choose it.
-    adaptable = {key: wanted.pop(key) for key in ("num_classes", "in_chans") if dataset and key in wanted}
-    checkpoint = choose_checkpoint(parsed.model, wanted, dataset, hub)
-    return load_checkpoint(checkpoint, hub=hub, **adaptable)[0]
+    if dataset is None:
+        return load_checkpoint(choose_checkpoint(parsed.model, shapes | wanted, hub=hub), hub=hub)[0]
+    return load_checkpoint(choose_checkpoint(parsed.model, wanted, dataset, hub), hub=hub, **shapes)[0]
 
 
 def _from_folder(
@@ -126,8 +135,9 @@ def _from_folder(
         raise ModelError(f"{folder}: the folder of a checkpoint needs pretrained=True")
     model, config = load_checkpoint(folder, hub=hub, num_classes=num_classes, in_chans=in_chans)
     arguments = with_defaults(config.model)
-    for key, value in given.items():
-        if value is not None and value != arguments.get(key):
+    options = {key: value for key, value in given.items() if value is not None}
+    for key, value in check_options(model.spec, options).items():
+        if value != arguments.get(key):
             raise ModelError(f"{folder}: its {key} is {arguments.get(key)}, not {value}: leave {key} out")
     return model
 

@@ -103,3 +103,8 @@ def trained(arguments: dict[str, Any], change: Callable[[nn.Module], None] = lam
                     parameter.mul_(0.7 + 0.5 * torch.rand(parameter.shape))
             change(model)
     return model.eval()
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    """The files of a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

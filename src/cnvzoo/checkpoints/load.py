@@ -21,7 +21,7 @@ from cnvzoo.checkpoints.format import CheckpointConfig, CheckpointError
 from cnvzoo.checkpoints.locations import find_checkpoint, folder_hint
 from cnvzoo.checkpoints.weights import build_empty, build_float32, build_skeleton, fit_scale
 from cnvzoo.errors import ModelError
-from cnvzoo.models.classifier import NEEDS_A_CLASS, Classifier, check_count
+from cnvzoo.models.classifier import OR_NO_HEAD, Classifier, check_count
 from cnvzoo.models.layers import without_initialization
 from cnvzoo.models.registry import model_names, model_spec
 
@@ -91,7 +91,7 @@ def load_checkpoint(
     found = find_checkpoint(checkpoint, hub)
     model, config = read_model(found.folder, found.files)
     wanted = {
-        "num_classes": None if num_classes is None else check_count("num_classes", num_classes, NEEDS_A_CLASS, least=0),
+        "num_classes": None if num_classes is None else check_count("num_classes", num_classes, OR_NO_HEAD, least=0),
         "in_chans": None if in_chans is None else check_count("in_chans", in_chans, "an image has at least 1 channel"),
     }
     changes = {key: value for key, value in wanted.items() if value is not None and value != config.model[key]}

@@ -50,9 +50,8 @@ def open_store(
     Raises:
         StoreError: the location is none of these, or the endpoint has a password in it.
     """
-    text = str(location)
-    if not text:
-        raise StoreError("'' is not a store: give a directory, hf://ORG or hf://ORG@REVISION")
+    if not isinstance(location, (str, Path)) or not (text := str(location)):
+        raise StoreError(f"{location!r} is not a store: give a directory, hf://ORG or hf://ORG@REVISION")
     if not _SCHEME.match(text):
         return DirectoryStore(expanded(location))
     match = _HUB_LOCATION.fullmatch(text.removeprefix(HUB_SCHEME))
@@ -202,7 +201,13 @@ def own_checkpoint(name: str, hub: str | Path | None = None) -> Path | None:
 
 
 def is_path(checkpoint: str | Path) -> bool:
-    """Whether this is a path, not a name: a Path, or text with a separator."""
+    """Whether this is a path, not a name: a Path, or text with a separator.
+
+    Raises:
+        ModelError: it is neither text nor a Path.
+    """
+    if not isinstance(checkpoint, (str, Path)):
+        raise ModelError(f"{checkpoint!r}: the name of a model or checkpoint is text, and its path text or a Path")
     return isinstance(checkpoint, Path) or any(s in checkpoint for s in (os.sep, os.altsep) if s)
 
 

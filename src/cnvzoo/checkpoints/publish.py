@@ -26,6 +26,7 @@ from cnvzoo.checkpoints.format import (
     CheckpointError,
     CheckpointFacts,
     SeedResult,
+    StoreError,
     Trial,
     checked_name,
 )
@@ -79,7 +80,12 @@ def publish(
     folders = [_folder(checkpoint, hub) for checkpoint in checkpoints]
     _check_names(folders)
     scored = [_checked(folder) for folder in folders]  # all of them, before the first is sent
-    store = open_store(to) if isinstance(to, (str, Path)) else to
+    if isinstance(to, (str, Path)):
+        store = open_store(to)
+    elif hasattr(to, "publish"):
+        store = to
+    else:
+        raise StoreError(f"{to!r} is not a store: give a directory, hf://ORG or a Store")
     publications = []
     for folder, default in zip(folders, scored, strict=True):
         publications.append(store.publish(folder, message=message or default, tag=tag, dry_run=dry_run))
@@ -126,8 +132,13 @@ def write_model(
     arguments, outputs = getattr(model, "arguments", None), getattr(model, "num_classes", 0)
     if not isinstance(arguments, dict):
         raise ModelError(f"{type(model).__name__} is not a model of cnvzoo: only those can be saved")
+    if not outputs:
+        raise ModelError(
+            f"{type(model).__name__} has no last layer, and a checkpoint needs one: give it one "
+            "(model.reset_classifier) and train it"
+        )
     names = list(class_names(model, outputs) if classes is None else classes)
-    if len(names) != outputs or not outputs:
+    if len(names) != outputs:
         raise ModelError(f"{len(names)} classes were given, and the model has {outputs}")
     content = _content(model)
     known = {} if record is None else _known_of(record)

@@ -135,6 +135,10 @@ class DirectoryStore:
             raise StoreError(
                 f"{folder}: a symbolic link, which could lead out of the store; put the folder itself there"
             )
+        if not self.root.is_dir():
+            raise StoreError(
+                f"{self.root}: no such folder: give a directory of checkpoints with --hub, hub= or CNVZOO_HUB"
+            )
         if not folder.is_dir():
             known = checkpoint_folders(self.root)
             choices = nearest(name, known) if known else "it has no checkpoints at all"
@@ -156,6 +160,8 @@ class DirectoryStore:
             raise StoreError(
                 f"{self.root} is a directory and has no tags: leave tag {tag!r} out, or publish to hf://ORG"
             )
+        if self.root.exists() and not self.root.is_dir():
+            raise StoreError(f"{self.root}: a file, not a folder: give a directory to publish to")
         files = checkpoint_files(folder)
         name = folder.resolve().name
         if dry_run:

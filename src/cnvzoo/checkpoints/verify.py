@@ -76,6 +76,8 @@ def verify(
 
     Raises:
         CheckpointError: a name is of no checkpoint, or a folder does not exist; nothing was verified.
+        DatasetError: `dataset` cannot be loaded.
+        CnvzooError: the device is not available.
     """
     if checkpoints is None:
         checkpoints = [found["name"] for found in list_checkpoints()]

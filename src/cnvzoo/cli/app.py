@@ -15,6 +15,8 @@ from cnvzoo.cli.imports import in_imported_code
 from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo_runtime.errors import show_every_character
 
+_UsageError: Any = typer.BadParameter.__mro__[1]  # of click, whichever copy of it typer uses
+
 app = typer.Typer(
     help="Small image classifiers, float and quantized, with recipes, records of runs, and weights.",
     epilog="Start with: cnvzoo list, then cnvzoo info quant_cnv --w-bits 4 --a-bits 4",
@@ -63,7 +65,18 @@ def main() -> None:
     show_every_character()
     try:
         with warnings_in_a_line():
-            app(prog_name="cnvzoo")
+            sys.exit(app(prog_name="cnvzoo", standalone_mode=False) or 0)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # the help
+        else:
+            command = error.ctx.command_path if error.ctx else "cnvzoo"
+            message = " ".join(error.format_message().split()).rstrip(".")
+            typer.echo(f"error: {message}: {command} --help shows the usage", err=True)
+        sys.exit(2)
+    except typer.Abort:
+        typer.echo("Aborted.", err=True)
+        sys.exit(1)
     except (CnvzooError, OSError) as error:
         typer.echo(f"error: {in_a_line(error)}", err=True)
         sys.exit(1)

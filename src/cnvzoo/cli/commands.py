@@ -407,18 +407,20 @@ def predict(
         raise CnvzooError(f"no image after {exported}: give the files to classify")
     classify = _classifier(exported, checkpoint, hub, top)
     found_in = []
-    for path in images[1:] if exported is not None else images:
-        image = read_image(path)
-        try:
-            predictions = classify(image)
-        except ValueError as error:  # an image of another kind than the model takes
-            raise CnvzooError(f"{path}: {error}") from None
-        if as_json:
-            found_in.append({"image": str(path), "predictions": [asdict(found) for found in predictions]})
-        else:
-            typer.echo(f"{path}: " + ", ".join(f"{found.label} {found.probability:.1%}" for found in predictions))
-    if as_json:
-        print_json(found_in)
+    try:
+        for path in images[1:] if exported is not None else images:
+            image = read_image(path)
+            try:
+                predictions = classify(image)
+            except ValueError as error:  # an image of another kind than the model takes
+                raise CnvzooError(f"{path}: {error}") from None
+            if as_json:
+                found_in.append({"image": str(path), "predictions": [asdict(found) for found in predictions]})
+            else:
+                typer.echo(f"{path}: " + ", ".join(f"{found.label} {found.probability:.1%}" for found in predictions))
+    finally:
+        if as_json:  # those before an image that cannot be classified, too
+            print_json(found_in)
 
 
 def _classifier(
