@@ -618,35 +618,44 @@ def test_own_weights_have_no_licence_of_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: cnvzoo.create_model(None), "^None: the name of a model or checkpoint is text, and its"),
-        (lambda model: cnvzoo.load_checkpoint(None), "^None: the name of a model or checkpoint is text"),
-        (lambda model: cnvzoo.verify([None]), "^None: the name of a model or checkpoint is text"),
-        (lambda model: cnvzoo.export(None, "x.onnx"), "^None: the name of a model or checkpoint is text"),
-        (lambda model: cnvzoo.evaluate(model, None), "^None: a dataset is given by its name"),
-        (lambda model: cnvzoo.load_dataset(5), "^5: a dataset is given by its name"),
-        (lambda model: cnvzoo.evaluate(model, "mnist", preprocessing="mnist"), "^preprocessing='mnist': give"),
-        (lambda model: cnvzoo.save_checkpoint(model, "x", preprocessing="mnist"), "^preprocessing='mnist': give"),
-        (lambda model: cnvzoo.transforms(5), "^5: transforms takes a model, a config, a"),
-        (lambda model: cnvzoo.publish([], None), "^None is not a store: give a directory, hf://ORG or a Store$"),
-        (lambda model: cnvzoo.predict("cnv.mnist", None), "^str is not a model: cnvzoo.create_model"),
-        (lambda model: cnvzoo.predict(model, "photo.png"), "^expected images, got str: open a file"),
-        (lambda model: cnvzoo.predict(model, b""), "^expected images, got bytes: open a file"),
-        (lambda model: cnvzoo.create_model("cnv."), "^unknown dataset ''"),
-        (lambda model: cnvzoo.create_model("cnv.mnist", pretrained=True, foo=1), "^cnv has no option 'foo'"),
-        (lambda model: cnvzoo.create_model("cnv.mnist", pretrained=True, w_bits=4, a_bits=4), "^cnv is a float model"),
-        (lambda model: cnvzoo.create_model("quant_cnv_w9a9.mnist", pretrained=True), "^w_bits=9 is not a whole number"),
-        (lambda model: cnvzoo.create_model("quant_cnv.mnist", pretrained=True, w_bits=4.0, a_bits=4), "^w_bits=4.0 is"),
-        (lambda model: cnvzoo.create_model("./hub/cnv.mnist", pretrained=True, foo=1), "^cnv has no option 'foo'"),
+        (lambda api, model: api.create_model(None), "^None: the name of a model or checkpoint is text, and its"),
+        (lambda api, model: api.load_checkpoint(None), "^None: the name of a model or checkpoint is text"),
+        (lambda api, model: api.verify([None]), "^None: the name of a model or checkpoint is text"),
+        (lambda api, model: api.export(None, "x.onnx"), "^None: the name of a model or checkpoint is text"),
+        (lambda api, model: api.evaluate(model, None), "^None: a dataset is given by its name"),
+        (lambda api, model: api.load_dataset(5), "^5: a dataset is given by its name"),
+        (lambda api, model: api.evaluate(model, "mnist", preprocessing="mnist"), "^preprocessing='mnist': give"),
+        (lambda api, model: api.save_checkpoint(model, "x", preprocessing="mnist"), "^preprocessing='mnist': give"),
+        (lambda api, model: api.transforms(5), "^5: transforms takes a model, a config, a"),
+        (lambda api, model: api.publish([], None), "^None is not a store: give a directory, hf://ORG or a Store$"),
+        (lambda api, model: api.predict("cnv.mnist", None), "^str is not a model: cnvzoo.create_model"),
+        (lambda api, model: api.predict(model, "photo.png"), "^expected images, got str: open a file"),
+        (lambda api, model: api.predict(model, b""), "^expected images, got bytes: open a file"),
+        (lambda api, model: api.create_model("cnv."), "^unknown dataset ''"),
+        (lambda api, model: api.create_model("cnv.mnist", pretrained=True, foo=1), "^cnv has no option 'foo'"),
         (
-            lambda model: cnvzoo.load_checkpoint("cnv.mnist", num_classes=-1),
+            lambda api, model: api.create_model("cnv.mnist", pretrained=True, w_bits=4, a_bits=4),
+            "^cnv is a float model",
+        ),
+        (
+            lambda api, model: api.create_model("quant_cnv_w9a9.mnist", pretrained=True),
+            "^w_bits=9 is not a whole number",
+        ),
+        (
+            lambda api, model: api.create_model("quant_cnv.mnist", pretrained=True, w_bits=4.0, a_bits=4),
+            "^w_bits=4.0 is",
+        ),
+        (lambda api, model: api.create_model("./hub/cnv.mnist", pretrained=True, foo=1), "^cnv has no option 'foo'"),
+        (
+            lambda api, model: api.load_checkpoint("cnv.mnist", num_classes=-1),
             "without its last layer has 0$",
         ),
         (
-            lambda model: cnvzoo.load_checkpoint("cnv.mnist", hub="/nowhere"),
+            lambda api, model: api.load_checkpoint("cnv.mnist", hub="/nowhere"),
             "^/nowhere: no such folder: give a",
         ),
         (
-            lambda model: cnvzoo.transforms(cnvzoo.create_model("cnv", in_chans=5), "mnist"),
+            lambda api, model: api.transforms(api.create_model("cnv", in_chans=5), "mnist"),
             r"^the model takes 5 channel\(s\), and the images of mnist have 1$",
         ),
     ],
@@ -655,7 +664,7 @@ def test_a_wrong_argument_is_refused_in_a_line(call: Any, message: str, monkeypa
     monkeypatch.chdir(Path(__file__).resolve().parents[1])
     model = cnvzoo.create_model("cnv.mnist")
     with pytest.raises((cnvzoo.CnvzooError, ImageError), match=message) as caught:
-        call(model)
+        call(cnvzoo, model)
     assert "\n" not in str(caught.value)
 
 

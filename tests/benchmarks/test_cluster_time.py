@@ -105,8 +105,8 @@ def test_the_page_has_the_hours_of_all_runs(bench):
         "| 512 | 3.0 | 1 % |",
         "",
         "The 6 runs take 9.0 core hours. The longest chain of runs, each of which needs the weights of the "
-        "one before, takes 3.0 hours, which no number of cores shortens: mnist_cnv seed 0 (2.0), then mnist_quant_cnv_w4a4 seed 0 (1.0). 6 runs are "
-        "measured, on one core of the machines named in the records.",
+        "one before, takes 3.0 hours, which no number of cores shortens: mnist_cnv seed 0 (2.0), then "
+        "mnist_quant_cnv_w4a4 seed 0 (1.0). 6 runs are measured, on one core of the machines named in the records.",
     ]
 
 

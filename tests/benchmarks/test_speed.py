@@ -250,7 +250,7 @@ def test_nets_that_were_measured_at_different_times_have_no_ratio() -> None:
     for row in figures["contenders"]:
         row["measured"] = "2026-01-01T00:00:00+00:00"
 
-    def ratios() -> dict[tuple[str, str], str]:
+    def ratios() -> dict[tuple[str, ...], str]:
         return {row[:2]: row[-1] for row in (*infer_page.rows(figures), *infer_page.choice_rows(figures))}
 
     before = ratios()

@@ -170,7 +170,7 @@ def test_more_than_images_or_logits_are_refused(registered: Any) -> None:
         trace(registered(Two))
 
     class Masked(Own):
-        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        def forward(self, x: Tensor, mask: Any = None) -> Tensor:
             return self.fc(torch.flatten(mask, 1))
 
     cnvzoo.unregister_model("own")

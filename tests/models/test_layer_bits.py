@@ -361,3 +361,13 @@ def test_the_activation_of_a_user_is_not_fused() -> None:
     assert layer.activation_quantizer is not None
     layer.__class__ = type("Own", (quant.PlainQuantReLU,), {"__module__": __name__})
     assert layer.activation_quantizer is None
+
+
+@pytest.mark.parametrize(
+    ("bits", "lacks"), [({"fc": (None, 2)}, "activations"), ({"stages.0.0.relu": (2, None)}, "weights")]
+)
+def test_a_bit_width_of_what_the_layer_does_not_have_is_refused(bits: Any, lacks: str) -> None:
+    with pytest.raises(
+        ModelError, match=rf"^bits: '[\w.]+' has no {lacks}, whose bit width is given: give \(w_bits, a_b"
+    ):
+        build_model("quant_resnet20", **SIX, bits=bits)

@@ -152,7 +152,7 @@ def set_layer_bits(
         known: names of layers, one of which each name in `bits` has to match; by default none has to match.
 
     Raises:
-        ModelError: a name matches none of `known`.
+        ModelError: a name matches none of `known`, or only layers that do not have what its bit width is of.
     """
     wanted = {}
     for pattern, (w_bits, a_bits) in bits.items():
@@ -163,7 +163,11 @@ def set_layer_bits(
                 f"bits: {pattern!r} names no layer whose bit width can be chosen: {nearest(pattern, names)}"
             )
         widths = {name: w_bits if isinstance(layers[name], (QuantConv2d, QuantLinear)) else a_bits for name in matching}
-        wanted |= {name: width for name, width in widths.items() if width is not None}
+        given = {name: width for name, width in widths.items() if width is not None}
+        if known is not None and matching and not given and (w_bits, a_bits) != (None, None):
+            lacks = "activations" if w_bits is None else "weights"
+            raise ModelError(f"bits: {pattern!r} has no {lacks}, whose bit width is given: give (w_bits, a_bits)")
+        wanted |= given
     changed = [layers[name] for name, width in wanted.items() if quantizer_of(layers[name]).bits != width]
     for name, width in wanted.items():
         quantizer_of(layers[name]).set_bits(width)
