@@ -543,12 +543,29 @@ def damaged(path: Path) -> None:
 @pytest.mark.parametrize(
     ("purpose", "write", "says"),
     [
-        ("float_start", lambda path: save_file(weights_of("resnet8", in_chans=1), path), "features.0.weight"),
-        ("float_start", lambda path: save_file(weights_of("cnv", in_chans=3), path), "features.0.weight"),
-        ("float_start", damaged, "header"),
-        ("teacher", lambda path: save_file(weights_of("resnet8", in_chans=1), path), "Missing key"),
-        ("teacher", lambda path: save_file(weights_of("resnet14", in_chans=3), path), "size mismatch"),
-        ("teacher", damaged, "header"),
+        (
+            "float_start",
+            lambda path: save_file(weights_of("resnet8", in_chans=1), path),
+            r"not the weights of mnist_cnv: features\.0\.weight is missing and not \[64, 1, 3, 3\] and \d+ other "
+            "tensors: give the weights of mnist_cnv$",
+        ),
+        (
+            "float_start",
+            lambda path: save_file(weights_of("cnv", in_chans=3), path),
+            r"features\.0\.weight is \[64, 3, 3, 3\] and not \[64, 1, 3, 3\]: give the weights of mnist_cnv$",
+        ),
+        ("float_start", damaged, "not a complete safetensors file: .*: give the weights of mnist_cnv$"),
+        (
+            "teacher",
+            lambda path: save_file(weights_of("resnet8", in_chans=1), path),
+            r"not the weights of mnist_resnet14: stages\.\S+ is missing and not \[.*\] and \d+ other tensors: give",
+        ),
+        (
+            "teacher",
+            lambda path: save_file(weights_of("resnet14", in_chans=3), path),
+            r"conv\.weight is \[16, 3, 3, 3\] and not \[16, 1, 3, 3\]: give the weights of mnist_resnet14$",
+        ),
+        ("teacher", damaged, "not a complete safetensors file: .*: give the weights of mnist_resnet14$"),
     ],
     ids=[f"{purpose}-{what}" for purpose in NEEDS for what in ("another model", "another dataset", "damaged")],
 )
