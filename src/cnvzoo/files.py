@@ -92,7 +92,7 @@ def writing(path: str | Path, temporary: Path | None = None) -> Iterator[None]:
         path = Path(path)
         problem = os.strerror(code)
         if code in (errno.ENOTDIR, errno.EEXIST):
-            there = next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), None)
+            there = file_in_the_way(path)
             problem = f"{there} is a file, not a folder" if there else problem
         raise FileError(path, f"cannot be written: {problem}", _REMEDIES[code], code) from error
 
@@ -216,6 +216,11 @@ def expanded(path: str | Path) -> Path:
         raise FileError(
             Path(path), f"{Path(path).parts[0]} is not a known home folder", "write the path without ~", errno.ENOENT
         ) from None
+
+
+def file_in_the_way(folder: Path) -> Path | None:
+    """The file that has the path of a folder or of one of its parents, so that the folder cannot be made; else None."""
+    return next((part for part in (folder, *folder.parents) if part.exists() and not part.is_dir()), None)
 
 
 def check_readable(path: str | Path) -> None:

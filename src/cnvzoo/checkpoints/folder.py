@@ -39,7 +39,7 @@ from cnvzoo.checkpoints.weights import (
 )
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.errors import explain
-from cnvzoo.files import is_temporary_of, replacing, update_text, write_text
+from cnvzoo.files import file_in_the_way, is_temporary_of, replacing, update_text, write_text
 from cnvzoo.models.classifier import Classifier
 
 _NOT_PUBLISHED = "the file is damaged or another than the published one: fetch it again"
@@ -200,8 +200,7 @@ def check_replaceable(folder: Path) -> None:
     A checkpoint may be replaced, and so may what an interrupted first writing of one left: weights, perhaps a card, no
     config, and nothing else.
     """
-    there = next((path for path in (folder, *folder.parents) if path.exists()), None)
-    if there is not None and not there.is_dir():
+    if there := file_in_the_way(folder):
         raise CheckpointError(f"{folder}: {there} is a file, not a folder: choose another folder")
     present = [file for file in FILES if os.path.lexists(folder / file)]
     if not present:
