@@ -34,6 +34,17 @@ _MALLOC_PARAMETERS = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4
 _MALLOC_FIXED = {"trim_threshold": 128 << 10, "mmap_threshold": 128 << 10, "mmap_max": 1 << 16}
 _MALLOC_MOVED = _MALLOC_FIXED | {"trim_threshold": 64 << 20, "mmap_threshold": 32 << 20}
 
+# levels of oneDNN's kernels by the names of ONEDNN_MAX_CPU_ISA, with the processor features that each adds
+_ONEDNN_LEVELS = (
+    ("AVX2", ("avx2",)),
+    ("AVX512_CORE", ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq")),
+    ("AVX512_CORE_VNNI", ("avx512_vnni",)),
+    ("AVX512_CORE_BF16", ("avx512_bf16",)),
+    ("AVX512_CORE_FP16", ("avx512_fp16",)),
+    ("AVX512_CORE_AMX", ("amx_tile", "amx_int8", "amx_bf16")),
+    ("AVX512_CORE_AMX_FP16", ("amx_fp16",)),
+)
+
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
     """The device of that name; `auto` is CUDA if available, else the CPU. Raises CnvzooError if it cannot be used."""
@@ -59,6 +70,46 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def training_dtype(device: torch.device) -> torch.dtype:
+    """dtype of convolutions and matrix products in training: bfloat16, or float32 on CPUs without kernels for it.
+
+    There torch falls back to loops for bfloat16: on a processor with AVX2 alone, a convolution takes eight times as
+    long as in float32, and a matrix product ninety times. Weights and BatchNorms are float32 on every device.
+    """
+    if device.type != "cpu":
+        return torch.bfloat16
+    level = onednn_level()
+    names = [name for name, _ in _ONEDNN_LEVELS]
+    fast = _torch_has_bfloat16_kernels() if level is None else level in names[names.index("AVX512_CORE") :]
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _torch_has_bfloat16_kernels() -> bool:
+    """Whether torch computes bfloat16 by oneDNN here; False where torch is built without oneDNN."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and bool(supported())
+
+
+def onednn_level() -> str | None:
+    """Instruction set of oneDNN's kernels: the highest that this processor has and `ONEDNN_MAX_CPU_ISA` allows.
+
+    None for a processor other than x86-64.
+    """
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if get_capabilities is None or platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA")
+    has = get_capabilities()
+    names = [name for name, _ in _ONEDNN_LEVELS]
+    allowed = names.index(limit.upper()) if limit and limit.upper() in names else len(names) - 1
+    level = "SSE41" if limit and limit.upper() in ("SSE41", "AVX") else None
+    for name, needs in _ONEDNN_LEVELS[: 0 if level else allowed + 1]:
+        if not all(has.get(feature) for feature in needs):
+            break
+        level = name
+    return level or "SSE41"
 
 
 @contextmanager

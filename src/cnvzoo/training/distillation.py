@@ -164,7 +164,7 @@ class _FrozenNet:
 
 
 _BATCH = 500
-_DTYPE = torch.float16  # finer than the bfloat16 in which teachers compute, and half the size of float32
+_DTYPE = torch.float16  # finer than bfloat16, and half the size of float32
 
 
 def precompute_logits(

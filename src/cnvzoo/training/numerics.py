@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import platform
 import sys
 from importlib.metadata import version
@@ -23,22 +22,12 @@ from torch.nn import functional as F
 from cnvzoo import __version__
 from cnvzoo.models.compiled import compiler_version, compiles
 from cnvzoo.models.registry import model_spec
-from cnvzoo.training.device import describe_device
+from cnvzoo.training.device import describe_device, onednn_level, training_dtype
 
 # Version of the arithmetic, from initialisation to the weights that are scored. Raise it with every change that gives
 # any recipe other bits, say in docs/numerics.md what changed, and write the golden sha256s again
 # (tests/training/golden.py). All records of an older version are then due to be trained again.
 NUMERICS = 2
-# levels of oneDNN's kernels by the names of ONEDNN_MAX_CPU_ISA, with the processor features that each adds
-_ONEDNN_LEVELS = (
-    ("AVX2", ("avx2",)),
-    ("AVX512_CORE", ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq")),
-    ("AVX512_CORE_VNNI", ("avx512_vnni",)),
-    ("AVX512_CORE_BF16", ("avx512_bf16",)),
-    ("AVX512_CORE_FP16", ("avx512_fp16",)),
-    ("AVX512_CORE_AMX", ("amx_tile", "amx_int8", "amx_bf16")),
-    ("AVX512_CORE_AMX_FP16", ("amx_fp16",)),
-)
 
 
 class Machine(BaseModel):
@@ -51,6 +40,7 @@ class Machine(BaseModel):
         capability: instruction set of ATen's kernels, such as AVX512; `ATEN_CPU_CAPABILITY` can lower it.
         onednn: instruction set of oneDNN's kernels (convolutions, and matrix products in bfloat16), by its name in
             `ONEDNN_MAX_CPU_ISA`, which can lower it.
+        precision: `float32` where training has no bfloat16 autocast, as `cnvzoo.training.device.training_dtype` says.
         loops: whether the loops of `cnvzoo.models.compiled` ran compiled.
         compiler: name and version of the compiler of these loops.
         kernels: first 16 digits of the sha256 of what PyTorch's kernels compute from fixed numbers. Machines with the
@@ -64,6 +54,7 @@ class Machine(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     capability: str | None = None
     onednn: str | None = None
+    precision: Literal["float32"] | None = None
     loops: Literal["compiled", "eager"] | None = None
     compiler: str | None = None
     kernels: str | None = Field(default=None, pattern="^[0-9a-f]{16}$")
@@ -78,7 +69,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         compiled = compiles(device)
         machine |= {
-            "onednn": _onednn_level(os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA")),
+            "onednn": onednn_level(),
+            "precision": None if training_dtype(device) == torch.bfloat16 else "float32",
             "loops": "compiled" if compiled else "eager",
             "compiler": compiler_version() if compiled else None,
             "kernels": _kernels_sha256(torch.get_num_threads())[:16],
@@ -101,22 +93,6 @@ def warn_of_slow_loops(machine: dict[str, Any]) -> None:
     """Print a line to stderr where a run on a CPU trains without compiled loops."""
     if machine.get("loops") == "eager":
         print("training runs uncompiled on this CPU: slower, and with other bits than compiled", file=sys.stderr)
-
-
-def _onednn_level(limit: str | None) -> str | None:
-    """The highest level that this processor has and `limit` allows; None for a processor other than x86-64."""
-    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
-    if get_capabilities is None or platform.machine().lower() not in ("x86_64", "amd64"):
-        return None
-    has = get_capabilities()
-    names = [name for name, _ in _ONEDNN_LEVELS]
-    allowed = names.index(limit.upper()) if limit and limit.upper() in names else len(names) - 1
-    level = "SSE41" if limit and limit.upper() in ("SSE41", "AVX") else None
-    for name, needs in _ONEDNN_LEVELS[: 0 if level else allowed + 1]:
-        if not all(has.get(feature) for feature in needs):
-            break
-        level = name
-    return level or "SSE41"
 
 
 @functools.cache

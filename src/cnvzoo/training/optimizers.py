@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cnvzoo.errors import ModelError
+from cnvzoo.training.device import training_dtype
 from cnvzoo.training.recipe import Optimizer, Schedule
 
 
@@ -120,8 +121,9 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(updates: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
     """Approximate the nearest semi-orthogonal matrix of each update [out, ...], scaled to a root mean square of 0.2.
 
-    An update is taken as a matrix [out, rest]. Updates of one shape are iterated as one batch, in bfloat16. The columns
-    of a filter bank are in the order of channels_last: that permutes the columns of the result alike, and saves a copy.
+    An update is taken as a matrix [out, rest]. Updates of one shape are iterated as one batch, in `training_dtype`. The
+    columns of a filter bank are in the order of channels_last: that permutes the columns of the result alike, and saves
+    a copy.
     """
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for index, update in enumerate(updates):
@@ -130,7 +132,7 @@ def orthogonalize(updates: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
     a, b, c = _NS_COEFFICIENTS
     for indices in by_shape.values():
         stacked = torch.stack([updates[i].movedim(1, -1) for i in indices])
-        x = stacked.flatten(2).bfloat16()
+        x = stacked.flatten(2).to(training_dtype(stacked.device))
         tall = x.shape[1] > x.shape[2]
         x = x.mT if tall else x
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

@@ -128,7 +128,9 @@ class Distillation(_Section):
 
 
 class Recipe(_Section):
-    """Everything that decides the weights of a run. Training is in bfloat16 autocast, scoring in float32.
+    """Everything that decides the weights of a run beside the machine.
+
+    Training is in bfloat16 autocast, or in float32 on CPUs without kernels for bfloat16; scoring is in float32.
 
     Attributes:
         name: table entry, `<dataset>_<model>[_w<W>a<A>]`.

@@ -24,6 +24,7 @@ from cnvzoo.data.batches import TrainBatches
 from cnvzoo.errors import CnvzooError
 from cnvzoo.models.compiled import compiles
 from cnvzoo.models.norm_act import QuantizedActivation
+from cnvzoo.training.device import training_dtype
 from cnvzoo.training.distillation import Teacher
 from cnvzoo.training.optimizers import build_optimizers, lr_factor
 from cnvzoo.training.recipe import Recipe
@@ -73,6 +74,7 @@ class Trainer:
         self._early_epochs = round(recipe.early_crops.epochs * share) if recipe.early_crops else 0
         self.optimizers = build_optimizers(model, recipe.optimizer)
         self.device = next(model.parameters()).device
+        self._dtype = training_dtype(self.device)
         self._forward = torch.compile(model, fullgraph=True, dynamic=False) if _compiles_on_gpu(model) else model
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -145,8 +147,8 @@ class Trainer:
         self._loss_sum += loss.detach()
 
     def autocast(self) -> torch.autocast:
-        """The context of forward passes in training: bfloat16 autocast."""
-        return torch.autocast(self.device.type, torch.bfloat16)
+        """The context of forward passes in training: bfloat16 autocast, or none where `training_dtype` is float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16)
 
     def lr_factor(self, step: int) -> float:
         """Learning rate of a step as a share of the peak learning rate."""
