@@ -37,7 +37,7 @@ FILE = Path(__file__).with_name("golden.json")
 # otherwise. On one CPU, over all families, at most 0.04 between AVX2 or uncompiled loops and compiled ones of AVX512.
 TOLERANCE = 0.12
 # what tells kinds of machines apart, of `describe_machine`: the number of threads is 1, and the name decides nothing
-_KIND = ("kind", "capability", "onednn", "loops", "compiler", "kernels")
+_KIND = ("kind", "capability", "onednn", "precision", "loops", "compiler", "kernels")
 _PACKAGES = ("torch", "numpy", "brevitas")
 
 # rates are low, so that two epochs from nothing do not amplify what machines round otherwise

@@ -21,7 +21,15 @@ import cnvzoo
 from cnvzoo.errors import CnvzooError
 from cnvzoo.models import build_model
 from cnvzoo.training import RunRecord, resolve_device
-from cnvzoo.training.device import _malloc_settings, describe_device, deterministic, keep_freed_memory
+from cnvzoo.training.device import (
+    _malloc_settings,
+    describe_device,
+    deterministic,
+    keep_freed_memory,
+    onednn_level,
+    training_dtype,
+)
+from cnvzoo.training.numerics import describe_machine
 
 ABSENT = "cuda:99" if torch.cuda.is_available() else "cuda"
 
@@ -63,6 +71,62 @@ def test_a_cpu_is_described_by_what_the_bits_depend_on() -> None:
 def test_cuda_is_described_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
     assert describe_device(torch.device("cuda")) == {"kind": "cuda", "name": "Some GPU"}
+
+
+# --- the dtype of training
+
+AVX2 = {"avx2"}
+AVX512 = AVX2 | {"avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"}
+PROCESSORS = {
+    "SSE4": (set(), "", "SSE41", torch.float32),
+    "AVX2": (AVX2, "", "AVX2", torch.float32),
+    "AVX2 and VNNI": (AVX2 | {"avx512_vnni"}, "", "AVX2", torch.float32),
+    "AVX512": (AVX512, "", "AVX512_CORE", torch.bfloat16),
+    "AMX": (
+        AVX512 | {"avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"}, "",
+        "AVX512_CORE_AMX", torch.bfloat16,
+    ),
+    "AVX512, of which AVX2 is allowed": (AVX512, "avx2", "AVX2", torch.float32),
+    "AVX512, of which SSE4 is allowed": (AVX512, "SSE41", "SSE41", torch.float32),
+    "AVX512, with a limit that oneDNN does not know": (AVX512, "AVX3", "AVX512_CORE", torch.bfloat16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("features", "limit", "level", "dtype"), PROCESSORS.values(), ids=PROCESSORS)
+def test_training_is_in_bfloat16_where_onednn_has_kernels_for_it(
+    features: set[str], limit: str, level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(features, True))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert onednn_level() == level
+    assert training_dtype(torch.device("cpu")) == dtype
+    assert training_dtype(torch.device("cuda")) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("operations", "dtype"),
+    [
+        (SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True), torch.bfloat16),
+        (SimpleNamespace(_is_mkldnn_bf16_supported=lambda: False), torch.float32),
+        (SimpleNamespace(), torch.float32),  # built without oneDNN
+    ],
+    ids=["kernels", "none", "no oneDNN"],
+)
+def test_other_processors_than_x86_are_asked_for_kernels(
+    operations: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(torch.ops, "mkldnn", operations, raising=False)
+    assert onednn_level() is None
+    assert training_dtype(torch.device("cpu")) == dtype
+
+
+def test_a_machine_that_trains_in_float32_says_so_in_its_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    for level, precision in (("AVX2", "float32"), ("AVX512_CORE_AMX", None)):
+        monkeypatch.setattr("cnvzoo.training.device.onednn_level", lambda level=level: level)
+        with deterministic(torch.device("cpu")):
+            assert describe_machine(torch.device("cpu")).get("precision") == precision
 
 
 # --- the settings under which a seed gives the same bits

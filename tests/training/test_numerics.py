@@ -96,3 +96,4 @@ def test_disabled_instruction_sets_give_another_description(whole: dict[str, Any
     assert whole["onednn"].startswith("AVX512_CORE")
     assert held_back["onednn"] == "AVX2"
     assert held_back["kernels"] != whole["kernels"]
+    assert (held_back["precision"], whole.get("precision")) == ("float32", None)

@@ -152,6 +152,23 @@ def test_a_batch_of_updates_gives_what_each_gives_alone() -> None:
         torch.testing.assert_close(result, alone, rtol=0, atol=0.02)  # bfloat16 inside
 
 
+@pytest.mark.parametrize(("instructions", "error"), [("AVX512_CORE", 0.02), ("AVX2", 1e-5)])
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24)])
+def test_the_iteration_maps_singular_values_in_the_dtype_of_training(
+    shape: tuple[int, int], instructions: str, error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the quintic of Jordan et al. applied to each singular value, in float64."""
+    monkeypatch.setattr("cnvzoo.training.device.onednn_level", lambda: instructions)
+    update = draw(*shape)
+    u, s, vh = torch.linalg.svd(update.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    expected = (u * s) @ vh * 0.2 * 60**0.5
+    difference = (orthogonalize([update])[0].double() - expected).abs().max().item()
+    assert error / 1000 < difference < error
+
+
 def test_muon_step_is_nesterov_momentum_orthogonalized_and_decoupled_decay() -> None:
     weight = nn.Parameter(draw(6, 10, seed=1))
     muon = Muon([weight], lr=0.1, momentum=0.75, weight_decay=0.5)

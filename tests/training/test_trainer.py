@@ -61,8 +61,12 @@ def train(trainer: Trainer, stop_at: int | None = None) -> list[int]:
     return steps
 
 
-def test_training_is_plain_sgd_on_the_batches_of_each_epoch() -> None:
+@pytest.mark.parametrize(("instructions", "bfloat16"), [("AVX512_CORE", True), ("AVX2", False)])
+def test_training_is_plain_sgd_on_the_batches_of_each_epoch(
+    instructions: str, bfloat16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against a loop written out: Nesterov SGD, decay on the one filter, the rate of each step."""
+    monkeypatch.setattr("cnvzoo.training.device.onednn_level", lambda: instructions)
     wanted = recipe(
         batch_size=8,
         label_smoothing=0.2,
@@ -78,8 +82,9 @@ def test_training_is_plain_sgd_on_the_batches_of_each_epoch() -> None:
     for epoch in (0, 1):
         for number, (x, y) in enumerate(batches().epoch(epoch)):
             by_hand.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 logits = by_hand(x)
+            assert logits.dtype == (torch.bfloat16 if bfloat16 else torch.float32)
             loss = F.cross_entropy(logits.float(), y, label_smoothing=0.2)
             loss.backward()
             losses.append(loss.item())
