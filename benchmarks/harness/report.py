@@ -259,7 +259,7 @@ def _provenance(records: Sequence[RunRecord]) -> str:
         device = record.device
         threads = device.get("threads")
         threads = threads and f"{threads} thread{'s' if threads > 1 else ''}"
-        details = ", ".join(filter(None, (device["kind"], threads, device.get("capability"))))
+        details = ", ".join(filter(None, (device["kind"], threads, device.get("capability"), device.get("precision"))))
         versions = ", ".join(f"{package} {version}" for package, version in sorted(record.versions.items()))
         seconds[f"{device['name']} ({details})", versions].append(record.seconds)
     if not seconds:

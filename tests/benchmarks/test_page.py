@@ -148,9 +148,11 @@ def test_hardware_and_versions_are_those_of_the_runs_in_the_tables(bench):
     gpu = {"kind": "cuda", "name": "A GPU"}
     bench.put("mnist_cnv", 0, seconds=3600, device=gpu, versions={"torch": "2.14.1", "cuda": "12.8"})
     bench.put("mnist_cnv", 1, seconds=600)
-    bench.put("mnist_cnv", 2, seconds=60)
+    old = {"kind": "cpu", "name": "An old CPU", "threads": 1, "capability": "AVX2", "precision": "float32"}
+    bench.put("mnist_cnv", 2, seconds=60, device=old)
     end = show(bench).split("## Hardware and versions")[1]
-    assert "| A CPU (cpu, 2 threads) | python 3.11.9, torch 2.14.1 | 2 | 11 min 0 s |" in end
+    assert "| A CPU (cpu, 2 threads) | python 3.11.9, torch 2.14.1 | 1 | 10 min 0 s |" in end
+    assert "| An old CPU (cpu, 1 thread, AVX2, float32) | python 3.11.9, torch 2.14.1 | 1 | 1 min 0 s |" in end
     assert "| A GPU (cuda) | cuda 12.8, torch 2.14.1 | 1 | 1 h 0 min |" in end
     assert "python benchmarks/reproduce.py --table all" in end
 
