@@ -41,13 +41,12 @@ OPAQUE = "c0ffee00token"  # does not look like a token
         ("got bearer abcdef.", "got bearer ***"),
         ("token hf_aBcDeF0123456789, or api_org_Xyz1.", "token ***, or ***."),
         ("hf_jwt_eyJhbGci.eyJzdWIi.c2ln-_x", "***"),
-        ("c0ffee00token and xc0ffee00tokenx", "*** and x***x"),
         ("Invalid credentials in Authorization header", "Invalid credentials in Authorization header"),
         ("401 at hf://zoo, hf-mirror.com, shf_x", "401 at hf://zoo, hf-mirror.com, shf_x"),
     ],
 )
 def test_redacted_removes_credentials_and_nothing_else(text: str, expected: str) -> None:
-    assert redacted(text, [OPAQUE]) == expected
+    assert redacted(text) == expected
 
 
 def test_the_time_is_in_proportion_to_the_text() -> None:
