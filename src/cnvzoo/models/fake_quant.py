@@ -79,23 +79,23 @@ def _backward(x: Tensor, scale: Tensor, grad: Tensor, ints: IntRange) -> tuple[T
 
 
 @functools.cache
-def _kernels(
-    ints: IntRange, dtype: torch.dtype, to: torch.dtype, one_row: bool, compiled: bool
-) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]:
-    """Forward and backward functions for x of `dtype` [rows, values], of any size but with one row or several."""
-    if not compiled:
-        return _forward, _backward
+def _forward_kernel(ints: IntRange, dtype: torch.dtype, to: torch.dtype, one_row: bool) -> Callable[..., Tensor]:
+    """`_forward` compiled for x of `dtype` [rows, values], of any size but with one row or several."""
+    return compiled_for(_forward, *_example(dtype, one_row), ints, to)
+
+
+@functools.cache
+def _backward_kernel(
+    ints: IntRange, dtype: torch.dtype, to: torch.dtype, one_row: bool
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`_backward` compiled as `_forward_kernel` is."""
+    x, scale = _example(dtype, one_row)
+    return compiled_for(_backward, x, scale, torch.ones_like(x, dtype=to), ints)
+
+
+def _example(dtype: torch.dtype, one_row: bool) -> tuple[Tensor, Tensor]:
     x = torch.ones((1, 1 << 20) if one_row else (96, 2400), dtype=dtype)
-    scale = torch.ones(len(x), 1, dtype=torch.float32)
-    return compiled_for(_forward, x, scale, ints, to), compiled_for(
-        _backward, x, scale, torch.ones_like(x, dtype=to), ints
-    )
-
-
-def _kernels_for(
-    x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype, compiled: bool
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    return _kernels(ints, x.dtype, dtype, scale.numel() == 1, compiled and runs_compiled(x))
+    return x, torch.ones(len(x), 1, dtype=torch.float32)
 
 
 def _as_rows(x: Tensor, rows: int, like: Tensor) -> Tensor:
@@ -113,7 +113,8 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, scale)
         x, scale, rows = x.detach(), scale.detach(), scale.numel()
         with torch.autocast(x.device.type, enabled=False):  # else each autocast state would compile a variant
-            forward, _ = _kernels_for(x, scale, ints, dtype, compiled)
+            fast = compiled and runs_compiled(x)
+            forward = _forward_kernel(ints, x.dtype, dtype, rows == 1) if fast else _forward
             out = forward(_as_rows(x, rows, x), scale.view(rows, 1), ints, dtype)
         return out.as_strided(x.shape, x.stride())
 
@@ -123,7 +124,8 @@ class _FakeQuantize(torch.autograd.Function):
         x, scale = (t.detach() for t in ctx.saved_tensors)
         rows = scale.numel()
         with torch.autocast(x.device.type, enabled=False):
-            _, backward = _kernels_for(x, scale, ctx.ints, ctx.dtype, ctx.compiled)
+            fast = ctx.compiled and runs_compiled(x)
+            backward = _backward_kernel(ctx.ints, x.dtype, ctx.dtype, rows == 1) if fast else _backward
             grad_x, grad_scale = backward(
                 _as_rows(x, rows, x), scale.view(rows, 1), _as_rows(grads[0].detach(), rows, x), ctx.ints
             )
