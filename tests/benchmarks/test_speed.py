@@ -25,6 +25,7 @@ from cnvzoo.data import Dataset, dataset_info, load_dataset
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import sha256_of
 from cnvzoo.training import EarlyCrops, Recipe, load_recipe
+from cnvzoo_runtime.sessions import sums_products_exactly
 
 SPEED = BENCHMARKS / "speed"
 sys.path.insert(0, str(SPEED))
@@ -567,7 +568,9 @@ def test_every_runtime_gives_the_logits_of_the_model(
         for contender in group:
             found = contender.run(contender.prepare(batch)).astype(np.float64)
             similarity = np.corrcoef(found.reshape(-1), expected.reshape(-1))[0, 1]
-            assert similarity > 0.99, (contender.runtime, similarity)
+            # the sums of these saturate on x86 without VNNI
+            may_saturate = contender.runtime.startswith("Brevitas QCDQ") or contender.runtime == "ours QDQ, OpenVINO"
+            assert similarity > 0.99 or (may_saturate and not sums_products_exactly()), (contender.runtime, similarity)
             assert contender.bytes > 400_000
             assert (contender.file is None) == contender.runtime.startswith(("PyTorch", "torch", "Brevitas eager"))
     assert {c.file[0].stat().st_size for c in quantized[-3:] if c.file} == {quantized[-1].bytes}

@@ -28,6 +28,8 @@ from cnvzoo_runtime.metadata import KEY, Metadata
 
 COUNTS = np.zeros(1, np.int64)
 RUNTIMES = ("onnxruntime", "openvino")
+# those whose sums do not saturate on this machine
+EXACT_RUNTIMES = RUNTIMES if sessions.sums_products_exactly() else ("onnxruntime",)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -143,7 +145,7 @@ def test_networks_give_the_logits_of_their_integer_graphs(small_net, tmp_path, k
     path = write(net, tmp_path / "m.onnx")
     images = torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)).numpy()
     expected = run_reference(net, images) * net.head.scale
-    for runtime in RUNTIMES:
+    for runtime in EXACT_RUNTIMES:
         found = cnvzoo.deploy.load(path, runtime=runtime, threads=1).logits(images)
         same = np.isclose(found, expected, rtol=1e-5, atol=1e-5 * expected.std()).all(1)
         assert same.mean() > 0.9, runtime
@@ -159,7 +161,7 @@ def exported(make_net, tmp_path_factory) -> Path:
 def test_one_file_gives_the_integer_graph_in_both_runtimes(exported, make_net, noise):
     net, images = integer_net(make_net(2, 2)), noise(20).numpy()
     expected = run_reference(net, images) * np.float32(net.head.scale)
-    for runtime in RUNTIMES:
+    for runtime in EXACT_RUNTIMES:
         model = cnvzoo.deploy.load(exported, runtime=runtime, threads=1)
         np.testing.assert_allclose(model.logits(images), expected, rtol=1e-6)
         np.testing.assert_allclose(model.logits(images[:3]), expected[:3], rtol=1e-6)
@@ -198,7 +200,8 @@ def test_auto_takes_openvino_for_many_images_where_it_is_installed_and_exact(exp
     model, images = cnvzoo.deploy.load(exported, threads=1), noise(16).numpy()
     many = "openvino" if is_exact else "onnxruntime"
     assert [model.runtime(n) for n in (0, 1, 15, 16, 1000)] == ["onnxruntime"] * 3 + [many] * 2
-    np.testing.assert_allclose(model.logits(images)[:15], model.logits(images[:15]), rtol=1e-6)
+    if many in EXACT_RUNTIMES:
+        np.testing.assert_allclose(model.logits(images)[:15], model.logits(images[:15]), rtol=1e-6)
     monkeypatch.setitem(sys.modules, "openvino", None)
     model = cnvzoo.deploy.load(exported, threads=1)
     assert model.runtime(1000) == "onnxruntime"

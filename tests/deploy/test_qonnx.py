@@ -117,7 +117,7 @@ def assert_same(model: nn.Module, wrapped: ModelWrapper, images: torch.Tensor) -
         assert not weights
         assert not expected
         np.testing.assert_allclose(context["global_out"], output, rtol=1e-4, atol=1e-4 * output.std())
-    assert off <= 1e-4 * total
+    assert off <= 3e-4 * total
 
 
 @pytest.fixture(scope="module")
