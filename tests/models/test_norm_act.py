@@ -314,6 +314,6 @@ def test_a_whole_training_step_is_one_graph_for_the_compiler(name: str) -> None:
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     forward = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
-        logits = forward(torch.rand(32, 3, 32, 32).contiguous(memory_format=torch.channels_last))
-    nn.functional.cross_entropy(logits.float(), torch.arange(32) % 10).backward()
+        logits = forward(torch.rand(4, 3, 32, 32).contiguous(memory_format=torch.channels_last))
+    nn.functional.cross_entropy(logits.float(), torch.arange(4)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -39,7 +39,7 @@ def allocated() -> int:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's mallinfo2")
 def test_memory_does_not_grow_over_epochs() -> None:
-    data = noise("mnist", train=80)
+    data = noise("mnist", train=40)
     wanted = recipe(
         **CNV_BITS, name="mnist_quant_cnv_w2a2", epochs=12, batch_size=8,
         augmentation={"crop_padding": 2, "flip": True, "cutout": 4, "mixup": 0.2},
@@ -58,7 +58,7 @@ def test_memory_does_not_grow_over_epochs() -> None:
 
     trainer.train(lambda: False, note)
     assert len(seen) == 12
-    # A step takes about 15 MB here; keeping 100 KB of it would exceed the limit within these eight epochs of ten steps.
+    # A step takes about 15 MB here; keeping 100 KB of it would reach the limit within these eight epochs of five steps.
     assert max(seen[4:]) - seen[3] < 4 * MEGABYTE
 
 
