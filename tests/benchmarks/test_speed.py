@@ -548,7 +548,9 @@ def test_every_runtime_gives_the_logits_of_the_model(
     make_checkpoint(hub, "quant_cnv", "cifar10", w_bits=4, a_bits=4)
     monkeypatch.setenv("CNVZOO_HUB", str(hub))
     data = load_dataset("cifar10")
-    batch, calibration = (x.permute(0, 3, 1, 2).numpy() for x in (data.test_images[:8], data.train_images))
+    # at half brightness on x86 without VNNI, where sums of 8-bit products may saturate
+    shown = data.test_images[:8] if sums_products_exactly() else data.test_images[:8] // 2
+    batch, calibration = (x.permute(0, 3, 1, 2).numpy() for x in (shown, data.train_images))
     printed: list[str] = []
     floats = list(contenders.float_contenders("cnv.cifar10", calibration, 1, tmp_path, printed.append))
     quantized = list(contenders.quantized_contenders("quant_cnv_w4a4.cifar10", 1, tmp_path))
@@ -568,9 +570,9 @@ def test_every_runtime_gives_the_logits_of_the_model(
         for contender in group:
             found = contender.run(contender.prepare(batch)).astype(np.float64)
             similarity = np.corrcoef(found.reshape(-1), expected.reshape(-1))[0, 1]
-            # the sums of these saturate on x86 without VNNI
-            may_saturate = contender.runtime.startswith("Brevitas QCDQ") or contender.runtime == "ours QDQ, OpenVINO"
-            assert similarity > 0.99 or (may_saturate and not sums_products_exactly()), (contender.runtime, similarity)
+            # there ONNX Runtime's default kernels differ in Brevitas' graph at any brightness
+            differs = contender.runtime == "Brevitas QCDQ, ONNX Runtime" and not sums_products_exactly()
+            assert similarity > (0.95 if differs else 0.99), (contender.runtime, similarity)
             assert contender.bytes > 400_000
             assert (contender.file is None) == contender.runtime.startswith(("PyTorch", "torch", "Brevitas eager"))
     assert {c.file[0].stat().st_size for c in quantized[-3:] if c.file} == {quantized[-1].bytes}
