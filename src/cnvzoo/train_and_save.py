@@ -191,10 +191,9 @@ def _weights_files(recipe: Recipe, purpose: str, given: Sequence[str | Path], hu
 
     A float checkpoint's weights are the file of its run, byte for byte, so a record names the same sha256 for both.
     """
-    prefix = f"{recipe.dataset_name}_"
-    models = [entry.removeprefix(prefix) for entry in recipe.needs.get(purpose, ())]
-    if models and purpose == "float_start":  # the recipe of a float start may have any name
-        models = [str(model_spec(recipe.model).float_twin)]
+    models: Sequence[str] = recipe.teacher_models
+    if purpose == "float_start":
+        models = [recipe.float_start_model] if recipe.float_start_model else []
     files = [expanded(source) for source in given]
     for number, (source, model) in enumerate(zip(given, models, strict=False)):  # run_recipe refuses other counts
         folder = files[number]

@@ -1,4 +1,5 @@
-"""Starting a quantized model from its float twin: the normalisation of images moves into the first layer."""
+"""Starting from a float model: a quantized one from its twin, whose normalisation of images moves into the first layer,
+and a deep ResNet from a shallower one."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from cnvzoo.models import Classifier, build_model, register_model, unregister_mo
 from cnvzoo.models.layers import FloatLayers
 from cnvzoo.models.quant import quantizer_of
 from cnvzoo.models.quant_layers import QuantLayers, start_from_float
-from cnvzoo.models.resnet import ResNet
+from cnvzoo.models.resnet import ResNet, start_from_shallower
 from cnvzoo.zoo import quantize
 
 MEAN, STD = dataset_info("cifar10").mean, dataset_info("cifar10").std
@@ -199,3 +200,51 @@ def test_wrong_states_name_every_tensor() -> None:
     assert "unexpected stem.weight" in message
     assert "classifier.6.weight: [10, 512], not [100, 512]" in message
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def deeper(depths: tuple[int, int, int] = (5, 5, 5)) -> ResNet:
+    torch.manual_seed(1)
+    return ResNet((16, 32, 64), depths, 10, 3, FloatLayers())
+
+
+@pytest.mark.parametrize("depths", [(3, 3, 3), (5, 5, 5), (3, 4, 9)])
+def test_a_deeper_resnet_starts_with_the_logits_of_the_shallower_one(depths: tuple[int, int, int]) -> None:
+    shallow, model = trained("resnet20"), deeper(depths)
+    start_from_shallower(model, shallow.state_dict())
+    unseen = NORMALISED(images(4))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(unseen), shallow(unseen))
+
+
+def test_blocks_of_a_shallower_net_are_spread_and_the_others_begin_to_learn() -> None:
+    shallow, model = trained("resnet20").state_dict(), deeper()
+    start_from_shallower(model, shallow)
+    for old, new in enumerate((0, 1, 3)):  # 0, 5 / 3 and 10 / 3
+        key = "conv1.weight"
+        assert torch.equal(model.state_dict()[f"stages.2.{new}.{key}"], shallow[f"stages.2.{old}.{key}"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.get_parameter("stages.2.4.conv1.weight").detach().clone()
+    for step in range(2):
+        assert bool((model.get_parameter("stages.2.4.norm2.weight") == 0).all()) == (step == 0)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model.train()(NORMALISED(images(20))), torch.arange(20) % 10).backward()
+        optimizer.step()
+    assert not torch.equal(model.get_parameter("stages.2.4.conv1.weight"), before)
+
+
+@pytest.mark.parametrize(
+    ("other", "tensor"),
+    [
+        (ResNet((16, 32, 64), (3, 6, 3), 10, 3, FloatLayers()), "stages.1.1.conv1.weight"),
+        (ResNet((16, 32, 64), (3, 3, 3), 7, 3, FloatLayers()), "fc.weight"),
+        (ResNet((8, 32, 64), (3, 3, 3), 10, 3, FloatLayers()), "conv.weight"),
+        (build_model("cnv"), "features.0.weight"),
+    ],
+    ids=["deeper", "classes", "widths", "other net"],
+)
+def test_the_weights_of_a_net_that_is_not_shallower_are_refused(other: nn.Module, tensor: str) -> None:
+    model = deeper()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"^{tensor}: not a tensor of a shallower net of these widths, classes and"):
+        start_from_shallower(model, other.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

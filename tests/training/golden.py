@@ -110,6 +110,7 @@ FAMILIES = {
         )
         for depth in (32, 44, 56, 110)
     },
+    "resnet32_started": Family("resnet32", images=64, values=_MUON_DISTILLED | {"float_start": "cifar10_resnet20"}),
     "w8a8": Family("quant_cnv", bits=8, values=_QUANTIZED | {"label_smoothing": 0.1, "augmentation": {"cutout": 8}}),
     "w4a4": Family("quant_cnv", bits=4, values=_QUANTIZED | {"teacher": "cifar10_cnv", "augmentation": _CIFAR}),
     "w2a2": Family(

@@ -72,7 +72,7 @@ def kinds(recipe: Recipe) -> set[tuple[str, object]]:
         ("label_smoothing", recipe.label_smoothing > 0),
         *((f"augmentation.{key}", bool(getattr(augmentation, key))) for key in Augmentation.model_fields),
         ("early_crops", recipe.early_crops is not None),
-        ("float_start", recipe.float_start is not None),
+        ("float_start of a float net" if recipe.w_bits is None else "float_start", recipe.float_start is not None),
         ("quantize_bias", recipe.quantize_bias),
         ("teachers", len(recipe.teacher)),
         ("views", recipe.distillation.views is not None),

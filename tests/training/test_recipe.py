@@ -408,6 +408,29 @@ def test_a_recipe_that_starts_from_itself_is_refused(tmp_path: Path) -> None:
     assert "can only start from its float twin, cnv on cifar10" in said
 
 
+def test_a_deep_resnet_starts_from_a_shallower_one(tmp_path: Path) -> None:
+    start = write(tmp_path, RESNET, "cifar10_resnet20")
+    text = RESNET.replace("resnet20", "resnet56") + "float_start: cifar10_resnet20\n"
+    recipe = load_recipe(path := write(tmp_path, text))
+    assert recipe.needs == {"float_start": ("cifar10_resnet20",)}
+    assert recipe.float_start_model == "resnet20"
+    assert recipe.float_start_sha256 == load_recipe(start).fingerprint()
+    start.write_text(start.read_text().replace("resnet20", "resnet32"))
+    place = f"{path}:{line_of(text, 'float_start: cifar10_resnet20')}: float_start: "
+    says = "cifar10_resnet20.yaml trains resnet32 on cifar10: its name says resnet20: rename it, or name another"
+    assert error(path) == place + says
+
+
+@pytest.mark.parametrize("start", ["cifar10_resnet56", "cifar10_resnet110", "cifar10_cnv", "cifar100_resnet20", "mine"])
+def test_a_deep_resnet_that_starts_from_another_net_is_refused(tmp_path: Path, start: str) -> None:
+    text = RESNET.replace("resnet20", "resnet56") + f"float_start: {start}\n"
+    said = error(path := write(tmp_path, text))
+    assert said == (
+        f"{path}:{line_of(text, f'float_start: {start}')}: float_start: {start!r}: resnet56 can start from "
+        "cifar10_resnet20, cifar10_resnet32, cifar10_resnet44"
+    )
+
+
 # --- teachers
 
 RESNET56 = RESNET.replace("resnet20", "resnet56")

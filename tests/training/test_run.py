@@ -484,6 +484,24 @@ def test_a_quantized_run_starts_from_the_weights_of_its_float_twin(
     torch.testing.assert_close(started["features.0.weight"], given["features.0.weight"] / 0.3081)
 
 
+def test_a_deep_resnet_starts_from_the_weights_of_a_shallower_one(tmp_path: Path, uncompiled: None) -> None:
+    """Of a learning rate that moves nothing: the blocks that are new, and return their input, change no class."""
+    torch.manual_seed(0)
+    weights = tmp_path / "resnet20.safetensors"
+    save_file(build_model("resnet20", in_chans=1).state_dict(), weights)
+    still = {"model": "resnet32", "name": "mnist_resnet32", "float_start": "mnist_resnet20", "optimizer": {"lr": 1e-12}}
+    for seed in (0, 1):
+        record = run(recipe(**still), tmp_path / f"{seed}", seed=seed, epochs=1, float_start=weights)
+        assert record.float_start == {"entry": "mnist_resnet20", "seed": 0, "weights_sha256": sha256_of(weights)}
+    given = load_file(weights)
+    first, second = (load_file(tmp_path / f"{seed}" / "weights.safetensors") for seed in (0, 1))
+    for old, new in enumerate((0, 1, 3)):
+        found = first[f"stages.1.{new}.conv2.weight"]
+        torch.testing.assert_close(found, given[f"stages.1.{old}.conv2.weight"])
+    assert first["stages.1.2.norm2.weight"].abs().max() < 1e-9
+    assert not torch.equal(first["stages.1.2.conv1.weight"], second["stages.1.2.conv1.weight"])  # drawn from the seed
+
+
 def test_the_float_weights_are_part_of_the_identity_of_a_run(
     float_run: tuple[Path, RunRecord], tmp_path: Path, each_step: StepHook, uncompiled: None
 ) -> None:

@@ -44,6 +44,8 @@ class ModelSpec:
         input_size: the only height and width in pixels that the model takes; None for any of at least `min_size`.
         min_size: the smallest height and width in pixels.
         float_twin: for a quantized model, the name of the float model with the same graph.
+        shallower: for a float model, the names of those with fewer blocks whose weights it can start from
+            (`cnvzoo.models.resnet.start_from_shallower`).
         headless: whether `build` takes `num_classes=0` and then returns a model without its last layer.
         options: names of further arguments of `build`.
     """
@@ -55,6 +57,7 @@ class ModelSpec:
     input_size: int | None = None
     min_size: int = 8
     float_twin: str | None = None
+    shallower: tuple[str, ...] = ()
     headless: bool = False
     options: tuple[str, ...] = field(default=())
 
@@ -85,12 +88,13 @@ def register_model(
     input_size: int | None = None,
     min_size: int = 8,
     float_twin: str | None = None,
+    shallower: tuple[str, ...] = (),
     headless: bool = False,
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
     """Register the decorated builder as `name`.
 
     Args:
-        name, summary, quantized, input_size, min_size, float_twin, headless: as in `ModelSpec`; its
+        name, summary, quantized, input_size, min_size, float_twin, shallower, headless: as in `ModelSpec`; its
             `options` are the further arguments of the builder.
 
     The builder may return any module; with a `Classifier` the functions for features and head work too. Registering a
@@ -134,6 +138,7 @@ def register_model(
             input_size,
             min_size,
             float_twin=float_twin,
+            shallower=shallower,
             headless=headless,
             options=options,
         )

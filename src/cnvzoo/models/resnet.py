@@ -7,8 +7,9 @@ table 1 for ResNet-18. Shortcuts that change the shape are 1x1 convolutions with
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from cnvzoo.models.classifier import LayerBits, PooledClassifier
@@ -100,6 +101,46 @@ class ResNet(PooledClassifier):
         return self.stages(norm_act(self.conv(self.input(x)), self.norm, first.relu))
 
 
+@torch.no_grad()
+def start_from_shallower(model: ResNet, state: Mapping[str, Tensor]) -> None:
+    """Copy the weights of a float ResNet with fewer blocks into `model`, in place; the function stays the same.
+
+    The n blocks of a stage take places spread over the m of `model`, block i place i * m // n. The convolutions of the
+    other blocks keep their values, and their last BatchNorm has weight 0, as in Goyal et al. 2017 (arXiv:1706.02677,
+    section 5.1): such a block returns its input until training changes it. Training a deep net from a shallower one
+    takes less time than from nothing (Chang et al. 2018, arXiv:1710.10348).
+
+    Args:
+        model: a new float ResNet.
+        state: state_dict of one of the same widths, classes and channels, with as many or fewer blocks in each stage.
+
+    Raises:
+        ValueError: `state` is that of another net; the message names the first tensor that has no place.
+    """
+    own = model.state_dict()
+    places: dict[str, str] = {}  # by the name of a block in `state`
+    for index, stage in enumerate(model.stages):
+        there = {key.split(".")[2] for key in state if key.startswith(f"stages.{index}.")}
+        for block in range(len(there)):
+            places[f"stages.{index}.{block}"] = f"stages.{index}.{block * _depth_of(stage) // len(there)}"
+    moved = {}
+    for key, tensor in state.items():
+        block = ".".join(key.split(".")[:3])
+        name = key.replace(block, places[block], 1) if block in places else key
+        if name in moved or name not in own or own[name].shape != tensor.shape:
+            raise ValueError(f"{key}: not a tensor of a shallower net of these widths, classes and channels")
+        moved[name] = tensor
+    model.load_state_dict({**own, **moved}, strict=True)
+    for index, stage in enumerate(model.stages):
+        for number in range(_depth_of(stage)):
+            if f"stages.{index}.{number}" not in places.values():
+                nn.init.zeros_(stage.get_submodule(str(number)).get_parameter("norm2.weight"))
+
+
+def _depth_of(stage: nn.Module) -> int:
+    return sum(isinstance(module, BasicBlock) for module in stage)
+
+
 def _resnet(widths: Sequence[int], depths: Sequence[int], num_classes: int, in_chans: int) -> ResNet:
     return ResNet(widths, depths, num_classes, in_chans, FloatLayers())
 
@@ -113,21 +154,25 @@ def _quant_resnet(
     return ResNet(widths, depths, num_classes, in_chans, QuantLayers(w_bits, a_bits, first_w_bits, bits))
 
 
-def _register(name: str, summary: str, widths: Sequence[int], depths: Sequence[int]) -> None:
+def _register(
+    name: str, summary: str, widths: Sequence[int], depths: Sequence[int], shallower: tuple[str, ...] = ()
+) -> None:
     bind = functools.partial
-    register_model(name, summary=summary, headless=True)(bind(_resnet, widths, depths))
+    register_model(name, summary=summary, shallower=shallower, headless=True)(bind(_resnet, widths, depths))
     register_model(
         f"quant_{name}", summary=f"{summary}, with weights of w_bits and activations of a_bits", quantized=True,
         float_twin=name, headless=True,
     )(bind(_quant_resnet, widths, depths))  # fmt: skip
 
 
-for _depth in (20, 32, 44, 56, 110):  # 6n + 2 layers
+_DEPTHS = (20, 32, 44, 56, 110)  # 6n + 2 layers
+for _depth in _DEPTHS:
     _register(
         f"resnet{_depth}",
         f"CIFAR ResNet of {_depth} layers (He et al. 2015, section 4.2)",
         (16, 32, 64),
         (_depth // 6,) * 3,
+        shallower=tuple(f"resnet{depth}" for depth in _DEPTHS if depth < _depth),
     )
 _register(
     "resnet18",

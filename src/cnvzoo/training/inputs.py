@@ -19,6 +19,7 @@ from cnvzoo.errors import ModelError
 from cnvzoo.files import check_readable, sha256_of
 from cnvzoo.models.layers import initialized_from, without_initialization
 from cnvzoo.models.registry import build_model, model_spec
+from cnvzoo.models.resnet import ResNet, start_from_shallower
 from cnvzoo.training.distillation import Teacher
 from cnvzoo.training.evaluation import preprocessing_for
 from cnvzoo.training.recipe import PUBLISHED_SEED, Recipe
@@ -81,16 +82,19 @@ def initial_model(
             )  # fmt: skip
     except ModelError as error:
         raise RunError(f"{recipe.name}: {error}") from None
-    if recipe.float_start and float_start:
-        from cnvzoo.models.quant_layers import start_from_float
-
-        twin = model_spec(recipe.model).float_twin
-        assert twin is not None
-        normalisation = preprocessing_for(model_spec(twin), data.info)
+    if recipe.float_start and recipe.float_start_model and float_start:
         with without_initialization():
-            expected = build_model(twin, num_classes=data.info.num_classes, in_chans=data.info.in_chans)
+            expected = build_model(
+                recipe.float_start_model, num_classes=data.info.num_classes, in_chans=data.info.in_chans
+            )
         state = _read_weights(recipe, float_start, expected, recipe.float_start)
-        start_from_float(model, state, normalisation.mean, normalisation.std)
+        if isinstance(model, ResNet) and recipe.w_bits is None:
+            start_from_shallower(model, state)
+        else:
+            from cnvzoo.models.quant_layers import start_from_float  # Brevitas takes a second to import
+
+            normalisation = preprocessing_for(expected.spec, data.info)
+            start_from_float(model, state, normalisation.mean, normalisation.std)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

@@ -145,8 +145,10 @@ class Recipe(_Section):
         label_smoothing: 0 to below 1.
         augmentation: random changes of the images.
         early_crops: training on crops in the first epochs; None for whole images in all epochs.
-        float_start: for quantized models, the entry of the float twin whose published weights training starts from,
-            whatever the run's own seed: the name of a recipe in the same folder.
+        float_start: the entry of a float model whose published weights training starts from, whatever the run's own
+            seed: the name of a recipe in the same folder. For a quantized model it is the float twin; for a CIFAR
+            ResNet one with fewer blocks, `<dataset>_<model>`, whose blocks it takes over
+            (`cnvzoo.models.resnet.start_from_shallower`).
         float_start_sha256: fingerprint of that recipe; filled in by load_recipe.
         start: the checkpoint that training starts from, for fine-tuning: its name, or the path of its folder. It has to
             be of the same model and bit widths; or, for a quantized model, of its float twin or of other bit widths. A
@@ -216,12 +218,15 @@ class Recipe(_Section):
         else:
             unusable = bits | {
                 "bits": self.bits or None,
-                "float_start": self.float_start,
+                "float_start": None if model_spec(self.model).shallower else self.float_start,
                 "quantize_bias": self.quantize_bias or None,
             }
             for key, value in unusable.items():
                 if value is not None:
                     raise error_at(key, f"{self.model} is a float model: leave {key} out")
+            if self.float_start and self.float_start_model not in model_spec(self.model).shallower:
+                entries = ", ".join(f"{self.dataset_name}_{name}" for name in model_spec(self.model).shallower)
+                raise error_at("float_start", f"{self.float_start!r}: {self.model} can start from {entries}")
         for teacher in self.teacher:
             self._check_teacher(teacher)
         if not self.teacher and self.distillation != Distillation():
@@ -313,6 +318,13 @@ class Recipe(_Section):
     def teacher_models(self) -> tuple[str, ...]:
         """The models of the teachers, as for `cnvzoo.create_model`."""
         return tuple(teacher.removeprefix(f"{self.dataset_name}_") for teacher in self.teacher)
+
+    @property
+    def float_start_model(self) -> str | None:
+        """The model of the float start, as for `cnvzoo.create_model`; None for a recipe without one."""
+        if self.float_start is None:
+            return None
+        return model_spec(self.model).float_twin or self.float_start.removeprefix(f"{self.dataset_name}_")
 
     @property
     def needs(self) -> dict[str, tuple[str, ...]]:

@@ -71,8 +71,8 @@ def _load_needed(recipe: Recipe, purpose: str, entry: str, path: Path, where: Wh
     found, found_where = _load(source)
     model = entry.removeprefix(f"{recipe.dataset_name}_")
     remedy = f"its name says {model}: rename it, or name another"
-    if purpose == "float_start":
-        model = model_spec(recipe.model).float_twin
+    if purpose == "float_start" and (twin := model_spec(recipe.model).float_twin):
+        model = twin
         remedy = f"{recipe.model} on {recipe.dataset} can only start from its float twin, {model} on {recipe.dataset}"
     if (found.model, found.dataset) != (model, recipe.dataset):
         raise RecipeError(f"{place}: {source.name} trains {found.model} on {found.dataset}: {remedy}")

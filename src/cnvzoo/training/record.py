@@ -126,7 +126,7 @@ class RunRecord(BaseModel):
         device: fields of `cnvzoo.training.numerics.Machine`.
         versions: versions of Python and of the libraries that decide the bits, by name.
         commit: commit of the checkout that trained, with a `+` appended if it had changes; None outside of a checkout.
-        float_start: entry, seed and weights_sha256 of the float model that a quantized run started from.
+        float_start: entry, seed and weights_sha256 of the float model of the recipe's float_start.
         teacher: entry, seed and weights_sha256 of the teacher, or a list of several.
         start: checkpoint that the recipe's `start` names, and sha256 of its weights file.
         finished: time of the end, UTC, ISO 8601.

@@ -91,7 +91,7 @@ def run_recipe(
         dataset: replaces loading the recipe's dataset from `data_root`; needed for own images, which `cnvzoo.train`
             loads.
         data_root: folder of the dataset cache.
-        float_start: safetensors file with the float twin's weights; needed if the recipe has a float_start.
+        float_start: safetensors file with the weights of the recipe's float_start; needed if it has one.
         teacher: safetensors file with the teacher's weights, or one for each of the recipe's teachers, in its order.
             With a holdout, use teachers that held out the same images: others were trained on their labels. This is not
             checked.
