@@ -138,7 +138,7 @@ def start_from_shallower(model: ResNet, state: Mapping[str, Tensor]) -> None:
 
 
 def _depth_of(stage: nn.Module) -> int:
-    return sum(isinstance(module, BasicBlock) for module in stage)
+    return sum(isinstance(module, BasicBlock) for module in stage.children())
 
 
 def _resnet(widths: Sequence[int], depths: Sequence[int], num_classes: int, in_chans: int) -> ResNet:
