@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "speed"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from harness import plot
-from workbench import Bench
+from harness import outputs, plot
+from workbench import FLOAT, QUANTIZED, Bench
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -37,3 +38,17 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """Without drawing plots, which takes most of the time; test_plot.py has its own fixture."""
     monkeypatch.setattr(plot, "draw", lambda points, path: None)
     return Bench(tmp_path)
+
+
+@pytest.fixture
+def no_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No checkpoint is written: that takes most of the time, and test_checkpoints.py tests it."""
+    monkeypatch.setattr(outputs, "keep_missing", lambda *_: [])
+
+
+@pytest.fixture
+def float_and_quantized(bench: Bench) -> Bench:
+    """A float entry and a quantized one that starts from it."""
+    bench.recipe(FLOAT)
+    bench.recipe(QUANTIZED, float_start=FLOAT)
+    return bench

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
+import microcontroller
 import pytest
+from workbench import SPEED
 
 import cnvzoo
 from cnvzoo.files import sha256_of
-
-SPEED = Path(__file__).resolve().parents[2] / "benchmarks" / "speed"
-sys.path.insert(0, str(SPEED))
-
-import microcontroller  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 
 @pytest.fixture

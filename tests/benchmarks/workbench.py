@@ -24,6 +24,8 @@ from cnvzoo.models import build_model
 from cnvzoo.training import NUMERICS, RunError, RunInterrupted, RunRecord
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SPEED = BENCHMARKS / "speed"
+FLOAT, QUANTIZED = "cifar10_cnv", "cifar10_quant_cnv_w4a4"
 
 CPU = {"kind": "cpu", "name": "A CPU", "threads": 2}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from synthetic import StepHook, small_resnets
+from synthetic import StepHook, recipe, run, small_resnets
 
 from cnvzoo.progress import TrainingProgress
-from cnvzoo.training import Trainer
+from cnvzoo.training import RunRecord, Trainer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,3 +37,9 @@ def each_step(monkeypatch: pytest.MonkeyPatch) -> StepHook:
         current[:] = [action] if action else []
 
     return hook
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
+    """The record of `recipe()`, trained without a stop; shared by tests, which must not change its folder."""
+    return run(recipe(), tmp_path_factory.mktemp("whole"))

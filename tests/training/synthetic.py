@@ -29,6 +29,7 @@ EVERY_AUGMENTATION = {
     "cutout": 8,
     "mixup": 0.4,
 }
+STEPS = 12  # of `recipe()` on `noise()`: two epochs of six
 CNV_BITS = {"model": "quant_cnv", "w_bits": 2, "a_bits": 2}
 
 
