@@ -4,10 +4,12 @@ Modules that import PyTorch are imported inside the commands that need them, so 
 and `cnvzoo list --checkpoints` answer at once.
 """
 
-import cnvzoo.cli.listing  # the first commands in --help
+# isort: off
+import cnvzoo.cli.listing  # in the order of --help
+import cnvzoo.cli.training
+import cnvzoo.cli.checkpoints  # noqa: F401
+# isort: on
 
-# isort: split
-import cnvzoo.cli.commands  # noqa: F401
 from cnvzoo.cli.app import main
 
 __all__ = ["main"]
