@@ -175,6 +175,7 @@ def test_second_order_gradients_are_refused(
 @pytest.mark.parametrize("act", ["relu", "quant4"])
 def test_hooks_of_a_pool_fire(monkeypatch: pytest.MonkeyPatch, act: str) -> None:
     """None of the layers of a step is fused where one of them has hooks."""
+    monkeypatch.setattr(fake_quant, "runs_compiled", lambda x: False)  # of the quantizer, which is not what is tested
     sequence, fired, calls = layers(act, True), [], fuses(monkeypatch)
     sequence[2].register_forward_pre_hook(lambda *_: fired.append("before"))
     sequence[2].register_forward_hook(lambda *_: fired.append("after"))
@@ -270,9 +271,10 @@ def test_models_run_fused(monkeypatch: pytest.MonkeyPatch, name: str, fused: int
 
     monkeypatch.setattr(norm_act.NormAct, "apply", one_by_one)
     monkeypatch.setattr(compiled, "WORTH_COMPILING", 1)
-    monkeypatch.setattr(
-        fake_quant, "runs_compiled", lambda x: False
-    )  # the quantizers of weights are not what is tested
+    split: list[int] = []
+    monkeypatch.setattr(norm_act, "split_rounded", lambda x, scale, high: (split.append(high), (x, x))[1])
+    # the quantizers of weights are not what is tested
+    monkeypatch.setattr(fake_quant, "runs_compiled", lambda x: False)
     model = build_model(name, **bits_of(name)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.rand(4, 3, 32, 32))
@@ -280,6 +282,7 @@ def test_models_run_fused(monkeypatch: pytest.MonkeyPatch, name: str, fused: int
     assert {v.dtype for v in variants} == {torch.bfloat16}
     assert {v.high for v in variants} == highs
     assert sum(v.residual for v in variants) == {"resnet20": 9, "resnet18": 8}.get(name.removeprefix("quant_"), 0)
+    assert split == ([15] * 9 if name == "quant_resnet20" else [])  # the inputs of its blocks
     # what a shortcut with a convolution gives has not been rounded
     assert sum(v.rounded for v in variants) == (9 - 2 if name == "quant_resnet20" else 0)
     assert sum(v.pool for v in variants) == (2 if name.endswith("cnv") else 0)

@@ -32,7 +32,9 @@ FLOAT_START = CNV_BITS | {"name": "mnist_quant_cnv_w2a2", "float_start": "mnist_
 @pytest.fixture(scope="module")
 def float_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunRecord]:
     folder = tmp_path_factory.mktemp("float")
-    return folder / "weights.safetensors", run(recipe(name="mnist_cnv", model="cnv"), folder, seed=5, epochs=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")  # as `uncompiled`, which is of a single test
+        return folder / "weights.safetensors", run(recipe(name="mnist_cnv", model="cnv"), folder, seed=5, epochs=1)
 
 
 def test_biases_are_quantized_before_the_model_is_scored(tmp_path: Path, uncompiled: None) -> None:
