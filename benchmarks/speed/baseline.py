@@ -28,7 +28,7 @@ from cnvzoo.data import Dataset, TrainBatches
 from cnvzoo.errors import CnvzooError
 from cnvzoo.models import build_model
 from cnvzoo.training import Recipe, Trainer, preprocessing_of
-from cnvzoo.training.device import deterministic, keep_freed_memory
+from cnvzoo.training.device import deterministic, keep_freed_memory, training_dtype
 
 BASELINE, TUNED_BASELINE, OURS = "baseline", "tuned baseline", "ours"
 PROGRAMS = (BASELINE, TUNED_BASELINE, OURS)
@@ -181,7 +181,11 @@ def loader(data: Dataset, batch_size: int) -> DataLoader[tuple[Tensor, int]]:
 def training(
     model: nn.Module, batches: DataLoader[tuple[Tensor, int]], device: torch.device, *, tuned: bool
 ) -> Iterator[None]:
-    """Training without end, one step for each `next`. `tuned`: bf16 autocast and channels_last."""
+    """Training without end, one step for each `next`.
+
+    `tuned`: channels_last, and bfloat16 autocast but on CPUs without kernels for it, which it would slow down.
+    """
+    autocast = tuned and training_dtype(device) == torch.bfloat16
     model = model.to(device).train()
     if tuned:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -193,7 +197,7 @@ def training(
             if tuned:
                 images = images.contiguous(memory_format=torch.channels_last)
             optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=tuned):
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 loss = criterion(model(images), labels)
             loss.backward()
             optimizer.step()

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo.files import FileError, replacing, write_text
-from cnvzoo.training.device import describe_device
+from cnvzoo.training.device import describe_device, training_dtype
 
 HERE = Path(__file__).resolve().parent
 GREY, BLUE, RED = "#b8c0cc", "#7a8ba6", "#d1495b"
@@ -173,9 +173,9 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def matmul_rate(device: torch.device, repeats: int = 15) -> float:
-    """Operations a second of the product of two large square bfloat16 matrices, the median of `repeats`."""
-    size = _SIZES[device.type]
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    """Operations a second of the product of two large square matrices in the dtype of training, median of `repeats`."""
+    size, dtype = _SIZES[device.type], training_dtype(device)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(repeats + 3):
         began = time.perf_counter()

@@ -9,14 +9,14 @@ net's recipe:
 
 baseline        torchvision transforms on PIL images in a DataLoader with workers, float32, contiguous tensors, plain
                 layers of torch.nn and Brevitas
-tuned baseline  the same with bfloat16 autocast and channels_last
+tuned baseline  the same with channels_last, and bfloat16 autocast but on CPUs without kernels for it
 ours            the trainer of this library
 
 Each program is a process of its own, with PyTorch's default number of threads. The processes take turns of one second
-(--seconds), together with the float twin of a quantized net, the early crops of a recipe, and a large bfloat16 matrix
-product, so that changes of the machine's speed affect all of them; a figure is the median over the turns. The
-operations of a step are counted as six for each multiply-accumulate of its forward pass, and compared with those of the
-matrix product. About a quarter of the time goes into starting the processes, where the trainer compiles its loops.
+(--seconds), together with the float twin of a quantized net, the early crops of a recipe, and a large matrix product in
+the dtype of training, so that changes of the machine's speed affect all of them; a figure is the median over the turns.
+The operations of a step are counted as six for each multiply-accumulate of its forward pass, and compared with those of
+the matrix product. About a quarter of the time goes into starting the processes, where the trainer compiles its loops.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ _MATMUL = "matmul"
 _EXPLANATIONS = {
     "baseline": "torchvision transforms on PIL images in a DataLoader with two workers, float32, contiguous tensors, "
     "plain\n  layers of torch.nn and Brevitas, the memory allocator of the C library with its default settings.",
-    "tuned baseline": "the same with bfloat16 autocast and channels_last.",
+    "tuned baseline": "the same with channels_last, and bfloat16 autocast but on CPUs without kernels for it.",
     "ours": "the trainer of this library.",
-    "of bf16 matmul": "operations of the step, six for each multiply-accumulate of the forward pass, in percent of "
-    "those\n  of a large bfloat16 matrix product in the same time on the same machine.",
+    "of matmul": "operations of the step, six for each multiply-accumulate of the forward pass, in percent of those\n  "
+    "of a large matrix product in the dtype of training, in the same time on the same machine.",
     "/ float": "time of a quantized step, divided by that of its float twin, which takes turns with it.",
     "early crops": "images a second on the crops of the recipe's early epochs, divided by those on whole images; in "
     "parentheses,\n  the side of the crops in pixels.",
@@ -238,7 +238,7 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
 def machine_text(result: Result) -> str:
     """The machine and the version of torch, with the measured rate of the bf16 matrix product."""
     facts, rate = result["machine"], result["matmul_peak"] / 1e9
-    return f"{shared.machine_in_words(facts)}, torch {facts['torch']}; bf16 matmul {rate:,.0f} GFLOP/s"
+    return f"{shared.machine_in_words(facts)}, torch {facts['torch']}; matmul {rate:,.0f} GFLOP/s"
 
 
 def print_table(console: Console, result: Result) -> None:

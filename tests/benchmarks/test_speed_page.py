@@ -44,7 +44,7 @@ RESULT = {
 def test_ratios_and_shares() -> None:
     columns, rows = train.table(RESULT)
     assert columns == [
-        "net", "batch", "baseline", "tuned baseline", "ours", "ours / baseline", "ours / tuned", "of bf16 matmul",
+        "net", "batch", "baseline", "tuned baseline", "ours", "ours / baseline", "ours / tuned", "of matmul",
         "/ float", "early crops",
     ]  # fmt: skip
     assert rows == [
@@ -53,7 +53,7 @@ def test_ratios_and_shares() -> None:
         ["resnet20", "256", "600", "1,200", "1,800", "3.00", "1.50", "47 %", "", "1.65 (24)"],
     ]
     section = train.section(RESULT)
-    assert "A CPU, 2 threads, AVX512, torch 2.14.1; bf16 matmul 800 GFLOP/s" in section
+    assert "A CPU, 2 threads, AVX512, torch 2.14.1; matmul 800 GFLOP/s" in section
     assert "*early crops*" in section
 
 
