@@ -22,6 +22,7 @@ import shared
 import torch
 import train
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 from workbench import SPEED
 
 from cnvzoo.data import Dataset, dataset_info, load_dataset
@@ -164,6 +165,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_tuned_baseline_and_the_matrix_product_have_the_dtype_of_training(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 takes ten times as long as float32 on a CPU without kernels for it."""
+    seen: list[torch.dtype] = []
+    for module in (baseline, shared):
+        monkeypatch.setattr(module, "training_dtype", lambda device: dtype)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+    net.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+    batches: Any = [(torch.rand(4, 3, 2, 2), torch.arange(4))]
+    for tuned in (True, False):
+        next(baseline.training(net, batches, torch.device("cpu"), tuned=tuned))
+    assert seen == [dtype, torch.float32]
+    product = torch.mm
+    monkeypatch.setattr(shared, "_SIZES", {"cpu": 8})
+    monkeypatch.setattr(torch, "mm", lambda a, b: (seen.extend((a.dtype, b.dtype)), product(a, b))[1])
+    assert shared.matmul_rate(torch.device("cpu"), repeats=1) > 0
+    assert set(seen[2:]) == {dtype}
 
 
 def test_every_contender_trains(uncompiled: None, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
