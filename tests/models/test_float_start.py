@@ -247,4 +247,7 @@ def test_the_weights_of_a_net_that_is_not_shallower_are_refused(other: nn.Module
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=f"^{tensor}: not a tensor of a shallower net of these widths, classes and"):
         start_from_shallower(model, other.state_dict())
+    incomplete = {name: value for name, value in trained("resnet20").state_dict().items() if name != "fc.bias"}
+    with pytest.raises(ValueError, match=r"^fc\.bias: missing in the weights of the shallower net$"):
+        start_from_shallower(model, incomplete)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -115,7 +115,8 @@ def start_from_shallower(model: ResNet, state: Mapping[str, Tensor]) -> None:
         state: state_dict of one of the same widths, classes and channels, with as many or fewer blocks in each stage.
 
     Raises:
-        ValueError: `state` is that of another net; the message names the first tensor that has no place.
+        ValueError: `state` is that of another net, or incomplete; the message names the first tensor without a
+            counterpart.
     """
     own = model.state_dict()
     places: dict[str, str] = {}  # by the name of a block in `state`
@@ -130,11 +131,14 @@ def start_from_shallower(model: ResNet, state: Mapping[str, Tensor]) -> None:
         if name in moved or name not in own or own[name].shape != tensor.shape:
             raise ValueError(f"{key}: not a tensor of a shallower net of these widths, classes and channels")
         moved[name] = tensor
+    blocks = [f"stages.{index}.{n}" for index, stage in enumerate(model.stages) for n in range(_depth_of(stage))]
+    added = [block for block in blocks if block not in places.values()]
+    for key in own:
+        if key not in moved and not any(key.startswith(f"{block}.") for block in added):
+            raise ValueError(f"{key}: missing in the weights of the shallower net")
     model.load_state_dict({**own, **moved}, strict=True)
-    for index, stage in enumerate(model.stages):
-        for number in range(_depth_of(stage)):
-            if f"stages.{index}.{number}" not in places.values():
-                nn.init.zeros_(stage.get_submodule(str(number)).get_parameter("norm2.weight"))
+    for block in added:
+        nn.init.zeros_(model.get_parameter(f"{block}.norm2.weight"))
 
 
 def _depth_of(stage: nn.Module) -> int:
