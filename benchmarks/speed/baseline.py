@@ -183,7 +183,7 @@ def training(
 ) -> Iterator[None]:
     """Training without end, one step for each `next`.
 
-    `tuned`: channels_last, and bfloat16 autocast but on CPUs without kernels for it, which it would slow down.
+    `tuned`: channels_last, and bfloat16 autocast except on CPUs without kernels for bfloat16, where it is slower.
     """
     autocast = tuned and training_dtype(device) == torch.bfloat16
     model = model.to(device).train()

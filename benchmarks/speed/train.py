@@ -9,7 +9,7 @@ net's recipe:
 
 baseline        torchvision transforms on PIL images in a DataLoader with workers, float32, contiguous tensors, plain
                 layers of torch.nn and Brevitas
-tuned baseline  the same with channels_last, and bfloat16 autocast but on CPUs without kernels for it
+tuned baseline  the same with channels_last, and with bfloat16 autocast except on CPUs without kernels for bfloat16
 ours            the trainer of this library
 
 Each program is a process of its own, with PyTorch's default number of threads. The processes take turns of one second
@@ -48,7 +48,8 @@ _MATMUL = "matmul"
 _EXPLANATIONS = {
     "baseline": "torchvision transforms on PIL images in a DataLoader with two workers, float32, contiguous tensors, "
     "plain\n  layers of torch.nn and Brevitas, the memory allocator of the C library with its default settings.",
-    "tuned baseline": "the same with channels_last, and bfloat16 autocast but on CPUs without kernels for it.",
+    "tuned baseline": "the same with channels_last, and with bfloat16 autocast except on CPUs without kernels for "
+    "bfloat16.",
     "ours": "the trainer of this library.",
     "of matmul": "operations of the step, six for each multiply-accumulate of the forward pass, in percent of those\n  "
     "of a large matrix product in the dtype of training, in the same time on the same machine.",
@@ -236,7 +237,7 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def machine_text(result: Result) -> str:
-    """The machine and the version of torch, with the measured rate of the bf16 matrix product."""
+    """The machine and the version of torch, with the measured rate of the matrix product."""
     facts, rate = result["machine"], result["matmul_peak"] / 1e9
     return f"{shared.machine_in_words(facts)}, torch {facts['torch']}; matmul {rate:,.0f} GFLOP/s"
 

@@ -25,13 +25,13 @@ from harness.records import Records
 from harness.schedule import Run, make_plan
 from harness.workers import LocalRunner, default_runs_at_once, process_settings
 from tiny import publish_tiny, tiny
-from workbench import Bench, FakeTraining
+from workbench import FLOAT, QUANTIZED, Bench, FakeTraining
 
 from cnvzoo.data import DatasetError
 from cnvzoo.training import RunInterrupted, RunRecord, run_recipe
 from cnvzoo.training.device import deterministic
 
-FLOAT, QUANTIZED, OTHER = "cifar10_cnv", "cifar10_quant_cnv_w4a4", "cifar10_resnet20"
+OTHER = "cifar10_resnet20"
 TIMEOUT = 60
 
 

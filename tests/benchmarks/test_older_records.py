@@ -11,9 +11,6 @@ from cnvzoo.training import NUMERICS
 pytestmark = pytest.mark.usefixtures("no_checkpoints")
 
 
-# --- records of an older arithmetic version, and of weights that were replaced
-
-
 def test_a_record_of_older_arithmetic_is_marked_and_trained_again_after_all_missing_runs(bench, capsys):
     for name in ("mnist_cnv", "mnist_resnet20"):
         bench.recipe(name)

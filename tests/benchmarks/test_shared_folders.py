@@ -11,12 +11,12 @@ import pytest
 from filelock import FileLock
 from harness import outputs
 from test_at_once import HookedTraining, unfinished
-from workbench import Bench, FakeTraining, make_record
+from workbench import FLOAT, QUANTIZED, Bench, FakeTraining, make_record
 
 from cnvzoo.training import RunRecord, RunUnderWay
 
 # in the order of the table
-FIRST, FLOAT, OTHER, QUANTIZED = "cifar10_mobilenet_v1", "cifar10_cnv", "cifar10_resnet20", "cifar10_quant_cnv_w4a4"
+FIRST, OTHER = "cifar10_mobilenet_v1", "cifar10_resnet20"
 Key = tuple[str, int]
 
 

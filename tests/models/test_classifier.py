@@ -196,20 +196,9 @@ def test_input_is_given_by_position_or_by_name(name: str) -> None:
         model()
 
 
-@pytest.fixture
-def plain_quantizers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quantizers run uncompiled, where the test is of the layers that are fused or not: compiling takes seconds."""
-
-    def split(x: torch.Tensor, scale: torch.Tensor, high: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return x, fake_quant.fake_quantize(x, scale, fake_quant.IntRange(0, high))
-
-    monkeypatch.setattr(fake_quant, "runs_compiled", lambda x: False)
-    monkeypatch.setattr(norm_act, "split_rounded", split)
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", FEATURES)
-def test_an_empty_batch_has_no_logits_and_gradients_of_zero(plain_quantizers: None, name: str, training: bool) -> None:
+def test_an_empty_batch_has_no_logits_and_gradients_of_zero(name: str, training: bool) -> None:
     model = built(name).train(training).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     logits = model(images(0))
     assert logits.shape == (0, 10)
@@ -335,6 +324,17 @@ def test_torchvision_extracts_features(uncompiled: None, name: str, node: str, t
     found = create_feature_extractor(copy.deepcopy(model), [last])(images(4).double())[last]
     model(images(4).double())
     torch.testing.assert_close(found, seen[-1])
+
+
+@pytest.fixture
+def plain_quantizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantizers run uncompiled, where the test is of the layers that are fused or not: compiling takes seconds."""
+
+    def split(x: torch.Tensor, scale: torch.Tensor, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, fake_quant.fake_quantize(x, scale, fake_quant.IntRange(0, high))
+
+    monkeypatch.setattr(fake_quant, "runs_compiled", lambda x: False)
+    monkeypatch.setattr(norm_act, "split_rounded", split)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1", "quant_resnet20", "quant_mobilenet_v1"])
