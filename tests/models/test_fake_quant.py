@@ -216,6 +216,27 @@ def test_a_variant_is_compiled_once_for_all_shapes() -> None:
     assert len(set(seen)) == 1
 
 
+@needs_compiler
+@pytest.mark.parametrize("first", [IntRange.of(8, signed=True), IntRange.of(1, signed=False)])
+def test_loops_serve_all_ranges_of_integers_whichever_came_first(first: IntRange) -> None:
+    fake_quant._forward_kernel.cache_clear()
+    fake_quant._backward_kernel.cache_clear()
+    frames = torch._dynamo.utils.counters["frames"]
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (3 * torch.randn(64, 300, generator=generator) for _ in range(2))
+    seen = []
+    for ints in (first, *(IntRange.of(bits, signed=signed) for bits in (2, 3, 8) for signed in (True, False)), first):
+        value, scale = x.clone().requires_grad_(), torch.tensor(0.5, requires_grad=True)
+        out = fake_quantize(value, scale, ints)
+        out.backward(upstream)
+        seen.append(frames["total"])
+        levels = torch.round(x / 0.5)
+        inside = (levels >= ints.low) & (levels <= ints.high)
+        assert torch.equal(out, levels.clamp(ints.low, ints.high) * 0.5), ints
+        assert torch.equal(value.grad, torch.where(inside, upstream, 0.0)), ints
+    assert len(set(seen)) == 1
+
+
 def test_ranges() -> None:
     assert IntRange.of(1, signed=False) == IntRange(0, 1)
     assert IntRange.of(8, signed=False) == IntRange(0, 255)

@@ -226,6 +226,19 @@ def test_any_size_runs_the_loops_compiled_for_the_first() -> None:
     assert seen[0] == seen[5]
 
 
+def test_loops_serve_quantizers_of_all_bits() -> None:
+    frames = torch._dynamo.utils.counters["frames"]
+    x, upstream, seen = channels_last(*SHAPE, seed=0).bfloat16(), channels_last(*SHAPE, seed=2), []
+    for bits in (4, 1, 2, 8):
+        sequence = layers(f"quant{bits}", False)
+        output = take(sequence, x, upstream).output
+        seen.append(frames["total"])
+        step = sequence[1].activation_quantizer.positive_scale(x).detach()  # type: ignore[union-attr]
+        levels = (torch.arange(2.0**bits) * step).bfloat16()
+        assert torch.equal(output.unique(), levels.unique())  # bfloat16 may not distinguish two of them
+    assert len(set(seen)) == 1
+
+
 @pytest.mark.parametrize("case", ["eval", "no grad", "layout", "odd", "small", "pool of 3", "other act"])
 def test_layers_that_cannot_be_fused_run_one_by_one(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     calls = fuses(monkeypatch)

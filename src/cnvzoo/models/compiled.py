@@ -26,6 +26,10 @@ from torch import Tensor
 # makes another variant, with other bits.
 WORTH_COMPILING = 1 << 14
 
+# The largest integer of the quantizer in the examples of `compiled_for`. An integer of an example is an argument of the
+# loop, so that networks of all bit widths share the loops that they compile.
+EXAMPLE_HIGH = 255
+
 # Intermediate tensors are never stored: computing a value twice is faster than writing and reading it.
 _FUSE_EVERYTHING: dict[str, Any] = {
     "realize_opcount_threshold": 1 << 30,
@@ -113,8 +117,8 @@ def runs_compiled(x: Tensor) -> bool:
 def compiled_for(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
     """Compile `function` for tensors of any sizes, by running it once on `example`.
 
-    Equal sizes in the example have to be equal in later calls too, and a size of 1 stays 1. The caller fixes a
-    dimension by `torch._dynamo.mark_static`.
+    Equal sizes in the example have to be equal in later calls too, and a size of 1 stays 1; integers of the example may
+    be others in later calls. The caller fixes a dimension by `torch._dynamo.mark_static`.
     """
     compiled = _compile(function, _working_compiler(os.environ.get("CXX")))
     with sigint_blocked():

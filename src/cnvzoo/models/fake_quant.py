@@ -79,18 +79,25 @@ def _backward(x: Tensor, scale: Tensor, grad: Tensor, ints: IntRange) -> tuple[T
 
 
 @functools.cache
-def _forward_kernel(ints: IntRange, dtype: torch.dtype, to: torch.dtype, one_row: bool) -> Callable[..., Tensor]:
-    """`_forward` compiled for x of `dtype` [rows, values], of any size but with one row or several."""
-    return compiled_for(_forward, *_example(dtype, one_row), ints, to)
+def _forward_kernel(binary: bool, dtype: torch.dtype, to: torch.dtype, one_row: bool) -> Callable[..., Tensor]:
+    """`_forward` compiled for x of `dtype` [rows, values], of any size but with one row or several.
+
+    It serves every range of integers that is not binary, since their ends are values for the loop.
+    """
+    return compiled_for(_forward, *_example(dtype, one_row), _example_range(binary), to)
 
 
 @functools.cache
 def _backward_kernel(
-    ints: IntRange, dtype: torch.dtype, to: torch.dtype, one_row: bool
+    binary: bool, dtype: torch.dtype, to: torch.dtype, one_row: bool
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """`_backward` compiled as `_forward_kernel` is."""
     x, scale = _example(dtype, one_row)
-    return compiled_for(_backward, x, scale, torch.ones_like(x, dtype=to), ints)
+    return compiled_for(_backward, x, scale, torch.ones_like(x, dtype=to), _example_range(binary))
+
+
+def _example_range(binary: bool) -> IntRange:
+    return IntRange.of(1 if binary else 8, signed=True)
 
 
 def _example(dtype: torch.dtype, one_row: bool) -> tuple[Tensor, Tensor]:
@@ -114,7 +121,7 @@ class _FakeQuantize(torch.autograd.Function):
         x, scale, rows = x.detach(), scale.detach(), scale.numel()
         with torch.autocast(x.device.type, enabled=False):  # else each autocast state would compile a variant
             fast = compiled and runs_compiled(x)
-            forward = _forward_kernel(ints, x.dtype, dtype, rows == 1) if fast else _forward
+            forward = _forward_kernel(ints.binary, x.dtype, dtype, rows == 1) if fast else _forward
             out = forward(_as_rows(x, rows, x), scale.view(rows, 1), ints, dtype)
         return out.as_strided(x.shape, x.stride())
 
@@ -125,7 +132,7 @@ class _FakeQuantize(torch.autograd.Function):
         rows = scale.numel()
         with torch.autocast(x.device.type, enabled=False):
             fast = ctx.compiled and runs_compiled(x)
-            backward = _backward_kernel(ctx.ints, x.dtype, ctx.dtype, rows == 1) if fast else _backward
+            backward = _backward_kernel(ctx.ints.binary, x.dtype, ctx.dtype, rows == 1) if fast else _backward
             grad_x, grad_scale = backward(
                 _as_rows(x, rows, x), scale.view(rows, 1), _as_rows(grads[0].detach(), rows, x), ctx.ints
             )

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
-from cnvzoo.models.compiled import compiled_for, runs_compiled
+from cnvzoo.models.compiled import EXAMPLE_HIGH, compiled_for, runs_compiled
 from cnvzoo.models.residual import split_rounded, sum_backward, sum_forward
 
 
@@ -46,12 +46,12 @@ class QuantizedResidualActivation(QuantizedActivation):
 
 @dataclass(frozen=True)
 class _Variant:
-    """What a forward and a backward loop are compiled for; all sizes but that of the channels are free."""
+    """What a forward and a backward loop are compiled for; other sizes and the range of the integers are free."""
 
     channels: int
     dtype: torch.dtype
     relu: bool
-    high: int | None  # largest integer of the unsigned quantizer; None for no quantizer
+    quantizes: bool
     residual: bool
     pool: bool
     rounded: bool = False  # of a residual that a quantizer adds: whether it has been rounded already
@@ -85,7 +85,7 @@ def _batch_norm(
 
 def _forward(
     x: Tensor, gamma: Tensor, beta: Tensor, running_mean: Tensor, running_var: Tensor, scale: Tensor | None,
-    residual: Tensor | None, momentum: float, eps: float, variant: _Variant, inverse: Tensor | None,
+    residual: Tensor | None, momentum: float, eps: float, variant: _Variant, inverse: Tensor | None, high: int | None,
 ) -> tuple[Tensor, Tensor | None, _Norm]:  # fmt: skip
     """y; for a pool, the position (0 to 3, row by row) of each maximum; and the BatchNorm, divided by the scale."""
     norm = _batch_norm(x, gamma, beta, running_mean, running_var, momentum, eps)
@@ -98,8 +98,8 @@ def _forward(
         v = v + residual.float()
     if variant.relu:
         v = torch.relu(v)
-    if variant.high is not None:
-        v = torch.round(v).clamp(0, variant.high)
+    if high is not None:
+        v = torch.round(v).clamp(0, high)
     corner = None
     if variant.pool:
         values = [v[:, :, row, :, col] for row in (0, 1) for col in (0, 1)]
@@ -111,7 +111,7 @@ def _forward(
 
 def _backward(
     x: Tensor, y: Tensor | None, grad: Tensor, corner: Tensor | None, corners: Tensor, norm: _Norm, gamma: Tensor,
-    variant: _Variant,
+    variant: _Variant, high: int | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients with respect to x, residual, gamma, beta and scale (None where there is none).
 
@@ -124,10 +124,10 @@ def _backward(
     over_rows = tuple(range(1, x.dim() - 1))
     grad_scale = grad_residual = None
     dz = g
-    if variant.high is not None:
+    if high is not None:
         v = xf * norm.slope + norm.offset
         r = torch.round(v)
-        q = r.clamp(0, variant.high)
+        q = r.clamp(0, high)
         dz = torch.where(r == q, g, 0.0)
         grad_scale = (g * torch.where(r == q, q - v, q)).sum(over_rows).sum()
     elif variant.relu:
@@ -176,10 +176,11 @@ def _kernels(variant: _Variant) -> tuple[Callable[..., Any], Callable[..., Any]]
     sizes = (94, 13, 2, 15, 2) if variant.pool else (94, 870)
     x = example(*sizes, dtype=variant.dtype)
     gamma, beta, mean, var = example(), example(), example(), example()
-    scale = None if variant.high is None else torch.ones(())
+    scale = torch.ones(()) if variant.quantizes else None
     residual = example(*sizes, dtype=variant.dtype) if variant.residual else None
     inverse = None if scale is None or residual is None else 1 / scale
-    arguments = (x, gamma, beta, mean, var, scale, residual, 0.1, 1e-5, variant, inverse)
+    high = EXAMPLE_HIGH if variant.quantizes else None
+    arguments = (x, gamma, beta, mean, var, scale, residual, 0.1, 1e-5, variant, inverse, high)
     forward = compiled_for(_forward, *arguments)
     y, corner, norm = forward(*arguments)
     for result in (y, corner, *norm):
@@ -189,18 +190,19 @@ def _kernels(variant: _Variant) -> tuple[Callable[..., Any], Callable[..., Any]]
     torch._dynamo.mark_static(grad, grad.dim() - 1)
     if inverse is None:
         seen = y if variant.residual and variant.relu else None
-        return forward, compiled_for(_backward, x, seen, grad, corner, _corners(), norm, gamma, variant)
+        return forward, compiled_for(_backward, x, seen, grad, corner, _corners(), norm, gamma, variant, high)
     other = None if variant.rounded else residual
-    sums = compiled_for(_sum_backward, x, y, grad, other, norm, inverse, variant.high)
-    dz, grad_gamma, grad_beta, _ = sums(x, y, grad, other, norm, inverse, variant.high)
+    sums = compiled_for(_sum_backward, x, y, grad, other, norm, inverse, high)
+    dz, grad_gamma, grad_beta, _ = sums(x, y, grad, other, norm, inverse, high)
     for result in (dz, grad_gamma, grad_beta):
         torch._dynamo.mark_static(result, result.dim() - 1)
     rest = compiled_for(_norm_backward, x, dz, norm, gamma, grad_gamma, grad_beta)
 
     def backward(
-        x: Tensor, y: Tensor, grad: Tensor, residual: Tensor | None, norm: _Norm, gamma: Tensor, inverse: Tensor
-    ) -> tuple[Tensor, ...]:
-        dz, grad_gamma, grad_beta, grad_scale = sums(x, y, grad, residual, norm, inverse, variant.high)
+        x: Tensor, y: Tensor, grad: Tensor, residual: Tensor | None, norm: _Norm, gamma: Tensor, inverse: Tensor,
+        high: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        dz, grad_gamma, grad_beta, grad_scale = sums(x, y, grad, residual, norm, inverse, high)
         grad_x, *_ = rest(x, dz, norm, gamma, grad_gamma, grad_beta)
         return grad_x, dz, grad_gamma, grad_beta, grad_scale
 
@@ -230,7 +232,7 @@ class NormAct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, scale: Tensor | None, residual: Tensor | None,
-        norm: nn.BatchNorm2d, variant: _Variant,
+        norm: nn.BatchNorm2d, variant: _Variant, high: int | None,
     ) -> Tensor:  # fmt: skip
         # detached and without autocast, since the compiler makes a variant for each combination of these
         x, gamma, beta = x.detach(), gamma.detach(), beta.detach()
@@ -241,9 +243,9 @@ class NormAct(torch.autograd.Function):
             forward, _ = _kernels(variant)
             y, corner, batch_norm = forward(
                 _rows(x, variant.pool), gamma, beta, norm.running_mean, norm.running_var, scale, residual,
-                norm.momentum, norm.eps, variant, inverse,
+                norm.momentum, norm.eps, variant, inverse, high,
             )  # fmt: skip
-        ctx.variant = variant
+        ctx.variant, ctx.high = variant, high
         seen = y if variant.residual and (variant.relu or inverse is not None) else None
         other = residual if inverse is not None and not variant.rounded else None
         ctx.save_for_backward(x, seen, other, corner, gamma, inverse, *batch_norm)
@@ -255,19 +257,20 @@ class NormAct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, seen, other, corner, gamma, inverse, *batch_norm = ctx.saved_tensors
         variant: _Variant = ctx.variant
+        high: int | None = ctx.high
         grad = grads[0].detach().contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
         grad = grad if variant.pool else grad.flatten(1, 2)
         with torch.autocast(x.device.type, enabled=False):
             _, backward = _kernels(variant)
             rows, norm = _rows(x, variant.pool), _Norm(*batch_norm)
             if inverse is not None:
-                gradients = backward(rows, seen, grad, other, norm, gamma, inverse)
+                gradients = backward(rows, seen, grad, other, norm, gamma, inverse, high)
             else:
-                gradients = backward(rows, seen, grad, corner, _corners(), norm, gamma, variant)
+                gradients = backward(rows, seen, grad, corner, _corners(), norm, gamma, variant, high)
         grad_x, grad_residual, grad_gamma, grad_beta, grad_scale, *_ = gradients
         if grad_residual is not None:
             grad_residual = _images(grad_residual, x.shape[2:])
-        return _images(grad_x, x.shape[2:]), grad_gamma, grad_beta, grad_scale, grad_residual, None, None
+        return _images(grad_x, x.shape[2:]), grad_gamma, grad_beta, grad_scale, grad_residual, None, None, None
 
 
 def norm_act(
@@ -301,13 +304,13 @@ def norm_act(
         return x if pool is None else pool(x)
     high = None if quantizer is None else quantizer.ints.high
     variant = _Variant(
-        x.shape[1], x.dtype, isinstance(act, nn.ReLU), high, residual=residual is not None, pool=pool is not None,
-        rounded=rounded and residual is not None and quantizer is not None,
+        x.shape[1], x.dtype, isinstance(act, nn.ReLU), quantizer is not None, residual=residual is not None,
+        pool=pool is not None, rounded=rounded and residual is not None and quantizer is not None,
     )  # fmt: skip
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     scale = None if quantizer is None else quantizer.positive_scale(x)
-    return NormAct.apply(x, norm.weight, norm.bias, scale, residual, norm, variant)  # type: ignore[no-any-return]
+    return NormAct.apply(x, norm.weight, norm.bias, scale, residual, norm, variant, high)  # type: ignore[no-any-return]
 
 
 def block_inputs(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:

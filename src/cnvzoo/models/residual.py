@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cnvzoo.models.compiled import compiled_for
+from cnvzoo.models.compiled import EXAMPLE_HIGH, compiled_for
 from cnvzoo.models.fake_quant import IntRange
 
 ADDEND = IntRange(-128, 127)  # of what is added to the output of a residual block
@@ -123,15 +123,15 @@ def _round_backward(
 
 
 @functools.cache
-def _round_kernel(dtype: torch.dtype, high: int) -> Callable[..., Tensor]:
-    return compiled_for(_round, torch.ones(96, 1 << 14, dtype=dtype), torch.ones(()), torch.ones(()), high)
+def _round_kernel(dtype: torch.dtype) -> Callable[..., Tensor]:
+    return compiled_for(_round, torch.ones(96, 1 << 14, dtype=dtype), torch.ones(()), torch.ones(()), EXAMPLE_HIGH)
 
 
 @functools.cache
-def _round_backward_kernel(dtype: torch.dtype, high: int, has_direct: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+def _round_backward_kernel(dtype: torch.dtype, has_direct: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     x, inverse = torch.ones(96, 1 << 14, dtype=dtype), torch.ones(())
     direct = torch.ones_like(x) if has_direct else None
-    return compiled_for(_round_backward, x, inverse, high, torch.ones_like(x), direct)
+    return compiled_for(_round_backward, x, inverse, EXAMPLE_HIGH, torch.ones_like(x), direct)
 
 
 class _SplitRounded(torch.autograd.Function):
@@ -139,7 +139,7 @@ class _SplitRounded(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, high: int) -> tuple[Tensor, Tensor]:
         x, scale = x.detach(), scale.detach()
         inverse = 1 / scale
-        rounded = _round_kernel(x.dtype, high)(_per_image(x), inverse, scale, high)
+        rounded = _round_kernel(x.dtype)(_per_image(x), inverse, scale, high)
         ctx.high = high
         ctx.save_for_backward(x, inverse)
         ctx.set_materialize_grads(False)
@@ -153,7 +153,7 @@ class _SplitRounded(torch.autograd.Function):
             return direct, None, None
         x, inverse = ctx.saved_tensors
         grad, direct = (None if g is None else _per_image(_like(g, x)) for g in (grad, direct))
-        backward = _round_backward_kernel(x.dtype, ctx.high, direct is not None)
+        backward = _round_backward_kernel(x.dtype, direct is not None)
         total, grad_scale = backward(_per_image(x), inverse, ctx.high, grad, direct)
         return total.as_strided(x.shape, x.stride()), grad_scale, None
 
