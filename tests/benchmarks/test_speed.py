@@ -267,6 +267,7 @@ def test_a_process_that_ends_is_an_error() -> None:
 
 
 @pytest.mark.own_process
+@pytest.mark.filterwarnings("ignore:.*can saturate in OpenVINO:UserWarning")  # x86 without VNNI, see below
 def test_every_runtime_gives_the_logits_of_the_model(
     small_datasets, make_checkpoint, tmp_path, monkeypatch, capsys
 ) -> None:

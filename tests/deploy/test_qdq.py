@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from cnvzoo_runtime.metadata import KEY, Metadata
 
 COUNTS = np.zeros(1, np.int64)
 RUNTIMES = ("onnxruntime", "openvino")
+# on x86 without VNNI, where the tests run OpenVINO all the same
+pytestmark = pytest.mark.filterwarnings("ignore:.*can saturate in OpenVINO:UserWarning")
 
 
 def unsaturated(images: torch.Tensor) -> np.ndarray:
@@ -255,6 +258,22 @@ def test_auto_falls_back_where_openvino_does_not_work(exported, noise, monkeypat
 def test_auto_takes_onnx_runtime_where_fast_kernels_may_saturate(exported, monkeypatch):
     monkeypatch.setattr(sessions, "sums_products_exactly", lambda: False)
     assert cnvzoo.deploy.load(exported, threads=1).runtime(1000) == "onnxruntime"
+
+
+@pytest.mark.parametrize(("kind", "is_exact", "warns"), [("qdq", False, 1), ("qdq", True, 0), ("onnx", False, 0)])
+def test_openvino_by_name_warns_where_its_sums_can_saturate(make_net, monkeypatch, tmp_path, kind, is_exact, warns):
+    model = make_net(2, 2) if kind == "qdq" else cnvzoo.create_model("cnv", num_classes=10)
+    cnvzoo.export(model, tmp_path / "net.onnx", dataset="cifar10", format=kind)
+    monkeypatch.setattr(sessions, "sums_products_exactly", lambda: is_exact)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cnvzoo.deploy.load(tmp_path / "net.onnx", runtime="openvino", threads=1)
+        cnvzoo.deploy.load(tmp_path / "net.onnx", threads=1)
+    found = [warning for warning in caught if "can saturate in OpenVINO" in str(warning.message)]
+    assert len(found) == warns
+    for warning in found:
+        assert warning.filename == __file__
+        assert str(warning.message).endswith("wrong scores: runtime='onnxruntime' has exact sums")
 
 
 def test_runtimes_are_refused_by_name_and_by_format(exported, make_net, tmp_path):

@@ -147,7 +147,8 @@ def load(path: str | Path, *, runtime: str = "auto", threads: int | None = None)
         path: the ONNX file.
         runtime: `onnxruntime`; `openvino`, for `qdq` and `onnx` files; or `auto`, the faster of the two: OpenVINO for
             calls with at least 16 images to a `qdq` file, where it is installed and the CPU has VNNI or is not x86,
-            else ONNX Runtime.
+            else ONNX Runtime. On other CPUs sums of 8-bit products can saturate in OpenVINO: choosing it by name for a
+            `qdq` file gives a warning.
         threads: number of threads of the runtime, 1 to 4096; default one for each core.
 
     Raises:

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import platform
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,8 @@ class Graphs:
 
     `auto` takes OpenVINO for `qdq` files where it is installed, for calls with `LEAST_FOR_OPENVINO` images or more, on
     CPUs on which ONNX Runtime's fast kernels are exact; ONNX Runtime for everything else. OpenVINO reads the file at
-    the first such call; where it cannot be imported, or cannot run the file, ONNX Runtime does.
+    the first such call; where it cannot be imported, or cannot run the file, ONNX Runtime does. If `openvino` is chosen
+    by name for a `qdq` file on other CPUs, a warning says that its sums can saturate.
 
     Args:
         content: the ONNX file.
@@ -176,6 +178,12 @@ class Graphs:
         self.onnxruntime = None if runtime == "openvino" else OnnxRuntimeGraph(content, path, threads)
         self._openvino = OpenVinoGraph(content, path, threads) if runtime == "openvino" else None
         _check(self.onnxruntime or self._openvino, metadata, path)
+        if runtime == "openvino" and metadata.format == "qdq" and not sums_products_exactly():
+            warnings.warn(
+                f"{path}: sums of 8-bit products can saturate in OpenVINO on this CPU (x86 without VNNI), which gives "
+                "wrong scores: runtime='onnxruntime' has exact sums",
+                stacklevel=3,
+            )
         self._lock = threading.Lock()
         self._unread: tuple[bytes, Path, int | None] | None = None  # what OpenVINO reads when it is needed
         if runtime == "auto" and metadata.format == "qdq" and sums_products_exactly() and _openvino_is_installed():
