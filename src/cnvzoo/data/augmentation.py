@@ -14,14 +14,23 @@ from torch import Tensor
 
 
 class Augmentation(BaseModel):
-    """The augmentation of a recipe, applied in the order crop, flip, cutout, mixup. By default there is none."""
+    """The augmentation of a recipe, applied in the order of the attributes. By default there is none.
+
+    Attributes:
+        crop_padding: random crop after padding by so many reflected pixels on each side; 0 for none; less than the side
+            of the images.
+        flip: mirror left-right with probability 1/2.
+        cutout: side in pixels of a square filled with the mean colour, at most that of the images; 0 for none (DeVries
+            & Taylor 2017, arXiv:1708.04552).
+        mixup: alpha of the Beta distribution of mixup (Zhang et al. 2018, arXiv:1710.09412); 0 for none.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    crop_padding: Annotated[int, Field(ge=0, description="Random crop after reflect-padding by so many pixels.")] = 0
-    flip: Annotated[bool, Field(description="Mirror left-right with probability 1/2.")] = False
-    cutout: Annotated[int, Field(ge=0, description="Side in pixels of a square filled with the mean colour.")] = 0
-    mixup: Annotated[float, Field(ge=0, allow_inf_nan=False, description="alpha of mixup's Beta; 0 is off.")] = 0.0
+    crop_padding: Annotated[int, Field(ge=0)] = 0
+    flip: bool = False
+    cutout: Annotated[int, Field(ge=0)] = 0
+    mixup: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
 def cutout_(images: Tensor, rows: Tensor, cols: Tensor, side: int, fill: Tensor) -> Tensor:

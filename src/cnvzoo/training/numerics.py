@@ -41,7 +41,7 @@ class Machine(BaseModel):
         onednn: instruction set of oneDNN's kernels (convolutions, and matrix products in bfloat16), by its name in
             `ONEDNN_MAX_CPU_ISA`, which can lower it.
         precision: `float32` where training has no bfloat16 autocast, as `cnvzoo.training.device.training_dtype` says.
-        loops: whether the loops of `cnvzoo.models.compiled` ran compiled.
+        loops: whether the loops that `cnvzoo.models.compiled` compiles ran compiled.
         compiler: name and version of the compiler of these loops.
         kernels: first 16 digits of the sha256 of what PyTorch's kernels compute from fixed numbers. Machines with the
             same value round alike.
