@@ -19,6 +19,7 @@ import zoo_page
 from pydantic import BaseModel
 
 import cnvzoo
+from cnvzoo.checkpoints.format import CheckpointFacts
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -122,6 +123,9 @@ def _reference(module: str) -> str:
         if owner is not None and getattr(owner, name, None) is value:
             continue
         lines.append(f".. {_directive(value)}:: {module}.{name}")
+        if isinstance(value, type) and issubclass(value, CheckpointFacts):  # the attributes of both in one place
+            lines[-1] += "\n   :show-inheritance:"
+            lines.append(f".. autoclass:: {CheckpointFacts.__module__}.{CheckpointFacts.__name__}")
         if is_typeddict(value):  # its docstring describes the keys together
             lines[-1] += "\n   :undoc-members:"
     return "\n\n".join(("```{eval-rst}", *lines)) + "\n```"

@@ -33,7 +33,7 @@ import cnvzoo
 from synthetic import noise, recipe
 
 hub, folder = Path(sys.argv[1]), Path(sys.argv[2])
-importlib.import_module("cnvzoo.checkpoints.scoring").load_dataset = lambda name, root: noise(name)
+importlib.import_module("cnvzoo.checkpoints.test_set").load_dataset = lambda name, root: noise(name)
 
 def state():
     name, keys, *others = numpy.random.get_state()

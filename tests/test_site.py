@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from PIL import Image
+from pydantic import BaseModel
 
 import cnvzoo
 import cnvzoo.deploy
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 DESKTOP, PHONE = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
 WIDTHS = ["w2a2", "w4a4", "w8a8"]
+API = ("cnvzoo", "cnvzoo.data", "cnvzoo.training", "cnvzoo.deploy", "cnvzoo_runtime")
 
 
 @pytest.fixture(scope="session")
@@ -125,11 +127,21 @@ def test_npm_is_asked_again_only_after_a_failure_or_for_another_lock_file(build,
     assert capsys.readouterr().out.count("npm failed, see above") == 2
 
 
-@pytest.mark.parametrize("module", ["cnvzoo", "cnvzoo.data", "cnvzoo.training", "cnvzoo.deploy", "cnvzoo_runtime"])
+@pytest.mark.parametrize("module", API)
 def test_every_public_name_is_on_the_page_of_the_api(site, module):
     page = (site / "docs" / "api.html").read_text(encoding="utf-8")
     described = {name.rpartition(".")[2] for name in re.findall(r'id="((?:cnvzoo|cnvzoo_runtime)\.[\w.]+)"', page)}
     assert set(importlib.import_module(module).__all__) <= described
+
+
+def test_every_field_of_a_public_type_is_described_on_the_page_of_the_api(site):
+    page = (site / "docs" / "api.html").read_text(encoding="utf-8")
+    described = set(re.findall(r"\w+", " ".join(re.findall("<strong>([^<]*)</strong>", page))))
+    public = [getattr(module, name) for module in map(importlib.import_module, API) for name in module.__all__]
+    types = [value for value in public if isinstance(value, type) and issubclass(value, BaseModel)]
+    assert {"Augmentation", "CheckpointConfig", "Recipe"} <= {value.__name__ for value in types}
+    for value in types:
+        assert value.model_fields.keys() <= described, (value, value.model_fields.keys() - described)
 
 
 def test_checkpoints_that_were_not_measured_with_one_image_have_no_latency(packages, monkeypatch, tmp_path):

@@ -177,7 +177,7 @@ class RayRunner:
         return self._counted[1]
 
     def run(self, run: Run, weights: Weights, stop: Stop) -> RunRecord:
-        name, lost_workers = f"{run.entry.name}, seed {run.seed}", 0
+        name, lost_workers = run.name, 0
         with alone_in(run.run_dir):
             while True:
                 worker = self.new_worker()

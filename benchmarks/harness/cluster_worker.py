@@ -168,8 +168,7 @@ class Worker:
             try:
                 return runner.run(run, inputs, stop)
             except UnfitState as error:
-                name = f"{run.entry.name}, seed {run.seed}"
-                self._lines.append(f"{name}: starts anew, as its state was saved with {error.differences}")
+                self._lines.append(f"{run.name}: starts anew, as its state was saved with {error.differences}")
                 error.path.unlink()
                 return runner.run(run, inputs, stop)
         except Exception as error:

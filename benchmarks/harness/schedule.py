@@ -37,6 +37,11 @@ class Run:
     replaces: tuple[RunRecord, ...] = ()
 
     @property
+    def name(self) -> str:
+        """How lines of the run begin, as with `Recipe.run_name`; in lists of runs it is `str(run)`, without a comma."""
+        return f"{self.entry.name}, seed {self.seed}"
+
+    @property
     def started(self) -> bool:
         return (self.run_dir / STATE).exists()
 

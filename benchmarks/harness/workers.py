@@ -26,7 +26,7 @@ import torch
 
 from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo.models.compiled import sigint_blocked
-from cnvzoo.training.device import deterministic
+from cnvzoo.training.device import deterministic, using_threads
 from cnvzoo.training.record import RunRecord
 from cnvzoo.training.run import run_recipe
 from cnvzoo.training.state import RunError, RunInterrupted
@@ -113,16 +113,8 @@ def process_settings(device: torch.device, threads: int) -> Iterator[None]:
 
     The first run to end would otherwise restore the previous settings while another is still training.
     """
-    if device.type != "cpu":
-        with deterministic(device):
-            yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with deterministic(device) if device.type != "cpu" else using_threads(threads):
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class WorkerEnded(RunInterrupted):
@@ -160,7 +152,7 @@ class ProcessRunner:
     _starting: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def run(self, run: Run, weights: Weights, stop: Stop) -> RunRecord:
-        name = f"{run.entry.name}, seed {run.seed}"
+        name = run.name
         arguments = {
             "recipe": run.entry.recipe,
             "run_dir": run.run_dir,

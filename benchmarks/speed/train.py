@@ -99,8 +99,8 @@ def measure(
 
     Returns:
         {"machine", "matmul_peak": operations a second, "models": {model: {"recipe", "fingerprint", "batch_size",
-        "early_crops": side of the early crops in pixels, or None, "images_per_second": {process: median}, "spread": {process:
-        [least, most]}, "share_of_matmul_peak"}}}.
+        "early_crops": side of the early crops in pixels, or None, "images_per_second": {process: median}, "spread":
+        {process: [least, most]}, "share_of_matmul_peak"}}}.
 
     Raises:
         CnvzooError: a process ended with an error.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from cnvzoo_runtime.images import normalize, prepare
-from cnvzoo_runtime.metadata import KEY, DeployError, Metadata, is_printable
+from cnvzoo_runtime.metadata import KEY, DeployError, Metadata, is_printable, whole_number
 from cnvzoo_runtime.onnx_file import LARGEST, read_properties
 from cnvzoo_runtime.sessions import Graphs
 
@@ -100,11 +100,12 @@ class DeployedModel:
             DeployError: `top` is not a whole number of at least 1.
             ImageError: an item is not an 8-bit image of 1 or 3 channels.
         """
-        if isinstance(top, (bool, np.bool_)) or not isinstance(top, (int, np.integer)) or top < 1:
+        count = whole_number(top)
+        if count is None or count < 1:
             raise DeployError(f"top={top!r}: a whole number of at least 1")
         if isinstance(images, Sequence) and not isinstance(images, str):
-            return self._classify(images, top)
-        return self._classify([images], top)[0]
+            return self._classify(images, count)
+        return self._classify([images], count)[0]
 
     def _classify(self, images: Sequence[Any], top: int) -> list[list[Prediction]]:
         if not images:

@@ -354,7 +354,7 @@ class IntegerResult(_Section):
 
 
 class CheckpointConfig(CheckpointFacts):
-    """The whole config.json.
+    """The whole config.json: what `CheckpointFacts` has, and how it is stored.
 
     Attributes:
         format_version: version of the format of config.json and model.safetensors.

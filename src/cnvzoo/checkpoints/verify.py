@@ -12,7 +12,7 @@ from cnvzoo.checkpoints.folder import preprocessing_from, read_model
 from cnvzoo.checkpoints.format import CheckpointConfig
 from cnvzoo.checkpoints.index import list_checkpoints
 from cnvzoo.checkpoints.locations import check_exists, find_checkpoint
-from cnvzoo.checkpoints.scoring import load_test_set
+from cnvzoo.checkpoints.test_set import load_test_set
 from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
 from cnvzoo.data.published import list_datasets
 from cnvzoo.errors import CnvzooError, DatasetError, in_a_line

@@ -64,7 +64,7 @@ def eval_(
             typer.echo(f"{checkpoint}: {scored.accuracy:.2f} % ({scored.correct} of {scored.total}) on {name}")
         return
     from cnvzoo.checkpoints.folder import preprocessing_from
-    from cnvzoo.checkpoints.scoring import load_test_set
+    from cnvzoo.checkpoints.test_set import load_test_set
     from cnvzoo.training.device import using_threads
 
     model, config = cnvzoo.load_checkpoint(checkpoint, hub=hub)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cnvzoo.errors import DatasetError, nearest
-from cnvzoo.files import check_readable, expanded
+from cnvzoo.files import check_readable, expanded, replacing
 
 # for each dataset, array name -> {"shape", "dtype", "sha256"}
 CHECKSUMS: dict[str, dict[str, dict[str, Any]]] = json.loads(
@@ -219,7 +219,8 @@ def _read_or_download(name: str, path: Path) -> dict[str, Tensor]:
         problem = mismatch(name, arrays)
         if problem is not None:
             raise DatasetError(f"torchvision delivered other data than the published set: {problem}")
-        _write(arrays, scratch / path.name, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(save(arrays))
     except DatasetError as error:
         raise DatasetError(f"{name}: {reason}, and downloading it failed: {error}. {_remedy(name, path)}") from error
     finally:
@@ -290,11 +291,3 @@ def _download(name: str, scratch: Path) -> dict[str, Tensor]:
         arrays[f"{split}_images"] = (images if images.ndim == 4 else images.unsqueeze(-1)).contiguous()
         arrays[f"{split}_labels"] = torch.as_tensor(source.targets, dtype=torch.uint8)
     return arrays
-
-
-def _write(arrays: dict[str, Tensor], temporary: Path, path: Path) -> None:
-    with temporary.open("wb") as file:
-        file.write(save(arrays))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -93,8 +93,7 @@ def node_shapes(net: IntegerNet) -> list[Shape]:
 
 
 def _layer_shape(layer: Layer, taken: Shape) -> Shape:
-    sides = zip(taken[:2], layer.padding, layer.weight.shape[2:], layer.stride, strict=True)
-    rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side, padding, kernel, stride in sides)
+    rows, columns = layer.output_sides(*taken[:2])
     return (rows // 2, columns // 2, len(layer.weight)) if layer.pooled else (rows, columns, len(layer.weight))
 
 

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from cnvzoo.deploy.c_memory import Memory, Place, plan_memory
 from cnvzoo.deploy.c_text import comment, constants, designated, identifier, string
 from cnvzoo.deploy.c_weights import pack_rows
-from cnvzoo.deploy.fixed_point import FixedPoint, accumulators, fixed_point
+from cnvzoo.deploy.fixed_point import FixedPoint, fixed_point
 from cnvzoo.deploy.integer import Head, Image, IntegerNet, Layer, Rounding, Sum
+from cnvzoo.deploy.requantize import reachable_accumulators
 from cnvzoo_runtime.metadata import Metadata
 
 _ALIGNED = 16  # weights of a row in the buffer: a multiple, for vectors
@@ -147,7 +148,7 @@ class _Writer:
         depthwise = _is_depthwise(layer)
         self.used |= {"depthwise"} if depthwise else {"dot", "convolve"}
         plain = layer.weight.reshape(len(layer.weight), -1)
-        steps = fixed_point(layer.requantization, *accumulators(plain, source.high))
+        steps = fixed_point(layer.requantization, *reachable_accumulators(plain, source.high))
         out, _, *kernel = layer.weight.shape
         groups = f", {layer.groups} groups" if layer.groups > 1 else ""
         shapes = " to ".join(" x ".join(map(str, each.shape)) for each in (source, place))

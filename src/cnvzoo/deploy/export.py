@@ -16,7 +16,7 @@ from torch import nn
 
 from cnvzoo.checkpoints.format import CheckpointConfig, IntegerResult
 from cnvzoo.checkpoints.load import load_checkpoint
-from cnvzoo.checkpoints.scoring import load_test_set
+from cnvzoo.checkpoints.test_set import load_test_set
 from cnvzoo.data.datasets import Dataset, load_dataset
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import dataset_info, list_datasets
@@ -224,8 +224,7 @@ def evaluate_file(
     data = load_test_set(
         source, m.name, image_size=m.image_size, in_chans=m.in_chans, classes=m.classes, data_root=data_root
     )
-    margin = (m.size - m.image_size) // 2
-    images = nn.functional.pad(data.test_images, (0, 0, margin, margin, margin, margin)).permute(0, 3, 1, 2)
+    images = Preprocessing(m.size, m.mean, m.std, m.image_size).pad(data.test_images).permute(0, 3, 1, 2)
     logits = model.logits(images.contiguous().numpy())
     return Evaluation.of_logits(torch.from_numpy(logits), data.test_labels)
 

@@ -16,7 +16,6 @@ boundary. Then there is no such offset, and the levels at other accumulators are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,9 +102,3 @@ def _steps(multiplier: Ints, offset: Ints, shift: Ints, low_acc: Ints, high_acc:
     above = (np.arange(1, most + 1, dtype=np.int64) << shift[:, None]) - offset[:, None]
     at = -(-above // np.maximum(multiplier, 1)[:, None])
     return np.clip(at, low_acc[:, None], high_acc[:, None] + 1)
-
-
-def accumulators(rows: NDArray[Any], high: int) -> tuple[Ints, Ints]:
-    """The smallest and largest sums of products of weights [channels, n] and levels from 0 to `high`."""
-    wide = rows.astype(np.int64)
-    return high * np.minimum(wide, 0).sum(1), high * np.maximum(wide, 0).sum(1)

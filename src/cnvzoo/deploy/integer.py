@@ -78,6 +78,12 @@ class Layer(Node):
         """The weights times the gain, in their shape."""
         return self.weight * np.int8(self.requantization.gain)
 
+    def output_sides(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of the output for an input of so many, before it is pooled; below 1 for too small ones."""
+        sides = zip((rows, columns), self.padding, self.weight.shape[2:], self.stride, strict=True)
+        height, width = ((side + 2 * padding - kernel) // stride + 1 for side, padding, kernel, stride in sides)
+        return height, width
+
 
 @dataclass(frozen=True)
 class Rounding(Node):

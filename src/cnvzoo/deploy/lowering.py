@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cnvzoo.deploy.integer import Head, Image, IntegerNet, Layer, Node, Rounding, Sum
-from cnvzoo.deploy.requantize import Requantization, StepFunctions, requantize
+from cnvzoo.deploy.requantize import Requantization, StepFunctions, reachable_accumulators, requantize
 from cnvzoo.errors import ModelError
 from cnvzoo.models.graph import FLATTEN, GLOBAL_POOL, Step, trace
 from cnvzoo.models.integers import int8_gain
@@ -265,11 +265,8 @@ def _layer(weighted: _Weighted, out_scale: float, low: int, high: int) -> Layer:
     offset = (_float64(norm.bias) - _float64(norm.running_mean) * slope) / out_scale
     weight = weight.reshape(len(weight), *taken.shape) if is_linear else weight
     weight = np.where(multiplier[:, None, None, None] < 0, -weight, weight)
-    rows = weight.reshape(len(weight), -1).astype(np.int64)
-    exact = StepFunctions(
-        np.abs(multiplier), offset, taken.high * np.minimum(rows, 0).sum(1), taken.high * np.maximum(rows, 0).sum(1),
-        high, low,
-    )  # fmt: skip
+    low_acc, high_acc = reachable_accumulators(weight.reshape(len(weight), -1), taken.high)
+    exact = StepFunctions(np.abs(multiplier), offset, low_acc, high_acc, high, low)
     gain = int8_gain(quantizer_of(layer).ints)  # type: ignore[arg-type]
     weight, chosen = _requantize(weight, exact, gain)
     if not chosen.fits_int32(exact):
@@ -288,8 +285,7 @@ def _pair(values: Any) -> tuple[int, int]:
 
 def _output_shape(node: Layer, shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """Channels, rows and columns of the output of a layer, before it is pooled."""
-    sides = zip(shape[1:], node.padding, node.weight.shape[2:], node.stride, strict=True)
-    rows, columns = ((side + 2 * padding - kernel) // stride + 1 for side, padding, kernel, stride in sides)
+    rows, columns = node.output_sides(*shape[1:])
     if min(rows, columns) < 1:
         raise DeployError(f"{node.name}: has a larger kernel than its input of {shape[1]}x{shape[2]} pixels")
     return len(node.weight), rows, columns

@@ -26,6 +26,12 @@ _BIAS_CHANGES = (0, -1, 1)  # tried around the rounded bias
 _LARGEST_INT32 = (1 << 31) - 1
 
 
+def reachable_accumulators(weight: NDArray[Any], high: int) -> tuple[Ints, Ints]:
+    """The smallest and largest sums of products of integer weights [channels, n] and levels from 0 to `high`."""
+    wide = weight.astype(np.int64)
+    return high * np.minimum(wide, 0).sum(1), high * np.maximum(wide, 0).sum(1)
+
+
 @dataclass(frozen=True)
 class StepFunctions:
     """The step functions of a trained layer, one for each channel: round(multiplier * acc + offset) in low..high.
