@@ -86,8 +86,11 @@ class Optimizer(_Section):
 
 
 class Schedule(_Section):
-    """The learning rate of each step: linear warm-up over `warmup_epochs` (may be a fraction), then linear decay to
-    0."""
+    """The learning rate of each step: linear warm-up, then linear decay to 0.
+
+    Attributes:
+        warmup_epochs: length of the warm-up in epochs, which may be a fraction.
+    """
 
     warmup_epochs: float = Field(default=1.0, ge=0)
 
