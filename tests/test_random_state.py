@@ -157,6 +157,31 @@ def test_other_random_numbers_of_registered_models_have_the_seed_too(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda generator: torch.randn(4, generator=generator),
+        lambda generator: torch.empty(4).normal_(generator=generator),
+        lambda generator: nn.init.normal_(torch.empty(4), generator=generator),
+        lambda generator: nn.init.kaiming_uniform_(torch.empty(4, 4), generator=generator),
+    ],
+)
+def test_a_generator_of_the_builder_is_used_and_none_is_none(
+    draw: Callable[[torch.Generator | None], torch.Tensor], seeded: None
+) -> None:
+    before = torch.get_rng_state()
+    with initialized_from(5):
+        own = draw(torch.Generator().manual_seed(7))
+    assert torch.equal(own, draw(torch.Generator().manual_seed(7)))
+    expected = draw(None)
+    torch.set_rng_state(before)
+    with initialized_from(5):
+        assert torch.equal(draw(None), expected)
+        positional = torch.poisson(torch.ones(9), torch.Generator().manual_seed(7))
+    assert torch.equal(positional, torch.poisson(torch.ones(9), torch.Generator().manual_seed(7)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_model_info_before_create_model_does_not_change_the_weights(seeded: None) -> None:
     expected = cnvzoo.create_model("resnet20")
     torch.manual_seed(5)

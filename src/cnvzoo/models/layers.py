@@ -62,9 +62,10 @@ _RANDOM_TENSORS = {
 
 
 class _RandomFillsFrom(TorchFunctionMode):
-    """Random numbers in this thread come from `generator`; with None, tensors keep the values that they have.
+    """Random numbers in this thread come from `generator`, but for calls that are given one of their own.
 
-    New tensors have random numbers with None too, from a generator of their own.
+    With None, tensors keep the values that they have. New tensors have random numbers then too, from a generator of
+    their own.
     """
 
     def __init__(self, generator: torch.Generator | None) -> None:
@@ -75,13 +76,14 @@ class _RandomFillsFrom(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _RANDOM_TENSORS:
-            return func(*args, **{"generator": self._generator or torch.Generator(), **kwargs})
-        if func not in _RANDOM_FILLS:
+        if func in _RANDOM_FILLS:
+            if self._generator is None:
+                return args[0] if args else kwargs["tensor"]
+        elif func not in _RANDOM_TENSORS:
             return func(*args, **kwargs)
-        if self._generator is None:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **{**kwargs, "generator": self._generator})
+        if kwargs.get("generator") is None and not any(isinstance(arg, torch.Generator) for arg in args):
+            kwargs = {**kwargs, "generator": self._generator or torch.Generator()}
+        return func(*args, **kwargs)
 
 
 @contextmanager
