@@ -239,7 +239,7 @@ def test_loops_serve_quantizers_of_all_bits() -> None:
     assert len(set(seen)) == 1
 
 
-@pytest.mark.parametrize("case", ["eval", "no grad", "layout", "odd", "small", "pool of 3", "other act"])
+@pytest.mark.parametrize("case", ["eval", "no grad", "layout", "odd", "small", "pool of 3", "other act", "no gamma"])
 def test_layers_that_cannot_be_fused_run_one_by_one(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     calls = fuses(monkeypatch)
     sequence = layers("relu", pool=True)
@@ -253,7 +253,10 @@ def test_layers_that_cannot_be_fused_run_one_by_one(monkeypatch: pytest.MonkeyPa
         sequence[2] = nn.MaxPool2d(3)
     elif case == "other act":
         sequence[1] = type("OtherReLU", (nn.ReLU,), {})()
+    elif case == "no gamma":
+        sequence[0] = nn.BatchNorm2d(CHANNELS, affine=False)
     expected = nn.Sequential(*layers("relu", pool=True))
+    expected[0] = nn.BatchNorm2d(CHANNELS, affine=case != "no gamma")
     expected.load_state_dict(sequence.state_dict())
     expected.train(sequence.training)
     expected[1], expected[2] = sequence[1], sequence[2]

@@ -336,24 +336,18 @@ def _fuses(
 ) -> bool:  # fmt: skip
     if isinstance(x, fx.Proxy) or not (norm.training and torch.is_grad_enabled() and runs_compiled(x)):
         return False
-    if type(norm) is not nn.BatchNorm2d or type(pool) not in (nn.MaxPool2d, type(None)) or _has_hooks(norm, act, pool):
+    if not (type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None):
+        return False
+    if type(pool) not in (nn.MaxPool2d, type(None)) or _has_hooks(norm, act, pool):
         return False
     supported_dtype = x.dtype in (torch.float32, torch.bfloat16) and norm.weight.dtype == torch.float32
     dense = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and x.shape[2] * x.shape[3] > 1
     supported_act = act is None or quantizer is not None or type(act) is nn.ReLU
-    standard_norm = norm.affine and norm.track_running_stats and norm.momentum is not None
     adds = quantizer is None or isinstance(act, QuantizedResidualActivation)
     supported_residual = residual is None or (
         adds and pool is None and residual.dtype == x.dtype and residual.stride() == x.stride()
     )
-    return (
-        supported_dtype
-        and dense
-        and supported_act
-        and standard_norm
-        and supported_residual
-        and (pool is None or _is_2x2(x, pool))
-    )
+    return supported_dtype and dense and supported_act and supported_residual and (pool is None or _is_2x2(x, pool))
 
 
 def _has_hooks(*layers: nn.Module | None) -> bool:
