@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import enum
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -231,6 +233,25 @@ def test_costs_of_a_registered_model() -> None:
     # by hand, at 16 positions: 3*6*64 + 6*6 + twice 6*6; the head has one
     assert info.macs == 16 * (1152 + 36 + 2 * 36) + 60
     assert info.weight_bytes == 4 * info.parameters == 4 * (1152 + 36 + 36 + 60)
+
+
+def test_options_reach_the_builder_as_they_are_but_for_whole_numbers_of_numpy() -> None:
+    class Size(enum.IntEnum):
+        SMALL = 1
+
+    given: list[Any] = []
+
+    def build(num_classes: int, in_chans: int, size: Size, width: int, wide: bool) -> nn.Module:
+        given.extend((size, width, wide))
+        return nn.Conv2d(in_chans, num_classes, 1)
+
+    register_model("enums", summary="of tests")(build)
+    try:
+        build_model("enums", size=Size.SMALL, width=np.int64(4), wide=True)
+    finally:
+        unregister_model("enums")
+    assert given == [Size.SMALL, 4, True]
+    assert [type(value) for value in given] == [Size, int, bool]
 
 
 def test_counts_that_are_not_possible_are_explained() -> None:

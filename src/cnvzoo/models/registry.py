@@ -216,7 +216,8 @@ def build_model(
         kwargs["bits"] = check_layer_bits(kwargs["bits"], name)
     arguments = {"num_classes": num_classes, "in_chans": in_chans, **kwargs}
     for key, value in arguments.items():  # numpy's whole numbers become Python's, which JSON and pickle take
-        arguments[key] = value if (number := whole_number(value)) is None else number
+        if not isinstance(value, int) and (number := whole_number(value)) is not None:
+            arguments[key] = number
     if lacking := [option for option in _required(spec.build) if option not in arguments]:
         raise ModelError(f"{name} needs {lacking[0]}: its builder has no default for it: give {lacking[0]}=")
     model = spec.build(**arguments)
