@@ -298,6 +298,11 @@ def test_epoch_and_start_out_of_range_are_refused_at_the_call(epoch: int, start:
         make(noise(24)).epoch(epoch, start)
 
 
+def test_a_plan_of_a_negative_epoch_is_refused() -> None:
+    with pytest.raises(ValueError, match="epoch of at least 0, got -1"):
+        make(noise(24)).plan(-1)
+
+
 def test_early_crops_below_the_cutout_are_refused() -> None:
     batches = make(noise(24), augmentation=Augmentation(cutout=12))
     next(batches.epoch(0, side=12))

@@ -143,6 +143,8 @@ class TrainBatches:
 
     def plan(self, epoch: int, side: int | None = None) -> BatchPlan:
         """Draw the random numbers of an epoch; arguments and errors as for `epoch`."""
+        if epoch < 0:
+            raise ValueError(f"Expected an epoch of at least 0, got {epoch}.")
         side = self._checked_side(side)
         shape = (self.steps_per_epoch, self.batch_size)
         g = torch.Generator().manual_seed(_hashed("epoch", self.seed, epoch))
