@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -244,6 +246,63 @@ def test_evaluate_refuses_images_that_cannot_be_padded() -> None:
 def test_evaluate_needs_the_preprocessing_of_other_modules() -> None:
     with pytest.raises(ModelError, match=r"Brightest is not a model of cnvzoo.*preprocessing="):
         cnvzoo.evaluate(Brightest(), colours(3, 3))
+
+
+class Shaped(nn.Module):
+    """Returns what `shape` makes of the logits."""
+
+    def __init__(self, shape: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.preprocessing = RAW
+
+    def forward(self, x: Tensor) -> Any:
+        return self.shape(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "returned"),
+    [
+        (lambda x: {"logits": x}, "a dict"),
+        (lambda x: (x, x), "a tuple"),
+        (lambda x: x[:, 0], "a tensor of shape [{}]"),
+        (lambda x: x[:, :, None, None], "a tensor of shape [{}, 3, 1, 1]"),
+    ],
+)
+def test_a_model_that_does_not_return_logits_is_refused(shape: Callable[[Tensor], Any], returned: str) -> None:
+    model, data = Shaped(shape), colours(3, 3)
+    for call, images in (
+        (lambda: cnvzoo.evaluate(model, data, preprocessing=RAW, device="cpu"), 3),
+        (lambda: cnvzoo.predict(model, [image.permute(2, 0, 1) for image in data.test_images[:2]]), 2),
+    ):
+        says = f"the model returns {returned.format(images)} for {images} image(s), not logits [{images}, K]: give a"
+        with pytest.raises(ModelError, match=f"^{re.escape(says)} module that returns these$"):
+            call()
+
+
+def test_an_exported_program_is_refused_in_a_line() -> None:
+    program = torch.export.export(nn.Flatten(), (torch.zeros(1, 3, 32, 32),)).module()
+    with pytest.raises(ModelError, match=r"^GraphModule has no eval mode.*: give the model that it was exported from$"):
+        cnvzoo.evaluate(program, colours(3, 3), preprocessing=RAW, device="cpu")
+
+
+class Volumes(nn.Module):
+    """The means of the channels, through a convolution of five dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(1, 10, (3, 1, 1), bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x[:, None]).mean((2, 3, 4))
+
+
+def test_a_model_with_weights_of_five_dimensions_is_evaluated() -> None:
+    model, data = Volumes(), colours(3, 3)
+    with torch.no_grad():
+        expected = model(RAW(data.test_images)).argmax(1)
+    assert torch.equal(cnvzoo.evaluate(model, data, preprocessing=RAW, device="cpu").predictions, expected)
 
 
 # --- quantize ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo.errors import ModelError
 from cnvzoo.models.classifier import Classifier, class_names
 from cnvzoo.models.modes import dtype_of, evaluating, unwrapped
-from cnvzoo.training.evaluation import preprocessing_of_model
+from cnvzoo.training.evaluation import checked_logits, preprocessing_of_model
 from cnvzoo_runtime.images import ImageError
 from cnvzoo_runtime.metadata import whole_number
 from cnvzoo_runtime.runner import Prediction
@@ -112,7 +112,8 @@ def predict(model: nn.Module, images: Any, top: int = 5) -> list[Prediction] | l
         top: number of classes to return, at least 1, most probable first.
 
     Raises:
-        ModelError: the model does not know its preprocessing or has no last layer, or `top` is below 1.
+        ModelError: the model does not know its preprocessing, has no last layer or does not return logits, or `top` is
+            below 1.
         ImageError: not an 8-bit image of 1 or 3 channels; of a list, the message has its index.
     """
     count = whole_number(top)
@@ -148,7 +149,7 @@ def _classify(model: nn.Module, inputs: Sequence[Tensor], top: int) -> list[list
     device = next(model.parameters()).device
     with evaluating(model), torch.inference_mode():
         batch = torch.stack(list(inputs)).to(device, dtype_of(model))
-        probabilities = model(batch).float().softmax(1).cpu()
+        probabilities = checked_logits(model(batch), len(batch)).float().softmax(1).cpu()
     names = class_names(model, probabilities.shape[1])
     best = probabilities.argsort(dim=1, descending=True, stable=True)[:, :top].tolist()
     return [

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cnvzoo.errors import ModelError
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of torch.compile, DataParallel and DistributedDataParallel."""
@@ -30,12 +32,28 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
+def memory_format_of(model: nn.Module) -> torch.memory_format:
+    """What `model.to(memory_format=)` takes: channels_last, which torch refuses for tensors of five dimensions."""
+    tensors = (*model.parameters(), *model.buffers())
+    return torch.preserve_format if any(t.dim() == 5 for t in tensors) else torch.channels_last
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, every layer is in eval mode; afterwards each has the mode that it had, also after an error."""
+    """Inside, every layer is in eval mode; afterwards each has the mode that it had, also after an error.
+
+    Raises:
+        ModelError: the model refuses to change its mode, as the programs of torch.export do.
+    """
     before = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
+        try:
+            model.eval()
+        except NotImplementedError:
+            raise ModelError(
+                f"{type(model).__name__} has no eval mode, as a program of torch.export: give the model that it was "
+                "exported from"
+            ) from None
         yield
     finally:
         for module, training in before:
@@ -44,7 +62,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def moved(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, the model is on `device` and in channels_last; afterwards it has the tensors that it had.
+    """Inside, the model is on `device`, in channels_last where it can be; afterwards it has the tensors that it had.
 
     It keeps them meanwhile, so nothing is copied back, and tensors that share their memory still do.
     """
@@ -58,7 +76,7 @@ def moved(model: nn.Module, device: torch.device) -> Iterator[None]:
     ]
     try:
         target: Any = model
-        target.to(device, memory_format=torch.channels_last)
+        target.to(device, memory_format=memory_format_of(model))
         yield
     finally:
         for tensors, name, tensor in registered:

@@ -26,6 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from cnvzoo.data.batches import TrainBatches
 from cnvzoo.data.preprocessing import Preprocessing
+from cnvzoo.models.modes import memory_format_of
 from cnvzoo.progress import counting
 from cnvzoo.training.recipe import Distillation
 from cnvzoo.training.state import load_checked, save_checked
@@ -148,7 +149,7 @@ class _FrozenNet:
     def __init__(self, model: nn.Module, own: Preprocessing, student: Preprocessing) -> None:
         self._model = fold_batch_norms(model).requires_grad_(False)
         layout: Any = self._model
-        layout.to(memory_format=torch.channels_last)
+        layout.to(memory_format=memory_format_of(self._model))
         device = next(model.parameters()).device
         own_mean, own_std, mean, std = (
             torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)

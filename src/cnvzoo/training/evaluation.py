@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,8 +131,8 @@ def evaluate(
         data_root: folder of the dataset cache.
 
     Raises:
-        ModelError: the model is not from this library and no preprocessing was given, or it has other classes or
-            another number of channels than the dataset.
+        ModelError: the model is not from this library and no preprocessing was given, it has other classes or another
+            number of channels than the dataset, or it does not return logits.
         DatasetError: the dataset cannot be loaded, or its images cannot be padded to the size that the model takes.
         CnvzooError: the device is not available.
     """
@@ -158,10 +159,21 @@ def evaluate(
     with deterministic(target), moved(model, target), evaluating(model), torch.inference_mode():
         logits = []
         for start in counted(range(0, len(data.test_images), _BATCH), "evaluating"):
-            found = model(preprocessing(data.test_images[start : start + _BATCH].to(target)).to(dtype_of(model)))
+            images = preprocessing(data.test_images[start : start + _BATCH].to(target)).to(dtype_of(model))
+            found = checked_logits(model(images), len(images))
             _check_classes(found.shape[1], data.info)
             logits.append(found.float().cpu())
     return Evaluation.of_logits(torch.cat(logits), data.test_labels)
+
+
+def checked_logits(found: Any, images: int) -> Tensor:
+    """What a model returned for so many images. Raises ModelError if it is not a tensor of logits [images, K]."""
+    if isinstance(found, Tensor) and found.ndim == 2 and len(found) == images:
+        return found
+    what = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    raise ModelError(
+        f"the model returns {what} for {images} image(s), not logits [{images}, K]: give a module that returns these"
+    )
 
 
 _BATCH = 1000

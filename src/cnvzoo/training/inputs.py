@@ -18,6 +18,7 @@ from cnvzoo.data.published import DatasetInfo
 from cnvzoo.errors import ModelError
 from cnvzoo.files import check_readable, sha256_of
 from cnvzoo.models.layers import initialized_from, without_initialization
+from cnvzoo.models.modes import memory_format_of
 from cnvzoo.models.registry import build_model, model_spec
 from cnvzoo.models.resnet import ResNet, start_from_shallower
 from cnvzoo.training.distillation import Teacher
@@ -68,7 +69,7 @@ def describe_inputs(recipe: Recipe, purpose: str, files: Sequence[str | Path]) -
 def initial_model(
     recipe: Recipe, data: Dataset, float_start: str | Path | None, start: StartingModel | None
 ) -> nn.Module:
-    """The model as the seed initialises it, or with the weights that it starts from, in channels_last.
+    """The model as the seed initialises it, or with the weights that it starts from, in channels_last where it can be.
 
     Raises:
         RunError: the model cannot be built as the recipe says, for example because no layer has a name in `bits`, or
@@ -95,7 +96,7 @@ def initial_model(
 
             normalisation = preprocessing_for(expected.spec, data.info)
             start_from_float(model, state, normalisation.mean, normalisation.std)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.to(memory_format=memory_format_of(model))  # type: ignore[call-overload]
 
 
 def load_teacher(recipe: Recipe, data: Dataset, files: Sequence[str | Path], device: torch.device) -> Teacher | None:
