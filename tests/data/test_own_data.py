@@ -173,7 +173,10 @@ def test_arrays_that_torch_does_not_take_as_they_are(tmp_path: Path) -> None:
         ({"classes": ["a"]}, "classes must be 2 to 256 different names, got 1"),
         ({"classes": ["a", "a"]}, "different names"),
         ({"name": "cifar10"}, "other than mnist"),
+        ({"classes": [["a"], ["b"]]}, "own: classes must be 2 to 256 different names"),
+        ({"classes": 2}, "own: classes must be 2 to 256 different names"),
         ({"name": "../x"}, "give a name of letters"),
+        ({"name": 5}, "name=5: give a name of letters"),
         ({"test_images": np.zeros((2, 8, 8), np.uint8)}, "give test_images and test_labels, or neither"),
     ],
 )
@@ -227,6 +230,12 @@ def test_links_to_folders_are_followed_once(photos: Path, tmp_path: Path) -> Non
 def test_an_impossible_size_is_refused(photos: Path, size: object) -> None:
     with pytest.raises(DatasetError, match=rf"^size={size!r}: a whole number of pixels from 1 to 1024$"):
         load_dataset(photos, size=size)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("in_chans", [1.0, True, "1", 2])
+def test_impossible_channels_are_refused(photos: Path, in_chans: object) -> None:
+    with pytest.raises(DatasetError, match=rf"^in_chans={in_chans!r}: 1 for grey or 3 for RGB$"):
+        load_dataset(photos, in_chans=in_chans)  # type: ignore[arg-type]
 
 
 def test_a_folder_of_the_name_that_was_given_is_pointed_out(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

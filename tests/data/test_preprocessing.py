@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -141,6 +143,22 @@ def test_impossible_values_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"mean|std|size|padded"):
             Preprocessing(size, mean, std, image_size)
+    wrong: list[Any] = [
+        *((size, (0.5,), (0.5,), None) for size in (32.5, 28.0, True, "32", None)),
+        *((32, (0.5,), (0.5,), image_size) for image_size in (28.0, True, "28", 0)),
+        *((32, *values, None) for values in ((0.5, (0.5,)), ((0.5,), None), (("a",), (0.5,)), ([[0.5]], (0.5,)))),
+    ]
+    for values in wrong:
+        with pytest.raises(ValueError, match=r"^(size|image_size|mean and std) must be .*\.$"):
+            Preprocessing(*values)
+        with pytest.raises(ValueError, match=r"^(size|image_size|mean and std) must be .*\.$"):
+            Preprocessing.from_dict(dict(zip(("size", "mean", "std", "image_size"), values, strict=True)))
+
+
+def test_sizes_of_numpy_are_written_as_json() -> None:
+    sizes: Any = np.int64(32), np.uint8(28)
+    preprocessing = Preprocessing(sizes[0], (0.5,), (0.5,), sizes[1])
+    assert json.loads(json.dumps(preprocessing.to_dict())) == Preprocessing(32, (0.5,), (0.5,), 28).to_dict()
 
 
 def test_dict_form_survives_json() -> None:

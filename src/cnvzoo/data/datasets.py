@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,12 @@ class Dataset:
             DatasetError: an array has another dtype or shape, a label is out of range, or the name of a class cannot be
                 printed.
         """
-        if not _NAME.fullmatch(name) or name in list_datasets():
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in list_datasets():
             raise DatasetError(
                 f"name={name!r}: give a name of letters, digits, _ and -, other than {', '.join(list_datasets())}"
             )
-        names = tuple(classes)
-        if not 2 <= len(names) <= 256 or len(set(names)) < len(names) or not all(isinstance(n, str) for n in names):
+        names = tuple(classes) if isinstance(classes, Iterable) else (classes,)
+        if not all(isinstance(n, str) for n in names) or not 2 <= len(names) <= 256 or len(set(names)) < len(names):
             raise DatasetError(f"{name}: classes must be 2 to 256 different names, got {len(names)}: {names[:5]}")
         if bad := [n for n in names if not n or len(n) > _LONGEST_CLASS or not is_printable(n)]:
             raise DatasetError(f"{name}: class {bad[0]!r}: give printable text of 1 to {_LONGEST_CLASS} characters")
@@ -293,8 +293,11 @@ def load_dataset(
         if side is None or not 1 <= side <= LARGEST_SIDE:
             raise DatasetError(f"size={size!r}: a whole number of pixels from 1 to {LARGEST_SIDE}")
         size = side
-    if in_chans not in (None, 1, 3):
-        raise DatasetError(f"in_chans={in_chans!r}: 1 for grey or 3 for RGB")
+    if in_chans is not None:
+        channels = whole_number(in_chans)
+        if channels not in (1, 3):
+            raise DatasetError(f"in_chans={in_chans!r}: 1 for grey or 3 for RGB")
+        in_chans = channels
     path = expanded(source)
     if path.is_dir():
         found = read_image_folder(path, size=size, in_chans=in_chans)

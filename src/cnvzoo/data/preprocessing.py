@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cnvzoo.data.published import DatasetInfo, dataset_info
 from cnvzoo.errors import DatasetError
 from cnvzoo_runtime.images import ImageError, prepare
+from cnvzoo_runtime.metadata import whole_number
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,16 +48,26 @@ class Preprocessing:
     image_size: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", tuple(float(m) for m in self.mean))
-        object.__setattr__(self, "std", tuple(float(s) for s in self.std))
+        try:
+            for key in ("mean", "std"):
+                object.__setattr__(self, key, tuple(float(value) for value in getattr(self, key)))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"mean and std must be tuples of numbers, one per channel: got {self.mean!r} and {self.std!r}."
+            ) from None
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
             raise ValueError(
                 f"mean and std must have one value per channel, 1 or 3 of them: got {self.mean} and {self.std}."
             )
         if not all(map(math.isfinite, self.mean)) or not all(0 < s < math.inf for s in self.std):
             raise ValueError(f"mean must be finite and std positive: got {self.mean} and {self.std}.")
-        if self.size < 1:
-            raise ValueError(f"size must be a positive number of pixels, got {self.size}.")
+        for key in ("size", "image_size"):
+            if (value := getattr(self, key)) is None and key == "image_size":
+                continue
+            number = whole_number(value)
+            if number is None or number < 1:
+                raise ValueError(f"{key} must be a positive whole number of pixels, got {value!r}.")
+            object.__setattr__(self, key, number)
         self._padding(self.native_size)
 
     @classmethod
@@ -93,7 +104,7 @@ class Preprocessing:
         known = {"size", "mean", "std", "image_size"}
         if not {"size", "mean", "std"} <= values.keys() <= known:
             raise ValueError(f"A preprocessing has the keys size, mean, std and image_size, got {sorted(values)}.")
-        return cls(values["size"], tuple(values["mean"]), tuple(values["std"]), values.get("image_size"))
+        return cls(values["size"], values["mean"], values["std"], values.get("image_size"))
 
     def _padding(self, side: int) -> int:
         margin = self.size - side
