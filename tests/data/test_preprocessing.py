@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.transforms.v2 import functional as F
 
 from cnvzoo.data import DatasetError, Preprocessing, dataset_info, list_datasets, transforms
+from cnvzoo.data.preprocessing import _row_constants
 from cnvzoo_runtime.images import ImageError
 
 CASES = [("mnist", True, 32), ("mnist", False, None), ("cifar10", True, None), ("cifar10", False, 40)]
@@ -159,6 +161,22 @@ def test_sizes_of_numpy_are_written_as_json() -> None:
     sizes: Any = np.int64(32), np.uint8(28)
     preprocessing = Preprocessing(sizes[0], (0.5,), (0.5,), sizes[1])
     assert json.loads(json.dumps(preprocessing.to_dict())) == Preprocessing(32, (0.5,), (0.5,), 28).to_dict()
+
+
+@pytest.mark.parametrize("first", ["a fake trace", "inference mode"])
+def test_no_tensor_of_a_trace_or_of_inference_mode_is_kept_for_later_calls(first: str) -> None:
+    images, preprocessing = random_images(2, 8, 3), Preprocessing(8, (0.123,), (0.5,))
+    images = images[..., :1]
+    _row_constants.cache_clear()
+    if first == "a fake trace":
+        make_fx(lambda x: preprocessing(x).mean(), tracing_mode="fake")(images)
+    else:
+        with torch.inference_mode():
+            preprocessing(images)
+    found = preprocessing(images)
+    assert type(found) is Tensor
+    assert not any(constant.is_inference() for constant in _row_constants(preprocessing, images.device))
+    make_fx(lambda x: preprocessing(x).mean(), tracing_mode="fake")(images)  # nor do kept ones disturb a trace
 
 
 def test_dict_form_survives_json() -> None:

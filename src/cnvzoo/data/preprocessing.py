@@ -138,17 +138,19 @@ class Preprocessing:
         x = self.pad(images).to(torch.float32, memory_format=torch.contiguous_format).mul_(1.0 / 255.0)
         if self.normalizes:
             # Whole rows at a time: a broadcast over 1 or 3 channels does not vectorise.
-            mean, std = _row_constants(self, x.device)
+            constants = _row_constants if type(x) is Tensor else _row_constants.__wrapped__  # keep no tracer's tensors
+            mean, std = constants(self, x.device)
             x.view(len(x), self.size, self.size * self.in_chans).sub_(mean).div_(std)
         return x.permute(0, 3, 1, 2)
 
 
 @lru_cache(maxsize=64)
 def _row_constants(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32, device=device).repeat(preprocessing.size)
-        for values in (preprocessing.mean, preprocessing.std)
-    )
+    with torch.inference_mode(False):  # tensors for every later call, whatever its mode
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=device).repeat(preprocessing.size)
+            for values in (preprocessing.mean, preprocessing.std)
+        )
     return mean, std
 
 
