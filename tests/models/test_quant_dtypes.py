@@ -85,6 +85,20 @@ def test_constants_stay_float32(dtype: torch.dtype) -> None:
     assert torch.equal(scale, before)
 
 
+@pytest.mark.parametrize("way", ["to_empty", "to_empty of a real model", "assign"])
+def test_a_model_without_values_has_its_constants_after_loading(plain: None, way: str) -> None:
+    real, images = new(4, 3, "quant_resnet20"), torch.rand(2, 3, 32, 32)
+    with torch.device("cpu" if "real" in way else "meta"):
+        model = cnvzoo.create_model("quant_resnet20", w_bits=4, a_bits=3).eval()
+    if way == "assign":
+        model.load_state_dict(real.state_dict(), assign=True)
+    else:
+        model.to_empty(device="cpu").load_state_dict(real.state_dict())
+    assert torch.equal(model(images), real(images))
+    expected = dict(real.named_buffers())
+    assert all(torch.equal(t, expected[n]) for n, t in model.named_buffers() if "zero_hw" not in n)  # Brevitas' own
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @pytest.mark.parametrize(
     ("name", "bits"),

@@ -94,6 +94,8 @@ class IntQuantizer(nn.Module):
             self.register_buffer("scale", value, persistent=False)
         self.register_buffer("zero_point", torch.zeros((), dtype=torch.float32), persistent=False)
         self.register_buffer("bit_width", torch.tensor(float(bits), dtype=torch.float32), persistent=False)
+        # no state has these buffers, and on the meta device they have no values
+        self.constants = {"zero_point": 0.0, "bit_width": float(bits)} | ({} if learned else {"scale": scale})
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scale = self.positive_scale(x)
@@ -104,13 +106,21 @@ class IntQuantizer(nn.Module):
         return values, scale, self.zero_point, self.bit_width  # type: ignore[return-value]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> IntQuantizer:
-        """Move the tensors, and keep constants in float32: 1/255 in bfloat16 would be another scale."""
-        constants = dict(self._buffers)
+        """Move the tensors, and keep constants, in float32: 1/255 in bfloat16 would be another scale."""
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, value in constants.items():
-            if (new := self._buffers[name]) is not None and value is not None and new.dtype != value.dtype:
-                self._buffers[name] = value.to(new.device)
+        for name, value in self.constants.items():
+            new = self._buffers[name]
+            if new is not None and new is not before[name]:  # its values are arbitrary after `to_empty`
+                self._buffers[name] = torch.full_like(new, value, dtype=torch.float32)
         return self
+
+    def place_constants(self, device: torch.device) -> None:
+        """Make the constants of a model of the meta device anew, after `load_state_dict(assign=True)`."""
+        for name, value in self.constants.items():
+            buffer = self._buffers[name]
+            if buffer is not None and buffer.is_meta:
+                self._buffers[name] = torch.full_like(buffer, value, device=device)
 
     def effective_scale(self) -> Tensor:
         """The scale that values are divided by, in float32: the parameter, clamped to a floor above zero."""
@@ -138,6 +148,7 @@ class IntQuantizer(nn.Module):
     def set_bits(self, bits: int) -> None:
         """Change the bit width; the scale stays, so fit it to the values after that."""
         self.bits, self.ints = bits, IntRange.of(bits, signed=self.signed)
+        self.constants["bit_width"] = float(bits)
         self.bit_width.fill_(bits)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -263,6 +263,7 @@ def _described(model: nn.Module, spec: ModelSpec, arguments: dict[str, Any]) -> 
                 setattr(model, name, arguments.get(name))
     model.register_forward_pre_hook(check_input, with_kwargs=True)
     model.register_load_state_dict_pre_hook(_check_state_bits)
+    model.register_load_state_dict_post_hook(_place_constants)
     return described
 
 
@@ -272,6 +273,14 @@ def _check_state_bits(model: nn.Module, state: Mapping[str, Any], prefix: str, *
     for name, layer in model.named_modules():
         if callable(check := getattr(layer, "check_state_bits", None)):
             check(f"{prefix}{name}.", metadata.get(f"{prefix}{name}", {}))
+
+
+def _place_constants(model: nn.Module, _: Any) -> None:
+    """Have constants, which no state has, follow the tensors of a state that was assigned to a model without values."""
+    device = next((p.device for p in model.parameters() if not p.is_meta), None)
+    for layer in model.modules():
+        if device is not None and callable(place := getattr(layer, "place_constants", None)):
+            place(device)
 
 
 @dataclass(frozen=True)
