@@ -85,6 +85,31 @@ def test_constants_stay_float32(dtype: torch.dtype) -> None:
     assert torch.equal(scale, before)
 
 
+@pytest.mark.parametrize("name", ["quant_cnv", "quant_resnet20", "quant_mobilenet_v1"])
+@pytest.mark.parametrize("training", [True, False])
+def test_models_run_on_the_meta_device(plain: None, name: str, training: bool) -> None:
+    expected = cnvzoo.model_info(name, w_bits=4, a_bits=4)
+    with torch.device("meta"):
+        model = cnvzoo.create_model(name, w_bits=4, a_bits=4).train(training)
+        logits = model(torch.zeros(2, 3, 32, 32))
+        logits.sum().backward()
+        assert cnvzoo.model_info(name, w_bits=4, a_bits=4) == expected
+    assert (logits.device.type, logits.shape) == ("meta", (2, 10))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "quant_mobilenet_v1"])
+def test_float64_is_left_alone_under_autocast(plain: None, name: str) -> None:
+    """As autocast itself leaves it."""
+    model = cnvzoo.create_model(name, **({"w_bits": 4, "a_bits": 4} if "quant" in name else {})).double()
+    images = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(model(images))
+    assert found[1].dtype == torch.float64
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("way", ["to_empty", "to_empty of a real model", "assign"])
 def test_a_model_without_values_has_its_constants_after_loading(plain: None, way: str) -> None:
     real, images = new(4, 3, "quant_resnet20"), torch.rand(2, 3, 32, 32)

@@ -170,7 +170,7 @@ def fake_quantize(
         compiled: whether loops over large x may be compiled, which takes seconds the first time.
     """
     dtype = dtype or x.dtype
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.is_meta:  # the meta device has no autocast to turn off
         return _TraceableFakeQuantize.apply(x, scale, ints, dtype, compiled)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and not torch.jit.is_tracing():  # traces hold plain operations
         if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):

@@ -114,6 +114,14 @@ def init_weight(weight: Tensor) -> None:
     nn.init.kaiming_normal_(weight, nonlinearity="relu")
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to which autocast converts x before a convolution: its own without one, and for float64 always."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
 class FullFieldConv2d(nn.Conv2d):
     """nn.Conv2d that trains as a matrix product where the kernel is as large as the input: several times faster.
 
@@ -149,8 +157,7 @@ class DepthwiseConv2d(nn.Conv2d):
         on_cpu = input.device.type == "cpu" and input.dim() == 4 and not torch.compiler.is_compiling()
         if not (self.training and on_cpu and torch.is_grad_enabled()) or bias is not None:
             return super()._conv_forward(input, weight, bias)
-        if torch.is_autocast_enabled("cpu"):
-            input, weight = (t.to(torch.get_autocast_dtype("cpu")) for t in (input, weight))
+        input, weight = (t.to(autocast_dtype(t)) for t in (input, weight))
         return _Depthwise.apply(input, weight, self.stride[0])  # type: ignore[no-any-return]
 
 

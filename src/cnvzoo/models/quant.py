@@ -27,7 +27,13 @@ from torch.nn import functional as F
 
 from cnvzoo.errors import ModelError
 from cnvzoo.models.fake_quant import IntRange, fake_quantize, least_squares_scale
-from cnvzoo.models.layers import DepthwiseConv2d, FullFieldConv2d, PointwiseConv2d, without_initialization
+from cnvzoo.models.layers import (
+    DepthwiseConv2d,
+    FullFieldConv2d,
+    PointwiseConv2d,
+    autocast_dtype,
+    without_initialization,
+)
 from cnvzoo.models.norm_act import QuantizedActivation, QuantizedResidualActivation
 from cnvzoo.models.residual import add_fake_quantized
 
@@ -100,7 +106,7 @@ class IntQuantizer(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         scale = self.positive_scale(x)
         # the dtype to which autocast would convert the weights, in a pass of its own
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = autocast_dtype(x)
         # a model that only evaluates, with gradients on or off, must not wait for a compiler
         values = fake_quantize(x, scale, self.ints, dtype, compiled=self.training)
         return values, scale, self.zero_point, self.bit_width  # type: ignore[return-value]
