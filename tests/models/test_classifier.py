@@ -156,6 +156,26 @@ def test_models_are_pickled_saved_and_copied(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def _noted(*_: Any) -> None:
+    _calls.append(1)
+
+
+_calls: list[int] = []
+
+
+def test_copies_keep_the_hooks_of_proxies() -> None:
+    model = built("quant_cnv")
+    proxies = ["features.0.weight_quant", "features.2.act_quant", "features.2.act_quant.fused_activation_quant_proxy"]
+    for name in proxies:
+        model.get_submodule(name).register_forward_hook(_noted)
+    for again in copies(model):
+        assert [len(again.get_submodule(name)._forward_hooks) for name in proxies] == [1, 1, 1]
+        _calls.clear()
+        again.features[0].quant_weight()
+        again.get_submodule(proxies[1])(torch.rand(3))
+        assert len(_calls) == 3
+
+
 @pytest.mark.parametrize("name", QUANTIZED)
 @torch.no_grad()
 def test_a_state_loaded_into_a_copy_of_a_quantized_model_leaves_the_original_as_it_was(name: str) -> None:

@@ -221,17 +221,24 @@ class _CopiedLayer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         proxies = {n: m for n, m in self._modules.items() if isinstance(m, QuantProxyFromInjector)}
-        flags = {n: {k: v for k, v in proxy.__dict__.items() if isinstance(v, bool)} for n, proxy in proxies.items()}
         others = {n: m for n, m in self._modules.items() if n not in proxies}
         quantizer = quantizer_of(self)  # type: ignore[arg-type]  (a mixin of layers)
-        return _new_layer, (type(self), quantizer, flags), self.__dict__ | {"_modules": others}
+        settings = {
+            f"{name}.{path}".removesuffix("."): {
+                k: v for k, v in part.__dict__.items() if isinstance(v, bool) or "_hooks" in k
+            }
+            for name, proxy in proxies.items()
+            for path, part in proxy.named_modules()
+            if part is not quantizer
+        }
+        return _new_layer, (type(self), quantizer, settings), self.__dict__ | {"_modules": others}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state | {"_modules": self._modules | state["_modules"]})  # type: ignore[misc]  (nn.Module's)
 
 
-def _new_layer(layer_class: type[nn.Module], quantizer: IntQuantizer, flags: dict[str, dict[str, bool]]) -> nn.Module:
-    """A layer of any size with this quantizer, for `__setstate__`."""
+def _new_layer(layer_class: type[nn.Module], quantizer: IntQuantizer, settings: dict[str, Any]) -> nn.Module:
+    """A layer of any size with this quantizer, for `__setstate__`; `settings`: flags and hooks of proxies by name."""
     with without_initialization():
         if issubclass(layer_class, QuantConv2d):
             layer = layer_class(1, 1, 1, bias=False, weight_quant=weight_quant(quantizer))
@@ -240,12 +247,10 @@ def _new_layer(layer_class: type[nn.Module], quantizer: IntQuantizer, flags: dic
         else:
             layer = layer_class(act_quant=act_quant(quantizer))
     device: Any = quantizer.zero_point.device
-    for name, values in flags.items():
-        proxy = layer.get_submodule(name)
-        for part in proxy.modules():
-            if part is not quantizer:
-                part.training = values["training"]
-        proxy.to(device).__dict__.update(values)
+    parts = dict(layer.to(device).named_modules())
+    for name, values in settings.items():
+        if name in parts:  # a new layer has no handler of an export
+            parts[name].__dict__.update(values)
     return layer
 
 
