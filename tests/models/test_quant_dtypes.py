@@ -97,6 +97,16 @@ def test_models_run_on_the_meta_device(plain: None, name: str, training: bool) -
     assert (logits.device.type, logits.shape) == ("meta", (2, 10))
 
 
+@pytest.mark.parametrize("name", ["quant_cnv", "quant_resnet20"])
+def test_torch_func_gives_the_gradients_of_autograd(plain: None, name: str) -> None:
+    model, images = new(4, 4, name), torch.rand(2, 3, 32, 32)
+    parameters = dict(model.named_parameters())
+    found = torch.func.grad(lambda p: torch.func.functional_call(model, p, (images,)).square().mean())(parameters)
+    model(images).square().mean().backward()
+    for key, parameter in parameters.items():
+        torch.testing.assert_close(found[key], parameter.grad, msg=key)
+
+
 @pytest.mark.parametrize("name", ["mobilenet_v1", "quant_mobilenet_v1"])
 def test_float64_is_left_alone_under_autocast(plain: None, name: str) -> None:
     """As autocast itself leaves it."""

@@ -140,7 +140,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 class _TraceableFakeQuantize(torch.autograd.Function):
-    """The same function in plain operations, which torch.compile and torch.export can trace and fuse."""
+    """The same function in plain operations, which torch.compile, torch.export and torch.func can trace."""
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor, ints: IntRange, dtype: torch.dtype, compiled: bool) -> Tensor:
@@ -170,7 +170,8 @@ def fake_quantize(
         compiled: whether loops over large x may be compiled, which takes seconds the first time.
     """
     dtype = dtype or x.dtype
-    if torch.compiler.is_compiling() or x.is_meta:  # the meta device has no autocast to turn off
+    # the meta device has no autocast to turn off
+    if torch.compiler.is_compiling() or x.is_meta or torch._C._are_functorch_transforms_active():
         return _TraceableFakeQuantize.apply(x, scale, ints, dtype, compiled)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and not torch.jit.is_tracing():  # traces hold plain operations
         if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):

@@ -63,6 +63,21 @@ class _PositiveScale(torch.autograd.Function):
         return (grads[0] * ctx.gain).clamp(-limit, limit), None, None
 
 
+class _TransformablePositiveScale(torch.autograd.Function):
+    """The same function for torch.func, which needs `setup_context`; torch inspects its signature in every call."""
+
+    @staticmethod
+    def forward(scale: Tensor, gain: float, limit: float) -> Tensor:
+        return scale.clamp_min(_SCALE_FLOOR)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        scale, ctx.gain, ctx.limit = inputs
+        ctx.save_for_backward(scale)
+
+    backward = _PositiveScale.backward
+
+
 class IntQuantizer(nn.Module):
     """A quantizer, in the form of Brevitas' `tensor_quant`: x to (fake-quantized x, scale, zero point 0, bit width).
 
@@ -149,7 +164,9 @@ class IntQuantizer(nn.Module):
             return self.effective_scale()
         values = x.numel() // self.scale.numel() if self.signed else math.prod(x.shape[1:])  # for empty batches too
         gain, limit = 1 / math.sqrt(values * self.uses * self.ints.high), _GRADIENT_LIMIT / self.uses
-        return _PositiveScale.apply(self.scale.float(), gain, limit)  # type: ignore[no-any-return]
+        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        function = _TransformablePositiveScale if transformed else _PositiveScale
+        return function.apply(self.scale.float(), gain, limit)  # type: ignore[no-any-return]
 
     def set_bits(self, bits: int) -> None:
         """Change the bit width; the scale stays, so fit it to the values after that."""
