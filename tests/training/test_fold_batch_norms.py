@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from cnvzoo.models import build_model
 from cnvzoo.training.distillation import fold_batch_norms
@@ -67,3 +68,73 @@ def test_a_batch_norm_after_another_kind_of_layer_is_not_folded() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(4))
     folded = fold_batch_norms(model)
     assert [type(layer) for layer in folded.children()] == [type(layer) for layer in model]
+
+
+def test_layers_around_a_shared_activation_are_no_neighbours() -> None:
+    shared = nn.ReLU()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), shared, nn.Conv2d(4, 4, 1), shared, norm(), nn.Conv2d(4, 4, 1), norm())
+    check_folded(model, left=1)
+
+
+def test_a_batch_norm_that_follows_two_convolutions_is_folded_into_both() -> None:
+    shared = norm()
+    check_folded(nn.Sequential(nn.Conv2d(3, 4, 1), shared, nn.ReLU(), nn.Conv2d(4, 4, 1), shared), left=0)
+
+
+class Centred(nn.Conv2d):
+    """Computes with another weight than it holds, as a weight-standardised convolution does."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+class Rectified(nn.BatchNorm2d):
+    """Does more than its base class."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(torch.relu(input))
+
+
+class Backwards(nn.Sequential):
+    """Applies its last layer first."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        for layer in reversed(list(self)):
+            input = layer(input)
+        return input
+
+
+def with_hook(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda _module, _inputs, output: output.abs())
+    return layer
+
+
+def norm(**options: bool) -> nn.BatchNorm2d:
+    """Of four channels, with other statistics than those that it starts with."""
+    made = nn.BatchNorm2d(4, **options)
+    if made.running_mean is not None:
+        made.running_mean += 0.3
+    return made
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(Centred(3, 4, 1), norm()),
+        nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), norm()),
+        nn.Sequential(with_hook(nn.Conv2d(3, 4, 1)), norm()),
+        nn.Sequential(nn.Conv2d(3, 4, 1), Rectified(4)),
+        nn.Sequential(nn.Conv2d(3, 4, 1), norm(track_running_stats=False)),
+        Backwards(nn.Conv2d(4, 4, 1), norm(), nn.Conv2d(3, 4, 1)),
+    ],
+    ids=["subclass", "parametrized", "hook", "subclass of BatchNorm", "statistics of the batch", "other order"],
+)
+def test_a_layer_that_may_compute_something_else_is_not_folded(model: nn.Sequential) -> None:
+    check_folded(model, left=1)
+
+
+def check_folded(model: nn.Module, left: int) -> None:
+    """The outputs stay the same, and so many BatchNorms are left."""
+    folded, images = fold_batch_norms(model.eval()), torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(folded(images), model(images), rtol=1e-4, atol=1e-4)
+    assert sum(isinstance(module, NORMS) for module in folded.modules()) == left

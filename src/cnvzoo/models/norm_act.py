@@ -324,7 +324,7 @@ def block_inputs(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
         return x, layer(x)
     quantizer = layer.activation_quantizer
     dense = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    supported = x.dtype in (torch.float32, torch.bfloat16) and dense and x.requires_grad and not _has_hooks(layer)
+    supported = x.dtype in (torch.float32, torch.bfloat16) and dense and x.requires_grad and not has_hooks(layer)
     if quantizer is None or not (layer.training and torch.is_grad_enabled() and supported and runs_compiled(x)):
         return x, layer(x)
     return split_rounded(x, quantizer.positive_scale(x), quantizer.ints.high)
@@ -338,7 +338,7 @@ def _fuses(
         return False
     if not (type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None):
         return False
-    if type(pool) not in (nn.MaxPool2d, type(None)) or _has_hooks(norm, act, pool):
+    if type(pool) not in (nn.MaxPool2d, type(None)) or has_hooks(norm, act, pool):
         return False
     supported_dtype = x.dtype in (torch.float32, torch.bfloat16) and norm.weight.dtype == torch.float32
     dense = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and x.shape[2] * x.shape[3] > 1
@@ -350,7 +350,7 @@ def _fuses(
     return supported_dtype and dense and supported_act and supported_residual and (pool is None or _is_2x2(x, pool))
 
 
-def _has_hooks(*layers: nn.Module | None) -> bool:
+def has_hooks(*layers: nn.Module | None) -> bool:
     """Whether something is called before or after one of the layers, which a fused step would leave out."""
     return bool(has_any_global_hook()) or any(
         layer is not None

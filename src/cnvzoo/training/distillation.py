@@ -26,37 +26,49 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from cnvzoo.data.batches import TrainBatches
 from cnvzoo.data.preprocessing import Preprocessing
+from cnvzoo.models.layers import DepthwiseConv2d, FullFieldConv2d, PointwiseConv2d
 from cnvzoo.models.modes import memory_format_of
+from cnvzoo.models.norm_act import NormActSequential, has_hooks
 from cnvzoo.progress import counting
 from cnvzoo.training.recipe import Distillation
 from cnvzoo.training.state import load_checked, save_checked
+
+_PLAIN = (  # compute with the weights that they hold, and nothing else
+    nn.Conv2d, FullFieldConv2d, DepthwiseConv2d, PointwiseConv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d
+)  # fmt: skip
+_IN_ORDER = (nn.Sequential.forward, NormActSequential.forward)  # call their layers one after the other
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
     """A copy of `model` in eval mode, with BatchNorm folded into the convolution or linear layer before it.
 
     The layer's weights take up BatchNorm's factor and its bias the shift, so outputs are equal up to rounding, and a
-    pass over each activation is saved. Only neighbours in an nn.Sequential are folded, and no layer that is used twice.
+    pass over each activation is saved. Only neighbours in an nn.Sequential are folded, and no layer that is used twice,
+    has hooks, or is of a subclass that may compute something else.
     """
     folded = copy.deepcopy(model).eval()
     uses = Counter(id(module) for _, module in folded.named_modules(remove_duplicate=False))
-    for sequence in [module for module in folded.modules() if isinstance(module, nn.Sequential)]:
-        for (_, layer), (name, norm) in pairwise(list(sequence.named_children())):
+    for sequence in [module for module in folded.modules() if getattr(type(module), "forward", None) in _IN_ORDER]:
+        # every place of a layer that comes twice, which named_children() would name once
+        for (_, layer), (name, norm) in pairwise(list(sequence._modules.items())):
             if uses[id(layer)] == 1 and _fold(layer, norm):
                 setattr(sequence, name, nn.Identity())
     return folded
 
 
-def _fold(layer: nn.Module, norm: nn.Module) -> bool:
-    """Fold `norm` into `layer` and return True, or return False for other types of layers."""
+def _fold(layer: nn.Module | None, norm: nn.Module | None) -> bool:
+    """Fold `norm` into `layer` and return True, or return False where that could change outputs."""
     if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
         fuse = fuse_conv_bn_weights
     elif isinstance(layer, nn.Linear) and isinstance(norm, nn.BatchNorm1d):
         fuse = fuse_linear_bn_weights
     else:
         return False
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
+    # a subclass, which a parametrization makes too, and a hook may compute another weight or output
+    if type(layer) not in _PLAIN or type(norm) not in _PLAIN or has_hooks(layer, norm):
+        return False
+    if norm.running_mean is None or norm.running_var is None:  # it takes the statistics of each batch
+        return False
     layer.weight, layer.bias = fuse(
         layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
