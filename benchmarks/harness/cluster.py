@@ -81,7 +81,8 @@ def joined_cluster() -> Iterator[None]:
         raise HarnessError(f"{where}: {in_a_line(error)}") from None
     try:
         for number, handler in handlers.items():  # Ray has set one of its own
-            signal.signal(number, handler)
+            if handler is not None:  # code outside Python had set it, and Python cannot restore it
+                signal.signal(number, handler)
         _check_nodes(ray)
         yield
     finally:

@@ -30,6 +30,7 @@ from cnvzoo.training import (
     RunUnderWay,
     Trainer,
 )
+from cnvzoo.training.state import caught_signals
 
 
 def fail(_: Trainer) -> None:
@@ -67,6 +68,17 @@ def test_a_signal_stops_after_the_step_and_the_run_resumes_to_the_same_bits(
     assert steps == list(range(1, STEPS + 1))  # none twice, none left out
     assert record.weights_sha256 == whole.weights_sha256
     assert (record.correct, [e["loss"] for e in record.history]) == (whole.correct, [e["loss"] for e in whole.history])
+
+
+def test_a_signal_that_code_outside_python_handles_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    handler, current = signal.getsignal(signal.SIGINT), signal.getsignal
+    set_for: list[int] = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else current(number))
+    monkeypatch.setattr(signal, "signal", lambda number, _: set_for.append(number) or current(number))
+    with caught_signals():
+        pass
+    assert set_for == [signal.SIGINT, signal.SIGINT]
+    assert current(signal.SIGINT) is handler
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path: Path, each_step: StepHook) -> None:

@@ -127,7 +127,8 @@ def caught_signals(second: Any = None) -> Iterator[list[str]]:
     """Collect the names of SIGINT and SIGTERM instead of raising in the middle of a step.
 
     A second signal of the same kind is handled by `second`, by default as before this context. In other threads than
-    the main one, where Python handles no signals, the list stays empty.
+    the main one, where Python handles no signals, the list stays empty. A signal that code outside Python handles is
+    left to it: Python can neither call nor restore its handler.
     """
     caught: list[str] = []
     if threading.current_thread() is not threading.main_thread():
@@ -140,7 +141,8 @@ def caught_signals(second: Any = None) -> Iterator[list[str]]:
         signal.signal(number, before[number] if second is None else second)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, handler)
+        if signal.getsignal(number) is not None:
+            before[number] = signal.signal(number, handler)
     try:
         yield caught
     finally:
