@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from cnvzoo.errors import ModelError
 from cnvzoo.models import build_model
@@ -209,6 +211,26 @@ def test_a_weight_that_layers_share_is_updated_once() -> None:
     assert muon.param_groups[0]["params"] == []
     (plain,) = build_optimizers(model, OPTIMIZERS["sgd"])
     assert [len(group["params"]) for group in plain.param_groups] == [2, 0]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    "wrap",
+    [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal, nn.utils.weight_norm],
+    ids=["weight_norm", "spectral_norm", "orthogonal", "older weight_norm"],
+)
+@pytest.mark.parametrize("config", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_parameters_that_a_weight_is_computed_from_are_trained(
+    wrap: Callable[[nn.Module], nn.Module], config: Optimizer
+) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)), wrap(nn.Linear(4, 4)))
+    wrap(model[1])
+    optimizers = build_optimizers(model, config)
+    groups = groups_by_parameter(model, optimizers)
+    assert {name for name, group in groups.items() if group["weight_decay"]} == {"0.weight", "2.weight", "3.weight"}
+    model(torch.ones(2, 4)).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
 
 
 @pytest.mark.parametrize("model", [nn.BatchNorm2d(3), nn.Sequential(nn.Flatten(), nn.Linear(3, 2))])

@@ -40,16 +40,18 @@ _NS_STEPS = 5
 def build_optimizers(model: nn.Module, config: Optimizer) -> list[torch.optim.Optimizer]:
     """The optimizers of a model. Each group has a key `peak_lr`, which the schedule scales.
 
-    Weight decay applies to the weights of convolution and linear layers only. With `muon`, Muon updates those except
-    the first, the last and those of grouped layers (depthwise ones), and SGD everything else. The filters of a grouped
-    layer do not form a matrix that maps one vector to another: each group has inputs of its own.
+    Weight decay applies to the weights of convolution and linear layers only, if they are parameters themselves. With
+    `muon`, Muon updates those except the first, the last and those of grouped layers (depthwise ones), and SGD
+    everything else. The filters of a grouped layer do not form a matrix that maps one vector to another: each group has
+    inputs of its own.
 
     Raises:
         ModelError: with `muon`, the model has fewer than two convolution or linear layers with weights of their own.
     """
     by_weight: dict[int, nn.Conv2d | nn.Linear] = {}
     for layer in model.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        # a weight that is computed from others, as parametrizations do, is another tensor at each access
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer._parameters.get("weight") is not None:
             by_weight.setdefault(id(layer.weight), layer)  # layers may share a weight
     layers = list(by_weight.values())
     weights = [layer.weight for layer in layers]
@@ -63,7 +65,7 @@ def build_optimizers(model: nn.Module, config: Optimizer) -> list[torch.optim.Op
     if len(layers) < 2:
         raise ModelError(
             f"{type(model).__name__} has {len(layers)} convolution or linear layers: Muon is for the hidden ones of "
-            "several, so use `optimizer: {name: sgd}`"
+            "several whose weight is a parameter, so use `optimizer: {name: sgd}`"
         )
     hidden = [layer.weight for layer in layers[1:-1] if not _is_grouped(layer)]
     others = [weights[0], weights[-1], *(layer.weight for layer in layers[1:-1] if _is_grouped(layer))]
