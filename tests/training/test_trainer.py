@@ -135,6 +135,24 @@ def test_training_from_a_state_takes_the_steps_of_an_uninterrupted_run(stop: int
     assert [e["loss"] for e in second.history] == [e["loss"] for e in whole.history]
 
 
+class Anchored(Tiny):
+    """Has empty tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchors = nn.Parameter(torch.empty(0))
+        self.register_buffer("boxes", torch.empty(0, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.anchors.sum()
+
+
+def test_a_model_with_empty_tensors_is_trained() -> None:
+    trainer = Trainer(Anchored(), batches(), recipe(batch_size=8), 2)
+    train(trainer)
+    assert len(trainer.history) == 2
+
+
 def captured_twice(step: Callable[[], None]) -> Callable[[], None]:
     """Replaces a CUDA graph: takes some steps to warm up, then repeats the step that it was given."""
     step()

@@ -178,6 +178,7 @@ class Trainer:
         """
         parameters = dict(self.model.named_parameters())
         values = parameters | {name: t for name, t in self.model.named_buffers() if t.is_floating_point()}
+        values = {name: t for name, t in values.items() if t.numel()}  # an empty tensor has no largest value
         maxima = torch.stack(torch._foreach_norm([t.detach() for t in values.values()], math.inf)).tolist()
         for name, maximum in zip(values, maxima, strict=True):
             if not math.isfinite(maximum):
