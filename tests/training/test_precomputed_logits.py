@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cnvzoo.data import TrainBatches
 from cnvzoo.models import build_model
-from cnvzoo.training import Distillation, Recipe, RunInterrupted, RunRecord, Trainer, preprocessing_of
+from cnvzoo.training import Distillation, Recipe, RunInterrupted, RunRecord, Trainer, distillation, preprocessing_of
 from cnvzoo.training.distillation import Teacher, precompute_logits
 from cnvzoo.training.trainer import CapturedSteps
 
@@ -194,6 +194,32 @@ def test_views_that_were_computed_before_a_stop_are_not_computed_again(
     assert asked == [48]
     assert run(taught(), tmp_path, teacher=weights).weights_sha256 == whole.weights_sha256
     assert asked == [48, 48]
+
+
+def test_logits_that_were_read_share_no_memory_with_the_file_that_is_replaced(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are mapped from it, and Windows cannot replace a file while it is mapped."""
+    read: list[Tensor] = []
+    written: list[Tensor] = []
+    load, save = distillation.load_checked, distillation.save_checked
+
+    def load_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, facts = load(path)
+        read.extend(tensors.values())
+        return tensors, facts
+
+    def save_checked(tensors: dict[str, Tensor], *others: Any) -> None:
+        written.extend(tensors.values())
+        save(tensors, *others)
+
+    path = tmp_path / "teacher_logits.safetensors"
+    precompute(new_trainer(weights), path, {0: None})
+    monkeypatch.setattr(distillation, "load_checked", load_checked)
+    monkeypatch.setattr(distillation, "save_checked", save_checked)
+    precompute(new_trainer(weights), path, {0: None, 1: None})
+    assert (len(read), len(written)) == (1, 2)
+    assert read[0].data_ptr() not in {tensor.data_ptr() for tensor in written}
 
 
 def test_a_stop_between_steps_ends_with_the_same_bits(

@@ -135,6 +135,17 @@ def test_training_from_a_state_takes_the_steps_of_an_uninterrupted_run(stop: int
     assert [e["loss"] for e in second.history] == [e["loss"] for e in whole.history]
 
 
+def test_a_state_that_was_loaded_shares_no_memory_with_its_file() -> None:
+    """The tensors that are read are mapped from the file, which Windows cannot replace while they are in use."""
+    first, second = (Trainer(tiny(), batches(), recipe(batch_size=8), 2) for _ in range(2))
+    train(first, 3)
+    tensors, values = first.state()
+    read = {name: tensor.clone() for name, tensor in tensors.items()}
+    second.load_state(read, values)
+    mapped = {tensor.untyped_storage().data_ptr() for tensor in read.values()}
+    assert not mapped & {tensor.untyped_storage().data_ptr() for tensor in second.state()[0].values()}
+
+
 class Anchored(Tiny):
     """Has empty tensors."""
 

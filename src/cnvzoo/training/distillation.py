@@ -238,6 +238,7 @@ def _load(path: Path, facts: Mapping[str, Any]) -> tuple[dict[int, Tensor], floa
         logits, saved = load_checked(path)
         if saved["facts"] != facts:
             return {}, 0.0
-        return {int(view): part for view, part in logits.items()}, saved["seconds"]
+        # copies: on Windows the file cannot be replaced while its tensors are mapped from it
+        return {int(view): part.clone() for view, part in logits.items()}, saved["seconds"]
     except (SafetensorError, OSError, KeyError, ValueError):
         return {}, 0.0

@@ -212,9 +212,10 @@ class Trainer:
             state: dict[int, dict[str, Tensor]] = {}
             for name, tensor in tensors_under(f"optimizer.{index}.").items():
                 number, key = name.split(".", 1)
-                # the layout of the weights: optimizers convert another layout in every step
+                # the layout of the weights: optimizers convert another layout in every step; a copy, since these are
+                # mapped from the file, which cannot be replaced on Windows while they are
                 layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-                state.setdefault(int(number), {})[key] = tensor.contiguous(memory_format=layout)
+                state.setdefault(int(number), {})[key] = tensor.clone(memory_format=layout)
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         self._loss_sum.copy_(tensors["loss_sum"])
         self.step, self.history = values["step"], values["history"]
