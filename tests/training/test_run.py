@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from synthetic import CNV_BITS, EVERY_AUGMENTATION, STEPS, StepHook, coloured, interrupted, noise, recipe, run
 
 from cnvzoo.data import Dataset
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import sha256_of
 from cnvzoo.models import build_model
+from cnvzoo.models.resnet import ResNet
 from cnvzoo.training import (
     NUMERICS,
     RecipeError,
@@ -215,6 +216,25 @@ def test_bits_of_a_layer_that_the_model_lacks_are_refused_with_the_recipe(tmp_pa
     says = r"^mnist_resnet8: bits: 'nolayer' names no layer whose bit width can be chosen: .*Choices: features\.0, .*$"
     with pytest.raises(RunError, match=says):
         run(wanted, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet14"], ids=["model", "teacher"])
+def test_a_state_dict_of_more_than_tensors_is_refused_before_training(
+    name: str, tmp_path: Path, each_step: StepHook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def extra_state(model: ResNet) -> Any:
+        return {"version": 1} if model.spec.name == name else torch.zeros(1)
+
+    monkeypatch.setattr(ResNet, "get_extra_state", extra_state, raising=False)
+    state, teacher = build_model("resnet14", in_chans=1).state_dict(), tmp_path / "teacher.safetensors"
+    save_file({name: value for name, value in state.items() if isinstance(value, torch.Tensor)}, teacher)
+    each_step(lambda _: pytest.fail("it must not train"))
+    says = (
+        "mnist_resnet8: ResNet: _extra_state in its state_dict is of type dict, and a run saves tensors alone: have "
+        "get_extra_state return a tensor"
+    )
+    with pytest.raises(RunError, match=f"^{re.escape(says)}$"):
+        run(recipe(teacher="mnist_resnet14"), tmp_path / "run", teacher=teacher)
 
 
 def test_a_batch_larger_than_the_training_set_is_refused(tmp_path: Path) -> None:

@@ -72,8 +72,8 @@ def initial_model(
     """The model as the seed initialises it, or with the weights that it starts from, in channels_last where it can be.
 
     Raises:
-        RunError: the model cannot be built as the recipe says, for example because no layer has a name in `bits`, or
-            the weights are not those that it starts from.
+        RunError: the model cannot be built as the recipe says, for example because no layer has a name in `bits`, its
+            state_dict has values that are not tensors, or the weights are not those that it starts from.
     """
     try:
         with initialized_from(recipe.seed):
@@ -83,6 +83,7 @@ def initial_model(
             )  # fmt: skip
     except ModelError as error:
         raise RunError(f"{recipe.name}: {error}") from None
+    _check_state(recipe, model)
     if recipe.float_start and recipe.float_start_model and float_start:
         with without_initialization():
             expected = build_model(
@@ -99,6 +100,16 @@ def initial_model(
     return model.to(memory_format=memory_format_of(model))  # type: ignore[call-overload]
 
 
+def _check_state(recipe: Recipe, model: nn.Module) -> None:
+    """Raise RunError if a value of the model's state_dict is not a tensor, before an epoch is lost for it."""
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise RunError(
+                f"{recipe.name}: {type(model).__name__}: {name} in its state_dict is of type {type(value).__name__}, "
+                "and a run saves tensors alone: have get_extra_state return a tensor"
+            )
+
+
 def load_teacher(recipe: Recipe, data: Dataset, files: Sequence[str | Path], device: torch.device) -> Teacher | None:
     """The teachers with the weights in `files`, on the device; None for a recipe without a teacher."""
     nets = []
@@ -113,6 +124,7 @@ def load_teacher(recipe: Recipe, data: Dataset, files: Sequence[str | Path], dev
 
 def _read_weights(recipe: Recipe, weights: str | Path, model: nn.Module, entry: str) -> dict[str, Tensor]:
     """The tensors of a file, which have to be those of `model`, the float net of `entry`."""
+    _check_state(recipe, model)
     remedy = f"give the weights of {entry}"
     try:
         check_readable(weights)
