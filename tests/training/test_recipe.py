@@ -168,6 +168,8 @@ def test_a_warm_up_leaves_some_epochs_to_train(tmp_path: Path, epochs: int, warm
         (QUANT.replace("w_bits: 4\n", ""), "w_bits: 0", "w_bits", "greater than or equal to 1"),
         (QUANT.replace("a_bits: 4\n", ""), "a_bits: 0", "a_bits", "greater than or equal to 1"),
         (QUANT.replace("a_bits: 4\n", ""), "a_bits: 2.0", "a_bits", "input should be a valid integer"),
+        (QUANT + "\n", "bits: []", "bits", "bits=[] is not a mapping"),
+        (QUANT + "\n", "bits: false", "bits", "bits=False is not a mapping"),
     ],
 )
 def test_an_added_line_is_refused(tmp_path: Path, base: str, added: str, key: str, remedy: str) -> None:

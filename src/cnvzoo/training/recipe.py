@@ -202,8 +202,9 @@ class Recipe(_Section):
     @field_validator("bits", mode="before")
     @classmethod
     def _pairs_of_bits(cls, bits: Any) -> dict[str, tuple[int | None, ...]]:
+        given = {} if bits is None else bits
         try:
-            return {layer: tuple(pair) for layer, pair in check_layer_bits(bits or {}, "a quantized model").items()}
+            return {layer: tuple(pair) for layer, pair in check_layer_bits(given, "a quantized model").items()}
         except ModelError as error:
             raise ValueError(str(error).removeprefix("bits: ")) from None
 
