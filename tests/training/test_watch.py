@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,20 +95,36 @@ def test_each_epoch_is_reported(tmp_path) -> None:
         assert report.validation_accuracy == epoch["validation_accuracy"]
 
 
-def test_an_error_of_the_callback_is_raised_when_the_state_is_saved(tmp_path) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit, KeyboardInterrupt])
+def test_an_error_of_the_callback_is_raised_when_the_state_is_saved(error: type[BaseException], tmp_path) -> None:
     wanted = recipe()
     whole = run(wanted, tmp_path / "whole")
 
     def fail(report: cnvzoo.EpochReport) -> None:
-        raise RuntimeError(f"in epoch {report.epoch}")
+        raise error(f"in epoch {report.epoch}")
 
-    with pytest.raises(RuntimeError, match="in epoch 1"):
+    with pytest.raises(error, match="in epoch 1"):
         run(wanted, tmp_path / "failed", on_epoch=fail)
     assert (tmp_path / "failed" / "state.safetensors").exists()
     resumed: list[int] = []
     record = run(wanted, tmp_path / "failed", on_epoch=lambda report: resumed.append(report.epoch))
     assert resumed == [2]
     assert record.weights_sha256 == whole.weights_sha256
+
+
+def test_a_second_interrupt_in_the_callback_stops_at_once(tmp_path) -> None:
+    def interrupt_twice(_: cnvzoo.EpochReport) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe(), tmp_path, on_epoch=interrupt_twice)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not (tmp_path / "state.safetensors").exists()
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -99,8 +99,8 @@ def run_recipe(
         validate: number of held-out images, at most `holdout`, that are scored after each epoch. They are spread
             evenly, since own images are in the order of their classes. The record's history has the accuracies. The
             weights are those of a run without validation.
-        on_epoch: called with an `EpochReport` after each epoch that ends in this call. An exception that it raises
-            stops the run, saves the state, and is raised.
+        on_epoch: called with an `EpochReport` after each epoch that ends in this call. An exception that it raises,
+            SystemExit and KeyboardInterrupt too, stops the run, saves the state, and is raised.
         log: CSV file with a line for each epoch of the run.
         tensorboard: folder of event files for TensorBoard, with values for each epoch of the run.
         quiet: no progress.
@@ -310,10 +310,11 @@ def _train(
 ) -> str | None:
     """Train to the end or to a reason to stop, save the state, and return the reason.
 
-    An exception of `epoch_ended` stops the training too, and is raised when the state is saved.
+    An exception of `epoch_ended` stops the training too, and is raised when the state is saved; that of a second SIGINT
+    is raised at once.
     """
     saved = time.monotonic()
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
     with caught_signals() as reasons:
 
         def should_stop() -> bool:
@@ -330,7 +331,9 @@ def _train(
             if trainer.step % trainer.steps_per_epoch == 0:
                 try:
                     epoch_ended(trainer)
-                except Exception as error:  # of the caller's function, or of writing a log
+                except BaseException as error:  # of the caller's function, or of writing a log
+                    if isinstance(error, KeyboardInterrupt) and reasons:
+                        raise
                     failures.append(error)
             progress(trainer)
             if time.monotonic() - saved >= save_every:
