@@ -6,7 +6,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -326,6 +326,16 @@ def test_settings_of_the_caller_do_not_change_the_bits_of_a_run_or_an_evaluation
     assert torch.equal(*logits)
     assert logits[1].dtype == torch.float32
     assert all(now["mkldnn.matmul"] == "ieee" and now["mkldnn.conv"] == "none" for now in within)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_run_computes_gradients_in_any_mode_of_the_caller(
+    mode: Callable[[], AbstractContextManager[None]], plain_run: tuple[Path, RunRecord], tmp_path: Path
+) -> None:
+    with mode():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        assert run(recipe(), tmp_path, noise()).weights_sha256 == plain_run[1].weights_sha256
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
 
 
 @pytest.fixture(scope="module")

@@ -154,7 +154,8 @@ def run_recipe(
     )
     commit = current_commit()  # read now: the checkout may have moved on by the end of the run
 
-    with alone_in(run_dir), deterministic(target):
+    # gradients are computed whatever the caller has set
+    with alone_in(run_dir), deterministic(target), torch.inference_mode(False), torch.enable_grad():
         if finished := _finished_record(run_dir, identity):
             with watch.started(finished.history):
                 return finished
