@@ -25,7 +25,7 @@ from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo.files import FileError, replacing, sha256_of
 from cnvzoo.training.record import RunRecord, current_commit
 from cnvzoo.training.run import run_recipe
-from cnvzoo.training.state import RECORD, STATE, TEACHER_LOGITS, WEIGHTS, RunError, RunInterrupted, alone_in
+from cnvzoo.training.state import RECORD, RUN_WEIGHTS, STATE, TEACHER_LOGITS, RunError, RunInterrupted, alone_in
 from harness.cluster_worker import Assignment, Known, RunResult, UnfitNode, Worker, installed_versions, refusal
 from harness.entries import HarnessError
 from harness.schedule import Run
@@ -326,7 +326,7 @@ class RayRunner:
             raise RunInterrupted(name, outcome.reason, outcome.step, outcome.total_steps, run.run_dir, unsaved)
         if isinstance(outcome, CnvzooError):
             raise outcome
-        if sha256_of(run.run_dir / WEIGHTS) != outcome.weights_sha256:
+        if sha256_of(run.run_dir / RUN_WEIGHTS) != outcome.weights_sha256:
             raise RunError("its weights were damaged on their way from the cluster: the same command tries again")
         # the worker has the code of this checkout, but not the checkout
         record = outcome.model_copy(update={"commit": self._commit}) if outcome.commit is None else outcome

@@ -23,7 +23,7 @@ from cnvzoo.data.published import default_root
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import replacing, sha256_of
 from cnvzoo.training.record import RunRecord
-from cnvzoo.training.state import STATE, WEIGHTS, RunError, UnfitState
+from cnvzoo.training.state import RUN_WEIGHTS, STATE, RunError, UnfitState
 from harness.schedule import Run
 from harness.workers import ProcessRunner, Train, picklable
 
@@ -142,7 +142,7 @@ class Worker:
                     inputs[purpose] = path
             self._folder = run.run_dir
             outcome = self._train(assignment, run, inputs)
-            name = WEIGHTS if isinstance(outcome, RunRecord) else STATE
+            name = RUN_WEIGHTS if isinstance(outcome, RunRecord) else STATE
             path = run.run_dir / name
             return outcome, {name: path.read_bytes()} if path.exists() else {}
         finally:

@@ -28,7 +28,7 @@ from cnvzoo.checkpoints.format import (
     FileFacts,
     IntegerResult,
 )
-from cnvzoo.checkpoints.index import Index, IndexEntry, read_index
+from cnvzoo.checkpoints.index import Index, PublishedCheckpoint, read_index
 from cnvzoo.checkpoints.load import load_checkpoint
 from cnvzoo.checkpoints.publish import checkpoint_facts, write_card
 from cnvzoo.checkpoints.verify import Verification
@@ -37,7 +37,7 @@ from cnvzoo.files import update_text
 from cnvzoo.models.registry import ModelInfo
 from cnvzoo.training.recipe import PUBLISHED_SEED
 from cnvzoo.training.record import RunRecord
-from cnvzoo.training.state import WEIGHTS as RUN_WEIGHTS
+from cnvzoo.training.state import RUN_WEIGHTS
 from cnvzoo_runtime.metadata import DeployError
 from harness.entries import SEEDS, Entry, HarnessError, Layout, shown
 from harness.records import Records, recipes_scored
@@ -169,27 +169,26 @@ def measure_missing(
     return written
 
 
-def render_index(hub: Path, before: Mapping[str, IndexEntry] | None = None) -> tuple[str, list[str]]:
+def render_index(hub: Path, before: Mapping[str, PublishedCheckpoint] | None = None) -> tuple[str, list[str]]:
     """The text of index.json for the checkpoints in `hub`, and a line for each problem.
 
     Args:
         hub: the directory of the checkpoints.
-        before: the entries of the index as it was. Those of damaged checkpoints are kept, those of removed folders are
-            not.
+        before: those of the index as it was. What it says of damaged ones is kept, and of removed ones it is not.
     """
     before = before or {}
     folders = checkpoint_folders(hub) | {name: hub / name for name in before if (hub / name).is_dir()}
-    entries, problems = {}, []
+    checkpoints, problems = {}, []
     for name, folder in folders.items():
         try:
-            entries[name] = _entry(folder)
+            checkpoints[name] = _published(folder)
         except CnvzooError as error:
             if name in before:
-                entries[name] = before[name]
+                checkpoints[name] = before[name]
             effect = "its entry in the index stays as it was" if name in before else "left out of the index"
             problems.append(f"{name}: {effect}: {error}")
     problems += [f"{name}: no longer in the index: {hub / name} is gone" for name in sorted(before.keys() - folders)]
-    index = Index(checkpoints=dict(sorted(entries.items())))
+    index = Index(checkpoints=dict(sorted(checkpoints.items())))
     return json.dumps(index.model_dump(mode="json"), indent=1) + "\n", problems
 
 
@@ -214,14 +213,14 @@ def update_index(path: Path, hub: Path) -> list[str]:
     return problems
 
 
-def _entry(folder: Path) -> IndexEntry:
+def _published(folder: Path) -> PublishedCheckpoint:
     files = checkpoint_files(folder, needed=(WEIGHTS, CONFIG))
     facts = {name: FileFacts.of(content) for name, content in sorted(files.items())}
     config = read_config(folder, facts[CONFIG])
     if config.dataset is None or config.correct is None or config.total is None:
         raise CheckpointError(f"{folder}: the index takes checkpoints with a result on the test set of a dataset only")
     cost = _cost(json.dumps(config.model | {"input_size": config.preprocessing["size"]}))
-    return IndexEntry(
+    return PublishedCheckpoint(
         model=config.model,
         dataset=config.dataset,
         correct=config.correct,

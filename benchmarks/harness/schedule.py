@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cnvzoo.checkpoints.format import CONFIG, WEIGHTS
 from cnvzoo.files import sha256_of
 from cnvzoo.training.recipe import PUBLISHED_SEED
 from cnvzoo.training.record import RunRecord
-from cnvzoo.training.state import RECORD, STATE, WEIGHTS
+from cnvzoo.training.state import RECORD, RUN_WEIGHTS, STATE
 from harness.entries import Entry, Layout, shown
 from harness.records import Records, Status
 
@@ -165,7 +166,7 @@ def other_weights(entry: Entry, records: Records) -> Path | None:
     here, recorded = (records.status(entry, PUBLISHED_SEED, path).done for path in (folder / RECORD, None))
     if here is None or recorded is None or here.weights_sha256 == recorded.weights_sha256:
         return None
-    return recorded_weights(folder / WEIGHTS, here)
+    return recorded_weights(folder / RUN_WEIGHTS, here)
 
 
 def _from_run(entry: Entry, records: Records, trial_epochs: int | None = None) -> Path | None:
@@ -173,19 +174,19 @@ def _from_run(entry: Entry, records: Records, trial_epochs: int | None = None) -
         return None
     folder = records.layout.run_dir(entry.name, PUBLISHED_SEED, trial_epochs)
     record = records.status(entry, PUBLISHED_SEED, folder / RECORD, trial_epochs=trial_epochs).done
-    return recorded_weights(folder / WEIGHTS, record)
+    return recorded_weights(folder / RUN_WEIGHTS, record)
 
 
 def _from_checkpoint(entry: Entry, records: Records) -> Path | None:
     record = records.status(entry, PUBLISHED_SEED).done
     folder = records.layout.checkpoint(entry.recipe)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None  # no checkpoint, or none whose config can be read
     if record is None or not isinstance(config, dict) or config.get("weights_sha256") != record.weights_sha256:
         return None
-    return recorded_weights(folder / "model.safetensors", record)
+    return recorded_weights(folder / WEIGHTS, record)
 
 
 def recorded_weights(weights: Path, record: RunRecord | None) -> Path | None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import cnvzoo
 import cnvzoo.deploy
-from cnvzoo.checkpoints.format import CheckpointConfig
+from cnvzoo.checkpoints.format import WEIGHTS, CheckpointConfig
 from cnvzoo.checkpoints.locations import find_checkpoint
 from cnvzoo_runtime.images import normalize
 
@@ -176,7 +176,7 @@ def our_files(checkpoint: str, threads: int, folder: Path) -> Iterator[Contender
 
 
 def _weight_bytes(checkpoint: str) -> int:
-    return (find_checkpoint(checkpoint).folder / "model.safetensors").stat().st_size
+    return (find_checkpoint(checkpoint).folder / WEIGHTS).stat().st_size
 
 
 def _channels_last(

@@ -55,7 +55,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 import cnvzoo
-from cnvzoo.checkpoints.index import IndexEntry
+from cnvzoo.checkpoints.format import WEIGHTS
+from cnvzoo.checkpoints.index import PublishedCheckpoint
 from cnvzoo.checkpoints.locations import find_checkpoint
 from cnvzoo.data import Dataset, load_dataset
 from cnvzoo.errors import CnvzooError, in_a_line
@@ -76,7 +77,6 @@ BATCHES = (1, 64, 256)
 _REST_SECONDS = 0.05  # for the threads of the previous runtime to stop polling for work
 _WARM_UP_SECONDS = 0.1
 _SCORED_AT_ONCE = 250  # images
-WEIGHTS = "model.safetensors"
 PACKAGES = ("torch", "brevitas", "onnxruntime", "openvino", "nncf")
 TOLERATED_IMAGES = 5  # float32 sums in another order move a few images of 10,000 to another class
 # These compute the same as the published file, in float32 or in exact integers: their accuracy is the published one.
@@ -263,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def outdated_inference(
-    infer: Mapping[str, Any], checkpoints: Sequence[str], index: Mapping[str, IndexEntry]
+    infer: Mapping[str, Any], checkpoints: Sequence[str], index: Mapping[str, PublishedCheckpoint]
 ) -> list[str]:
     """A line for each figure in infer.json that is not of the published checkpoints.
 

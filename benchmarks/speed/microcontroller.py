@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 import cnvzoo
 import cnvzoo.deploy
+from cnvzoo.checkpoints.format import WEIGHTS
 from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo.files import sha256_of, write_text
 from cnvzoo.training.device import describe_device
@@ -128,7 +129,7 @@ def measured(name: str) -> dict[str, Any]:
         if [list(map(int, scores.split())) for scores, _ in lines] != expected[:EMULATED].tolist():
             raise CnvzooError(f"{name}: the emulated processor gives other scores than ONNX Runtime")
         return {
-            "name": name, "sha256": sha256_of(checkpoint / "model.safetensors"),
+            "name": name, "sha256": sha256_of(checkpoint / WEIGHTS),
             "flash": text + data, "ram": data + bss, "stack": usage,
             "instructions": max(int(count) for _, count in lines), "compared": len(images), "differing": differing,
             "processor": describe_device(torch.device("cpu"))["name"],

@@ -36,8 +36,7 @@ from cnvzoo.training.recipe import PUBLISHED_SEED, Recipe
 from cnvzoo.training.recipe_file import load_recipe, recipe_from_dict
 from cnvzoo.training.record import RunRecord
 from cnvzoo.training.run import run_recipe
-from cnvzoo.training.state import WEIGHTS as RUN_WEIGHTS
-from cnvzoo.training.state import RunError, RunInterrupted
+from cnvzoo.training.state import RUN_WEIGHTS, RunError, RunInterrupted
 from cnvzoo.training.watch import EpochReport
 from cnvzoo.zoo import quantize
 

@@ -11,7 +11,7 @@ import shared
 import train
 
 from cnvzoo.checkpoints.format import FileFacts
-from cnvzoo.checkpoints.index import IndexEntry, read_index
+from cnvzoo.checkpoints.index import PublishedCheckpoint, read_index
 from cnvzoo.training import load_recipe
 
 
@@ -82,7 +82,7 @@ def test_figures_that_do_not_state_their_recipe_are_outdated(measured: dict[str,
 
 
 PUBLISHED = {
-    "cnv.cifar10": IndexEntry(
+    "cnv.cifar10": PublishedCheckpoint(
         model={"name": "cnv"},
         dataset="cifar10",
         correct=9_000,

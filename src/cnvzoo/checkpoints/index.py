@@ -29,7 +29,7 @@ from cnvzoo.errors import DatasetError, ModelError, explain, nearest
 INDEX = Path(__file__).with_name("index.json")
 
 
-class IndexEntry(BaseModel):
+class PublishedCheckpoint(BaseModel):
     """One published checkpoint.
 
     Attributes:
@@ -51,7 +51,7 @@ class IndexEntry(BaseModel):
     files: dict[Name, FileFacts]
 
     @model_validator(mode="after")
-    def _has_files_for_loading(self) -> IndexEntry:
+    def _has_files_for_loading(self) -> PublishedCheckpoint:
         if missing := {CONFIG, WEIGHTS} - self.files.keys():
             raise ValueError(f"files: {' and '.join(sorted(missing))} missing")
         return self
@@ -62,7 +62,7 @@ class Index(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    checkpoints: dict[Name, IndexEntry]
+    checkpoints: dict[Name, PublishedCheckpoint]
 
 
 class CheckpointInfo(TypedDict):
@@ -92,20 +92,20 @@ def read_index(path: Path | None = None) -> Index:
         raise CheckpointError(f"{path}: not a valid index: {explain(error)}: install cnvzoo again") from None
 
 
-def row(name: str, entry: IndexEntry) -> CheckpointInfo:
+def row(name: str, published: PublishedCheckpoint) -> CheckpointInfo:
     """The row of `list_checkpoints` for one checkpoint."""
     return {
         "name": name,
-        "model": entry.model["name"],
-        "dataset": entry.dataset,
-        "w_bits": entry.model.get("w_bits"),
-        "a_bits": entry.model.get("a_bits"),
-        "accuracy": 100 * entry.correct / entry.total,
-        "correct": entry.correct,
-        "total": entry.total,
-        "parameters": entry.parameters,
-        "macs": entry.macs,
-        "bytes": entry.files[WEIGHTS].size,
+        "model": published.model["name"],
+        "dataset": published.dataset,
+        "w_bits": published.model.get("w_bits"),
+        "a_bits": published.model.get("a_bits"),
+        "accuracy": 100 * published.correct / published.total,
+        "correct": published.correct,
+        "total": published.total,
+        "parameters": published.parameters,
+        "macs": published.macs,
+        "bytes": published.files[WEIGHTS].size,
     }
 
 
@@ -142,7 +142,7 @@ def list_checkpoints(
         DatasetError: no published checkpoint was trained on `dataset`.
         ModelError: a bit width that no model has.
     """
-    rows = [row(name, entry) for name, entry in sorted(read_index().checkpoints.items())]
+    rows = [row(name, published) for name, published in sorted(read_index().checkpoints.items())]
     datasets = sorted({found["dataset"] for found in rows})
     if dataset is not None and dataset not in datasets:
         raise DatasetError(f"no published checkpoint was trained on {dataset!r}: {nearest(dataset, datasets)}")

@@ -104,9 +104,9 @@ def find_checkpoint(
     if is_path(checkpoint):
         return LocalCheckpoint(expanded(checkpoint), None)
     name, location = str(checkpoint), store_location(hub)
-    entry = read_index().checkpoints.get(name)
-    if entry is not None:
-        files = entry.files if every_file else {file: entry.files[file] for file in (CONFIG, WEIGHTS)}
+    published = read_index().checkpoints.get(name)
+    if published is not None:
+        files = published.files if every_file else {file: published.files[file] for file in (CONFIG, WEIGHTS)}
         return LocalCheckpoint(_fetch(name, location, files), files)
     if folder := _unpublished(location).get(name):
         return LocalCheckpoint(folder, None)
@@ -213,7 +213,7 @@ def is_path(checkpoint: str | Path) -> bool:
 
 def _known(hub: str | Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, CheckpointError]]:
     """Model arguments of every checkpoint by name; and the errors of those that cannot be read."""
-    known = {name: entry.model for name, entry in read_index().checkpoints.items()}
+    known = {name: published.model for name, published in read_index().checkpoints.items()}
     unreadable = {}
     for name, folder in _unpublished(store_location(hub)).items():
         try:

@@ -36,9 +36,9 @@ from cnvzoo.training.recipe import LARGEST_SEED, Recipe
 from cnvzoo.training.record import RecordError, RunRecord, current_commit
 from cnvzoo.training.state import (
     RECORD,
+    RUN_WEIGHTS,
     STATE,
     TEACHER_LOGITS,
-    WEIGHTS,
     RunError,
     RunIdentity,
     RunInterrupted,
@@ -197,7 +197,7 @@ def run_recipe(
         correct = count_correct(trainer.model, data.test_images, data.test_labels, preprocessing, quiet=quiet)
         total = len(data.test_labels)
 
-        with replacing(run_dir / WEIGHTS) as temporary:
+        with replacing(run_dir / RUN_WEIGHTS) as temporary:
             save_file(plain_copies(trainer.model.state_dict()), temporary)
         record = RunRecord(
             entry=recipe.name,
@@ -212,7 +212,7 @@ def run_recipe(
             recipe=recipe.model_dump(mode="json"),
             recipe_sha256=identity.recipe,
             data_sha256=identity.data,
-            weights_sha256=sha256_of(run_dir / WEIGHTS),
+            weights_sha256=sha256_of(run_dir / RUN_WEIGHTS),
             seconds=round(trainer.seconds, 1),
             device=machine,
             versions=versions,
@@ -258,7 +258,7 @@ def _finished_record(run_dir: Path, identity: RunIdentity) -> RunRecord | None:
     except RecordError as error:
         record, problem, values = None, in_a_line(error), _json_object(run_dir / RECORD)
     try:
-        if values is None or sha256_of(run_dir / WEIGHTS) != values.get("weights_sha256"):
+        if values is None or sha256_of(run_dir / RUN_WEIGHTS) != values.get("weights_sha256"):
             return None
     except OSError:
         return None

@@ -28,7 +28,7 @@ from cnvzoo.errors import CnvzooError
 from cnvzoo.files import check_readable, remove_leftovers, replacing, writing
 
 STATE, TEACHER_LOGITS = "state.safetensors", "teacher_logits.safetensors"
-RECORD, WEIGHTS = "record.json", "weights.safetensors"
+RECORD, RUN_WEIGHTS = "record.json", "weights.safetensors"
 
 
 class RunError(CnvzooError):
@@ -115,7 +115,7 @@ def alone_in(run_dir: Path) -> Iterator[None]:
                 f"{run_dir}: another process is training this run: wait for it, or give another folder"
             ) from None
     try:
-        for name in (STATE, TEACHER_LOGITS, RECORD, WEIGHTS):
+        for name in (STATE, TEACHER_LOGITS, RECORD, RUN_WEIGHTS):
             remove_leftovers(run_dir / name)
         yield
     finally:
