@@ -178,9 +178,21 @@ def card_of_a_run(folder: Path, **changes: Any) -> tuple[cnvzoo.CheckpointConfig
         recipe = recipe_from_dict(values["recipe"], "test")
         values["recipe_sha256"] = recipe.fingerprint(values["data_sha256"])
     record = cnvzoo.RunRecord.model_validate(values)
-    model = cnvzoo.create_model("cnv.mnist")
+    model = cnvzoo.create_model("cnv.mnist", pretrained=True)
     config = cnvzoo.save_checkpoint(cnvzoo.TrainResult(model, record), folder)
     return config, (folder / "README.md").read_text()
+
+
+def test_a_model_that_was_changed_after_its_run_does_not_get_its_accuracy(tmp_path: Path) -> None:
+    model = cnvzoo.create_model("cnv.mnist", pretrained=True)
+    result = cnvzoo.TrainResult(model, cnvzoo.RunRecord.read(RECORD))
+    assert cnvzoo.save_checkpoint(result, tmp_path / "mine").accuracy == 99.66
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    with pytest.raises(CheckpointError, match=r"other: the model no longer has the weights that its record scored: .*"):
+        cnvzoo.save_checkpoint(result, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    assert cnvzoo.save_checkpoint(model, tmp_path / "other").accuracy is None
 
 
 def test_the_card_of_an_own_run_promises_no_reproduction(tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def save_checkpoint(
     Raises:
         ModelError: not a model of this library, it does not know its preprocessing, or has another number of classes.
         CheckpointError: the folder's name is not that of a checkpoint, a file of something else in it would be
-            replaced, or a tensor is not a model's.
+            replaced, a tensor is not a model's, or the model of a result was changed after its run.
         FileError: a file cannot be written.
     """
     record = model.record if isinstance(model, TrainResult) else None

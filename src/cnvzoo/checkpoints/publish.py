@@ -25,6 +25,7 @@ from cnvzoo.checkpoints.format import (
     CheckpointConfig,
     CheckpointError,
     CheckpointFacts,
+    FileFacts,
     SeedResult,
     StoreError,
     Trial,
@@ -141,6 +142,11 @@ def write_model(
     if len(names) != outputs:
         raise ModelError(f"{len(names)} classes were given, and the model has {outputs}")
     content = _content(model)
+    if record is not None and FileFacts.of(content).sha256 != record.weights_sha256:
+        raise CheckpointError(
+            f"{folder}: the model no longer has the weights that its record scored: save it without the record "
+            "(the model of the result alone), which gives a checkpoint without accuracy, or train it again"
+        )
     known = {} if record is None else _known_of(record)
     try:
         facts = CheckpointFacts(
