@@ -249,6 +249,19 @@ def test_saving_replaces_no_file_of_something_else(tmp_path: Path, file: str) ->
     assert (project / file).read_text() == "{}"
 
 
+@pytest.mark.parametrize("place", ["link", "./"])
+def test_saving_through_a_link_keeps_the_name_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    model, preprocessing = cnvzoo.create_model("resnet20"), cnvzoo.Preprocessing(32, (0.0,) * 3, (1.0,) * 3)
+    cnvzoo.save_checkpoint(model, tmp_path / "mine", preprocessing=preprocessing)
+    (tmp_path / "link").symlink_to("mine")
+    monkeypatch.chdir(tmp_path if place == "link" else tmp_path / "mine")
+    assert cnvzoo.save_checkpoint(model, place, preprocessing=preprocessing).name == "mine"
+    (published,) = cnvzoo.publish(tmp_path / "mine", tmp_path / "store")
+    assert published.name == "mine"
+
+
 @pytest.mark.parametrize("left", [("model.safetensors",), ("model.safetensors", "README.md"), FILES])
 def test_a_checkpoint_and_an_interrupted_one_can_be_saved_again(tmp_path: Path, left: tuple[str, ...]) -> None:
     model, preprocessing = cnvzoo.create_model("resnet20"), cnvzoo.Preprocessing(32, (0.0,) * 3, (1.0,) * 3)

@@ -150,7 +150,7 @@ def write_model(
     known = {} if record is None else _known_of(record)
     try:
         facts = CheckpointFacts(
-            name=checked_name(folder.name),
+            name=checked_name(folder.resolve().name),  # as `publish` and loading name it, also through a link
             model={**arguments, "num_classes": outputs, "in_chans": preprocessing.in_chans},
             classes=names,
             preprocessing=preprocessing.to_dict(),
