@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import cnvzoo
 from cnvzoo.checkpoints.folder import preprocessing_from, read_config, read_model, write_checkpoint, write_config
 from cnvzoo.checkpoints.format import CheckpointError, FileFacts
 from cnvzoo.checkpoints.load import load_checkpoint
+from cnvzoo.checkpoints.publish import write_card
+from cnvzoo.checkpoints.verify import verify
 from cnvzoo.files import sha256_of
 from cnvzoo.models import register_model
 
@@ -414,6 +417,27 @@ def test_a_model_whose_builder_computes_with_values_can_be_loaded(tmp_path: Path
         assert torch.equal(
             load_checkpoint(tmp_path / "c")[0].state_dict()["fc.weight"], model.state_dict()["fc.weight"]
         )
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, NotImplementedError])
+def test_a_mistake_in_a_builder_of_ones_own_is_one_line(tmp_path: Path, error: type[Exception]) -> None:
+    broken = False
+
+    def build(num_classes: int, in_chans: int) -> nn.Module:
+        if broken:
+            raise error("width")
+        return nn.Sequential(nn.Flatten(), nn.Linear(in_chans * 1024, num_classes))
+
+    with registered_tiny():
+        register_model("own", summary="of tests")(build)
+        written(tmp_path / "c", {"name": "own", "num_classes": 10, "in_chans": 1})
+        broken = True
+        says = rf"its model cannot be built: {error.__name__}: '?width'? \(test_checkpoint\.py, line \d+\)$"
+        for function in (load_checkpoint, write_card):
+            with pytest.raises(CheckpointError, match=says):
+                function(tmp_path / "c")
+        (verification,) = verify(tmp_path / "c")
+        assert re.search(says, verification.problem or "")
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from cnvzoo.checkpoints.weights import tensors_file
 from cnvzoo.data.datasets import is_dataset_path
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import dataset_info, published_sha256
-from cnvzoo.errors import ModelError, explain, nearest
+from cnvzoo.errors import CnvzooError, ModelError, explain, in_a_line, nearest
 from cnvzoo.files import expanded, update_text
 from cnvzoo.models.classifier import class_names
 from cnvzoo.models.registry import model_info
@@ -98,7 +98,7 @@ def write_card(folder: str | Path) -> bool:
     """Write the model card README.md of a checkpoint from its config; returns whether the card changed.
 
     Raises:
-        CheckpointError: the folder has no valid config.
+        CheckpointError: the folder has no valid config, or its model cannot be built.
         ModelError: no model has its arguments, or takes images of its size.
     """
     folder = expanded(folder)
@@ -109,7 +109,12 @@ def write_card(folder: str | Path) -> bool:
 
 
 def _card(config: CheckpointConfig) -> str:
-    info = model_info(**config.model | {"input_size": config.preprocessing["size"]})
+    try:
+        info = model_info(**config.model | {"input_size": config.preprocessing["size"]})
+    except CnvzooError:
+        raise
+    except Exception as error:  # the builder may be the user's own
+        raise CheckpointError(f"{config.name}: its model cannot be built: {in_a_line(error)}") from None
     return render_card(config, info.summary, info.parameters, info.macs)
 
 

@@ -31,7 +31,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from cnvzoo.checkpoints.format import CheckpointError
-from cnvzoo.errors import ModelError, explain
+from cnvzoo.errors import explain, in_a_line
 from cnvzoo.models.classifier import Classifier
 from cnvzoo.models.fake_quant import IntRange
 from cnvzoo.models.layers import without_initialization
@@ -102,8 +102,8 @@ def build_empty(arguments: Mapping[str, Any]) -> Classifier:
     """
     try:
         return _build(arguments)
-    except (TypeError, RuntimeError, ModelError) as error:
-        raise CheckpointError(f"its model cannot be built: {error}") from None
+    except Exception as error:  # the builder may be the user's own
+        raise CheckpointError(f"its model cannot be built: {in_a_line(error)}") from None
 
 
 def build_skeleton(arguments: Mapping[str, Any]) -> Classifier:
@@ -115,10 +115,10 @@ def build_skeleton(arguments: Mapping[str, Any]) -> Classifier:
     try:
         with torch.device("meta"):
             return _build(arguments)
-    except (TypeError, ModelError) as error:
-        raise CheckpointError(f"its model cannot be built: {error}") from None
     except RuntimeError:  # the builder reads values of tensors, which the meta device does not have
         return build_empty(arguments)
+    except Exception as error:
+        raise CheckpointError(f"its model cannot be built: {in_a_line(error)}") from None
 
 
 def _build(arguments: Mapping[str, Any]) -> Classifier:
