@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import (
@@ -26,7 +27,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from cnvzoo.errors import CnvzooError, explain
+from cnvzoo.errors import CnvzooError, ModelError, explain
 from cnvzoo_runtime.metadata import is_printable
 
 
@@ -52,6 +53,14 @@ def checked_name(name: str) -> str:
             f"{name!r} is not the name of a checkpoint or of one of its files: use letters, digits, _, - and ."
         )
     return name
+
+
+def checked_classes(classes: Iterable[str]) -> tuple[str, ...]:
+    """The names of classes that a caller gave. Raises ModelError for one text, a set, or what has no items."""
+    if isinstance(classes, (str, bytes, set, frozenset)) or not isinstance(classes, Iterable):
+        kind = "one text" if isinstance(classes, (str, bytes)) else type(classes).__name__
+        raise ModelError(f"classes={classes!r}: give a list of names, not {kind}")
+    return tuple(classes)
 
 
 Name = Annotated[str, AfterValidator(checked_name)]

@@ -29,6 +29,7 @@ from cnvzoo.checkpoints.format import (
     SeedResult,
     StoreError,
     Trial,
+    checked_classes,
     checked_name,
 )
 from cnvzoo.checkpoints.locations import folder_hint, is_path, open_store, printable, store_location
@@ -143,7 +144,7 @@ def write_model(
             f"{type(model).__name__} has no last layer, and a checkpoint needs one: give it one "
             "(model.reset_classifier) and train it"
         )
-    names = list(class_names(model, outputs) if classes is None else classes)
+    names = list(class_names(model, outputs) if classes is None else checked_classes(classes))
     if len(names) != outputs:
         raise ModelError(f"{len(names)} classes were given, and the model has {outputs}")
     content = _content(model)

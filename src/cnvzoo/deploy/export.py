@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cnvzoo.checkpoints.format import CheckpointConfig, IntegerResult
+from cnvzoo.checkpoints.format import CheckpointConfig, IntegerResult, checked_classes
 from cnvzoo.checkpoints.load import load_checkpoint
 from cnvzoo.checkpoints.test_set import load_test_set
 from cnvzoo.data.datasets import Dataset, load_dataset
@@ -170,9 +170,7 @@ def _describe(
             f"format {format!r} takes images as pixels / 255, and this model has mean {preprocessing.mean} and std "
             f"{preprocessing.std}: train it without normalisation (Preprocessing.for_dataset(..., normalize=False))"
         )
-    if isinstance(classes, str):
-        raise ModelError(f"classes={classes!r}: give a list of names, not one text")
-    names = class_names(model, outputs) if classes is None else tuple(classes)
+    names = class_names(model, outputs) if classes is None else checked_classes(classes)
     if (channels, outputs) != (preprocessing.in_chans, len(names)):
         source = dataset or "what was given"
         raise ModelError(
