@@ -363,15 +363,25 @@ def test_own_weights_have_no_licence_of_ours(tmp_path: Path) -> None:
         (lambda api, model: api.load_dataset(5), "^5: a dataset is given by its name"),
         (lambda api, model: api.evaluate(model, "mnist", preprocessing="mnist"), "^preprocessing='mnist': give"),
         (lambda api, model: api.save_checkpoint(model, "x", preprocessing="mnist"), "^preprocessing='mnist': give"),
-        (lambda api, model: api.save_checkpoint(model, "x", classes="abcdefghij"), "^classes='abcdefghij': give a list"),
+        (
+            lambda api, model: api.save_checkpoint(model, "x", classes="abcdefghij"),
+            "^classes='abcdefghij': give a list",
+        ),
         (lambda api, model: api.save_checkpoint(model, "x", classes=10), "^classes=10: give a list of names, not int$"),
         (lambda api, model: api.save_checkpoint(model, "x", classes={*"abcdefghij"}), "give a list of names, not set$"),
-        (lambda api, model: api.export(model, "x.onnx", format="onnx", classes=10), "^classes=10: give a list of names"),
+        (
+            lambda api, model: api.export(model, "x.onnx", format="onnx", classes=10),
+            "^classes=10: give a list of names",
+        ),
         (lambda api, model: api.transforms(5), "^5: transforms takes a model, a config, a"),
         (lambda api, model: api.publish([], None), "^None is not a store: give a directory, hf://ORG or a Store$"),
         (lambda api, model: api.predict("cnv.mnist", None), "^str is not a model: cnvzoo.create_model"),
         (lambda api, model: api.predict(model, "photo.png"), "^expected images, got str: open a file"),
         (lambda api, model: api.predict(model, b""), "^expected images, got bytes: open a file"),
+        (
+            lambda api, model: api.create_model("cnv.mnist", pretrained=""),
+            "^pretrained='': True, or the name of a dataset",
+        ),
         (lambda api, model: api.create_model("cnv."), "^unknown dataset ''"),
         (lambda api, model: api.create_model("cnv.mnist", pretrained=True, foo=1), "^cnv has no option 'foo'"),
         (

@@ -100,9 +100,9 @@ def create_model(
     wanted = parsed.bits | {key: value for key, value in given.items() if value is not None}
     if clash := [key for key, bits in parsed.bits.items() if wanted[key] != bits]:
         raise ModelError(f"{name} and {clash[0]}={wanted[clash[0]]}: leave {clash[0]} out, or the bits in the name")
-    if not isinstance(pretrained, (bool, str)):
+    if not isinstance(pretrained, (bool, str)) or pretrained == "":
         raise ModelError(f"pretrained={pretrained!r}: True, or the name of a dataset; load_checkpoint takes folders")
-    if not pretrained:
+    if pretrained is False:
         info = None if parsed.dataset is None else dataset_info(parsed.dataset)
         shapes = {"num_classes": info.num_classes, "in_chans": info.in_chans} if info else {}
         model = build_model(parsed.model, **(shapes | wanted))
