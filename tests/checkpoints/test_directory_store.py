@@ -217,6 +217,15 @@ def test_an_incomplete_or_invalid_checkpoint_is_not_published(
     assert not root.exists()
 
 
+def test_what_tools_leave_in_a_folder_is_not_published(directory: Store, root: Path, own_copy: Path) -> None:
+    for name in (".DS_Store", ".gitattributes"):
+        (own_copy / name).write_bytes(b"x")
+    for name in (".cache", ".git"):
+        (own_copy / name).mkdir()
+    directory.publish(own_copy, message="first")
+    assert {path.name for path in (root / own_copy.name).iterdir()} == set(FILES)
+
+
 def test_a_symbolic_link_is_not_published(directory: Store, root: Path, own_copy: Path, tmp_path: Path) -> None:
     shutil.move(own_copy / "README.md", tmp_path / "outside")
     (own_copy / "README.md").symlink_to(tmp_path / "outside")

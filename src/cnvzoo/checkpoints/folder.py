@@ -84,6 +84,7 @@ def read_limited(path: Path, limit: int, too_large: str) -> bytes:
 
 
 FILES = (WEIGHTS, CARD, CONFIG)  # in the order of writing: a folder without a config is not a checkpoint
+_OF_TOOLS = {".DS_Store", ".cache", ".git", ".gitattributes"}  # macOS, downloads and clones from the Hub leave these
 _OWN_CARD = b"\nlibrary_name: cnvzoo\n"  # in the metadata of every card
 
 
@@ -111,7 +112,8 @@ def checkpoint_folders(root: Path) -> dict[str, Path]:
 def checkpoint_files(folder: Path, *, needed: Sequence[str] = FILES) -> dict[str, bytes]:
     """The files of a whole checkpoint by name, after comparison with its config.
 
-    Temporary files of a process that is writing one of them, or was killed while it was, are skipped.
+    Temporary files of a process that is writing one of them, or was killed while it was, are skipped, and so is what
+    file managers and downloads from the Hub leave.
 
     Args:
         folder: the checkpoint's folder.
@@ -131,7 +133,7 @@ def checkpoint_files(folder: Path, *, needed: Sequence[str] = FILES) -> dict[str
     if missing := [file for file in needed if file not in present]:
         remedy = f"; write the card with cnvzoo.write_card({str(folder)!r})" if missing == [CARD] else ""
         raise StoreError(f"{folder}: {', '.join(missing)} missing; published are {', '.join(FILES)}{remedy}")
-    if extra := sorted(present.difference(FILES)):
+    if extra := sorted(present.difference(FILES, _OF_TOOLS)):
         raise StoreError(f"{folder}: {', '.join(extra)} does not belong to a checkpoint: move it elsewhere")
     files = {file: read_plain_file(folder / file) for file in FILES if file in present}
     config = read_config(folder, FileFacts.of(files[CONFIG]))
