@@ -169,6 +169,13 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     }
 
 
+def test_subpackages_are_imported_when_they_are_first_used() -> None:
+    assert "torch" not in modules_after("import cnvzoo; cnvzoo.deploy.load")
+    for name in cnvzoo._SUBPACKAGES:
+        assert name in dir(cnvzoo)
+        assert cnvzoo.__getattr__(name) is sys.modules[f"cnvzoo.{name}"]
+
+
 def test_torch_does_not_warn_of_a_missing_gpu_on_machines_with_a_cuda_folder(tmp_path: Path) -> None:
     code = "import cnvzoo; cnvzoo.create_model('quant_cnv', w_bits=4, a_bits=4)"
     environment = {**os.environ, "CUDA_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}

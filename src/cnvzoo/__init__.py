@@ -169,10 +169,13 @@ _MODULES = {  # with the public names that each defines
         "quantize",
     ),
 }
+_SUBPACKAGES = ("data", "deploy", "training")  # with public names of their own
 _DEFINED_IN = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return import_module(f"{__name__}.{name}")
     if name not in _DEFINED_IN:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_DEFINED_IN[name]}"), name)
@@ -181,4 +184,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_SUBPACKAGES})
