@@ -270,3 +270,8 @@ def test_json_is_ascii_whatever_the_encoding_of_the_output(capsys):
 def test_the_installed_command_calls_main():
     (command,) = entry_points(group="console_scripts", name="cnvzoo")
     assert command.load() is main
+
+
+def test_python_runs_the_package_as_the_command():
+    done = subprocess.run([sys.executable, "-m", "cnvzoo", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"cnvzoo {version('cnvzoo')}\n", "")
