@@ -12,7 +12,7 @@ import pytest
 from cnvzoo.checkpoints.index import list_checkpoints
 from cnvzoo.cli import main
 from cnvzoo.cli.options import LARGEST
-from cnvzoo.cli.output import print_json
+from cnvzoo.cli.output import Column, print_json, print_table
 from cnvzoo.data import Preprocessing
 from cnvzoo.errors import ModelError
 from cnvzoo.models import classifier
@@ -265,6 +265,11 @@ def test_json_is_ascii_whatever_the_encoding_of_the_output(capsys):
     out = capsys.readouterr().out
     assert out.isascii()
     assert json.loads(out) == {"label": "café \U0001f600"}
+
+
+def test_a_table_for_a_closed_output_is_printed_nowhere(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as after >&-
+    print_table([Column("model")], [["cnv"]])
 
 
 def test_the_installed_command_calls_main():

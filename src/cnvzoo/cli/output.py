@@ -48,7 +48,8 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[str]], *, hea
     for row in rows:
         table.add_row(*row)
     # not by the environment: FORCE_COLOR would make lines of a pipe as narrow as a terminal
-    console = Console(highlight=False, markup=False, emoji=False, force_terminal=sys.stdout.isatty())
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed
+    console = Console(highlight=False, markup=False, emoji=False, force_terminal=is_terminal)
     whole = console.measure(table, options=console.options.update(max_width=1 << 20))
     if console.is_terminal:
         table.collapse_padding = whole.maximum > console.width
