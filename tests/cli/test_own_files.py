@@ -59,6 +59,10 @@ def layers(inputs, outputs):
         assert result.status == 0, result.err
         assert RunRecord.read(tmp_path / "run" / "record.json").total == 10
 
+    def test_a_file_in_the_home_folder(self, cnvzoo, own, monkeypatch):
+        monkeypatch.setenv("HOME", str(own.parent))
+        assert cnvzoo("list", "own_*", "--import=~/own_models.py").status == 0
+
     def test_a_module_of_this_folder(self, cnvzoo, own, monkeypatch):
         monkeypatch.chdir(own.parent)
         assert "own_net" in cnvzoo("list", "own_*", "--import", "own_models").out

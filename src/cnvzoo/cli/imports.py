@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from cnvzoo.errors import CnvzooError
+from cnvzoo.files import expanded
 
 _MARK = "__imported_by_cnvzoo__"  # a global variable of the modules whose errors are shown in one line
 
@@ -33,7 +34,7 @@ def import_all(context: typer.Context, sources: Sequence[str] | None) -> Sequenc
     for source in () if context.resilient_parsing else sources or ():
         is_file = source.endswith(".py") or any(s in source for s in (os.sep, os.altsep) if s)
         if is_file:
-            _import_file(Path(source))
+            _import_file(expanded(source))
         else:
             _import_module(source)
     return sources
