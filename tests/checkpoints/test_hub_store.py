@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from fake_http import READ_TOKEN
 from fake_hub import FakeHub
 from fake_repos import Blob, Commit
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, close_session, constants
 
 from cnvzoo.checkpoints.format import FileFacts, StoreError
 from cnvzoo.checkpoints.huggingface import HubStore
@@ -296,6 +297,34 @@ def test_a_full_disk_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(StoreError, match=r"a local file cannot be written: No space left on device. Free some space"):
         RetryPolicy().call("GET x", fail)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "names"),
+    [
+        ("HF_TOKEN", "hf_\xe4bc", "UnicodeEncodeError"),
+        ("HF_ENDPOINT", "huggingface.co", "UnsupportedProtocol"),
+        ("SSL_CERT_FILE", "/nonexistent.pem", "FileNotFoundError"),
+        ("ALL_PROXY", "socks5://127.0.0.1:9", "ImportError"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_not_taken_for_the_network(
+    hub: FakeHub, tmp_path: Path, facts: dict[str, FileFacts], monkeypatch: pytest.MonkeyPatch,
+    variable: str, value: str, names: str,
+) -> None:  # fmt: skip
+    if variable == "ALL_PROXY" and find_spec("socksio"):
+        pytest.skip("socksio is installed")
+    monkeypatch.setattr("cnvzoo.checkpoints.retry.time.sleep", lambda _: pytest.fail("waited"))
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv(variable, value)
+    close_session()  # the client reads these variables when it is made
+    says = rf"failed: no request can be made \({names}: .*\)\. Check HF_TOKEN, HF_ENDPOINT, SSL_CERT_FILE and the proxy"
+    try:
+        with pytest.raises(StoreError, match=says) as caught:
+            HubStore("zoo", cache_dir=tmp_path).fetch("resnet20.mnist", facts)
+    finally:
+        close_session()
+    assert "\xe4bc" not in str(caught.value)
 
 
 def test_the_fake_hub_answers_other_requests_of_the_client(hub: FakeHub, store: HubStore, checkpoint: Path) -> None:

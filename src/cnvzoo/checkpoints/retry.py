@@ -23,6 +23,7 @@ T = TypeVar("T")
 _LONGEST_QUOTE = 300  # characters
 _LONGEST_REDACTED = 4000  # characters; the time of redacting may grow with their square
 _DISK_PROBLEMS = frozenset((errno.EROFS, errno.ENOSPC, errno.EDQUOT))
+_SETTINGS = "Check HF_TOKEN, HF_ENDPOINT, SSL_CERT_FILE and the proxy variables"
 _OTHER_STORE = "choose a directory with hub= or CNVZOO_HUB"
 
 # User and password in a URL. A password may have an unescaped @ or /; host:port/path@x is not one. The length of the
@@ -118,12 +119,23 @@ def _failure(error: Exception) -> _Failure:
             place = f" ({cause.filename})" if cause.filename else ""
             remedy = "Free some space or allow writing there, or choose another folder with HF_HUB_CACHE"
             return _Failure(f"a local file cannot be written: {cause.strerror}{place}", remedy)
+        if _is_of_settings(cause):
+            return _Failure(f"no request can be made ({type(cause).__name__}: {_quoted(cause)})", _SETTINGS)
     *_, origin = _causes(error)
     reason = f"no response, or an incomplete one ({type(origin).__name__}: {_quoted(origin)})"
     remedy = f"Check the network and its proxy, then try again, or {_OTHER_STORE}"
     if "/xet-" in reason:
         remedy = "If the server has no Xet storage, set HF_HUB_DISABLE_XET=1"
     return _Failure(reason, remedy, may_pass=True)
+
+
+def _is_of_settings(error: BaseException) -> bool:
+    """Whether a request failed before it was sent: for the token, an address, a certificate or a proxy."""
+    if isinstance(error, UnicodeError):
+        return not isinstance(error, UnicodeDecodeError)  # of a response
+    if type(error) is FileNotFoundError:  # huggingface_hub derives from it the error for no network
+        return error.filename is None
+    return isinstance(error, ImportError) or type(error).__name__ in ("UnsupportedProtocol", "InvalidURL")  # of httpx
 
 
 def _http_failure(error: HfHubHTTPError) -> _Failure:
