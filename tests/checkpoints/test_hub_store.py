@@ -145,6 +145,19 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(
     assert hub.requests["get"] + hub.requests["storage_get"] == 1
 
 
+def test_a_folder_in_the_place_of_a_cached_file_is_named(
+    store: HubStore, checkpoint: Path, facts: dict[str, FileFacts]
+) -> None:
+    store.publish(checkpoint, message="first")
+    path = store.fetch("resnet20.mnist", facts) / "config.json"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(
+        StoreError, match=r"config\.json: cannot be replaced \(.*\): delete it, or choose another cache"
+    ):
+        store.fetch("resnet20.mnist", facts)
+
+
 def test_another_version_on_the_hub_is_refused_before_the_download(
     hub: FakeHub, store: HubStore, checkpoint: Path, other: Path, facts: dict[str, FileFacts]
 ) -> None:

@@ -130,7 +130,13 @@ class HubStore:
         for force in (False, True):
             for file in wrong:
                 if force and not (folder / file).is_symlink():  # huggingface_hub replaces only what links lead to
-                    (folder / file).unlink(missing_ok=True)
+                    try:
+                        (folder / file).unlink(missing_ok=True)
+                    except OSError as error:  # a folder is in its place, or it may not be changed
+                        raise StoreError(
+                            f"{folder / file}: cannot be replaced ({error.strerror}): delete it, or choose another "
+                            "cache with HF_HUB_CACHE"
+                        ) from None
                 download = partial(
                     self._api.hf_hub_download, repo, file, revision=snapshot.commit, cache_dir=self.cache_dir,
                     etag_timeout=self._retry.timeout, force_download=force,
