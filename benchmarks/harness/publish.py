@@ -181,7 +181,7 @@ def render_index(hub: Path, before: Mapping[str, PublishedCheckpoint] | None = N
     checkpoints, problems = {}, []
     for name, folder in folders.items():
         try:
-            checkpoints[name] = _published(folder)
+            checkpoints[name] = _described(folder)
         except CnvzooError as error:
             if name in before:
                 checkpoints[name] = before[name]
@@ -213,7 +213,7 @@ def update_index(path: Path, hub: Path) -> list[str]:
     return problems
 
 
-def _published(folder: Path) -> PublishedCheckpoint:
+def _described(folder: Path) -> PublishedCheckpoint:
     files = checkpoint_files(folder, needed=(WEIGHTS, CONFIG))
     facts = {name: FileFacts.of(content) for name, content in sorted(files.items())}
     config = read_config(folder, facts[CONFIG])

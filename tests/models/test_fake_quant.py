@@ -233,6 +233,7 @@ def test_loops_serve_all_ranges_of_integers_whichever_came_first(first: IntRange
         levels = torch.round(x / 0.5)
         inside = (levels >= ints.low) & (levels <= ints.high)
         assert torch.equal(out, levels.clamp(ints.low, ints.high) * 0.5), ints
+        assert value.grad is not None
         assert torch.equal(value.grad, torch.where(inside, upstream, 0.0)), ints
     assert len(set(seen)) == 1
 

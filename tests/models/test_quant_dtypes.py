@@ -110,7 +110,8 @@ def test_torch_func_gives_the_gradients_of_autograd(plain: None, name: str) -> N
 @pytest.mark.parametrize("name", ["mobilenet_v1", "quant_mobilenet_v1"])
 def test_float64_is_left_alone_under_autocast(plain: None, name: str) -> None:
     """As autocast itself leaves it."""
-    model = cnvzoo.create_model(name, **({"w_bits": 4, "a_bits": 4} if "quant" in name else {})).double()
+    bits = 4 if name.startswith("quant_") else None
+    model = cnvzoo.create_model(name, w_bits=bits, a_bits=bits).double()
     images = torch.rand(4, 3, 32, 32, dtype=torch.float64)
     found = []
     for enabled in (False, True):
