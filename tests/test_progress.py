@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import re
+import sys
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -125,6 +129,47 @@ def test_a_thread_gets_plain_lines_on_a_terminal_too(
     assert [line.split(",")[1] for line in lines if "loss" in line] == [
         f" seed 2: epoch {epoch}/3" for epoch in (1, 2, 3)
     ]
+
+
+class Unwritable(io.StringIO):
+    """Standard error on a full disk, or whose reader has ended."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+    def write(self, text: str) -> int:
+        if self.code:
+            raise OSError(self.code, os.strerror(self.code))
+        return super().write(text)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EPIPE])
+def test_what_cannot_be_written_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], code: int, terminal: bool
+) -> None:
+    if terminal:
+        for name, value in {"FORCE_COLOR": "1", "TERM": "xterm"}.items():
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", Unwritable(code))
+    show(monkeypatch, compiles=True)
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    for _ in counted(range(6), "evaluating"):
+        now += 60
+    print("the results")  # rich would send them to the null device
+    assert capfd.readouterr() == ("the results\n", "")
+
+
+def test_a_disk_that_is_full_for_a_while_costs_only_the_lines_of_that_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = Unwritable(errno.ENOSPC)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    console = progress.progress_console()
+    console.print("lost")
+    stderr.code = 0
+    console.print("written")
+    assert stderr.getvalue() == "written\n"
 
 
 @pytest.mark.parametrize("quiet", [True, False])

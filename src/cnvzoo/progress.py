@@ -1,6 +1,7 @@
 """Progress on stderr: a bar with the time left on a terminal, plain lines elsewhere.
 
-Threads other than the main one print plain lines on a terminal too, as they may share it with others.
+Threads other than the main one print plain lines on a terminal too, as they may share it with others. What cannot be
+shown, because stderr is on a full disk or nothing reads it any more, is left out: that is no reason to end a run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +51,7 @@ class TrainingProgress:
 
     def __init__(self, name: str, trainer: TrainingStatus, quiet: bool = False, compiles: bool = False) -> None:
         self._name = name
-        self._console = _console(quiet)
+        self._console = progress_console(quiet)
         self._epochs = trainer.total_steps // trainer.steps_per_epoch
         self._first_step, self._first_work = trainer.step, trainer.work(trainer.step)
         self._started = self._printed = time.monotonic()
@@ -117,7 +118,7 @@ def counted(items: Sequence[T], name: str, *, quiet: bool = False) -> Iterator[T
 @contextmanager
 def counting(total: int, name: str, *, quiet: bool = False) -> Iterator[Callable[[], None]]:
     """A context that gives a function to call after each of `total` pieces of work, and shows them as `counted`."""
-    console = _console(quiet)
+    console = progress_console(quiet)
     started = printed = time.monotonic()
     done = 0
     with _bar(console) as bar:
@@ -136,14 +137,27 @@ def counting(total: int, name: str, *, quiet: bool = False) -> Iterator[Callable
         yield one_more
 
 
-def _console(quiet: bool) -> Console:
+def progress_console(quiet: bool = False) -> Console:
+    """A console on stderr that leaves out what cannot be written; nothing is shown with `quiet`."""
     if "rich.style" not in sys.modules:  # its import draws from Python's global random generator
         before = random.getstate()
         importlib.import_module("rich.style")
         random.setstate(before)
     from rich.console import Console
 
-    return Console(stderr=True, quiet=quiet, highlight=False)
+    class ProgressConsole(Console):
+        def __exit__(self, *error: Any) -> None:
+            """Write what was printed."""
+            try:
+                super().__exit__(*error)
+            except OSError:
+                del self._buffer[:]  # else it would be written again with the next line
+
+        def on_broken_pipe(self) -> None:
+            """Instead of the end of the process."""
+            self.quiet = True
+
+    return ProgressConsole(stderr=True, quiet=quiet, highlight=False)
 
 
 def _bar(console: Console, status: str | None = None) -> Progress:
