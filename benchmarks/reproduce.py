@@ -40,7 +40,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -65,6 +64,7 @@ from cnvzoo.checkpoints.store import DirectoryStore
 from cnvzoo.checkpoints.verify import Verification, verify
 from cnvzoo.deploy.export import measure_integer
 from cnvzoo.errors import CnvzooError, in_a_line
+from cnvzoo.progress import progress_console
 from cnvzoo.training import PUBLISHED_SEED, RecipeError, RunRecord, resolve_device, run_recipe
 
 _HOME = Path(__file__).resolve().parent
@@ -300,9 +300,8 @@ def _progress(run: Run, outcome: Outcome) -> str:
 
 
 def _say(text: str) -> None:
-    """Print a line on stderr, which may be a file on a full disk: that is no reason to end a run."""
-    with suppress(OSError):
-        Console(stderr=True).print(text, soft_wrap=True, highlight=False, markup=False)
+    """Print a line on stderr; one that cannot be written, on a full disk or a closed pipe, does not end a run."""
+    progress_console().print(text, soft_wrap=True, markup=False)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -61,6 +61,7 @@ from cnvzoo.checkpoints.locations import find_checkpoint
 from cnvzoo.data import Dataset, load_dataset
 from cnvzoo.errors import CnvzooError, in_a_line
 from cnvzoo.files import sha256_of
+from cnvzoo.progress import progress_console
 
 FLOAT = "cnv.cifar10"
 _BITS = (8, 4, 2)
@@ -129,7 +130,7 @@ def measure(
     """
     if max(batches) > len(data.test_images):
         raise CnvzooError(f"--batches {max(batches)}: there are {len(data.test_images):,} test images: give fewer")
-    progress = Console(stderr=True, highlight=False)
+    progress = progress_console()
     images = np.ascontiguousarray(data.test_images.permute(0, 3, 1, 2).numpy())
     measured_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory() as folder:

@@ -39,6 +39,7 @@ import cnvzoo
 from cnvzoo.data import Dataset, load_dataset
 from cnvzoo.errors import CnvzooError
 from cnvzoo.models import model_spec
+from cnvzoo.progress import progress_console
 from cnvzoo.training import Recipe, load_recipe, resolve_device
 
 MODELS = ("resnet20", "resnet56", "cnv", "quant_cnv_w8a8", "quant_cnv_w4a4", "quant_cnv_w2a2", "mobilenet_v1")
@@ -105,7 +106,7 @@ def measure(
     Raises:
         CnvzooError: a process ended with an error.
     """
-    progress = Console(stderr=True, highlight=False)
+    progress = progress_console()
     figures, peaks, began = {}, [], time.monotonic()
     for number, name in enumerate(models):
         published = recipe_of(name)

@@ -167,13 +167,14 @@ def test_the_folder_of_runs_may_start_with_a_tilde(bench, tmp_path, capsys, monk
     assert capsys.readouterr().err == f"reproduce.py: error: {says}\n"
 
 
-def test_a_run_finishes_when_its_log_cannot_be_written(bench, monkeypatch):
-    class Full(io.StringIO):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EPIPE])
+def test_a_run_finishes_when_its_log_cannot_be_written(bench, monkeypatch, code):
+    class Unwritable(io.StringIO):
         def write(self, text: str) -> int:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(code, os.strerror(code))
 
     bench.recipe(NAME)
-    monkeypatch.setattr(sys, "stderr", Full())
+    monkeypatch.setattr(sys, "stderr", Unwritable())
     assert bench.run("--table", "mnist", "--seeds", "0") == 0
     assert bench.result(NAME).exists()
 
