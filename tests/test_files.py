@@ -111,6 +111,16 @@ def test_new_files_have_the_usual_mode(tmp_path: Path) -> None:
     assert len(modes) == 1
 
 
+@pytest.mark.skipif(os.name != "posix", reason="flags of open files are read as on POSIX")
+def test_the_file_that_is_synced_is_open_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows refuses to sync another."""
+    fcntl = pytest.importorskip("fcntl")
+    modes: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE))
+    write_text(tmp_path / "written", "")
+    assert modes == [os.O_RDWR]
+
+
 def test_sha256_of_a_file_of_several_blocks(tmp_path: Path) -> None:
     content = bytes(range(256)) * 10_000
     (tmp_path / "file").write_bytes(content)

@@ -128,7 +128,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         with writing(path, temporary):
             yield temporary
-            with temporary.open("rb") as file:
+            with temporary.open("r+b") as file:  # Windows syncs only what is open for writing
                 os.fsync(file.fileno())
             temporary.chmod(0o666 & ~_umask())
             os.replace(temporary, path)
@@ -193,7 +193,7 @@ def is_temporary_of(name: str, target: str) -> bool:
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` (UTF-8) to `path` atomically. Raises FileError if it cannot be written."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text.encode())  # the same bytes on all systems
 
 
 def update_text(path: str | Path, text: str) -> bool:
