@@ -111,6 +111,18 @@ def test_new_files_have_the_usual_mode(tmp_path: Path) -> None:
     assert len(modes) == 1
 
 
+@pytest.mark.skipif(os.name != "posix", reason="file modes are those of POSIX")
+@pytest.mark.parametrize("mode", [0o600, 0o664, 0o444])
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path, mode: int) -> None:
+    path, link = tmp_path / "written", tmp_path / "link"
+    path.touch()
+    path.chmod(mode)
+    link.symlink_to(path)
+    for target in (path, link):
+        write_text(target, "new")
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
 @pytest.mark.skipif(os.name != "posix", reason="flags of open files are read as on POSIX")
 def test_the_file_that_is_synced_is_open_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows refuses to sync another."""

@@ -104,8 +104,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Missing parent folders are made. Temporary files of `path` that were not changed for a day are deleted, since their
     writers were killed; younger ones may belong to a running process.
 
-    A symbolic link stays: the file that it leads to is replaced. A device or a pipe stays too: the bytes are written
-    into it.
+    A file that is replaced keeps its permissions. A symbolic link stays: the file that it leads to is replaced. A
+    device or a pipe stays too: the bytes are written into it.
 
     Raises:
         FileError: `path` cannot be written.
@@ -130,7 +130,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("r+b") as file:  # Windows syncs only what is open for writing
                 os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
+            temporary.chmod(_mode(path))
             os.replace(temporary, path)
     finally:
         with suppress(OSError):  # renamed already, or the file system became read-only, which was raised
@@ -244,6 +244,14 @@ def _code(error: OSError | SafetensorError) -> int | None:
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None
+
+
+def _mode(path: Path) -> int:
+    """The permissions of the file that is replaced; of a new one, those that the umask leaves."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except FileNotFoundError:
+        return 0o666 & ~_umask()
 
 
 def _umask() -> int:
