@@ -110,6 +110,30 @@ def test_the_command_prints_file_names_that_are_not_utf8(exported, tmp_path, cap
     assert capsys.readouterr().out.startswith(f"{tmp_path}/\\udcff.png: ")
 
 
+@pytest.mark.parametrize("bad", ["black.png", "none.png"])
+def test_the_command_prints_the_json_of_the_images_before_a_bad_one(exported, tmp_path, capsys, bad):
+    good, clear = tmp_path / "good.png", Image.new("RGBA", (8, 8))
+    Image.new("RGB", (8, 8)).save(good)
+    clear.putpixel((0, 0), (0, 0, 0, 255))  # black on nothing, which is refused
+    clear.save(tmp_path / "black.png")
+    assert main(["predict", str(exported), str(good), str(tmp_path / bad), "--json"]) == 1
+    printed = capsys.readouterr()
+    assert [row["image"] for row in json.loads(printed.out)] == [str(good)]
+    assert printed.err.startswith(f"error: {tmp_path / bad}: ")
+
+
+@pytest.mark.parametrize("name", ["info", "predict"])
+def test_the_command_is_silent_when_nothing_reads_its_output(exported, tmp_path, name):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    arguments = [name, str(exported), *([str(tmp_path / "x.png")] if name == "predict" else [])]
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", "import sys; from cnvzoo_runtime.cli import main; sys.exit(main())", *arguments]
+    with open(writer, "wb") as stdout:
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_predict_takes_whole_numbers_of_classes_only(exported):
     model, images = cnvzoo.deploy.load(exported, threads=1), [np.zeros((32, 32, 3), np.uint8)]
     assert model.predict(images, top=cast("int", np.int64(2))) == model.predict(images, top=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,12 +17,18 @@ from cnvzoo_runtime.errors import CnvzooError, in_a_line, show_every_character
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with `arguments` (default: those of the process); returns the exit status.
 
-    Errors of this package and of the operating system are printed in one line, and the status is 1.
+    Errors of this package and of the operating system are printed in one line, and the status is 1. A pipe that nothing
+    reads any more, as after `| head`, ends the command in silence, with status 1 too.
     """
     show_every_character()
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes the rest at its end, and would print the error that this gives
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (CnvzooError, OSError) as error:
         print(f"error: {in_a_line(error)}", file=sys.stderr)
         return 1
@@ -54,18 +61,20 @@ def _count(text: str) -> int:
 def _predict(options: argparse.Namespace) -> None:
     model = cnvzoo_runtime.load(options.file)
     rows = []
-    for path in options.images:
-        image = cnvzoo_runtime.read_image(path)
-        try:
-            predictions = model.predict(image, options.top)
-        except cnvzoo_runtime.ImageError as error:
-            raise CnvzooError(f"{path}: {error}") from None
-        if options.json:
-            rows.append({"image": str(path), "predictions": [asdict(p) for p in predictions]})
-        else:
-            print(f"{path}: " + ", ".join(f"{p.label} {p.probability:.1%}" for p in predictions), flush=True)
-    if options.json:
-        print(json.dumps(rows, indent=1))
+    try:
+        for path in options.images:
+            image = cnvzoo_runtime.read_image(path)
+            try:
+                predictions = model.predict(image, options.top)
+            except cnvzoo_runtime.ImageError as error:
+                raise CnvzooError(f"{path}: {error}") from None
+            if options.json:
+                rows.append({"image": str(path), "predictions": [asdict(p) for p in predictions]})
+            else:
+                print(f"{path}: " + ", ".join(f"{p.label} {p.probability:.1%}" for p in predictions), flush=True)
+    finally:
+        if options.json:  # those before an image that cannot be classified, too
+            print(json.dumps(rows, indent=1))
 
 
 def _info(options: argparse.Namespace) -> None:
