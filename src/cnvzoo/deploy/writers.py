@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
+import logging
 import tempfile
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,9 @@ QONNX_DOMAIN, QONNX_VERSION = "qonnx.custom_op.general", 1  # Quant and BipolarQ
 QONNX_INPUT, QONNX_OUTPUT = "global_in", "global_out"  # names that FINN expects
 
 FLOAT_OPSET = 18
+
+# What is printed is silenced for the whole process: two threads at once could leave it so.
+_silence = threading.Lock()
 
 
 @torch.no_grad()
@@ -140,6 +147,19 @@ def _declare_opsets(model: onnx.ModelProto) -> None:
     model.opset_import.extend([helper.make_opsetid("", QONNX_OPSET), helper.make_opsetid(QONNX_DOMAIN, QONNX_VERSION)])
 
 
+@contextmanager
+def _silent_exporter() -> Iterator[None]:
+    """A context in which PyTorch prints no deprecations and, when it fails, no code of the model's graph."""
+    with _silence, warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        level = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
 @torch.no_grad()
 def plain_graph(model: nn.Module, in_chans: int, size: int) -> onnx.ModelProto:
     """A float model as plain ONNX: float32, any batch size, for any runtime.
@@ -148,7 +168,7 @@ def plain_graph(model: nn.Module, in_chans: int, size: int) -> onnx.ModelProto:
         A model from normalised images `image` [N, in_chans, size, size] to `logits` [N, num_classes].
 
     Raises:
-        DeployError: a quantized model.
+        DeployError: a quantized model, or one that PyTorch cannot express in ONNX.
     """
     if any(hasattr(layer, "weight_quant") for layer in model.modules()):
         raise DeployError(
@@ -156,12 +176,21 @@ def plain_graph(model: nn.Module, in_chans: int, size: int) -> onnx.ModelProto:
         )
     device = next(model.parameters()).device
     batch = torch.zeros(2, in_chans, size, size, device=device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside the exporter
-        program = torch.onnx.export(
-            model, (batch,), input_names=["image"], output_names=["logits"], opset_version=FLOAT_OPSET, dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("N")},), verbose=False,
-        )  # fmt: skip
+    try:
+        with _silent_exporter():
+            program = torch.onnx.export(
+                model, (batch,), input_names=["image"], output_names=["logits"], opset_version=FLOAT_OPSET, dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("N")},), verbose=False,
+            )  # fmt: skip
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause: BaseException = error  # the first one says what is wrong, and the others what the exporter was doing
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        why = str(cause).strip().partition("\n")[0] or type(cause).__name__
+        raise DeployError(
+            f"PyTorch cannot export {type(model).__name__} to ONNX: {why}: change its forward, such as branches that "
+            "depend on values"
+        ) from cause
     assert program is not None
     model_proto = program.model_proto
     # the exporter's stack traces name files of this machine
