@@ -124,6 +124,15 @@ def test_damaged_exif_data_is_ignored() -> None:
     assert np.array_equal(prepare(image, 3, 32, 32), expected)
 
 
+def test_an_image_may_be_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    noise(32, 32).save(tmp_path / "x.png")
+    for path in ("~/x.png", Path("~/x.png")):
+        assert read_image(path).size == (32, 32)
+    with pytest.raises(ImageError, match=r"^~no-such-user/x\.png: cannot be read as an image: Could not"):
+        read_image("~no-such-user/x.png")
+
+
 DAMAGED = {  # Pillow's errors for these are not of the usual classes, at opening and at loading
     "a.dds": b"DDS " + struct.pack("<I", 124) + bytes(120),
     "a.blp": b"BLP2" + struct.pack("<iBBBBII", 1, 7, 0, 0, 0, 8, 8) + bytes(2000),

@@ -73,13 +73,14 @@ def prepare(image: Any, in_chans: int, image_size: int, size: int) -> Pixels:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read an image file, with its pixels, of any format that Pillow reads.
+    """Read an image file, with its pixels, of any format that Pillow reads; a leading `~` is the home folder.
 
     Raises:
-        ImageError: the file is missing, damaged or not an image; the message names it.
+        ImageError: the file is missing, damaged or not an image, or the home folder of a user is not known; the message
+            names the file.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(Path(path).expanduser()) as image:
             image.load()
             return image
     except Exception as error:  # of many classes, one for each format, some without a message
