@@ -19,7 +19,7 @@ import cnvzoo.deploy
 from cnvzoo.deploy import DeployError
 from cnvzoo.deploy.integer_onnx import integer_graph
 from cnvzoo.deploy.lowering import integer_net
-from cnvzoo.deploy.packing import pack
+from cnvzoo.deploy.packing import pack_by_table
 from cnvzoo.deploy.reference import run_reference
 from cnvzoo.deploy.requantize import StepFunctions, _exact_steps, _search, requantize
 from cnvzoo.models.quant import quantizer_of
@@ -197,7 +197,7 @@ def test_channels_whose_level_hardly_depends_on_the_input(gain, low, high):
 @pytest.mark.parametrize(("values", "per_byte"), [([-1, 1], 8), ([-1, 0, 1], 5), (range(-7, 8), 2)])
 def test_unpacked_weights_are_those_that_were_packed(values, per_byte):
     weight = np.random.default_rng(0).choice(np.array(values, np.int8), (7, 3, 3, 3))
-    packed = pack(weight)
+    packed = pack_by_table(weight)
     assert packed is not None
     content, table = packed
     assert content.size == -(-weight.size // per_byte)
@@ -226,7 +226,7 @@ def test_onnxruntime_unpacks_weights_when_it_loads_a_file(make_net, tmp_path, w_
 
 
 def test_eight_bit_weights_are_not_packed():
-    assert pack(np.arange(-127, 128, dtype=np.int8)) is None
+    assert pack_by_table(np.arange(-127, 128, dtype=np.int8)) is None
 
 
 @pytest.mark.parametrize(

@@ -67,24 +67,24 @@ def fixed_point(chosen: Requantization, low_acc: Ints, high_acc: Ints) -> FixedP
         chosen: the requantization of the integer graph.
         low_acc, high_acc: [channels], the smallest and largest accumulators of weights without the gain.
     """
-    steps = chosen.steps(low_acc, high_acc)
+    wanted = chosen.thresholds(low_acc, high_acc)
     # a larger slope would not fit the int32 of the multiplier; `changes` corrects what the limit moves
     slope = np.clip(chosen.multiplier.astype(np.float64), _LEAST_SLOPE, 2.0 ** (_MULTIPLIER_BITS - 1) / chosen.gain)
     shift = np.clip(_MULTIPLIER_BITS - 1 - np.floor(np.log2(slope * chosen.gain)), 1, _MOST_SHIFT).astype(np.int64)
     multiplier = np.rint(np.ldexp(slope * chosen.gain, shift)).astype(np.int64)
-    least, most = _offsets(steps, low_acc, high_acc, shift, multiplier)
+    least, most = _offsets(wanted, low_acc, high_acc, shift, multiplier)
     plain = np.rint(np.ldexp(chosen.bias * slope + 0.5 - chosen.low, shift))
     offset = np.clip(plain, -float(_INFINITE), float(_INFINITE)).astype(np.int64)
     offset = np.where(least <= most, least + (most - least) // 2, offset)
     # channels with one level for all accumulators, whatever their weights
-    always = (steps <= low_acc[:, None]).sum(1)
-    same = always == (steps <= high_acc[:, None]).sum(1)
+    always = (wanted <= low_acc[:, None]).sum(1)
+    same = always == (wanted <= high_acc[:, None]).sum(1)
     multiplier[same], shift[same], offset[same] = 0, 1, 2 * always[same] + 1
-    ends = np.where(np.arange(steps.shape[1]) < always[:, None], -_LARGEST_INT32 - 1, _LARGEST_INT32)
-    thresholds = np.where(same[:, None], ends, np.minimum(steps, _LARGEST_INT32))
-    found = _steps(multiplier, offset, shift, low_acc, high_acc, steps.shape[1])
-    channel, level = np.nonzero((found != steps) & ~same[:, None])
-    changes = np.stack([channel, steps[channel, level], found[channel, level]], 1)
+    ends = np.where(np.arange(wanted.shape[1]) < always[:, None], -_LARGEST_INT32 - 1, _LARGEST_INT32)
+    thresholds = np.where(same[:, None], ends, np.minimum(wanted, _LARGEST_INT32))
+    found = _steps(multiplier, offset, shift, low_acc, high_acc, wanted.shape[1])
+    channel, level = np.nonzero((found != wanted) & ~same[:, None])
+    changes = np.stack([channel, wanted[channel, level], found[channel, level]], 1)
     return FixedPoint(thresholds, multiplier, offset, shift, changes)
 
 

@@ -29,7 +29,7 @@ from cnvzoo.deploy.requantize import Requantization
 
 @dataclass(frozen=True)
 class Node:
-    """A step of an integer net.
+    """One operation of an integer net.
 
     Attributes:
         name: name in the net; that of a layer is its name in the model, such as `features.0`.

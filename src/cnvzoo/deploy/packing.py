@@ -100,7 +100,7 @@ class GraphBuilder:
         added = {}
         for names in groups.values():
             values = np.concatenate([weights[name].reshape(-1) for name in names])
-            packed = pack(values)
+            packed = pack_by_table(values)
             if len(names) == 1 or packed is None:
                 added.update({name: self.add_weight(name, weights[name]) for name in names})
                 continue
@@ -127,7 +127,7 @@ class GraphBuilder:
         return dict(zip(sizes, parts, strict=True))
 
     def _add_packed(self, name: str, weight: NDArray[np.int8]) -> str:
-        packed = pack(weight)
+        packed = pack_by_table(weight)
         if packed is None:
             return self.add_constant(f"{name}.weight", weight, shared=False)
         content, table = packed
@@ -152,8 +152,8 @@ def _position(used: NDArray[np.bool_]) -> NDArray[np.int32]:
 
 
 def _packed_size(weight: NDArray[np.int8]) -> int:
-    """Bytes of a weight in the file: of what `pack` returns, or of the weight itself."""
-    packed = pack(weight)
+    """Bytes of a weight in the file: of what `pack_by_table` returns, or of the weight itself."""
+    packed = pack_by_table(weight)
     return weight.nbytes if packed is None else sum(part.nbytes for part in packed)
 
 
@@ -162,7 +162,7 @@ def _per_byte(values: NDArray[np.int8]) -> int:
     return max((n for n in range(1, 9) if len(values) ** n <= 256), default=1)
 
 
-def pack(weight: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[np.int8]] | None:
+def pack_by_table(weight: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[np.int8]] | None:
     """Several weights in each byte: 8 of two values, 5 of three (2 bits), 3 of up to six, 2 of up to 16 (4 bits).
 
     A byte is the index of a row of a table that holds the weights as int8. So one Gather unpacks them, whose inputs are

@@ -94,7 +94,7 @@ class Requantization:
         product = (acc + self.bias).astype(np.int32).astype(np.float32) * self.multiplier
         return np.clip(np.rint(product), self.low, self.high).astype(np.int16)
 
-    def steps(self, low_acc: Ints, high_acc: Ints) -> Ints:
+    def thresholds(self, low_acc: Ints, high_acc: Ints) -> Ints:
         """The smallest accumulators of weights without the gain whose level is k or more, for k from low + 1 to high.
 
         Args:
