@@ -64,7 +64,7 @@ from cnvzoo.checkpoints.store import DirectoryStore
 from cnvzoo.checkpoints.verify import Verification, verify
 from cnvzoo.deploy.export import measure_integer
 from cnvzoo.errors import CnvzooError, in_a_line
-from cnvzoo.progress import progress_console
+from cnvzoo.progress import print_line
 from cnvzoo.training import PUBLISHED_SEED, RecipeError, RunRecord, resolve_device, run_recipe
 
 _HOME = Path(__file__).resolve().parent
@@ -126,10 +126,10 @@ def _reproduce(
     device = None if on_ray else _device(arguments.device)
     deadline = None if arguments.time_limit is None else time.monotonic() + arguments.time_limit
     verify = partial(verify, device="auto" if on_ray else arguments.device)
-    outputs = Outputs(list(selected), records, references, verify, _say)
+    outputs = Outputs(list(selected), records, references, verify, print_line)
     outputs.collect_records(seeds)
     for problem in records.problems():
-        _say(f"in no table: {problem}")
+        print_line(f"in no table: {problem}")
 
     runs = make_plan(selected, seeds, records=records, epochs=arguments.epochs, retrain=arguments.retrain)
     outputs.add_entries(run.entry for run in runs if run.record_path is not None)
@@ -151,14 +151,14 @@ def _reproduce(
         _print_tables(arguments, selected, seeds, outputs)
     except (CnvzooError, OSError) as error:  # no reason to leave out what follows
         outputs.out_of_date.add("the printed tables")
-        _say(f"the tables are not printed: {in_a_line(error)}")
+        print_line(f"the tables are not printed: {in_a_line(error)}")
     if publish_to is not None:
         published = _publish(selected, arguments, outputs, verified)
     if outputs.out_of_date:
-        _say(f"not written, see above: {', '.join(sorted(outputs.out_of_date))}")
+        print_line(f"not written, see above: {', '.join(sorted(outputs.out_of_date))}")
     status = _conclude(outcome, verified, arguments.retrain)
     if status == 0 and arguments.epochs is None and (missing := _without_record(selected, seeds, records)):
-        _say(f"without a valid record, see above: {', '.join(missing)}")
+        print_line(f"without a valid record, see above: {', '.join(missing)}")
         return 1
     incomplete = outcome.failed or outputs.out_of_date or not published
     return 1 if incomplete and status in (0, _EXIT["time limit"], _EXIT_LEFT_TO_OTHERS) else status
@@ -169,17 +169,17 @@ def _publish(
 ) -> bool:
     """Publish the checkpoints of the selected entries, and return whether all of them were; says why if not."""
     if any(result.problem for result in verified):
-        _say("nothing is published: a checkpoint fails its verification, see below")
+        print_line("nothing is published: a checkpoint fails its verification, see below")
         return False
     ready = [entry for entry in selected if outputs.has_checkpoint_of_record(entry)]
     if left_out := [entry.name for entry in selected if entry not in ready]:
-        _say(f"not published, because the checkpoint is not that of the record, see above: {', '.join(left_out)}")
+        print_line(f"not published, because the checkpoint is not that of the record, see above: {', '.join(left_out)}")
     try:
         publish_checkpoints(
-            ready, outputs.records.layout, arguments.publish, tag=arguments.tag, dry_run=False, say=_say
+            ready, outputs.records.layout, arguments.publish, tag=arguments.tag, dry_run=False, say=print_line
         )
     except (CnvzooError, OSError) as error:  # no reason to leave out what follows
-        _say(f"not published: {in_a_line(error)}")
+        print_line(f"not published: {in_a_line(error)}")
         return False
     present = checkpoint_folders(outputs.records.layout.hub)
     lacking = [
@@ -189,7 +189,7 @@ def _publish(
         and outputs.records.layout.checkpoint(entry.recipe).name not in present
     ]
     if lacking:
-        _say(f"not published, because there is a record and no checkpoint: {', '.join(lacking)}")
+        print_line(f"not published, because there is a record and no checkpoint: {', '.join(lacking)}")
     return not left_out and not lacking
 
 
@@ -237,16 +237,16 @@ def _train(
     Without a device, on a Ray cluster.
     """
     threads, records = arguments.threads, outputs.records
-    run_all = partial(execute, runs, records=records, deadline=deadline, say=_say, on_finished=outputs.update)
+    run_all = partial(execute, runs, records=records, deadline=deadline, say=print_line, on_finished=outputs.update)
     if not runs:
         return Outcome()
     if device is None:
         with joined_cluster():
-            on_cluster = RayRunner(threads, cluster_device(arguments.device), deadline, _say, train or run_recipe)
+            on_cluster = RayRunner(threads, cluster_device(arguments.device), deadline, print_line, train or run_recipe)
             return run_all(on_cluster, at_once=arguments.at_once or on_cluster.at_once)
     at_once = min(arguments.at_once or default_runs_at_once(device, threads), len(runs))
     if train is None and device.type == "cpu" and at_once > 1:
-        runner: Runner = ProcessRunner(threads, deadline, _say, run_recipe)
+        runner: Runner = ProcessRunner(threads, deadline, print_line, run_recipe)
     else:
         own_stream = device.type == "cuda" and at_once > 1
         runner = LocalRunner(train or run_recipe, device, deadline, own_stream=own_stream)
@@ -270,22 +270,24 @@ def _print_tables(
 def _conclude(outcome: Outcome, verified: Sequence[Verification], retrain: bool) -> int:
     """Say what is missing or not as it should be, and what to do about it; returns the exit status."""
     if outcome.failed:
-        _say(f"failed, see above: {', '.join(map(str, outcome.failed))}")
+        print_line(f"failed, see above: {', '.join(map(str, outcome.failed))}")
     different = [result for result in verified if result.problem]
     for result in different:
-        _say(f"{result.name} fails its verification: {result.problem}")
+        print_line(f"{result.name} fails its verification: {result.problem}")
     if len(verified) > len(different):
-        _say(f"{len(verified) - len(different)} checkpoints verified: their files, and their accuracy on the test set")
+        print_line(
+            f"{len(verified) - len(different)} checkpoints verified: their files, and their accuracy on the test set"
+        )
     if outcome.stopped and not outcome.left:
-        _say(f"stopped ({outcome.stopped}) after the last run; the same command verifies the checkpoints")
+        print_line(f"stopped ({outcome.stopped}) after the last run; the same command verifies the checkpoints")
     if outcome.left:
         again = ", after training the finished ones once more: choose with --entry and --seeds" if retrain else ""
         why = f"stopped ({outcome.stopped})" if outcome.stopped else "another process is training the rest"
-        _say(f"{why}; the same command resumes here{again}. Left, {len(outcome.left)} in all:")
+        print_line(f"{why}; the same command resumes here{again}. Left, {len(outcome.left)} in all:")
     for run in outcome.left[:_LEFT_SHOWN]:
-        _say(f"  {run}: {_progress(run, outcome)}")
+        print_line(f"  {run}: {_progress(run, outcome)}")
     if len(outcome.left) > _LEFT_SHOWN:
-        _say(f"  and {len(outcome.left) - _LEFT_SHOWN} more")
+        print_line(f"  and {len(outcome.left) - _LEFT_SHOWN} more")
     if outcome.stopped is not None and not different:
         return _EXIT[outcome.stopped]
     if outcome.failed or different:
@@ -297,11 +299,6 @@ def _progress(run: Run, outcome: Outcome) -> str:
     if run in outcome.elsewhere:
         return "another process is training it"
     return f"state in {shown(run.run_dir)}" if run.started else "not started"
-
-
-def _say(text: str) -> None:
-    """Print a line on stderr; one that cannot be written, on a full disk or a closed pipe, does not end a run."""
-    progress_console().print(text, soft_wrap=True, markup=False)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from cnvzoo import progress
-from cnvzoo.progress import TrainingProgress, counted
+from cnvzoo.progress import TrainingProgress, counted, print_line
 from cnvzoo.training import Trainer
 
 NAME = "fashion_mnist_mobilenet_v1_with_a_long_name, seed 2"
@@ -160,6 +160,15 @@ def test_what_cannot_be_written_ends_nothing(
         now += 60
     print("the results")  # rich would send them to the null device
     assert capfd.readouterr() == ("the results\n", "")
+
+
+def test_a_line_is_printed_as_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    text = "/a/:smile:/[red]/a folder with a long name: 12 files"
+    print_line(text)
+    assert capsys.readouterr().err == text + "\n"
+    monkeypatch.setattr(sys, "stderr", Unwritable(errno.EPIPE))
+    print_line(text)
 
 
 def test_a_disk_that_is_full_for_a_while_costs_only_the_lines_of_that_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,12 @@ def progress_console(quiet: bool = False) -> Console:
             """Instead of the end of the process."""
             self.quiet = True
 
-    return ProgressConsole(stderr=True, quiet=quiet, highlight=False)
+    return ProgressConsole(stderr=True, quiet=quiet, highlight=False, emoji=False)
+
+
+def print_line(text: str) -> None:
+    """Print a line on stderr as it is; one that cannot be written, on a full disk or a closed pipe, is left out."""
+    progress_console().print(text, soft_wrap=True, markup=False)
 
 
 def _bar(console: Console, status: str | None = None) -> Progress:

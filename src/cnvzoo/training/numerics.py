@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import platform
-import sys
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from cnvzoo import __version__
 from cnvzoo.models.compiled import compiler_version, compiles
 from cnvzoo.models.registry import model_spec
+from cnvzoo.progress import print_line
 from cnvzoo.training.device import describe_device, onednn_level, training_dtype
 
 # Version of the arithmetic, from initialisation to the weights that are scored. Raise it with every change that gives
@@ -92,7 +92,7 @@ def describe_versions(model: str, device: torch.device) -> dict[str, str]:
 def warn_of_slow_loops(machine: dict[str, Any]) -> None:
     """Print a line to stderr where a run on a CPU trains without compiled loops."""
     if machine.get("loops") == "eager":
-        print("training runs uncompiled on this CPU: slower, and with other bits than compiled", file=sys.stderr)
+        print_line("training runs uncompiled on this CPU: slower, and with other bits than compiled")
 
 
 @functools.cache

@@ -9,7 +9,6 @@ complete state, and ends with the bits of a run that was never interrupted.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from cnvzoo.data.published import published_sha256
 from cnvzoo.errors import in_a_line
 from cnvzoo.files import FileError, expanded, replacing, sha256_of
 from cnvzoo.models.registry import model_spec
-from cnvzoo.progress import TrainingProgress
+from cnvzoo.progress import TrainingProgress, print_line
 from cnvzoo.training.device import deterministic, keep_freed_memory, resolve_device
 from cnvzoo.training.distillation import precompute_logits
 from cnvzoo.training.evaluation import count_correct, preprocessing_for
@@ -173,7 +172,7 @@ def run_recipe(
         )
         conditions = machine | {name: text for name, text in versions.items() if name not in ("python", "cnvzoo")}
         if (set_aside := resume(trainer, run_dir / STATE, identity, conditions)) and not quiet:
-            print(f"{recipe.run_name}: the state of another run was moved to {set_aside}", file=sys.stderr)
+            print_line(f"{recipe.run_name}: the state of another run was moved to {set_aside}")
         preprocessing = preprocessing_for(model_spec(recipe.model), data.info)
 
         def epoch_ended(trainer: Trainer) -> None:

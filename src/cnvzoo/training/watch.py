@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cnvzoo.files import expanded, sha256_of, write_text, writing
+from cnvzoo.progress import print_line
 from cnvzoo.training.recipe import Recipe
 from cnvzoo.training.state import RunError
 
@@ -110,7 +110,7 @@ class CsvLog:
             if self._path.exists() and not lines.startswith(self._path.read_text(encoding="utf-8")):
                 aside = self._path.with_name(f"{self._path.stem}-{sha256_of(self._path)[:8]}{self._path.suffix}")
                 self._path.replace(aside)
-                print(f"{self._path}: had other epochs than this run, and is now {aside}", file=sys.stderr)
+                print_line(f"{self._path}: had other epochs than this run, and is now {aside}")
         self._write(lines)
 
     def add(self, report: EpochReport) -> None:
