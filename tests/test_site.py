@@ -223,7 +223,7 @@ def results(page: Page) -> dict[str, str]:
     return {str(card.get_attribute("data-model")): card.locator(".best").inner_text() for card in cards}
 
 
-def runner(site: Path, name: str) -> cnvzoo.deploy.DeployedModel:
+def deployed(site: Path, name: str) -> cnvzoo.deploy.DeployedModel:
     """The exported file that the site holds, in ONNX Runtime."""
     return cnvzoo.deploy.load(site.with_name("site-extra") / "models" / f"{name}.onnx", threads=1)
 
@@ -270,7 +270,7 @@ def test_scores_of_test_images_are_those_of_the_runner(visit, site, real_data, d
     page = visit("docs/browser.html")
     for width in WIDTHS:
         name = f"quant_cnv_{width}.{dataset}"
-        model = runner(site, name)
+        model = deployed(site, name)
         margin = (model.metadata.size - images.shape[1]) // 2
         padded = np.pad(images.transpose(0, 3, 1, 2), ((0, 0), (0, 0), (margin, margin), (margin, margin)))
         call = "async ([name, pixels]) => (await zoo.scores(name, pixels)).accumulators"
@@ -289,7 +289,7 @@ def test_a_chosen_picture_gets_the_class_and_probability_of_the_runner(visit, si
     results(page)
     bars = page.locator('[data-model="quant_cnv_w2a2.cifar10"] .bar').all()
     shown = [(bar.locator("span").first.inner_text(), bar.locator("span").last.inner_text()) for bar in bars]
-    guesses = runner(site, "quant_cnv_w2a2.cifar10").predict(image, top=3)
+    guesses = deployed(site, "quant_cnv_w2a2.cifar10").predict(image, top=3)
     assert shown == [(guess.label, f"{100 * guess.probability:.1f} %") for guess in guesses]
 
 

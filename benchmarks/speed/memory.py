@@ -56,7 +56,7 @@ def _child(loader: str, path: str, batch: int, threads: int) -> float:
             importlib.import_module(package)
         except ImportError:
             assert loader == OURS_AUTO
-    from cnvzoo_runtime import runner  # noqa: F401  (numpy and Pillow, for every loader)
+    from cnvzoo_runtime import deployed_model  # noqa: F401  (numpy and Pillow, for every loader)
 
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present value

@@ -20,9 +20,9 @@ from cnvzoo.errors import ModelError
 from cnvzoo.models.classifier import Classifier, class_names
 from cnvzoo.models.modes import dtype_of, evaluating, unwrapped
 from cnvzoo.training.evaluation import checked_logits, preprocessing_of_model
+from cnvzoo_runtime.deployed_model import Prediction
 from cnvzoo_runtime.images import ImageError
 from cnvzoo_runtime.metadata import whole_number
-from cnvzoo_runtime.runner import Prediction
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -29,7 +29,7 @@ from cnvzoo.data import Dataset, dataset_info, load_dataset
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import sha256_of
 from cnvzoo.training import EarlyCrops, Recipe
-from cnvzoo_runtime.sessions import sums_products_exactly
+from cnvzoo_runtime.graphs import sums_products_exactly
 
 SCRIPTS = {"train": train, "infer": infer}
 

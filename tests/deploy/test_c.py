@@ -117,10 +117,10 @@ def test_a_published_checkpoint_has_the_scores_of_onnxruntime(noise, tmp_path, c
     facts = cnvzoo.export(HUB / "quant_cnv_w2a2.mnist", tmp_path / "net.c", format="c")
     cnvzoo.export(HUB / "quant_cnv_w2a2.mnist", tmp_path / "m.onnx")
     images = noise(20, 1).numpy()
-    runner = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1)
+    deployed = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1)
     found = scores_of(compiled(tmp_path, SANITIZED[compiler], compiler), images)
-    np.testing.assert_array_equal(found, runner.accumulators(images))
-    assert (facts.format, facts.scale) == ("c", pytest.approx(runner.metadata.scale))
+    np.testing.assert_array_equal(found, deployed.accumulators(images))
+    assert (facts.format, facts.scale) == ("c", pytest.approx(deployed.metadata.scale))
     assert len(np.unique(found)) > 50
 
 
@@ -142,10 +142,10 @@ def test_the_example_has_the_same_scores_on_a_cortex_m4_in_qemu(noise, tmp_path)
     flash, data, static = map(int, size.splitlines()[1].split()[:3])
     assert (flash < 380_000, data, static < 70_000) == (True, 0, True)
     rows = re.findall(r"^(\w+): ([-\d ]+); (\d+) instructions$", emulated, re.MULTILINE)
-    runner = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1)
-    expected = runner.accumulators(images)
+    deployed = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1)
+    expected = deployed.accumulators(images)
     assert [list(map(int, scores.split())) for _, scores, _ in rows] == expected.tolist()
-    assert [label for label, _, _ in rows] == [runner.metadata.classes[i] for i in expected.argmax(1)]
+    assert [label for label, _, _ in rows] == [deployed.metadata.classes[i] for i in expected.argmax(1)]
     assert all(59_000_000 < int(count) < 300_000_000 for *_, count in rows)  # 59 million products
 
 

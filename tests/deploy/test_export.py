@@ -22,7 +22,7 @@ from cnvzoo.deploy.export import evaluate_file
 from cnvzoo.errors import ModelError
 from cnvzoo.files import FileError
 from cnvzoo.models.quant import PlainQuantReLU
-from cnvzoo_runtime import runner
+from cnvzoo_runtime import deployed_model
 
 HUB = Path(__file__).resolve().parents[2] / "hub"
 
@@ -59,7 +59,9 @@ def test_export_eval_and_predict_on_the_command_line(make_checkpoint, small_data
         (tmp_path / "photos" / letter).mkdir(parents=True)
         Image.new("RGB", (40, 50), (len(letter), 2, 3)).save(tmp_path / "photos" / letter / "0.png")
     threads = []
-    monkeypatch.setattr(runner, "load", lambda path, **options: threads.append(options) or cnvzoo.deploy.load(path))
+    monkeypatch.setattr(
+        deployed_model, "load", lambda path, **options: threads.append(options) or cnvzoo.deploy.load(path)
+    )
     for arguments, message in (
         (
             ("eval", path, "--threads", 1, "--dataset", tmp_path / "photos"),

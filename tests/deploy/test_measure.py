@@ -24,14 +24,14 @@ def test_counts_are_those_of_the_exported_file_and_of_pytorch(published, tmp_pat
     data = load_dataset("mnist")
     result = measure_integer(published, data, quiet=True)
     cnvzoo.export(published, tmp_path / "m.onnx")
-    runner = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1)
-    assert result.correct == evaluate_file(runner, data).correct
+    deployed = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1)
+    assert result.correct == evaluate_file(deployed, data).correct
     assert result.bytes == (tmp_path / "m.onnx").stat().st_size
     images = torch.zeros(300, 1, 32, 32, dtype=torch.uint8)
     images[:, 0, 2:30, 2:30] = data.test_images[..., 0]
     with torch.no_grad():
         expected = published(images / 255).argmax(1).numpy()
-    assert result.agreeing == (runner.logits(images.numpy()).argmax(1) == expected).sum()
+    assert result.agreeing == (deployed.logits(images.numpy()).argmax(1) == expected).sum()
     assert result.agreeing > 150
     assert 0 <= result.differing < result.reachable
 

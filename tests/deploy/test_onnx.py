@@ -25,15 +25,15 @@ def test_plain_onnx_equals_pytorch_at_any_batch(tmp_path, noise, name):
     content = (tmp_path / "m.onnx").read_bytes()
     for path in (cnvzoo.__file__, torch.__file__):  # the exporter writes stack traces into its files
         assert str(Path(path).parent).encode() not in content
-    runner = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1)
+    deployed = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1)
     images = noise(5)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (runner.metadata.mean, runner.metadata.std))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (deployed.metadata.mean, deployed.metadata.std))
     with torch.no_grad():
         expected = model((images / 255 - mean) / std).numpy()
     for count in (1, 5):
-        np.testing.assert_allclose(runner.logits(images[:count].numpy()), expected[:count], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(deployed.logits(images[:count].numpy()), expected[:count], rtol=1e-3, atol=1e-4)
     with pytest.raises(DeployError, match="has logits, not accumulators"):
-        runner.accumulators(images.numpy())
+        deployed.accumulators(images.numpy())
 
 
 class Branching(nn.Module):

@@ -24,7 +24,7 @@ from cnvzoo.deploy.lowering import integer_net
 from cnvzoo.deploy.qdq_onnx import qdq_graph
 from cnvzoo.deploy.reference import run_reference
 from cnvzoo.deploy.requantize import Requantization, StepFunctions, requantize
-from cnvzoo_runtime import sessions
+from cnvzoo_runtime import graphs
 from cnvzoo_runtime.metadata import KEY, Metadata
 
 COUNTS = np.zeros(1, np.int64)
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*can saturate in OpenVINO:UserW
 def unsaturated(images: torch.Tensor) -> np.ndarray:
     """The images, on x86 without VNNI at half their brightness: OpenVINO's sums of 8-bit products saturate there, and
     two of a pixel up to 127 and a weight of 8 bits do not."""
-    return (images if sessions.sums_products_exactly() else images // 2).numpy()
+    return (images if graphs.sums_products_exactly() else images // 2).numpy()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -205,7 +205,7 @@ def test_onnx_runtime_computes_every_layer_in_integers(exported, tmp_path):
 @pytest.mark.parametrize("is_exact", [True, False])
 def test_auto_takes_openvino_for_many_images_where_it_is_installed_and_exact(exported, noise, monkeypatch, is_exact):
     images = unsaturated(noise(16))
-    monkeypatch.setattr(sessions, "sums_products_exactly", lambda: is_exact)
+    monkeypatch.setattr(graphs, "sums_products_exactly", lambda: is_exact)
     model = cnvzoo.deploy.load(exported, threads=1)
     many = "openvino" if is_exact else "onnxruntime"
     assert [model.runtime(n) for n in (0, 1, 15, 16, 1000)] == ["onnxruntime"] * 3 + [many] * 2
@@ -222,7 +222,7 @@ def test_a_folder_called_openvino_is_not_the_package(exported, noise, monkeypatc
     monkeypatch.setattr(sys, "path", [str(tmp_path), *(p for p in sys.path if not (Path(p) / "openvino").exists())])
     for name in [name for name in sys.modules if name.partition(".")[0] == "openvino"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sessions, "sums_products_exactly", lambda: True)
+    monkeypatch.setattr(graphs, "sums_products_exactly", lambda: True)
     model = cnvzoo.deploy.load(exported, threads=1)
     assert model.runtime(1000) == "onnxruntime"
     assert model.logits(noise(16).numpy()).shape == (16, 10)
@@ -239,7 +239,7 @@ def test_auto_falls_back_where_openvino_does_not_work(exported, noise, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.partition(".")[0] == "openvino"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sessions, "sums_products_exactly", lambda: True)
+    monkeypatch.setattr(graphs, "sums_products_exactly", lambda: True)
     model, images = cnvzoo.deploy.load(exported, threads=1), noise(16).numpy()
     np.testing.assert_array_equal(model.logits(images)[:15], model.logits(images[:15]))
     assert model.runtime(16) == "onnxruntime"
@@ -256,7 +256,7 @@ def test_auto_falls_back_where_openvino_does_not_work(exported, noise, monkeypat
 
 
 def test_auto_takes_onnx_runtime_where_fast_kernels_may_saturate(exported, monkeypatch):
-    monkeypatch.setattr(sessions, "sums_products_exactly", lambda: False)
+    monkeypatch.setattr(graphs, "sums_products_exactly", lambda: False)
     assert cnvzoo.deploy.load(exported, threads=1).runtime(1000) == "onnxruntime"
 
 
@@ -264,7 +264,7 @@ def test_auto_takes_onnx_runtime_where_fast_kernels_may_saturate(exported, monke
 def test_openvino_by_name_warns_where_its_sums_can_saturate(make_net, monkeypatch, tmp_path, kind, is_exact, warns):
     model = make_net(2, 2) if kind == "qdq" else cnvzoo.create_model("cnv", num_classes=10)
     cnvzoo.export(model, tmp_path / "net.onnx", dataset="cifar10", format=kind)
-    monkeypatch.setattr(sessions, "sums_products_exactly", lambda: is_exact)
+    monkeypatch.setattr(graphs, "sums_products_exactly", lambda: is_exact)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         cnvzoo.deploy.load(tmp_path / "net.onnx", runtime="openvino", threads=1)

@@ -306,7 +306,7 @@ def test_other_models_and_1_bit_activations_are_refused(make_net, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_runner_refuses_qonnx(make_net, tmp_path):
+def test_cnvzoo_runtime_refuses_qonnx(make_net, tmp_path):
     export(make_net(2, 2), tmp_path)
     with pytest.raises(DeployError, match="QONNX is for FINN"):
         cnvzoo.deploy.load(tmp_path / "m.onnx")

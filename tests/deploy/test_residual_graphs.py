@@ -94,13 +94,13 @@ def test_files_of_the_registrys_models_give_pytorchs_logits(registered_net, tmp_
     cnvzoo.quantize_bias(model)
     facts = cnvzoo.export(model, tmp_path / "m.onnx", dataset="cifar10")
     assert (facts.w_bits, facts.a_bits, facts.size) == (bits, bits, 32)
-    runner, images = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1), images_of(32)
+    deployed, images = cnvzoo.deploy.load(tmp_path / "m.onnx", threads=1), images_of(32)
     np.testing.assert_array_equal(
-        runner.accumulators(images.numpy()), run_reference(integer_net(model), images.numpy())
+        deployed.accumulators(images.numpy()), run_reference(integer_net(model), images.numpy())
     )
     with torch.no_grad():
         expected = model(images / 255).numpy()
-    same = np.isclose(runner.logits(images.numpy()), expected, rtol=1e-4, atol=1e-4 * expected.std()).all(1)
+    same = np.isclose(deployed.logits(images.numpy()), expected, rtol=1e-4, atol=1e-4 * expected.std()).all(1)
     assert same.sum() >= 5  # float32 sums may round an activation to the other side
 
 

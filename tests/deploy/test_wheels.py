@@ -1,4 +1,4 @@
-"""The two distributions as wheels: the runner works where only its own wheel and what it requires are installed."""
+"""The two distributions as wheels: cnvzoo-runtime works where only its own wheel and what it requires are installed."""
 
 from __future__ import annotations
 

@@ -11,10 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cnvzoo_runtime.deployed_model import DeployedModel, Prediction, load, read_metadata
     from cnvzoo_runtime.errors import CnvzooError
     from cnvzoo_runtime.images import ImageError, normalize, prepare, read_image
     from cnvzoo_runtime.metadata import DeployError, Metadata
-    from cnvzoo_runtime.runner import DeployedModel, Prediction, load, read_metadata
 
 try:
     __version__ = version("cnvzoo-runtime")
@@ -39,7 +39,7 @@ _MODULES = {  # with the public names that each defines
     "errors": ("CnvzooError",),
     "images": ("ImageError", "normalize", "prepare", "read_image"),
     "metadata": ("DeployError", "Metadata"),
-    "runner": ("DeployedModel", "Prediction", "load", "read_metadata"),
+    "deployed_model": ("DeployedModel", "Prediction", "load", "read_metadata"),
 }
 _DEFINED_IN = {name: module for module, names in _MODULES.items() for name in names}
 

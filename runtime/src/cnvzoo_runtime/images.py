@@ -1,7 +1,7 @@
-"""Preparing an image of any size for a network, with Pillow and numpy.
+"""Preparing an image of any size for a model, with Pillow and numpy.
 
-`cnvzoo.transforms`, which runs with PyTorch, and the runner of exported files, which does not, both call `prepare`, so
-that the same image gives the same bits in both.
+`cnvzoo.transforms`, which runs with PyTorch, and `cnvzoo-runtime`, which does not, both call `prepare`, so that the
+same image gives the same bits in both.
 """
 
 from __future__ import annotations

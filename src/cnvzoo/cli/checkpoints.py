@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cnvzoo.checkpoints.store import Publication
     from cnvzoo.checkpoints.verify import Verification
     from cnvzoo.training.evaluation import Evaluation
-    from cnvzoo_runtime.runner import Prediction
+    from cnvzoo_runtime.deployed_model import Prediction
 
 
 @app.command("eval")
@@ -50,7 +50,7 @@ def eval_(
     """
     if _is_exported(checkpoint):
         from cnvzoo.deploy.export import evaluate_file
-        from cnvzoo_runtime.runner import load
+        from cnvzoo_runtime.deployed_model import load
 
         if device != "auto" or hub is not None:
             option = "--hub" if hub is not None else "--device"
@@ -292,10 +292,10 @@ def _classifier(
 ) -> Callable[[Any], list[Prediction]]:
     """The function from a PIL image to its predictions."""
     if exported is not None:
-        from cnvzoo_runtime.runner import load
+        from cnvzoo_runtime.deployed_model import load
 
-        runner = load(exported)
-        return lambda image: runner.predict(image, top)
+        deployed = load(exported)
+        return lambda image: deployed.predict(image, top)
     assert checkpoint is not None
     model, _ = cnvzoo.load_checkpoint(checkpoint, hub=hub)
     return lambda image: cnvzoo.predict(model, image, top)

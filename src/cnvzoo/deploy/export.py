@@ -27,8 +27,8 @@ from cnvzoo.models.modes import evaluating, unwrapped
 from cnvzoo.models.registry import ModelSpec
 from cnvzoo.progress import counted
 from cnvzoo.training.evaluation import Evaluation, preprocessing_of, preprocessing_of_model
+from cnvzoo_runtime.deployed_model import DeployedModel, load
 from cnvzoo_runtime.metadata import FORMATS, KEY, DeployError, Metadata
-from cnvzoo_runtime.runner import DeployedModel, load
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from cnvzoo_runtime.graphs import Graphs
 from cnvzoo_runtime.images import normalize, prepare
 from cnvzoo_runtime.metadata import KEY, DeployError, Metadata, is_printable, whole_number
 from cnvzoo_runtime.onnx_file import LARGEST, read_properties
-from cnvzoo_runtime.sessions import Graphs
 
 if TYPE_CHECKING:
     from PIL.Image import Image

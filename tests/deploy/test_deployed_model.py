@@ -1,4 +1,4 @@
-"""The runner: it works without torch, and refuses unsuitable files and images with clear errors."""
+"""cnvzoo-runtime: it works without torch, and refuses unsuitable files and images with clear errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.data import dataset_info
 from cnvzoo.deploy import DeployError
-from cnvzoo_runtime import sessions
+from cnvzoo_runtime import graphs
 from cnvzoo_runtime.cli import main
 from cnvzoo_runtime.images import ImageError
 from cnvzoo_runtime.onnx_file import DATA_LOCATION, EXTERNAL_DATA, MESSAGES, read_properties
@@ -348,14 +348,14 @@ def test_a_file_that_cnvzoo_did_not_export_is_refused(tmp_path):
 )
 def test_exact_kernels_are_chosen_where_the_fast_ones_may_saturate(monkeypatch, tmp_path, machine, flags, exact):
     """ONNX Runtime's fast kernels on x86 CPUs without VNNI."""
-    monkeypatch.setattr(sessions.platform, "machine", lambda: machine)
+    monkeypatch.setattr(graphs.platform, "machine", lambda: machine)
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(flags)
-    assert sessions.sums_products_exactly(tmp_path / "cpuinfo") is exact
+    assert graphs.sums_products_exactly(tmp_path / "cpuinfo") is exact
 
 
 def test_exact_kernels_give_the_same_accumulators(exported, noise, monkeypatch):
     images = noise(4).numpy()
     fast = cnvzoo.deploy.load(exported, threads=1).accumulators(images)
-    monkeypatch.setattr(sessions, "sums_products_exactly", lambda: False)
+    monkeypatch.setattr(graphs, "sums_products_exactly", lambda: False)
     np.testing.assert_array_equal(cnvzoo.deploy.load(exported, threads=1).accumulators(images), fast)
