@@ -13,23 +13,23 @@ from torch import Tensor, nn
 import cnvzoo
 from cnvzoo.errors import ModelError
 from cnvzoo.models import Classifier, build_model
-from cnvzoo.models.graph import FLATTEN, GLOBAL_POOL, Step, trace
+from cnvzoo.models.graph import FLATTEN, GLOBAL_POOL, LayerCall, trace
 
 BITS = {"w_bits": 4, "a_bits": 4}
 
 
-def described(steps: list[Step]) -> list[tuple[str, tuple[str, ...]]]:
-    """The name of each step, and the names of those whose outputs it takes."""
-    return [(step.name, tuple(steps[i].name for i in step.inputs)) for step in steps]
+def described(calls: list[LayerCall]) -> list[tuple[str, tuple[str, ...]]]:
+    """The name of each call, and the names of those whose outputs it takes."""
+    return [(call.name, tuple(calls[i].name for i in call.inputs)) for call in calls]
 
 
 def block(name: str, before: str, shortcut: bool, rounds: bool = True) -> list[tuple[str, tuple[str, ...]]]:
-    """The steps of a residual block, which takes the output of `before`."""
-    steps, taken, residual = [], before, before
+    """The calls of a residual block, which takes the output of `before`."""
+    calls, taken, residual = [], before, before
     if rounds:
-        steps.append((f"{name}.input", (before,)))
+        calls.append((f"{name}.input", (before,)))
         taken = f"{name}.input"
-    steps += [
+    calls += [
         (f"{name}.conv1", (taken,)),
         (f"{name}.norm1", (f"{name}.conv1",)),
         (f"{name}.relu", (f"{name}.norm1",)),
@@ -37,19 +37,19 @@ def block(name: str, before: str, shortcut: bool, rounds: bool = True) -> list[t
     ]
     if shortcut:
         residual = f"{name}.shortcut.1"
-        steps += [(f"{name}.shortcut.0", (taken,)), (residual, (f"{name}.shortcut.0",))]
-    steps += [(f"{name}.norm2", (f"{name}.conv2",)), (f"{name[:8]}.relu", (f"{name}.norm2", residual))]
-    return steps
+        calls += [(f"{name}.shortcut.0", (taken,)), (residual, (f"{name}.shortcut.0",))]
+    calls += [(f"{name}.norm2", (f"{name}.conv2",)), (f"{name[:8]}.relu", (f"{name}.norm2", residual))]
+    return calls
 
 
-def in_any_order(steps: list[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
-    return sorted(steps)
+def in_any_order(calls: list[tuple[str, tuple[str, ...]]]) -> list[tuple[str, tuple[str, ...]]]:
+    return sorted(calls)
 
 
 @pytest.mark.parametrize("rounds", [True, False])
-def test_the_steps_of_a_residual_network(rounds: bool) -> None:
+def test_the_calls_of_a_residual_network(rounds: bool) -> None:
     bits = BITS if rounds else {"w_bits": 8, "a_bits": 8}  # at 8 bits there is nothing to round
-    steps = trace(build_model("quant_resnet20", **bits))
+    calls = trace(build_model("quant_resnet20", **bits))
     expected = [("x", ()), ("input", ("x",)), ("conv", ("input",)), ("norm", ("conv",)), ("stages.0.relu", ("norm",))]
     before = "stages.0.relu"
     for stage in range(3):
@@ -57,35 +57,35 @@ def test_the_steps_of_a_residual_network(rounds: bool) -> None:
             expected += block(f"stages.{stage}.{number}", before, shortcut=stage > 0 and number == 0, rounds=rounds)
             before = f"stages.{stage}.relu"
     expected += [(GLOBAL_POOL, (before,)), (FLATTEN, (GLOBAL_POOL,)), ("fc", (FLATTEN,))]
-    assert in_any_order(described(steps)) == in_any_order(expected)
-    for position, step in enumerate(steps):
-        assert all(i < position for i in step.inputs), step.name
-    sums = [step for step in steps if len(step.inputs) == 2]
+    assert in_any_order(described(calls)) == in_any_order(expected)
+    for position, call in enumerate(calls):
+        assert all(i < position for i in call.inputs), call.name
+    sums = [call for call in calls if len(call.inputs) == 2]
     # the output of a shortcut is not rounded yet, and the outputs of blocks are
-    assert [(step.name, step.rounded) for step in sums] == [
+    assert [(call.name, call.rounded) for call in sums] == [
         ("stages.0.relu", True), ("stages.0.relu", True), ("stages.0.relu", True),
         ("stages.1.relu", False), ("stages.1.relu", True), ("stages.1.relu", True),
         ("stages.2.relu", False), ("stages.2.relu", True), ("stages.2.relu", True),
     ]  # fmt: skip
-    for step in sums:  # the first is what the block computed
-        assert steps[step.inputs[0]].name.endswith(".norm2")
+    for call in sums:  # the first is what the block computed
+        assert calls[call.inputs[0]].name.endswith(".norm2")
     # a residual that is rounded is an earlier output of the same layer
-    assert all(steps[s.inputs[1]].layer is s.layer for s in sums if s.rounded)
-    assert steps[-1].name == "fc"
+    assert all(calls[s.inputs[1]].layer is s.layer for s in sums if s.rounded)
+    assert calls[-1].name == "fc"
 
 
 @pytest.mark.parametrize("name", ["quant_cnv", "quant_mobilenet_v1"])
-def test_the_steps_of_a_chain(name: str) -> None:
+def test_the_calls_of_a_chain(name: str) -> None:
     model: Any = build_model(name, **BITS)
-    steps = trace(model)
-    assert [step.inputs for step in steps] == [(), *((i,) for i in range(len(steps) - 1))]
+    calls = trace(model)
+    assert [call.inputs for call in calls] == [(), *((i,) for i in range(len(calls) - 1))]
     chained: list[nn.Module | None] = [None, model.get_submodule("input"), *model.features]
     if name == "quant_mobilenet_v1":
         chained = [*chained[:2], *(layer for part in model.features for layer in part)]
-        assert [step.layer for step in steps] == [*chained, None, None, model.get_submodule("fc")]
-        assert [step.name for step in steps[-3:]] == [GLOBAL_POOL, FLATTEN, "fc"]
+        assert [call.layer for call in calls] == [*chained, None, None, model.get_submodule("fc")]
+        assert [call.name for call in calls[-3:]] == [GLOBAL_POOL, FLATTEN, "fc"]
     else:
-        assert [step.layer for step in steps] == [*chained, None, *model.classifier]
+        assert [call.layer for call in calls] == [*chained, None, *model.classifier]
 
 
 class Own(Classifier):

@@ -15,7 +15,7 @@ from torch import nn
 from cnvzoo.deploy.integer import Head, Image, IntegerNet, Layer, Node, Rounding, Sum
 from cnvzoo.deploy.requantize import Requantization, StepFunctions, reachable_accumulators, requantize
 from cnvzoo.errors import ModelError
-from cnvzoo.models.graph import FLATTEN, GLOBAL_POOL, Step, trace
+from cnvzoo.models.graph import FLATTEN, GLOBAL_POOL, LayerCall, trace
 from cnvzoo.models.integers import int8_gain
 from cnvzoo.models.norm_act import QuantizedResidualActivation
 from cnvzoo.models.quant import quantizer_of
@@ -41,10 +41,10 @@ def integer_net(model: nn.Module, size: int = 32) -> IntegerNet:
         DeployError: a float model, a layer that the integer graph cannot express, a parameter that is not finite, or
             accumulators that may leave int32.
     """
-    steps = quantized_steps(model, "the integer graph")
-    convolutions = (step.layer.in_channels for step in steps if isinstance(step.layer, nn.Conv2d))
+    calls = quantized_calls(model, "the integer graph")
+    convolutions = (call.layer.in_channels for call in calls if isinstance(call.layer, nn.Conv2d))
     channels = next(convolutions, getattr(model, "in_chans", 0))
-    return _Lowering(steps, channels, size).net()
+    return _Lowering(calls, channels, size).net()
 
 
 def check_quantized(model: nn.Module, graph: str = "the integer graph") -> None:
@@ -58,8 +58,8 @@ def check_quantized(model: nn.Module, graph: str = "the integer graph") -> None:
         )
 
 
-def quantized_steps(model: nn.Module, graph: str) -> list[Step]:
-    """The steps of a quantized model with finite parameters; error messages name `graph`.
+def quantized_calls(model: nn.Module, graph: str) -> list[LayerCall]:
+    """The calls of a quantized model with finite parameters; error messages name `graph`.
 
     Raises:
         DeployError: a float model, a parameter that is not finite, or a model that is more than a graph of layers.
@@ -71,12 +71,12 @@ def quantized_steps(model: nn.Module, graph: str) -> list[Step]:
     if bad:
         raise DeployError(f"{', '.join(bad[:3])}: not finite numbers: train the model again from an earlier state")
     try:
-        steps = trace(model)
-        layers = {step.name: step.layer for step in steps if step.layer is not None}
+        calls = trace(model)
+        layers = {call.name: call.layer for call in calls if call.layer is not None}
         check_quantizers(layers)
         if graph != "QONNX":  # which PyTorch exports from what the layers do
             _check_forwards(layers)
-        return steps
+        return calls
     except ModelError as error:
         raise DeployError(f"{graph} cannot express this model: {error}") from None
 
@@ -108,26 +108,26 @@ class _Levels:
 class _Weighted:
     """What a convolution or linear layer gives, with the BatchNorm after it, if there is one."""
 
-    step: Step
+    call: LayerCall
     taken: _Levels
     norm: Any = None
 
 
 class _Lowering:
-    """Goes through the steps of a model, and collects the nodes of its integer net."""
+    """Goes through the calls of a model, and collects the nodes of its integer net."""
 
-    def __init__(self, steps: Sequence[Step], in_chans: int, size: int) -> None:
-        self.steps = steps
+    def __init__(self, calls: Sequence[LayerCall], in_chans: int, size: int) -> None:
+        self.calls = calls
         self.nodes: list[Node] = [Image("image", (), in_chans, size)]
         self.given: list[_Levels | _Weighted] = [_Levels(0, _PIXEL_SCALE, _LARGEST_PIXEL, (in_chans, size, size))]
-        self.uses = [sum(i in step.inputs for step in steps) for i in range(len(steps))]
+        self.uses = [sum(i in call.inputs for call in calls) for i in range(len(calls))]
 
     def net(self) -> IntegerNet:
-        for step in self.steps[1:]:
-            self.given.append(self._output(step, [self.given[i] for i in step.inputs]))
+        for call in self.calls[1:]:
+            self.given.append(self._output(call, [self.given[i] for i in call.inputs]))
         last = self.given[-1]
-        if not isinstance(last, _Weighted) or not isinstance(last.step.layer, nn.Linear) or last.norm is not None:
-            raise DeployError(f"{self.steps[-1].name}: the last layer must be linear, with one scale for all classes")
+        if not isinstance(last, _Weighted) or not isinstance(last.call.layer, nn.Linear) or last.norm is not None:
+            raise DeployError(f"{self.calls[-1].name}: the last layer must be linear, with one scale for all classes")
         self._add(_head(last))
         return IntegerNet(tuple(self.nodes))
 
@@ -140,36 +140,36 @@ class _Lowering:
         self.nodes.append(replace(node, name=name))
         return len(self.nodes) - 1
 
-    def _output(self, step: Step, taken: list[_Levels | _Weighted]) -> _Levels | _Weighted:
-        """What a step gives, after the nodes that compute it were added."""
+    def _output(self, call: LayerCall, taken: list[_Levels | _Weighted]) -> _Levels | _Weighted:
+        """What a call gives, after the nodes that compute it were added."""
         from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear, QuantReLU
 
-        layer, (x, *others) = step.layer, taken
+        layer, (x, *others) = call.layer, taken
         if isinstance(x, _Levels) and not others:
-            if step.name == FLATTEN:
+            if call.name == FLATTEN:
                 return replace(x, flattened=True)
             if isinstance(layer, (QuantConv2d, QuantLinear)):
-                _check_weighted(step.name, layer, x)
-                return _Weighted(step, x)
+                _check_weighted(call.name, layer, x)
+                return _Weighted(call, x)
             if x.pooled:
-                raise _unexpected(step, "the last layer, which is linear,")
+                raise _unexpected(call, "the last layer, which is linear,")
             if isinstance(layer, QuantIdentity):
-                return self._rounded(step, x)
+                return self._rounded(call, x)
             if isinstance(layer, nn.MaxPool2d) and not x.flattened:
-                return self._max_pooled(step, x)
-            if step.name == GLOBAL_POOL and not x.flattened:
+                return self._max_pooled(call, x)
+            if call.name == GLOBAL_POOL and not x.flattened:
                 return replace(x, pooled=True)
-            raise _unexpected(step, "a quantized convolution or linear layer")
+            raise _unexpected(call, "a quantized convolution or linear layer")
         if isinstance(x, _Weighted) and x.norm is None:
             if not isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)) or others:
-                raise _unexpected(step, "a BatchNorm")
+                raise _unexpected(call, "a BatchNorm")
             if layer.weight is None or layer.running_var is None:
-                raise DeployError(f"{step.name}: must have a weight, a bias and running statistics")
+                raise DeployError(f"{call.name}: must have a weight, a bias and running statistics")
             return replace(x, norm=layer)
         if not isinstance(x, _Weighted) or not isinstance(layer, QuantReLU):
-            raise _unexpected(step, "a quantized ReLU")
+            raise _unexpected(call, "a quantized ReLU")
         if others:
-            return self._sum(step, x, others[0])
+            return self._sum(call, x, others[0])
         quantizer = quantizer_of(layer)
         return self._activation(x, float(quantizer.effective_scale()), 0, quantizer.ints.high)
 
@@ -177,55 +177,55 @@ class _Lowering:
         node = _layer(weighted, scale, low, high)
         return _Levels(self._add(node), scale, high, _output_shape(node, weighted.taken.shape))
 
-    def _sum(self, step: Step, x: _Weighted, residual: _Levels | _Weighted) -> _Levels:
-        if not isinstance(step.layer, QuantizedResidualActivation):
-            raise _unexpected(step, "a quantized activation that adds")
-        quantizer = quantizer_of(step.layer)
+    def _sum(self, call: LayerCall, x: _Weighted, residual: _Levels | _Weighted) -> _Levels:
+        if not isinstance(call.layer, QuantizedResidualActivation):
+            raise _unexpected(call, "a quantized activation that adds")
+        quantizer = quantizer_of(call.layer)
         if quantizer.ints.high != _LARGEST_SUM:
-            raise DeployError(f"{step.name}: sums have 8 bits in the integer graph: give its quantizer 8 bits")
+            raise DeployError(f"{call.name}: sums have 8 bits in the integer graph: give its quantizer 8 bits")
         scale = float(quantizer.effective_scale())
         added = self._activation(x, scale, ADDEND.low, ADDEND.high)
-        if isinstance(residual, _Weighted) and residual.norm is not None and not step.rounded:
+        if isinstance(residual, _Weighted) and residual.norm is not None and not call.rounded:
             residual = self._activation(residual, scale, ADDEND.low, ADDEND.high)
-        elif not (isinstance(residual, _Levels) and step.rounded and residual.scale == scale):
+        elif not (isinstance(residual, _Levels) and call.rounded and residual.scale == scale):
             raise DeployError(
-                f"{step.name}: can add an earlier output of itself, or of a BatchNorm with rounded=False, to "
-                f"{x.step.name}, and no other residual"
+                f"{call.name}: can add an earlier output of itself, or of a BatchNorm with rounded=False, to "
+                f"{x.call.name}, and no other residual"
             )
         inputs = added.node, residual.node
-        return replace(added, node=self._add(Sum(f"{x.step.name}.sum", inputs)), high=quantizer.ints.high)
+        return replace(added, node=self._add(Sum(f"{x.call.name}.sum", inputs)), high=quantizer.ints.high)
 
-    def _rounded(self, step: Step, x: _Levels) -> _Levels:
+    def _rounded(self, call: LayerCall, x: _Levels) -> _Levels:
         """Levels of another scale or fewer bits."""
-        quantizer = quantizer_of(step.layer)  # type: ignore[arg-type]
+        quantizer = quantizer_of(call.layer)  # type: ignore[arg-type]
         scale, high = float(quantizer.effective_scale()), quantizer.ints.high
         if scale == x.scale and x.high <= high:
             return x
         start, end = np.zeros(1, np.int64), np.full(1, x.high)
         exact = StepFunctions(np.array([x.scale / scale]), np.zeros(1), start, end, high)
-        node = Rounding(step.name, (x.node,), requantize(exact, 1, biased=False))
+        node = Rounding(call.name, (x.node,), requantize(exact, 1, biased=False))
         return replace(x, node=self._add(node), scale=scale, high=high)
 
-    def _max_pooled(self, step: Step, x: _Levels) -> _Levels:
+    def _max_pooled(self, call: LayerCall, x: _Levels) -> _Levels:
         from brevitas.nn import QuantReLU
 
-        pool, node, two = step.layer, self.nodes[x.node], (2, (2, 2))
+        pool, node, two = call.layer, self.nodes[x.node], (2, (2, 2))
         assert isinstance(pool, nn.MaxPool2d)
         if pool.kernel_size not in two or pool.stride not in two or pool.padding not in (0, (0, 0)) or pool.ceil_mode:
-            raise DeployError(f"{step.name}: only 2x2 max pooling with stride 2 can be expressed in the integer graph")
+            raise DeployError(f"{call.name}: only 2x2 max pooling with stride 2 can be expressed in the integer graph")
         if pool.dilation not in (1, (1, 1)):
-            raise DeployError(f"{step.name}: max pooling with dilation cannot be expressed in the integer graph")
-        (taken,) = step.inputs
-        is_activation = isinstance(self.steps[taken].layer, QuantReLU)
+            raise DeployError(f"{call.name}: max pooling with dilation cannot be expressed in the integer graph")
+        (taken,) = call.inputs
+        is_activation = isinstance(self.calls[taken].layer, QuantReLU)
         if not isinstance(node, Layer) or not is_activation or self.uses[taken] > 1:
-            raise DeployError(f"{step.name}: only the output of one activation, used once, can be pooled")
+            raise DeployError(f"{call.name}: only the output of one activation, used once, can be pooled")
         self.nodes[x.node] = replace(node, pooled=True)
         channels, rows, columns = x.shape
         return replace(x, shape=(channels, rows // 2, columns // 2))
 
 
-def _unexpected(step: Step, expected: str) -> DeployError:
-    what = step.name if step.layer is None else f"{step.name}: {type(step.layer).__name__}"
+def _unexpected(call: LayerCall, expected: str) -> DeployError:
+    what = call.name if call.layer is None else f"{call.name}: {type(call.layer).__name__}"
     return DeployError(f"{what} cannot be expressed in the integer graph, which has {expected} here")
 
 
@@ -253,7 +253,7 @@ def _layer(weighted: _Weighted, out_scale: float, low: int, high: int) -> Layer:
 
     Computed in float64, whose rounding is negligible next to the float32 of training.
     """
-    name, layer, taken, norm = weighted.step.name, weighted.step.layer, weighted.taken, weighted.norm
+    name, layer, taken, norm = weighted.call.name, weighted.call.layer, weighted.taken, weighted.norm
     if layer.bias is not None or taken.pooled:  # type: ignore[union-attr]
         what = "is averaged over pixels" if taken.pooled else "has a bias"
         raise DeployError(f"{name}: {what}; in the integer graph only the last layer may be so")
@@ -292,7 +292,7 @@ def _output_shape(node: Layer, shape: tuple[int, int, int]) -> tuple[int, int, i
 
 
 def _head(weighted: _Weighted) -> Head:
-    name, layer, taken = weighted.step.name, weighted.step.layer, weighted.taken
+    name, layer, taken = weighted.call.name, weighted.call.layer, weighted.taken
     weight, scale, bits = _integer_weights(layer)
     if scale.numel() != 1:
         raise DeployError(f"{name}: the last layer must be linear, with one scale for all classes")

@@ -19,8 +19,8 @@ from brevitas.nn import QuantConv2d, QuantIdentity, QuantLinear, QuantReLU
 from onnx import helper
 from torch import Tensor, nn
 
-from cnvzoo.deploy.lowering import quantized_steps
-from cnvzoo.models.graph import Step
+from cnvzoo.deploy.lowering import quantized_calls
+from cnvzoo.models.graph import LayerCall
 from cnvzoo.models.norm_act import QuantizedResidualActivation
 from cnvzoo.models.quant import IntQuantizer, PlainQuantIdentity, ResidualQuantReLU, act_quant, quantizer_of
 from cnvzoo.models.residual import ADDEND
@@ -58,8 +58,8 @@ def qonnx_graph(model: nn.Module, in_chans: int, size: int) -> onnx.ModelProto:
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.util.cleanup import cleanup_model
 
-    steps = quantized_steps(model, "QONNX")
-    _check_layers(steps)
+    calls = quantized_calls(model, "QONNX")
+    _check_layers(calls)
     device = next(model.parameters()).device
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
@@ -67,7 +67,7 @@ def qonnx_graph(model: nn.Module, in_chans: int, size: int) -> onnx.ModelProto:
 
         path = Path(folder) / "model.onnx"
         export_qonnx(
-            _exported(model, steps), args=torch.zeros(1, in_chans, size, size, device=device), export_path=str(path),
+            _exported(model, calls), args=torch.zeros(1, in_chans, size, size, device=device), export_path=str(path),
             opset_version=QONNX_OPSET, input_names=[QONNX_INPUT], output_names=[QONNX_OUTPUT], dynamo=False,
         )  # fmt: skip
         wrapped = cleanup_model(ModelWrapper(str(path)))
@@ -77,24 +77,24 @@ def qonnx_graph(model: nn.Module, in_chans: int, size: int) -> onnx.ModelProto:
     return wrapped.model
 
 
-def _check_layers(steps: Sequence[Step]) -> None:
+def _check_layers(calls: Sequence[LayerCall]) -> None:
     """Refuse layers without integers, which FINN cannot build."""
     quantized = (QuantConv2d, QuantLinear, QuantReLU, QuantIdentity)
-    for step in steps:
-        if step.layer is None:
+    for call in calls:
+        if call.layer is None:
             continue
-        if not isinstance(step.layer, (*quantized, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d)):
-            raise DeployError(f"{step.name}: {type(step.layer).__name__} is not quantized, as all layers of QONNX are")
-        if isinstance(step.layer, (QuantReLU, QuantIdentity)) and quantizer_of(step.layer).bits == 1:
+        if not isinstance(call.layer, (*quantized, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d)):
+            raise DeployError(f"{call.name}: {type(call.layer).__name__} is not quantized, as all layers of QONNX are")
+        if isinstance(call.layer, (QuantReLU, QuantIdentity)) and quantizer_of(call.layer).bits == 1:
             raise DeployError(
-                f"{step.name}: QONNX has no node for 1-bit activations of levels 0 and 1: give it 2 bits or more, by "
+                f"{call.name}: QONNX has no node for 1-bit activations of levels 0 and 1: give it 2 bits or more, by "
                 "a_bits or bits"
             )
 
 
-def _exported(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
+def _exported(model: nn.Module, calls: Sequence[LayerCall]) -> nn.Module:
     """A copy of the model that takes pixels from 0 to 255, and has layers for all that its sums round."""
-    first, after = steps[1], [step for step in steps if 1 in step.inputs]
+    first, after = calls[1], [call for call in calls if 1 in call.inputs]
     if not isinstance(first.layer, QuantIdentity) or quantizer_of(first.layer).learned or len(after) != 1:
         raise DeployError(f"{first.name}: QONNX needs a quantizer of the image here, before a single convolution")
     scale = quantizer_of(first.layer).effective_scale()

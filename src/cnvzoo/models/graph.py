@@ -25,14 +25,14 @@ _FUNCTIONS: dict[Any, str] = {torch.flatten: FLATTEN, F.adaptive_avg_pool2d: GLO
 
 
 @dataclass(frozen=True)
-class Step:
-    """One layer as it runs once.
+class LayerCall:
+    """One call of a layer when the model runs.
 
     Attributes:
         name: name of the layer in the model, such as `stages.0.1.conv2`; of a function, what it does.
         layer: the layer; None for the input of the model and for a function.
-        inputs: positions in the list of steps whose outputs it takes: two for a sum, of which the second is the
-            residual.
+        inputs: positions, in the list of calls, of those whose outputs it takes: two for a sum, of which the second is
+            the residual.
         rounded: for a sum of a quantized activation, whether the residual has been rounded already.
     """
 
@@ -72,8 +72,8 @@ class _Tracer(fx.Tracer):
         )
 
 
-def trace(model: nn.Module) -> list[Step]:
-    """The steps of a model, in the order of execution; the first is its input, and the last gives its output.
+def trace(model: nn.Module) -> list[LayerCall]:
+    """The layer calls of a model, in the order of execution. The first is its input, and the last gives its output.
 
     `nn.Identity` is left out, and so is what the output does not depend on.
 
@@ -87,7 +87,7 @@ def trace(model: nn.Module) -> list[Step]:
     except (TypeError, RuntimeError, TraceError) as error:
         raise ModelError(f"the layers of {type(model).__name__} cannot be followed: {error}") from None
     _keep_needed(graph, type(model).__name__)
-    steps: list[Step] = []
+    calls: list[LayerCall] = []
     position: dict[fx.Node, int] = {}
     for node in graph.nodes:
         inputs = tuple(position[n] for n in node.all_input_nodes)
@@ -98,9 +98,9 @@ def trace(model: nn.Module) -> list[Step]:
         if layer is None and node.op != "placeholder" and not _is_known(node):
             raise ModelError(f"{type(model).__name__} calls {node.target}, which has no place in a graph of layers")
         name = _FUNCTIONS[node.target] if node.op == "call_function" else str(node.target)
-        position[node] = len(steps)
-        steps.append(Step(name, layer, inputs, node.kwargs.get("rounded", True)))
-    return steps
+        position[node] = len(calls)
+        calls.append(LayerCall(name, layer, inputs, node.kwargs.get("rounded", True)))
+    return calls
 
 
 def _keep_needed(graph: fx.Graph, model: str) -> None:

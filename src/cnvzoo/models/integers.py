@@ -73,7 +73,7 @@ def _in_order(model: nn.Module) -> list[tuple[str, QuantConv2d | QuantLinear]]:
     if len(layers) < 2:
         return list(layers.items())
     try:
-        order = {step.layer: position for position, step in reversed(list(enumerate(trace(model))))}
+        order = {call.layer: position for position, call in reversed(list(enumerate(trace(model))))}
     except ModelError:
         return list(layers.items())
     return sorted(layers.items(), key=lambda item: order.get(item[1], len(order)))
@@ -130,21 +130,21 @@ def _biased_with_units(model: nn.Module) -> Iterator[tuple[nn.BatchNorm1d | nn.B
     pixel, so that biases are whole numbers for any size of the images.
     """
     is_quantized = any(isinstance(layer, (QuantConv2d, QuantLinear)) for layer in model.modules())
-    steps = trace(model) if is_quantized else []
-    check_quantizers({step.name: step.layer for step in steps if step.layer is not None})
+    calls = trace(model) if is_quantized else []
+    check_quantizers({call.name: call.layer for call in calls if call.layer is not None})
     pixel = torch.tensor(1 / 255, dtype=torch.float32).double()
-    scales: list[Tensor] = []  # of the integers that each step gives
-    for step in steps:
-        layer, scale = step.layer, scales[step.inputs[0]] if step.inputs else pixel
+    scales: list[Tensor] = []  # of the integers that each call gives
+    for call in calls:
+        layer, scale = call.layer, scales[call.inputs[0]] if call.inputs else pixel
         if isinstance(layer, (QuantConv2d, QuantLinear)):
             quantizer = quantizer_of(layer)
             scale = quantizer.effective_scale().double().reshape(-1) * scale / int8_gain(quantizer.ints)
-            if step is steps[-1] and isinstance(layer, QuantLinear) and layer.bias is not None:
+            if call is calls[-1] and isinstance(layer, QuantLinear) and layer.bias is not None:
                 yield layer, scale
         elif isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            if isinstance(steps[step.inputs[0]].layer, (QuantConv2d, QuantLinear)):
+            if isinstance(calls[call.inputs[0]].layer, (QuantConv2d, QuantLinear)):
                 if layer.weight is None or layer.running_var is None:
-                    raise ModelError(f"{step.name}: must have a weight, a bias and running statistics")
+                    raise ModelError(f"{call.name}: must have a weight, a bias and running statistics")
                 yield layer, scale
         elif layer is not None and hasattr(layer, "act_quant"):
             scale = quantizer_of(layer).effective_scale().double()

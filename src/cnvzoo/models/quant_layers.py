@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cnvzoo.errors import ModelError, nearest
 from cnvzoo.models.classifier import Classifier, LayerBits, check_bits
-from cnvzoo.models.graph import Step, trace
+from cnvzoo.models.graph import LayerCall, trace
 from cnvzoo.models.layers import skips_initialization
 from cnvzoo.models.quant import (
     DepthwiseQuantConv2d,
@@ -212,45 +212,45 @@ def _fit_to_standard_normal(quantizer: IntQuantizer) -> None:
 
 
 @torch.no_grad()
-def _fit_activations(steps: Sequence[Step], *, of_blocks: bool = False) -> None:
+def _fit_activations(calls: Sequence[LayerCall], *, of_blocks: bool = False) -> None:
     """Fit the scales of activations to the distributions that the BatchNorms give, so no images are needed.
 
     The summands of a residual addition are taken to be independent.
 
     Args:
-        steps: the model.
+        calls: the model.
         of_blocks: fit only the outputs of residual blocks and what is rounded from these.
 
     Raises:
         ModelError: no BatchNorm gives the distribution of an activation.
     """
-    given: list[_Normal | Tensor | None] = []  # what each step gives: a distribution, or samples [channels, samples]
+    given: list[_Normal | Tensor | None] = []  # what each call gives: a distribution, or samples [channels, samples]
     sums: dict[ResidualQuantReLU, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(0)
-    for step in steps:
-        layer, taken = step.layer, [given[i] for i in step.inputs]
+    for call in calls:
+        layer, taken = call.layer, [given[i] for i in call.inputs]
         result: _Normal | Tensor | None = None
         if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
             if layer.weight is None:
-                raise ModelError(f"{step.name}: must have a weight and a bias, which scales are fitted to")
+                raise ModelError(f"{call.name}: must have a weight and a bias, which scales are fitted to")
             result = _Normal(layer.weight, layer.bias)
         elif isinstance(layer, ResidualQuantReLU):
             given_to = [x for x in taken if x is not None]
             if len(given_to) < len(taken):
                 raise ModelError(
-                    f"{step.name}: a residual activation adds outputs of BatchNorms and of its own kind only"
+                    f"{call.name}: a residual activation adds outputs of BatchNorms and of its own kind only"
                 )
             result = torch.relu(torch.stack([_shuffled(x, generator) for x in given_to]).sum(0))
             sums.setdefault(layer, []).append(result)
         elif isinstance(layer, PlainQuantReLU) and not of_blocks:
             norm = taken[0]
             if not isinstance(norm, _Normal):
-                raise ModelError(f"{step.name}: a quantized activation has to follow a BatchNorm")
+                raise ModelError(f"{call.name}: a quantized activation has to follow a BatchNorm")
             quantizer_of(layer).fit(torch.relu(norm.quantiles()))
         elif isinstance(layer, PlainQuantIdentity) and quantizer_of(layer).learned:
             samples = taken[0]
             if not isinstance(samples, Tensor):
-                raise ModelError(f"{step.name}: what rounds the input of a block has to follow a residual activation")
+                raise ModelError(f"{call.name}: what rounds the input of a block has to follow a residual activation")
             quantizer_of(layer).fit(samples)
         given.append(result)
     for layer, found in sums.items():
@@ -258,7 +258,7 @@ def _fit_activations(steps: Sequence[Step], *, of_blocks: bool = False) -> None:
 
 
 def _shuffled(values: _Normal | Tensor, generator: torch.Generator) -> Tensor:
-    """Samples of what a step gives; those of a BatchNorm are independent of all others."""
+    """Samples of what a call gives; those of a BatchNorm are independent of all others."""
     if isinstance(values, Tensor):
         return values
     order = torch.randperm(_BLOCK_SAMPLES, generator=generator, device="cpu")
@@ -298,8 +298,8 @@ def start_from_float(
         raise ValueError("these weights are not those of the model's float twin: " + "; ".join(wrong))
     model.load_state_dict({**own, **state}, strict=True)
 
-    steps = trace(model)
-    found = [s for s in steps if isinstance(s.layer, (nn.Conv2d, nn.BatchNorm2d))][:2]
+    calls = trace(model)
+    found = [s for s in calls if isinstance(s.layer, (nn.Conv2d, nn.BatchNorm2d))][:2]
     first, norm = [s.layer for s in found] if len(found) == 2 else (None, None)
     if not (isinstance(first, QuantConv2d) and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None):
         raise ModelError(
@@ -311,7 +311,7 @@ def start_from_float(
     first.weight.div_(std_values)
     norm.running_mean.add_((first.weight * mean_values).sum((1, 2, 3)))
 
-    for step in steps:
-        if isinstance(step.layer, (QuantConv2d, QuantLinear)):
-            quantizer_of(step.layer).fit(step.layer.weight)
-    _fit_activations(steps)
+    for call in calls:
+        if isinstance(call.layer, (QuantConv2d, QuantLinear)):
+            quantizer_of(call.layer).fit(call.layer.weight)
+    _fit_activations(calls)
