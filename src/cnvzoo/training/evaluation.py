@@ -24,12 +24,21 @@ from cnvzoo.training.device import deterministic, resolve_device
 
 
 def preprocessing_of(model: str, dataset: str) -> Preprocessing:
-    """Preprocessing of a dataset's images for a model: quantized models take uint8 / 255, others normalised images."""
+    """Preprocessing of a dataset's images for a model: quantized models take uint8 / 255, others normalised images.
+
+    Args:
+        model: name of a model, without bits.
+        dataset: name of a dataset of the benchmark.
+
+    Raises:
+        ModelError: no such model.
+        DatasetError: no such dataset, or its images cannot be padded to the size that the model takes.
+    """
     return preprocessing_for(model_spec(model), dataset_info(dataset))
 
 
 def preprocessing_for(spec: ModelSpec, info: DatasetInfo) -> Preprocessing:
-    """As `preprocessing_of`, for any dataset."""
+    """As `preprocessing_of`, for any dataset, given what the names stand for."""
     return Preprocessing.for_dataset(info, size=spec.input_size, normalize=not spec.quantized)
 
 
