@@ -149,9 +149,10 @@ def _reproduce(
 
     try:
         _print_tables(arguments, selected, seeds, outputs)
-    except (CnvzooError, OSError) as error:  # no reason to leave out what follows
+    except (CnvzooError, OSError, SystemExit) as error:  # no reason to leave out what follows
         outputs.out_of_date.add("the printed tables")
-        print_line(f"the tables are not printed: {in_a_line(error)}")
+        why = "nothing reads the output" if isinstance(error, SystemExit) else in_a_line(error)  # rich exits then
+        print_line(f"the tables are not printed: {why}")
     if publish_to is not None:
         published = _publish(selected, arguments, outputs, verified)
     if outputs.out_of_date:

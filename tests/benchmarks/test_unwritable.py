@@ -85,6 +85,17 @@ class TestReadOnlyCheckout:
         assert checkout.run("--table", "mnist", "--time-limit", "0") == 1
 
 
+def test_tables_that_nothing_reads_do_not_end_the_command(checkout, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert checkout.run("--table", "mnist") == 1
+    said = capsys.readouterr().err
+    assert "the tables are not printed: nothing reads the output\n" in said
+    assert "not written, see above: the printed tables\n" in said
+
+
 FILES = {
     "the page of results": "benchmarks/RESULTS.md",
     "the README": "README.md",
