@@ -324,6 +324,7 @@ def test_a_package_that_is_missing_is_stated(make_checkpoint, tmp_path: Path, mo
     assert printed == ["openvino is not installed: its contenders are left out"]
 
 
+@pytest.mark.filterwarnings("ignore:.*can saturate in OpenVINO:UserWarning")
 def test_infer_measures_what_is_published(small_datasets, make_checkpoint, tmp_path, monkeypatch, capsys) -> None:
     small_datasets(train=64, test=20)
     hub = tmp_path / "hub"

@@ -279,10 +279,12 @@ def test_layers_that_cannot_be_fused_run_one_by_one(monkeypatch: pytest.MonkeyPa
 )
 def test_models_run_fused(monkeypatch: pytest.MonkeyPatch, name: str, fused: int, highs: set[int | None]) -> None:
     variants: list[Any] = []
+    found: list[int | None] = []
 
     def one_by_one(x: Tensor, *others: Any) -> Tensor:
-        norm, variant = others[-2:]
+        norm, variant, high = others[-3:]
         variants.append(variant)
+        found.append(high)
         return nn.functional.max_pool2d(norm(x), 2) if variant.pool else norm(x)
 
     monkeypatch.setattr(norm_act.NormAct, "apply", one_by_one)
@@ -296,7 +298,8 @@ def test_models_run_fused(monkeypatch: pytest.MonkeyPatch, name: str, fused: int
         model(torch.rand(4, 3, 32, 32))
     assert len(variants) == fused
     assert {v.dtype for v in variants} == {torch.bfloat16}
-    assert {v.high for v in variants} == highs
+    assert set(found) == highs
+    assert [v.quantizes for v in variants] == [high is not None for high in found]
     assert sum(v.residual for v in variants) == {"resnet20": 9, "resnet18": 8}.get(name.removeprefix("quant_"), 0)
     assert split == ([15] * 9 if name == "quant_resnet20" else [])  # the inputs of its blocks
     # what a shortcut with a convolution gives has not been rounded
