@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import operator
 import unicodedata
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -166,13 +165,6 @@ def whole_number(value: Any) -> int | None:
         return operator.index(value)
     except (TypeError, ValueError):
         return None
-
-
-def listed(names: Any) -> tuple[Any, ...] | None:
-    """The items of a list of names; None for one text, which is no list, a set, which has no order, or no items."""
-    if isinstance(names, (str, bytes, set, frozenset)) or not isinstance(names, Iterable):
-        return None
-    return tuple(names)
 
 
 def _quoted(value: Any) -> str:

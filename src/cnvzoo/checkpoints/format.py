@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from cnvzoo.errors import CnvzooError, ModelError, explain
-from cnvzoo_runtime.metadata import is_printable, listed
+from cnvzoo_runtime.metadata import is_printable
 
 
 class CheckpointError(CnvzooError):
@@ -57,10 +57,10 @@ def checked_name(name: str) -> str:
 
 def checked_classes(classes: Iterable[str]) -> tuple[str, ...]:
     """The names of classes that a caller gave. Raises ModelError for one text, a set, or what has no items."""
-    if (names := listed(classes)) is None:
+    if isinstance(classes, (str, bytes, set, frozenset)) or not isinstance(classes, Iterable):
         kind = "one text" if isinstance(classes, (str, bytes)) else type(classes).__name__
         raise ModelError(f"classes={classes!r}: give a list of names, not {kind}")
-    return names
+    return tuple(classes)
 
 
 Name = Annotated[str, AfterValidator(checked_name)]

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from cnvzoo.data.image_folders import LARGEST_SIDE, read_image_folder
 from cnvzoo.data.published import ARRAYS, DatasetInfo, combined_sha256, dataset_info, default_root, list_datasets
 from cnvzoo.errors import DatasetError, in_a_line
 from cnvzoo.files import check_readable, expanded, replacing
-from cnvzoo_runtime.metadata import is_printable, listed, whole_number
+from cnvzoo_runtime.metadata import is_printable, whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +97,7 @@ class Dataset:
             raise DatasetError(
                 f"name={name!r}: give a name of letters, digits, _ and -, other than {', '.join(list_datasets())}"
             )
-        given = listed(classes)
-        names: tuple[Any, ...] = (classes,) if given is None else given
+        names = tuple(classes) if isinstance(classes, Iterable) else (classes,)
         if not all(isinstance(n, str) for n in names) or not 2 <= len(names) <= 256 or len(set(names)) < len(names):
             raise DatasetError(f"{name}: classes must be 2 to 256 different names, got {len(names)}: {names[:5]}")
         if bad := [n for n in names if not n or len(n) > _LONGEST_CLASS or not is_printable(n)]:
