@@ -174,7 +174,8 @@ def render_index(hub: Path, before: Mapping[str, PublishedCheckpoint] | None = N
 
     Args:
         hub: the directory of the checkpoints.
-        before: those of the index as it was. What it says of damaged ones is kept, and of removed ones it is not.
+        before: the checkpoints in the previous index. Damaged checkpoints keep their values from it; those whose
+            folders were removed are dropped.
     """
     before = before or {}
     folders = checkpoint_folders(hub) | {name: hub / name for name in before if (hub / name).is_dir()}
