@@ -139,7 +139,7 @@ def test_runs_on_two_nodes_one_of_which_is_killed_have_the_weights_of_local_runs
         cluster.remove_node(node, allow_graceful=False)
 
     with joined_cluster():
-        runner = on_cluster(note, TrainTiny(40, nodes=("second",)))
+        runner = on_cluster(note, TrainTiny(TIMEOUT, nodes=("second",)))
         assert runner.at_once() == 3
         outcome = train(bench, runner, runner.at_once, note)
         assert runner.at_once() == 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,34 @@ def test_tensors_of_every_kind_come_back_as_they_were_saved(tmp_path: Path) -> N
     for name, tensor in tensors.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
         assert bits(found[name]) == bits(tensor)
+
+
+def test_a_file_that_is_replaced_again_and_again_is_read_as_one_of_its_versions(tmp_path: Path) -> None:
+    """A state is copied off a node, or watched, while its run goes on to replace it."""
+    path, read = tmp_path / "checked.safetensors", threading.Event()
+
+    def save(version: int) -> None:
+        save_checked({"a": torch.full((1000,), version)}, path, {"version": version})
+
+    def replace() -> None:
+        for version in itertools.count(1):
+            save(version)
+            if read.is_set():
+                return
+
+    save(0)
+    replacing = threading.Thread(target=replace)
+    replacing.start()
+    try:
+        versions = []
+        for _ in range(200):
+            tensors, facts = load_checked(path)
+            assert tensors["a"].tolist() == [facts["version"]] * 1000
+            versions.append(facts["version"])
+    finally:
+        read.set()
+        replacing.join()
+    assert versions[-1] > versions[0]
 
 
 Change = Callable[[dict[str, torch.Tensor], dict[str, str]], object]

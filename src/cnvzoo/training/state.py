@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, contiguous_format, uint8
 
 from cnvzoo.errors import CnvzooError
@@ -262,12 +262,12 @@ def load_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         SafetensorError, OSError, ValueError: the file cannot be read, or is not what was saved.
     """
     check_readable(path)
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:  # opened once, as a run may replace it meanwhile
         metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     expected = metadata.pop(_CHECKSUM, None)
     if expected is None:
         raise ValueError("it has no checksum, as older versions of cnvzoo saved it")
-    tensors = load_file(path)
     if _checksum(tensors, metadata) != expected:
         raise ValueError("it is damaged: its checksum is not that of its content")
     return tensors, {key: json.loads(text) for key, text in metadata.items()}
