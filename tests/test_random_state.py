@@ -228,8 +228,9 @@ def test_loading_an_adapted_checkpoint_draws_only_for_a_new_head(seeded: None) -
 
 @pytest.mark.parametrize("module", ["cnvzoo.training.inputs", "cnvzoo.checkpoints.weights"])
 def test_the_global_generator_is_not_changed_even_for_a_moment(
-    module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_datasets: Callable[..., None], seeded: None
-) -> None:
+    module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_datasets: Callable[..., None], seeded: None,
+    uncompiled: None,
+) -> None:  # fmt: skip
     """Other threads may draw from it while a model is built, so saving and restoring its state is not enough."""
     before, unchanged = torch.get_rng_state(), []
 

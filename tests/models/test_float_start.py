@@ -216,7 +216,7 @@ def test_a_deeper_resnet_starts_with_the_logits_of_the_shallower_one(depths: tup
         assert torch.equal(model.eval()(unseen), shallow(unseen))
 
 
-def test_blocks_of_a_shallower_net_are_spread_and_the_others_begin_to_learn() -> None:
+def test_blocks_of_a_shallower_net_are_spread_and_the_others_begin_to_learn(uncompiled: None) -> None:
     shallow, model = trained("resnet20").state_dict(), deeper()
     start_from_shallower(model, shallow)
     for old, new in enumerate((0, 1, 3)):  # 0, 5 / 3 and 10 / 3

@@ -199,7 +199,9 @@ class IntQuantizer(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """Set each scale to that of least squared error for its values in x."""
+        """Set each scale to that of least squared error for its values in x; on the meta device there are none."""
+        if x.is_meta:  # where 20 iterations for each layer of a deep net take 10 seconds
+            return
         rows = x.reshape(max(self.scale.numel(), 1), -1)
         self.scale.copy_(least_squares_scale(rows, self.ints).reshape(self.scale.shape))
 
