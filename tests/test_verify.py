@@ -18,6 +18,7 @@ from cnvzoo.checkpoints import index
 from cnvzoo.checkpoints.folder import preprocessing_from
 from cnvzoo.checkpoints.index import read_index
 from cnvzoo.data import load_dataset
+from cnvzoo.models.cnv import CNV
 from cnvzoo.training.device import describe_device
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,6 +154,20 @@ def test_after_a_failure_the_other_checkpoints_are_verified(published) -> None:
     results = verify(folder, str(folder.parent / "empty"), folder.name)
     assert [result.problem is None for result in results] == [False, True]
     assert "is " in results[0].problem
+
+
+def test_an_error_of_a_model_is_its_problem(published, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may be the user's own, and fail on these images."""
+    folder = published()
+    (passed,) = verify(folder)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such\nkernel")
+
+    monkeypatch.setattr(CNV, "forward_features", fail)
+    (result,) = verify(folder)
+    assert result.problem.startswith("evaluating it failed: RuntimeError: no such kernel (test_verify.py, line ")
+    assert (result.published, result.found, result.total) == (passed.published, None, 60)
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,25 @@ def test_a_model_that_cannot_be_without_head_says_so(
                 load(tmp_path / "c", num_classes=0)
 
 
+class OfTwoClasses(Pooled):
+    """A builder that fails in its own way for others."""
+
+    def __init__(self, num_classes: int, in_chans: int) -> None:
+        super().__init__({2: 2, 0: 0}[num_classes], in_chans)
+
+
+@pytest.mark.parametrize("headless", [False, True])
+def test_an_error_of_the_builder_says_for_what(tmp_path: Path, headless: bool) -> None:
+    with registered_tiny():
+        register_model("own", summary="of tests", headless=headless)(OfTwoClasses)
+        publish(tmp_path / "c", trained(OWN), OWN)
+        for load in (load_checkpoint, partial(create_model, pretrained=True)):
+            with pytest.raises(
+                CheckpointError, match=r"^num_classes=3: .* cannot be built: KeyError: 3 \(test_adapt.py"
+            ):
+                load(tmp_path / "c", num_classes=3)
+
+
 @pytest.mark.parametrize("arguments", [{"num_classes": -1}, {"in_chans": 0}, {"num_classes": 2.5}, {"in_chans": "3"}])
 def test_impossible_requests(tmp_path: Path, arguments: dict[str, Any]) -> None:
     publish(tmp_path / "c", trained(CASES[0][0]), CASES[0][0])

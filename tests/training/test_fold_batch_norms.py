@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from cnvzoo.errors import ModelError
 from cnvzoo.models import build_model
 from cnvzoo.training.distillation import fold_batch_norms
 
@@ -131,6 +132,19 @@ def norm(**options: bool) -> nn.BatchNorm2d:
 )
 def test_a_layer_that_may_compute_something_else_is_not_folded(model: nn.Sequential) -> None:
     check_folded(model, left=1)
+
+
+def test_a_batch_norm_over_channels_is_not_taken_for_one_over_the_features_of_a_linear_layer() -> None:
+    """As many of both: nothing but the number of dimensions tells them apart."""
+    layers = [nn.Linear(4, 4), nn.BatchNorm1d(4)]
+    layers[1].weight.data[:] = torch.tensor([1.0, 2.0, -1.0, 0.5])
+    rows, sequences = torch.randn(5, 4), torch.randn(5, 4, 4)
+    folded = fold_batch_norms(nn.Sequential(*layers).eval())
+    torch.testing.assert_close(folded(rows), layers[1](layers[0](rows)))
+    with pytest.raises(ModelError, match=r"outputs are \[5, 4, 4\], not \[B, F\]: put it into a module of its own"):
+        folded(sequences)
+    apart = fold_batch_norms(nn.Sequential(layers[0], nn.Sequential(layers[1])))
+    assert torch.equal(apart(sequences), layers[1](layers[0](sequences)))
 
 
 def check_folded(model: nn.Module, left: int) -> None:

@@ -20,7 +20,7 @@ from cnvzoo.checkpoints.folder import preprocessing_from, read_model
 from cnvzoo.checkpoints.format import CheckpointConfig, CheckpointError
 from cnvzoo.checkpoints.locations import find_checkpoint, folder_hint
 from cnvzoo.checkpoints.weights import build_empty, build_float32, build_skeleton, fit_scale
-from cnvzoo.errors import ModelError
+from cnvzoo.errors import CnvzooError, ModelError, in_a_line
 from cnvzoo.models.classifier import OR_NO_HEAD, Classifier, check_count
 from cnvzoo.models.layers import without_initialization
 from cnvzoo.models.registry import model_names, model_spec
@@ -85,7 +85,8 @@ def load_checkpoint(
         its topology, no results, and, with other classes, no dataset and numbers as their names.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or its tensors are not exactly the model's.
+        CheckpointError: a file is missing or damaged, its tensors are not exactly the model's, or the builder of a
+            model of your own fails for these classes or channels.
         ModelError: no model has these classes or channels, or a model of your own cannot be without its last layer.
     """
     found = find_checkpoint(checkpoint, hub)
@@ -161,10 +162,16 @@ def adapt(model: nn.Module, arguments: Mapping[str, Any], changes: Mapping[str, 
 
     Raises:
         ModelError: no model has these arguments.
-        CheckpointError: the topology has no layer that could be adapted.
+        CheckpointError: the topology has no layer that could be adapted, or its builder fails.
     """
     with nullcontext() if "num_classes" in changes else without_initialization():
-        adapted = build_float32({**arguments, **changes}).eval()
+        try:
+            adapted = build_float32({**arguments, **changes}).eval()
+        except CnvzooError:
+            raise
+        except Exception as error:  # the builder may be the user's own
+            wanted = ", ".join(f"{argument}={value}" for argument, value in changes.items())
+            raise CheckpointError(f"{wanted}: {name} cannot be built: {in_a_line(error)}") from None
     tensors, notes, convolutions = model.state_dict(), [], []
     if "num_classes" in changes:
         heads = {_layer(tensor) for tensor in _reshaped(model, arguments, changes, "num_classes")}

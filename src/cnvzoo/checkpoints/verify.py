@@ -125,7 +125,13 @@ def _verify(
             if named is not None:
                 missing[named] = error
             return Verification(name, config.correct, None, config.total, problem=in_a_line(error), missing_data=True)
-        result = evaluate(model, data, preprocessing=preprocessing, device=device)
+        try:
+            result = evaluate(model, data, preprocessing=preprocessing, device=device)
+        except CnvzooError:
+            raise
+        except Exception as error:  # the model may be the user's own
+            problem = f"evaluating it failed: {in_a_line(error)}"
+            return Verification(name, config.correct, None, config.total, problem=problem)
     except CnvzooError as error:
         return Verification(name, problem=in_a_line(error))
     if config.correct is None or config.total is None:

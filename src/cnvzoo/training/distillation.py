@@ -26,6 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from cnvzoo.data.batches import TrainBatches
 from cnvzoo.data.preprocessing import Preprocessing
+from cnvzoo.errors import ModelError
 from cnvzoo.models.layers import DepthwiseConv2d, FullFieldConv2d, PointwiseConv2d
 from cnvzoo.models.modes import memory_format_of
 from cnvzoo.models.norm_act import NormActSequential, has_hooks
@@ -45,6 +46,9 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     The layer's weights take up BatchNorm's factor and its bias the shift, so outputs are equal up to rounding, and a
     pass over each activation is saved. Only neighbours in an nn.Sequential are folded, and no layer that is used twice,
     has hooks, or is of a subclass that may compute something else.
+
+    A linear layer is folded for inputs [B, F]; the copy raises ModelError for others, as BatchNorm1d normalizes the
+    channels of [B, C, F].
     """
     folded = copy.deepcopy(model).eval()
     uses = Counter(id(module) for _, module in folded.named_modules(remove_duplicate=False))
@@ -52,7 +56,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
         # every place of a layer that comes twice, which named_children() would name once
         for (_, layer), (name, norm) in pairwise(list(sequence._modules.items())):
             if uses[id(layer)] == 1 and _fold(layer, norm):
-                setattr(sequence, name, nn.Identity())
+                setattr(sequence, name, _Rows() if isinstance(layer, nn.Linear) else nn.Identity())
     return folded
 
 
@@ -73,6 +77,18 @@ def _fold(layer: nn.Module | None, norm: nn.Module | None) -> bool:
         layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
     return True
+
+
+class _Rows(nn.Identity):
+    """In the place of a BatchNorm1d that was folded into the linear layer before it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim != 2:
+            raise ModelError(
+                f"a BatchNorm1d of a teacher follows a linear layer whose outputs are {list(input.shape)}, not [B, F]: "
+                "put it into a module of its own, which is not folded"
+            )
+        return input
 
 
 @dataclass(frozen=True)
