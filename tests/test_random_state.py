@@ -18,7 +18,7 @@ from torch import nn
 
 import cnvzoo
 from cnvzoo.models import build_model
-from cnvzoo.models.layers import initialized_from, without_initialization
+from cnvzoo.models.initialization import initialized_from, without_initialization
 from cnvzoo.training import Optimizer
 
 ROOT = Path(__file__).resolve().parents[1]

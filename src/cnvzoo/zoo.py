@@ -17,7 +17,7 @@ from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import dataset_info
 from cnvzoo.errors import ModelError
 from cnvzoo.models.classifier import Classifier, LayerBits, check_layer_bits
-from cnvzoo.models.layers import without_initialization
+from cnvzoo.models.initialization import without_initialization
 from cnvzoo.models.modes import unwrapped
 from cnvzoo.models.registry import (
     build_model,

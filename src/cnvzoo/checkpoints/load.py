@@ -22,7 +22,7 @@ from cnvzoo.checkpoints.locations import find_checkpoint, folder_hint
 from cnvzoo.checkpoints.weights import build_empty, build_float32, build_skeleton, fit_scale
 from cnvzoo.errors import CnvzooError, ModelError, in_a_line
 from cnvzoo.models.classifier import OR_NO_HEAD, Classifier, check_count
-from cnvzoo.models.layers import without_initialization
+from cnvzoo.models.initialization import without_initialization
 from cnvzoo.models.registry import model_names, model_spec
 
 _BITS = re.compile(r"(.+)_w(\d)a(\d)", re.ASCII)

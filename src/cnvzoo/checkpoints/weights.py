@@ -34,7 +34,7 @@ from cnvzoo.checkpoints.format import CheckpointError
 from cnvzoo.errors import explain, in_a_line
 from cnvzoo.models.classifier import Classifier
 from cnvzoo.models.fake_quant import IntRange
-from cnvzoo.models.layers import without_initialization
+from cnvzoo.models.initialization import without_initialization
 from cnvzoo.models.registry import build_model
 
 

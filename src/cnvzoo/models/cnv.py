@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cnvzoo.models.classifier import Classifier, LayerBits
-from cnvzoo.models.layers import FloatLayers, Layers, init_weight, skips_initialization
+from cnvzoo.models.initialization import init_weight, skips_initialization
+from cnvzoo.models.layers import FloatLayers, Layers
 from cnvzoo.models.norm_act import NormActSequential
 from cnvzoo.models.registry import register_model
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from cnvzoo.models.classifier import LayerBits, PooledClassifier
-from cnvzoo.models.layers import FloatLayers, Layers, skips_initialization
+from cnvzoo.models.initialization import skips_initialization
+from cnvzoo.models.layers import FloatLayers, Layers
 from cnvzoo.models.norm_act import NormActSequential
 from cnvzoo.models.registry import register_model
 

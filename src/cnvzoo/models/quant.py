@@ -27,13 +27,8 @@ from torch.nn import functional as F
 
 from cnvzoo.errors import ModelError
 from cnvzoo.models.fake_quant import IntRange, fake_quantize, least_squares_scale
-from cnvzoo.models.layers import (
-    DepthwiseConv2d,
-    FullFieldConv2d,
-    PointwiseConv2d,
-    autocast_dtype,
-    without_initialization,
-)
+from cnvzoo.models.initialization import without_initialization
+from cnvzoo.models.layers import DepthwiseConv2d, FullFieldConv2d, PointwiseConv2d, autocast_dtype
 from cnvzoo.models.norm_act import QuantizedActivation, QuantizedResidualActivation
 from cnvzoo.models.residual import add_fake_quantized
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cnvzoo.errors import ModelError, nearest
 from cnvzoo.models.classifier import Classifier, LayerBits, check_bits
 from cnvzoo.models.graph import LayerCall, trace
-from cnvzoo.models.layers import skips_initialization
+from cnvzoo.models.initialization import skips_initialization
 from cnvzoo.models.quant import (
     DepthwiseQuantConv2d,
     FullFieldQuantConv2d,

@@ -27,7 +27,7 @@ from cnvzoo.models.classifier import (
     check_layer_bits,
     find_input_layer,
 )
-from cnvzoo.models.layers import without_initialization
+from cnvzoo.models.initialization import without_initialization
 from cnvzoo_runtime.metadata import whole_number
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cnvzoo.models.classifier import LayerBits, PooledClassifier
-from cnvzoo.models.layers import FloatLayers, Layers, skips_initialization
+from cnvzoo.models.initialization import skips_initialization
+from cnvzoo.models.layers import FloatLayers, Layers
 from cnvzoo.models.norm_act import NormActSequential, block_inputs, norm_act
 from cnvzoo.models.registry import register_model
 

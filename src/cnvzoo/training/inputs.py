@@ -17,7 +17,7 @@ from cnvzoo.data.datasets import Dataset
 from cnvzoo.data.published import DatasetInfo
 from cnvzoo.errors import ModelError
 from cnvzoo.files import check_readable, sha256_of
-from cnvzoo.models.layers import initialized_from, without_initialization
+from cnvzoo.models.initialization import initialized_from, without_initialization
 from cnvzoo.models.modes import memory_format_of
 from cnvzoo.models.registry import build_model, model_spec
 from cnvzoo.models.resnet import ResNet, start_from_shallower
