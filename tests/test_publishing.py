@@ -15,7 +15,7 @@ from cnvzoo import files
 from cnvzoo.checkpoints import folder
 from cnvzoo.checkpoints.folder import read_config, write_config
 from cnvzoo.checkpoints.format import CARD, CheckpointError, FileFacts, StoreError
-from cnvzoo.checkpoints.publish import _known_of, checkpoint_facts
+from cnvzoo.checkpoints.save import _known_of, checkpoint_facts
 from cnvzoo.checkpoints.store import Publication
 from cnvzoo.cli import main
 from cnvzoo.training import NUMERICS, recipe_from_dict

@@ -30,7 +30,7 @@ from cnvzoo.checkpoints.format import (
 )
 from cnvzoo.checkpoints.index import Index, PublishedCheckpoint, read_index
 from cnvzoo.checkpoints.load import load_checkpoint
-from cnvzoo.checkpoints.publish import checkpoint_facts, write_card
+from cnvzoo.checkpoints.save import checkpoint_facts, write_card
 from cnvzoo.checkpoints.verify import Verification
 from cnvzoo.errors import CnvzooError
 from cnvzoo.files import update_text

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from cnvzoo.checkpoints.format import CheckpointConfig, CheckpointError, StoreError
     from cnvzoo.checkpoints.index import CheckpointInfo, list_checkpoints
     from cnvzoo.checkpoints.load import load_checkpoint
-    from cnvzoo.checkpoints.publish import publish, write_card
+    from cnvzoo.checkpoints.publish import publish
+    from cnvzoo.checkpoints.save import write_card
     from cnvzoo.checkpoints.store import Publication
     from cnvzoo.checkpoints.verify import Verification, verify
     from cnvzoo.data.datasets import Dataset, load_dataset
@@ -103,10 +104,8 @@ _MODULES = {  # with the public names that each defines
         "list_checkpoints",
     ),
     "checkpoints.load": ("load_checkpoint",),
-    "checkpoints.publish": (
-        "publish",
-        "write_card",
-    ),
+    "checkpoints.publish": ("publish",),
+    "checkpoints.save": ("write_card",),
     "checkpoints.store": ("Publication",),
     "checkpoints.verify": (
         "Verification",

@@ -18,7 +18,7 @@ from cnvzoo.checkpoints.folder import check_weights, read_config
 from cnvzoo.checkpoints.format import CONFIG, WEIGHTS, CheckpointConfig
 from cnvzoo.checkpoints.load import load_checkpoint
 from cnvzoo.checkpoints.locations import find_checkpoint, is_path
-from cnvzoo.checkpoints.publish import write_model
+from cnvzoo.checkpoints.save import write_model
 from cnvzoo.checkpoints.weights import build_empty
 from cnvzoo.data.datasets import Dataset, is_dataset_path, load_dataset
 from cnvzoo.data.image_folders import default_side

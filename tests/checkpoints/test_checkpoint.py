@@ -21,7 +21,7 @@ import cnvzoo
 from cnvzoo.checkpoints.folder import preprocessing_from, read_config, read_model, write_checkpoint, write_config
 from cnvzoo.checkpoints.format import CheckpointError, FileFacts
 from cnvzoo.checkpoints.load import load_checkpoint
-from cnvzoo.checkpoints.publish import write_card
+from cnvzoo.checkpoints.save import write_card
 from cnvzoo.checkpoints.verify import verify
 from cnvzoo.files import sha256_of
 from cnvzoo.models import register_model

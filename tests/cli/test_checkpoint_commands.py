@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnvzoo.checkpoints.publish import write_card
+from cnvzoo.checkpoints.save import write_card
 from cnvzoo.checkpoints.verify import verify
 from cnvzoo.data import Preprocessing, published
 from cnvzoo.errors import CnvzooError, DatasetError, in_a_line
