@@ -94,6 +94,16 @@ def test_no_imports_are_circular() -> None:
         visit(module, ())
 
 
+def test_the_design_names_every_module() -> None:
+    """Those of the command line, which are its commands, as one package."""
+    root = SOURCE.parents[1]
+    listed = (root / "docs" / "design.md").read_text(encoding="utf-8").partition("## Layers")[2]
+    words = set(re.findall(r"\w+", listed.partition("## ")[0]))
+    names = {name.rpartition(".")[2] for name in MODULES if not name.startswith(("cli.", "__main__"))}
+    names |= {path.stem for folder in (RUNTIME, root / "benchmarks" / "harness") for path in folder.glob("[!_]*.py")}
+    assert names <= words
+
+
 RUNTIME_LAYERS = ["errors", "images metadata", "onnx_file graphs", "deployed_model", "cli"]  # as LAYERS
 
 

@@ -17,9 +17,9 @@ from torch import nn
 import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.deploy import DeployError
+from cnvzoo.deploy.graph_builder import pack_by_table
 from cnvzoo.deploy.integer_onnx import integer_graph
 from cnvzoo.deploy.lowering import integer_net
-from cnvzoo.deploy.packing import pack_by_table
 from cnvzoo.deploy.reference import run_reference
 from cnvzoo.deploy.requantize import StepFunctions, _exact_steps, _search, requantize
 from cnvzoo.models.quant import quantizer_of

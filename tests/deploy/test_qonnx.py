@@ -42,7 +42,7 @@ from torch import nn
 import cnvzoo
 import cnvzoo.deploy
 from cnvzoo.deploy import DeployError
-from cnvzoo.deploy.writers import qonnx_graph
+from cnvzoo.deploy.torch_onnx import qonnx_graph
 from cnvzoo.models import quant
 
 HUB = Path(__file__).resolve().parents[2] / "hub"

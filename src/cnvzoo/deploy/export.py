@@ -186,7 +186,7 @@ def _describe(
 
 def _build_graph(model: nn.Module, metadata: Metadata) -> tuple[ModelProto, Metadata]:
     """The graph in the format of `metadata`, and the metadata with the scale of an integer graph."""
-    from cnvzoo.deploy.writers import plain_graph, qonnx_graph  # needs onnx
+    from cnvzoo.deploy.torch_onnx import plain_graph, qonnx_graph  # needs onnx
 
     if metadata.format in ("integer", "qdq"):
         from cnvzoo.deploy.integer_onnx import integer_graph

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from cnvzoo.deploy.graph_builder import GraphBuilder
 from cnvzoo.deploy.integer import Head, IntegerNet, Layer, Rounding, Sum
-from cnvzoo.deploy.packing import GraphBuilder
 
 INPUT, ACCUMULATORS, SCALE = "image", "accumulators", "scale"
 _BATCH_TO_PIXELS = [2, 1, 0, 3]  # [N, C, 1, 1] to [1, C, N, 1], and back

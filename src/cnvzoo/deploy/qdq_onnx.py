@@ -15,8 +15,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from cnvzoo.deploy.graph_builder import GraphBuilder
 from cnvzoo.deploy.integer import Head, IntegerNet, Layer, Rounding, Sum
-from cnvzoo.deploy.packing import GraphBuilder
 
 INPUT, LOGITS = "image", "logits"
 _LARGEST_LEVEL = 255

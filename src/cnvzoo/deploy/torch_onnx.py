@@ -1,4 +1,4 @@
-"""The ONNX graphs of two formats: QONNX of a quantized model, and plain ONNX of a float model."""
+"""The ONNX graphs that torch's exporter makes: QONNX of a quantized model, and plain ONNX of a float model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX graphs under construction, and weights of few bits packed in bytes."""
+"""ONNX graphs under construction, whose weights of few bits are packed in bytes and unpacked by nodes."""
 
 from __future__ import annotations
 
