@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from cnvzoo.checkpoints.folder import preprocessing_from, read_model
 from cnvzoo.checkpoints.format import CheckpointConfig, CheckpointError
 from cnvzoo.checkpoints.locations import find_checkpoint, folder_hint
-from cnvzoo.checkpoints.weights import build_empty, build_float32, build_skeleton, fit_scale
-from cnvzoo.errors import CnvzooError, ModelError, in_a_line
+from cnvzoo.checkpoints.weights import build_empty, build_float32, build_skeleton, builder_errors, fit_scale
+from cnvzoo.errors import ModelError
 from cnvzoo.models.classifier import OR_NO_HEAD, Classifier, check_count
 from cnvzoo.models.initialization import without_initialization
 from cnvzoo.models.registry import model_names, model_spec
@@ -164,14 +164,10 @@ def adapt(model: nn.Module, arguments: Mapping[str, Any], changes: Mapping[str, 
         ModelError: no model has these arguments.
         CheckpointError: the topology has no layer that could be adapted, or its builder fails.
     """
-    with nullcontext() if "num_classes" in changes else without_initialization():
-        try:
-            adapted = build_float32({**arguments, **changes}).eval()
-        except CnvzooError:
-            raise
-        except Exception as error:  # the builder may be the user's own
-            wanted = ", ".join(f"{argument}={value}" for argument, value in changes.items())
-            raise CheckpointError(f"{wanted}: {name} cannot be built: {in_a_line(error)}") from None
+    wanted = ", ".join(f"{argument}={value}" for argument, value in changes.items())
+    initialization = nullcontext() if "num_classes" in changes else without_initialization()
+    with builder_errors(f"{wanted}: {name}"), initialization:
+        adapted = build_float32({**arguments, **changes}).eval()
     tensors, notes, convolutions = model.state_dict(), [], []
     if "num_classes" in changes:
         heads = {_layer(tensor) for tensor in _reshaped(model, arguments, changes, "num_classes")}

@@ -23,11 +23,11 @@ from cnvzoo.checkpoints.format import (
     checked_name,
 )
 from cnvzoo.checkpoints.locations import is_path
-from cnvzoo.checkpoints.weights import tensors_file
+from cnvzoo.checkpoints.weights import builder_errors, tensors_file
 from cnvzoo.data.datasets import is_dataset_path
 from cnvzoo.data.preprocessing import Preprocessing
 from cnvzoo.data.published import dataset_info, published_sha256
-from cnvzoo.errors import CnvzooError, ModelError, explain, in_a_line
+from cnvzoo.errors import ModelError, explain
 from cnvzoo.files import expanded, update_text
 from cnvzoo.models.classifier import class_names
 from cnvzoo.models.registry import model_info
@@ -99,12 +99,8 @@ def write_card(folder: str | Path) -> bool:
 
 
 def _card(config: CheckpointConfig) -> str:
-    try:
+    with builder_errors(f"{config.name}: its model"):
         info = model_info(**config.model | {"input_size": config.preprocessing["size"]})
-    except CnvzooError:
-        raise
-    except Exception as error:  # the builder may be the user's own
-        raise CheckpointError(f"{config.name}: its model cannot be built: {in_a_line(error)}") from None
     return render_card(config, info.summary, info.parameters, info.macs)
 
 

@@ -19,7 +19,8 @@ The file format around the tensors: https://github.com/huggingface/safetensors#f
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +32,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from cnvzoo.checkpoints.format import CheckpointError
-from cnvzoo.errors import explain, in_a_line
+from cnvzoo.errors import CnvzooError, explain, in_a_line
 from cnvzoo.models.classifier import Classifier
 from cnvzoo.models.fake_quant import IntRange
 from cnvzoo.models.initialization import without_initialization
@@ -92,6 +93,17 @@ def _in_range(values: NDArray[np.int8], ints: IntRange) -> bool:
     if ints.binary:
         return bool((np.abs(values) == 1).all())
     return not values.size or bool(values.min() >= ints.low and values.max() <= ints.high)
+
+
+@contextmanager
+def builder_errors(what: str) -> Iterator[None]:
+    """Errors of a builder, which may be the user's own, are CheckpointErrors: `what` cannot be built, and why."""
+    try:
+        yield
+    except CnvzooError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what} cannot be built: {in_a_line(error)}") from None
 
 
 def build_empty(arguments: Mapping[str, Any]) -> Classifier:
